@@ -1,0 +1,313 @@
+"""What a run is: every key a user can set, with its type, default, meaning and unit.
+
+These dataclasses type the YAML files beside them and the command line. `conf.validate.freeze` turns a composed configuration into
+a RunConfig whose quantities ("32K", "1.5B", "90%") have become numbers; everything below `launch/` sees only that.
+Lengths and block sizes read K as 1024; token budgets and cadences read K as 1000 (conf/numbers.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+# Quantities are typed by hand in many ways (32768, "32K", 2.7e10, "27B"); `freeze` parses them by their metadata.
+LENGTH = {"unit": "length"}  # binary K, becomes int
+TOKENS = {"unit": "tokens"}  # decimal K, becomes int
+SHARE = {"unit": "tokens or share"}  # "27B" or "90%": becomes int tokens
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The decoder. Llama-style; the options cover Llama-, Qwen- and SmolLM-shaped checkpoints."""
+
+    name: str = "tiny"
+    """Label, for plots and the plan."""
+    hidden_size: int = 128
+    """Width of the residual stream."""
+    num_layers: int = 4
+    """Decoder layers."""
+    num_heads: int = 4
+    """Query heads."""
+    num_kv_heads: int | None = None
+    """Key/value heads (GQA); null = num_heads."""
+    head_dim: int | None = None
+    """Size of one head; null = hidden_size / num_heads."""
+    ffn_size: int = 384
+    """Width of the SwiGLU hidden layer."""
+    vocab_size: int | None = None
+    """Rows of the embedding; null = the tokenizer's size rounded up to a multiple of 128."""
+    tie_embeddings: bool = True
+    """One matrix for the embedding and the output projection."""
+    qkv_bias: bool = False
+    """Biases on the q, k, v projections (Qwen2)."""
+    qk_norm: bool = False
+    """RMSNorm on each head's queries and keys before RoPE (Qwen3)."""
+    norm_eps: float = 1e-5
+    """Epsilon of every RMSNorm."""
+    rope_theta: float = 10000.0
+    """RoPE base; a stage may override it (schedule.stages.*.rope.theta)."""
+    rope_scaling: dict[str, Any] | None = None
+    """The model's own RoPE scaling in Hugging Face's `rope_scaling` format (llama3, linear, yarn); null = none."""
+    init_std: float = 0.02
+    """Standard deviation of the initial weights; output projections use init_std / sqrt(2 * num_layers)."""
+    activation_checkpointing: bool = False
+    """Recompute each layer in the backward pass instead of keeping its activations."""
+    loss_tile: int = field(default=2048, metadata=LENGTH)
+    """Tokens whose logits exist at a time in the cross-entropy."""
+    compile: bool = False
+    """torch.compile the decoder layers."""
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """One collection of documents."""
+
+    path: str | None = None
+    """File, glob or directory: text, jsonl, parquet (also compressed), token shards of launch/prepare_data.py, or `embedded`."""
+    name: str | None = None
+    """Hugging Face hub data set, instead of path."""
+    subset: str | None = None
+    """Configuration name of the hub data set."""
+    split: str = "train"
+    """Split of the hub data set."""
+    streaming: bool = False
+    """Read the hub data set as a stream, up to max_tokens, instead of downloading it whole."""
+    text_field: str = "text"
+    """Column or JSON key that holds the document."""
+    id_field: str | None = "id"
+    """Column that names a document; null or absent = its running number."""
+    weight: float = 1.0
+    """Share of training tokens drawn from this source (normalised over the sources)."""
+    max_tokens: Any = field(default=None, metadata=TOKENS)
+    """Stop reading after this many tokens; null = all."""
+    exclude_ids: str | None = None
+    """Text file with one document id a line to leave out (a held-out set)."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where tokens come from."""
+
+    tokenizer: str = "bytes"
+    """`bytes`, `bpe-32k` (shipped), a tokenizer.json, or a Hugging Face tokenizer directory."""
+    sources: dict[str, SourceConfig] = field(default_factory=dict)
+    """Named training sources. `data=files data.sources.main.path=...` for your own."""
+    validation: SourceConfig | None = None
+    """Held-out documents for the per-position loss; null = no evaluation."""
+    cache_dir: str = "~/.cache/moba-train"
+    """Where tokenised copies of raw text are kept (token shards, keyed by content and tokenizer)."""
+    num_workers: int = 0
+    """Processes for tokenising raw text; 0 = in this one."""
+    seed: int | None = None
+    """Seed of the document order; null = run.seed."""
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """The attention of a stage, and of which layers."""
+
+    kind: str = "moba"
+    """`moba` or `full`."""
+    block_size: Any = field(default=512, metadata=LENGTH)
+    """Tokens a block. null = seq_len / num_blocks."""
+    num_blocks: int | None = None
+    """Blocks a full-length context is cut into, instead of block_size."""
+    top_k: int = 3
+    """Blocks a query attends to, its own included."""
+    full_last: int = 0
+    """With kind=moba: the last n layers use full attention (layer-wise hybrid)."""
+    pattern: str | None = None
+    """One letter a layer, M (moba) or F (full), repeated if shorter than the model; overrides full_last."""
+    backend: str = "auto"
+    """`auto`, `reference`, `torch`, `flash` or `triton`."""
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """What a stage changes about rotary position embedding, on top of the model's own."""
+
+    theta: float | None = None
+    """RoPE base; null = model.rope_theta."""
+    scaling: str = "none"
+    """`none`, `linear` (position interpolation: positions divided by factor) or `yarn`."""
+    factor: float = 1.0
+    """Extension factor of the scaling."""
+    original_length: Any = field(default=None, metadata=LENGTH)
+    """YaRN: the length the model was trained at before; required for yarn."""
+
+
+@dataclass(frozen=True)
+class LRConfig:
+    """Learning rate as a function of tokens."""
+
+    kind: str = "cosine"
+    """`cosine`, `wsd` (constant, then linear decay over decay_tokens), `linear` or `constant`, each after a linear warm-up."""
+    peak: float = 3e-4
+    """Highest learning rate."""
+    min_ratio: float = 0.1
+    """Final learning rate / peak."""
+    warmup_tokens: Any = field(default="1%", metadata=SHARE)
+    """Tokens of linear warm-up from 0 ("1%" of what the schedule spans, or "20M")."""
+    decay_tokens: Any = field(default="10%", metadata=SHARE)
+    """wsd: tokens of the final decay."""
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """One stretch of training with fixed attention, length, RoPE and data mix."""
+
+    tokens: Any = field(default="100%", metadata=SHARE)
+    """Budget: "27B" or a share of schedule.tokens such as "90%". Rounded up to whole steps."""
+    seq_len: Any = field(default=None, metadata=LENGTH)
+    """Context length; null = schedule.seq_len."""
+    batch_tokens: Any = field(default=None, metadata=LENGTH)
+    """Tokens an optimizer step over all ranks, binary K, a multiple of seq_len; null = schedule.batch_tokens."""
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    """Attention of this stage."""
+    rope: RopeConfig = field(default_factory=RopeConfig)
+    """RoPE changes of this stage."""
+    mix: dict[str, float] | None = None
+    """Source name -> share of tokens; null = the sources' own weights."""
+    lr: LRConfig | None = None
+    """A learning-rate schedule of this stage's own; null = the run's (optim.lr), which spans all stages without their own."""
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """The staged schedule, in tokens."""
+
+    tokens: Any = field(default="1M", metadata=TOKENS)
+    """Budget of the run; shares of stages refer to it."""
+    seq_len: Any = field(default="2K", metadata=LENGTH)
+    """Context length of stages that set none."""
+    batch_tokens: Any = field(default="16K", metadata=LENGTH)
+    """Tokens an optimizer step over all ranks, of stages that set none."""
+    micro_tokens: Any = field(default=None, metadata=LENGTH)
+    """Tokens a rank processes at a time, a multiple of seq_len; null = one sequence. More ranks or a smaller value mean
+    fewer or more gradient-accumulation steps, never another batch."""
+    stages: dict[str, StageConfig] = field(default_factory=dict)
+    """Named stages, in order."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW (torch; fused on GPU)."""
+
+    lr: LRConfig = field(default_factory=LRConfig)
+    """Learning rate."""
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    """AdamW betas."""
+    eps: float = 1e-8
+    """AdamW epsilon."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay; matrices only, not norms, biases or embeddings' norms."""
+    grad_clip: float = 1.0
+    """Largest global gradient norm; 0 = no clipping."""
+    max_bad_steps: int = 5
+    """Abort after this many consecutive steps with a non-finite loss or gradient; each is skipped."""
+
+
+@dataclass(frozen=True)
+class DeepSpeedConfig:
+    """The engine."""
+
+    zero_stage: int = 1
+    """ZeRO stage 0-3."""
+    precision: str = "auto"
+    """`bf16`, `fp32`, or `auto`: bf16 on GPU, fp32 on CPU."""
+    offload_optimizer: bool = False
+    """Keep optimizer state in host memory (ZeRO 1-3)."""
+    offload_params: bool = False
+    """Keep parameters in host memory (ZeRO 3)."""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Raw DeepSpeed configuration merged last (communication sizes and the like)."""
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    """What is written while training."""
+
+    every_tokens: Any = field(default="0", metadata=TOKENS)
+    """A metrics line each so many tokens; 0 = every step."""
+    wandb: str = "auto"
+    """`auto` (online if logged in, else offline), `online`, `offline` or `disabled`. Never asks."""
+    project: str = "moba-train"
+    """wandb project."""
+    entity: str | None = None
+    """wandb entity."""
+    progress: bool = True
+    """Progress bar on a terminal."""
+    figures: bool = True
+    """Write figures into the run directory."""
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Per-position loss on held-out documents during training."""
+
+    every_tokens: Any = field(default="20%", metadata=SHARE)
+    """Evaluate each so many tokens ("20%" of the run) and at each stage's end; 0 = only at stage ends."""
+    documents: int = 16
+    """Held-out documents of full length to use at most."""
+    seq_len: Any = field(default=None, metadata=LENGTH)
+    """Length of the evaluation; null = the stage's."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When the run is saved."""
+
+    every_tokens: Any = field(default="10%", metadata=SHARE)
+    """Save each so many tokens, and at each stage's end, and on SIGTERM or Ctrl-C; 0 = only those."""
+    keep: int = 2
+    """Newest checkpoints kept, besides the ends of stages."""
+    keep_stage_ends: bool = True
+    """Keep the checkpoint at each stage's end."""
+
+
+@dataclass(frozen=True)
+class InitConfig:
+    """Where the weights start."""
+
+    source: str | None = None
+    """Run directory, checkpoint directory, Hugging Face directory or hub id; null = random weights."""
+    optimizer: bool = False
+    """Also take the optimizer's moments (same shapes; runs of this project only)."""
+    data: bool = False
+    """Also take the loader's position and the random state."""
+
+
+@dataclass(frozen=True)
+class RunSection:
+    """The run itself."""
+
+    name: str = "run"
+    """Name in wandb and in plots; the experiment's name by default."""
+    dir: str = "runs/run"
+    """Run directory. The same command again continues from its newest checkpoint."""
+    seed: int = 0
+    """Seed of the weights and of everything random."""
+    device: str = "auto"
+    """`auto`, `cuda` or `cpu`."""
+    deterministic: bool = False
+    """Bitwise repeatable kernels on GPU, at some cost (CPU runs always repeat)."""
+    allow_changes: bool = False
+    """Resume even though the configuration would change the trajectory."""
+    notice: str | None = None
+    """A line of advice printed with the plan."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A complete run."""
+
+    run: RunSection = field(default_factory=RunSection)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    init: InitConfig = field(default_factory=InitConfig)
