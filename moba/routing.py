@@ -1,0 +1,227 @@
+"""Which blocks each query attends to: block layout of a pack, block means, gate scores, and the choice of the best.
+
+`route` is the selection that every fast backend uses. It is vectorised over the pack, works through the queries in
+chunks so that the scores [H, T, blocks] never exist at once, reads no values of device tensors (no host
+synchronisation), and gives the same bits whenever it is repeated, which activation checkpointing and resuming rely
+on.
+
+Shapes: T queries, S keys, H query heads, G key/value heads, R = H / G, D head size, N documents, M block slots of a
+pack, B tokens of a block, C queries of a chunk, K = top_k.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from moba.checks import check_blocks, check_documents, check_tensors
+
+# Work sizes of one chunk. The elements bound memory (64 MiB of float32); the limit on queries keeps the range of
+# blocks that a chunk can see narrow, so that causal and packed batches do not score every query against every block.
+SCORE_ELEMENTS = 1 << 24
+MEAN_ELEMENTS = 1 << 24
+CHUNK_QUERIES = 4096
+
+
+@dataclass(frozen=True)
+class BlockLayout:
+    """Where the blocks of a pack lie. They are cut from each document's start, so a document's last may be short.
+
+    Blocks are numbered through the pack, document by document. The tensors have room for `num_blocks` = S // B + N of
+    them, the most there can be: the true number is a value on the device. Unused slots, at the end, have start = end
+    = S and document = N. Build it once a batch; it holds for all layers with the same block size.
+    """
+
+    block_size: int
+    num_queries: int
+    num_keys: int
+    num_blocks: int
+    """Slots for blocks, M."""
+    first_block_N: torch.Tensor
+    """int64 [N+1]: number of blocks before each document; the last entry is the number of blocks of the pack."""
+    start_M: torch.Tensor
+    """int64 [M]: first key of the block, counted through the pack."""
+    end_M: torch.Tensor
+    """int64 [M]: one past its last key."""
+    document_M: torch.Tensor
+    """int64 [M]: document of the block."""
+    query_document_T: torch.Tensor
+    """int64 [T]: document of each query."""
+    query_position_T: torch.Tensor
+    """int64 [T]: the query's position among the keys of its document."""
+    query_block_T: torch.Tensor
+    """int64 [T]: block that holds the query, counted through the pack."""
+
+    @classmethod
+    def build(
+        cls,
+        block_size: int,
+        num_queries: int,
+        num_keys: int,
+        cu_seqlens: torch.Tensor | None = None,
+        cu_seqlens_k: torch.Tensor | None = None,
+        device: torch.device | str = "cpu",
+    ) -> BlockLayout:
+        """The layout of a pack, its tensors on `device`. Without cu_seqlens the pack is one document."""
+        bounds_N = _bounds(cu_seqlens, num_queries, device)
+        bounds_k_N = (
+            _bounds(cu_seqlens_k, num_keys, device) if cu_seqlens_k is not None or cu_seqlens is None else bounds_N
+        )
+        num_documents = bounds_N.numel() - 1
+        num_blocks = num_keys // block_size + num_documents
+        lengths_N = bounds_k_N.diff()
+        first_block_N = torch.nn.functional.pad(((lengths_N + block_size - 1) // block_size).cumsum(0), (1, 0))
+
+        slot_M = torch.arange(num_blocks, device=device)
+        document_M = torch.searchsorted(first_block_N[1:], slot_M, right=True)
+        document = document_M.clamp(max=num_documents - 1)
+        used = document_M < num_documents
+        start_M = (bounds_k_N[document] + (slot_M - first_block_N[document]) * block_size).where(used, num_keys)
+        end_M = torch.minimum(start_M + block_size, bounds_k_N[document + 1]).where(used, num_keys)
+
+        query_T = torch.arange(num_queries, device=device)
+        query_document_T = torch.searchsorted(bounds_N[1:], query_T, right=True).clamp(max=num_documents - 1)
+        first_position_N = lengths_N - bounds_N.diff()  # queries are the last of their document's keys
+        query_position_T = query_T - bounds_N[query_document_T] + first_position_N[query_document_T]
+        query_block_T = first_block_N[query_document_T] + query_position_T // block_size
+        return cls(
+            block_size, num_queries, num_keys, num_blocks, first_block_N, start_M, end_M, document_M,
+            query_document_T, query_position_T, query_block_T,
+        )  # fmt: skip
+
+    @property
+    def query_first_block_T(self) -> torch.Tensor:
+        """int64 [T]: first block of each query's document."""
+        return self.first_block_N[self.query_document_T]
+
+    def candidates(self, start: int, stop: int) -> tuple[int, int]:
+        """Range [low, high) of blocks holding all history of the queries [start, stop); tight where it is free to know."""
+        if self.query_block_T.device.type == "cpu":
+            return int(self.first_block_N[self.query_document_T[start]]), int(self.query_block_T[stop - 1])
+        if self.first_block_N.numel() == 2:  # one document: known from shapes
+            return 0, (self.num_keys - self.num_queries + stop - 1) // self.block_size
+        return 0, self.num_blocks
+
+
+def route(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    *,
+    block_size: int,
+    top_k: int,
+    cu_seqlens: torch.Tensor | None = None,
+    cu_seqlens_k: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The blocks each query attends to, int32 [H, T, K]: -1s where there are none, history ascending, own block last.
+
+    Indices count blocks from the start of the query's own document. q is [T, H, D], k is [S, G, D]; every query head
+    routes on its own, against the means of the key head it shares. Only blocks wholly before the query's own compete,
+    with the score <q, mean>, unscaled, in float32 (float64 for float64 inputs); of equal scores the earlier block
+    wins (MoBA paper, section 2.2). No gradient. Rows of non-finite scores give a legal, causal selection, but which
+    is not specified. Raises ValueError for bad arguments.
+    """
+    check_blocks(block_size, top_k)
+    check_tensors(q, k)
+    check_documents(cu_seqlens, cu_seqlens_k, q.shape[0], k.shape[0])
+    layout = BlockLayout.build(block_size, q.shape[0], k.shape[0], cu_seqlens, cu_seqlens_k, q.device)
+    return select_blocks(q, layout_means(k, layout), layout, top_k)
+
+
+def block_means(k: torch.Tensor, cu_seqlens_k: torch.Tensor | None, block_size: int) -> torch.Tensor:
+    """Mean key of every block, float32 [M, G, D] (float64 for float64 keys): S // B + N slots, as in BlockLayout."""
+    return layout_means(k, BlockLayout.build(block_size, k.shape[0], k.shape[0], cu_seqlens_k, device=k.device))
+
+
+@torch.no_grad()
+def layout_means(k: torch.Tensor, layout: BlockLayout) -> torch.Tensor:
+    """Mean key of every block of the layout, float32 [M, G, D] (float64 for float64 keys); 0 in unused slots."""
+    num_keys, num_kv_heads, head_dim = k.shape
+    means_MGD = k.new_zeros(layout.num_blocks, num_kv_heads, head_dim, dtype=score_dtype(k))
+    if num_keys == 0:
+        return means_MGD
+    offset_B = torch.arange(layout.block_size, device=k.device)
+    step = max(1, MEAN_ELEMENTS // (layout.block_size * num_kv_heads * head_dim))
+    for i in range(0, layout.num_blocks, step):
+        start, end = layout.start_M[i : i + step, None], layout.end_M[i : i + step, None]
+        index_mB = start + offset_B
+        keys_mBGD = k[index_mB.clamp(max=num_keys - 1)].to(means_MGD.dtype)
+        keys_mBGD = keys_mBGD.masked_fill_((index_mB >= end)[:, :, None, None], 0)
+        means_MGD[i : i + step] = keys_mBGD.sum(dim=1) / (end - start).clamp(min=1)[:, :, None]
+    return means_MGD
+
+
+@torch.no_grad()
+def select_blocks(q: torch.Tensor, means_MGD: torch.Tensor, layout: BlockLayout, top_k: int) -> torch.Tensor:
+    """`route` from means that are at hand: int32 [H, T, K]. Means of incomplete blocks are never used."""
+    num_queries, num_heads, _ = q.shape
+    selection_HTK = torch.full((num_heads, num_queries, top_k), -1, dtype=torch.int32, device=q.device)
+    first_block_T = layout.query_first_block_T
+    selection_HTK[:, :, -1] = layout.query_block_T - first_block_T
+    if top_k == 1:
+        return selection_HTK
+    step = max(1, min(CHUNK_QUERIES, SCORE_ELEMENTS // (num_heads * layout.num_blocks)))
+    for start in range(0, num_queries, step):
+        stop = min(start + step, num_queries)
+        low, high = layout.candidates(start, stop)
+        if low >= high:
+            continue
+        column_m = torch.arange(low, high, device=q.device)
+        first_C1, own_C1 = first_block_T[start:stop, None], layout.query_block_T[start:stop, None]
+        scores_HCm = gate_scores(q[start:stop], means_MGD[low:high])
+        scores_HCm.masked_fill_((column_m < first_C1) | (column_m >= own_C1), float("-inf"))
+        best_HCk = _best_columns(scores_HCm, min(top_k - 1, high - low))
+        picked_HCk = torch.where(best_HCk >= 0, best_HCk + low - first_C1, -1).sort(dim=-1).values
+        selection_HTK[:, start:stop, top_k - 1 - picked_HCk.shape[-1] : -1] = picked_HCk
+    return selection_HTK
+
+
+def gate_scores(q: torch.Tensor, means_MGD: torch.Tensor) -> torch.Tensor:
+    """<q, mean> without scaling, [H, T, M] in the dtype of the means; heads of a group share the means, uncopied."""
+    num_queries, num_heads, head_dim = q.shape
+    num_blocks, num_kv_heads, _ = means_MGD.shape
+    q_GRTD = q.to(means_MGD.dtype).view(num_queries, num_kv_heads, -1, head_dim).permute(1, 2, 0, 3)
+    with full_precision(q.device):
+        scores_GrM = torch.bmm(q_GRTD.reshape(num_kv_heads, -1, head_dim), means_MGD.permute(1, 2, 0))
+    return scores_GrM.view(num_heads, num_queries, num_blocks)
+
+
+def _best_columns(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """Columns of the `count` greatest scores of each row above -inf, -1 where there are fewer. Overwrites scores.
+
+    By repeated maximum, because `max` promises the first of equal values and `topk` promises no order.
+    """
+    best = []
+    for _ in range(count):
+        value, column = scores.max(dim=-1)
+        best.append(torch.where(value > float("-inf"), column, -1))
+        scores.scatter_(-1, column[..., None], float("-inf"))
+    return torch.stack(best, dim=-1)
+
+
+def score_dtype(x: torch.Tensor) -> torch.dtype:
+    """The dtype of means and scores, and of accumulation in general: float32, or float64 for float64 inputs."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+@contextmanager
+def full_precision(device: torch.device):
+    """Context in which float32 matrix products are float32: no autocast, no TF32, whatever the user switched on."""
+    with torch.autocast(device.type, enabled=False):
+        if device.type != "cuda":
+            yield
+            return
+        before = torch.backends.cuda.matmul.fp32_precision
+        torch.backends.cuda.matmul.fp32_precision = "ieee"
+        try:
+            yield
+        finally:
+            torch.backends.cuda.matmul.fp32_precision = before
+
+
+def _bounds(cu_seqlens: torch.Tensor | None, num_tokens: int, device: torch.device | str) -> torch.Tensor:
+    """Document bounds as int64 on `device`; one document without cu_seqlens."""
+    if cu_seqlens is None:
+        return torch.arange(2, device=device) * num_tokens
+    return cu_seqlens.to(device=device, dtype=torch.int64)
