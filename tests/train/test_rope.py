@@ -1,0 +1,154 @@
+"""train/rope.py against transformers' own RoPE, and the order in which a stage's scaling is applied."""
+
+import pytest
+import torch
+from transformers import LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from conf.schema import ModelConfig, RopeConfig
+from train.rope import Rope
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}
+SCALINGS = {
+    "none": None,
+    "default": {"rope_type": "default"},
+    "linear": {"rope_type": "linear", "factor": 3.0},
+    "old spelling": {"type": "linear", "factor": 2.0},
+    "llama3": LLAMA3,
+    "llama3 x32": {**LLAMA3, "factor": 32.0},
+    "yarn": YARN,
+    "yarn betas": {**YARN, "beta_fast": 16, "beta_slow": 2, "truncate": False},
+    "yarn attention factor": {**YARN, "attention_factor": 1.3},
+    "yarn mscale": {**YARN, "mscale": 0.7, "mscale_all_dim": 1.0},
+    "yarn narrow ramp": {**YARN, "original_max_position_embeddings": 64},
+}
+
+
+def model_config(scaling=None, theta=500000.0, head_dim=64):
+    return ModelConfig(hidden_size=4 * head_dim, num_heads=4, rope_theta=theta, rope_scaling=scaling)
+
+
+def llama_config(scaling, theta=500000.0, head_dim=64):
+    parameters = {"rope_type": "default", **(scaling or {}), "rope_theta": theta}
+    if "type" in parameters:
+        parameters["rope_type"] = parameters.pop("type")
+    return LlamaConfig(
+        hidden_size=4 * head_dim, num_attention_heads=4, rope_parameters=parameters, max_position_embeddings=131072
+    )
+
+
+@pytest.mark.parametrize("theta", [10000.0, 500000.0])
+@pytest.mark.parametrize("head_dim", [16, 64, 128])
+@pytest.mark.parametrize("scaling", SCALINGS.values(), ids=SCALINGS)
+def test_frequencies_equal_transformers(scaling, head_dim, theta):
+    """Catches a wrong ramp, clamp or default of any scaling, and a missing attention factor."""
+    rope = Rope(model_config(scaling, theta, head_dim))
+    theirs = LlamaRotaryEmbedding(llama_config(scaling, theta, head_dim))
+    torch.testing.assert_close(rope.inv_freq, theirs.inv_freq, rtol=1e-5, atol=0)
+    assert rope.attention_factor == pytest.approx(theirs.attention_scaling, abs=1e-12)
+    if scaling and scaling.get("rope_type") in ROPE_INIT_FUNCTIONS:
+        inv_freq, factor = ROPE_INIT_FUNCTIONS[scaling["rope_type"]](llama_config(scaling, theta, head_dim))
+        torch.testing.assert_close(rope.inv_freq, inv_freq, rtol=1e-5, atol=0)
+        assert rope.attention_factor == pytest.approx(factor, abs=1e-12)
+        assert not torch.allclose(inv_freq, Rope(model_config(None, theta, head_dim)).inv_freq)
+
+
+@pytest.mark.parametrize("scaling", [None, LLAMA3, YARN], ids=["none", "llama3", "yarn"])
+def test_cos_sin_equal_transformers_up_to_a_million_positions(scaling):
+    """Catches angles that drift from transformers' with the position, in value or precision."""
+    positions = torch.tensor([0, 1, 2, 1000, 32767, 131071, 999_999])
+    theirs = LlamaRotaryEmbedding(llama_config(scaling))
+    expected = theirs(torch.zeros(1, dtype=torch.float32), positions[None])
+    rope = Rope(model_config(scaling))
+    for actual, wanted in zip(rope.cos_sin(positions, torch.float32, "cpu"), expected):
+        assert torch.equal(actual, wanted[0])
+
+
+def test_result_dtype_and_shape():
+    """Catches cosines computed in bf16: the bf16 result is the float32 one rounded once."""
+    rope = Rope(model_config())
+    positions = torch.arange(1000)
+    cos32, sin32 = rope.cos_sin(positions, torch.float32, "cpu")
+    cos16, sin16 = rope.cos_sin(positions, torch.bfloat16, "cpu")
+    assert cos32.shape == sin32.shape == (1000, 64)
+    assert torch.equal(cos16, cos32.bfloat16()) and torch.equal(sin16, sin32.bfloat16())
+
+
+def test_stage_theta_replaces_the_models():
+    """Catches a stage base that is ignored, or one applied after the model's own scaling."""
+    changed = Rope(model_config(LLAMA3), RopeConfig(theta=8e6))
+    assert torch.equal(changed.inv_freq, Rope(model_config(LLAMA3, theta=8e6)).inv_freq)
+    assert not torch.equal(changed.inv_freq, Rope(model_config(LLAMA3)).inv_freq)
+
+
+@pytest.mark.parametrize("scaling", [None, LLAMA3, YARN, {"rope_type": "linear", "factor": 2}])
+def test_interpolation_divides_positions_after_the_models_own_scaling(scaling):
+    """Catches interpolation applied before the model's own scaling: llama3's bands would move."""
+    own = Rope(model_config(scaling))
+    stage = Rope(model_config(scaling), RopeConfig(scaling="linear", factor=4.0))
+    assert stage.attention_factor == own.attention_factor
+    positions = torch.arange(0, 4096, 4)
+    for a, b in zip(stage.cos_sin(positions, torch.float32, "cpu"), own.cos_sin(positions // 4, torch.float32, "cpu")):
+        assert torch.equal(a, b)
+
+
+def test_stage_yarn_equals_a_model_with_yarn():
+    """Catches a stage's yarn that differs from transformers' yarn on a model without scaling."""
+    stage = Rope(model_config(), RopeConfig(scaling="yarn", factor=4.0, original_length=4096))
+    theirs = LlamaRotaryEmbedding(llama_config(YARN))
+    torch.testing.assert_close(stage.inv_freq, theirs.inv_freq, rtol=1e-6, atol=0)
+    assert stage.attention_factor == pytest.approx(theirs.attention_scaling)
+
+
+def test_text_names_the_order():
+    """Catches a plan that hides which scaling comes first."""
+    rope = Rope(model_config(LLAMA3), RopeConfig(scaling="linear", factor=4.0))
+    assert str(rope) == "theta 500000, then llama3 x8, then linear x4"
+
+
+@pytest.mark.parametrize(
+    "scaling,words",
+    [
+        ({"rope_type": "dynamic", "factor": 2.0}, ["dynamic", "depend on the length"]),
+        ({"rope_type": "longrope"}, ["longrope", "refused"]),
+        ({"rope_type": "ntk"}, ["ntk", "unknown", "llama3"]),
+        ({"rope_type": "linear"}, ["lacks factor"]),
+        ({"rope_type": "llama3", "factor": 8.0}, ["low_freq_factor", "original_max_position_embeddings"]),
+        ({"rope_type": "linear", "factor": 0.0}, ["factor=0.0", "positive"]),
+        ({**YARN, "beta": 3}, ["unknown keys beta", "beta_fast"]),
+        ({"rope_type": "default", "partial_rotary_factor": 0.5}, ["partial_rotary_factor=0.5"]),
+        ({"rope_type": "default", "rope_theta": 1e4}, ["rope_theta", "contradicts"]),
+        ({**LLAMA3, "low_freq_factor": 4.0}, ["high_freq_factor"]),
+    ],
+)
+def test_refusals_of_the_models_scaling(scaling, words):
+    """Catches a scaling that is ignored or half read instead of refused by name."""
+    with pytest.raises(ValueError) as error:
+        Rope(model_config(scaling))
+    assert all(word in str(error.value) for word in words), error.value
+
+
+@pytest.mark.parametrize(
+    "stage,model,words",
+    [
+        (RopeConfig(scaling="ntk"), None, ["rope.scaling=ntk", "linear"]),
+        (RopeConfig(factor=2.0), None, ["rope.factor=2", "no effect"]),
+        (RopeConfig(scaling="linear", factor=0.5), None, ["rope.factor=0.5"]),
+        (RopeConfig(scaling="yarn", factor=2.0), None, ["original_length"]),
+        (RopeConfig(scaling="yarn", factor=2.0, original_length=4096), YARN, ["model.rope_scaling.factor"]),
+        (RopeConfig(theta=0.0), None, ["theta=0"]),
+    ],
+)
+def test_refusals_of_a_stages_scaling(stage, model, words):
+    """Catches a stage setting that would silently do nothing or the wrong thing."""
+    with pytest.raises(ValueError) as error:
+        Rope(model_config(model), stage)
+    assert all(word in str(error.value) for word in words), error.value

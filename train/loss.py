@@ -1,0 +1,98 @@
+"""Next-token cross-entropy that never holds the logits of all tokens.
+
+At 32K tokens and a vocabulary of 128K the float32 logits would take 17 GB. Here a tile of tokens has logits at a
+time: the forward pass keeps one log-sum-exp a token, the backward pass computes each tile's logits again. The result
+is one loss a token, so that the loss by position (train/position_loss.py) needs no second pass.
+
+Shape suffixes: T tokens, C width of the residual stream, V rows of the output matrix.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.autograd.function import once_differentiable
+
+IGNORED = -100  # label of a token that predicts nothing
+
+
+def tiled_cross_entropy(hidden_TC: torch.Tensor, weight_VC: torch.Tensor, labels_T: torch.Tensor, tile: int):
+    """The cross-entropy of each token in nats: float32 `[T]`, 0 where the label is -100.
+
+    `hidden_TC` and `weight_VC` share a floating dtype; `labels_T` is int64 and already shifted. `tile` tokens have
+    logits at a time. Logits, softmax and the sum of the weight's gradient over tiles are float32 (float64 for float64
+    inputs) whatever the inputs; gradients come back in the inputs' dtypes, for any upstream gradient. A tile without
+    a label costs nothing on the CPU; on a GPU it costs as much as another, since asking would be a synchronisation.
+    """
+    assert hidden_TC.ndim == 2 and weight_VC.ndim == 2 and hidden_TC.shape[1] == weight_VC.shape[1], (
+        hidden_TC.shape,
+        weight_VC.shape,
+    )
+    assert labels_T.shape == hidden_TC.shape[:1], (labels_T.shape, hidden_TC.shape)
+    assert hidden_TC.dtype == weight_VC.dtype, (hidden_TC.dtype, weight_VC.dtype)
+    assert tile >= 1, tile
+    return _TiledCrossEntropy.apply(hidden_TC, weight_VC, labels_T, tile)
+
+
+class _TiledCrossEntropy(torch.autograd.Function):
+    """Gradients are formed in `backward`, from the upstream gradient: a loss that forms them in `forward` gives the
+    weight a wrong gradient as soon as anything after it scales the loss (gradient accumulation does)."""
+
+    @staticmethod
+    def forward(ctx, hidden_TC, weight_VC, labels_T, tile):
+        wide = torch.promote_types(hidden_TC.dtype, torch.float32)
+        loss_T = torch.zeros(labels_T.shape, dtype=wide, device=labels_T.device)
+        lse_T = torch.zeros_like(loss_T)
+        with torch.autocast(hidden_TC.device.type, enabled=False):
+            for rows in _tiles(labels_T, tile):
+                logits = _matmul_wide(hidden_TC[rows], weight_VC.t())
+                valid = labels_T[rows] != IGNORED
+                target = torch.where(valid, labels_T[rows], 0)[:, None]
+                picked = logits.gather(1, target).squeeze(1)
+                peak = logits.amax(1)
+                lse = logits.sub_(peak[:, None]).exp_().sum(1).log_().add_(peak)
+                lse_T[rows] = lse
+                loss_T[rows] = torch.where(valid, lse - picked, 0.0)
+        ctx.save_for_backward(hidden_TC, weight_VC, labels_T, lse_T)
+        ctx.tile = tile
+        return loss_T.float()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_T):
+        hidden_TC, weight_VC, labels_T, lse_T = ctx.saved_tensors
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        grad_hidden = torch.zeros_like(hidden_TC) if needs_hidden else None
+        # Float32 even for a bf16 weight: a sum over tiles in bf16 would lose the small terms.
+        grad_weight = torch.zeros_like(weight_VC, dtype=lse_T.dtype) if needs_weight else None
+        with torch.autocast(hidden_TC.device.type, enabled=False):
+            for rows in _tiles(labels_T, ctx.tile):
+                valid = labels_T[rows] != IGNORED
+                target = torch.where(valid, labels_T[rows], 0)[:, None]
+                scale = torch.where(valid, grad_T[rows].to(lse_T.dtype), 0.0)[:, None]
+                dlogits = _matmul_wide(hidden_TC[rows], weight_VC.t()).sub_(lse_T[rows, None]).exp_()
+                dlogits.scatter_add_(1, target, dlogits.new_full((1, 1), -1.0).expand_as(target)).mul_(scale)
+                dlogits = dlogits.to(hidden_TC.dtype)
+                if needs_hidden:
+                    grad_hidden[rows] = torch.mm(dlogits, weight_VC)
+                if needs_weight:
+                    grad_weight += _matmul_wide(dlogits.t(), hidden_TC[rows])
+        return grad_hidden, None if grad_weight is None else grad_weight.to(weight_VC.dtype), None, None
+
+
+def _tiles(labels_T: torch.Tensor, tile: int):
+    """Slices of `tile` tokens that cover all tokens, without those known to hold no label."""
+    for start in range(0, labels_T.numel(), tile):
+        rows = slice(start, min(start + tile, labels_T.numel()))
+        if labels_T.device.type == "cpu" and bool((labels_T[rows] == IGNORED).all()):
+            continue
+        yield rows
+
+
+def _matmul_wide(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """`a @ b` in float32 for 16-bit inputs (products of 16-bit numbers, not rounded again), else in the inputs'
+    dtype."""
+    if a.dtype not in (torch.bfloat16, torch.float16):
+        return torch.mm(a, b)
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return torch.mm(a.float(), b.float())
