@@ -1,0 +1,126 @@
+"""What a run writes down while it trains: metrics.jsonl, one strict JSON object a line, cut back exactly on resume.
+
+`kind` says what a line is:
+    run     device, number of devices and FLOP convention, each time the run is started
+    stage   the stage that begins at `tokens`
+    train   one log interval, which ends at `tokens`
+    eval    one evaluation at `tokens`
+Floats are written so that reading them back gives the same bits; what is not finite becomes null.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from moba.spec import AttentionSpec
+
+FILE_NAME = "metrics.jsonl"
+
+
+class MetricsLog:
+    """Appends lines to a metrics.jsonl; each survives a kill of the process once `write` has returned."""
+
+    def __init__(self, path: Path | str | None) -> None:
+        """`path`: the file, made by the first line; None (ranks other than 0) writes nothing and returns the same."""
+        self.path = Path(path) if path is not None else None
+        self._stages: set[str] = set()
+        self._wall_before = 0.0
+        self._began = time.monotonic()
+
+    def cut_back(self, tokens: int) -> None:
+        """Forgets what lies beyond the checkpoint at `tokens` that a run continues from; 0 (no checkpoint) forgets all.
+
+        Kept lines stay byte for byte; a last line that a kill tore is dropped. ValueError names any other unreadable
+        line, and then nothing was changed.
+        """
+        self._stages.clear()
+        self._wall_before = 0.0
+        if self.path is None or not self.path.exists():
+            return
+        kept = [(line, record) for line, record in _lines(self.path) if tokens > 0 and record["tokens"] <= tokens]
+        for _, record in kept:
+            self._wall_before = record.get("wall_seconds", self._wall_before)
+            if record["kind"] == "stage":
+                self._stages.add(record["stage"])
+        beside = self.path.with_name(self.path.name + ".tmp")
+        with open(beside, "wb") as file:
+            file.write(b"".join(line for line, _ in kept))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, self.path)
+
+    def write(self, kind: str, tokens: int, **values: Any) -> dict[str, Any]:
+        """Appends one line and returns its record.
+
+        tokens: trained on so far. values: plain Python, not tensors. `wall_seconds` is added: the time since the run was
+        first started, without the time it lay still.
+        """
+        wall = self._wall_before + time.monotonic() - self._began
+        record = {"kind": kind, "tokens": tokens, **_strict(values), "wall_seconds": round(wall, 3)}
+        if self.path is not None:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(record, allow_nan=False) + "\n")
+        return record
+
+    def stage(self, stage: Any) -> dict[str, Any] | None:
+        """Writes the line of a train.schedule.Stage that begins; None if it is there already, as after a resume."""
+        if stage.name in self._stages:
+            return None
+        self._stages.add(stage.name)
+        return self.write("stage", stage.start, **stage_columns(stage), end=stage.end, batch_tokens=stage.batch_tokens)
+
+
+def stage_columns(stage: Any) -> dict[str, Any]:
+    """The columns that say which stage (train.schedule.Stage) a line belongs to."""
+    return {
+        "stage": stage.name,
+        "stage_index": stage.index,
+        "seq_len": stage.seq_len,
+        "attention": describe_plan(stage.attention),
+    }
+
+
+def describe_plan(plan: Sequence[AttentionSpec]) -> str:
+    """A plan in words: "moba 512x3", or, where layers differ, "moba 512x3 (21 layers), full (3 layers)"."""
+    counts = Counter(str(spec) for spec in plan)
+    if len(counts) == 1:
+        return next(iter(counts))
+    return ", ".join(f"{name} ({count} layer{'s' if count > 1 else ''})" for name, count in counts.items())
+
+
+def read_metrics(path: Path | str) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl, in order, without a torn last line; ValueError names another unreadable line."""
+    return [record for _, record in _lines(Path(path))]
+
+
+def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """Each line as it stands in the file, with what it says."""
+    lines = path.read_bytes().splitlines(keepends=True)
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+            complete = line.endswith(b"\n") and isinstance(record, dict) and {"kind", "tokens"} <= record.keys()
+        except ValueError:
+            complete = False
+        if complete:
+            yield line, record
+        elif number < len(lines):
+            raise ValueError(f"{path}, line {number}: not a metrics line: {line[:80]!r}; remove it to go on")
+
+
+def _strict(value: Any) -> Any:
+    """`value` with None in place of every float that is not finite: JSON has no word for them."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _strict(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_strict(item) for item in value]
+    return value
