@@ -44,7 +44,8 @@ class MetricsLog:
         self._wall_before = 0.0
         if self.path is None or not self.path.exists():
             return
-        kept = [(line, record) for line, record in _lines(self.path) if tokens > 0 and record["tokens"] <= tokens]
+        lines = list(_lines(self.path))
+        kept = [(line, record) for line, record in lines if tokens > 0 and record["tokens"] <= tokens]
         for _, record in kept:
             self._wall_before = record.get("wall_seconds", self._wall_before)
             if record["kind"] == "stage":
@@ -59,8 +60,8 @@ class MetricsLog:
     def write(self, kind: str, tokens: int, **values: Any) -> dict[str, Any]:
         """Appends one line and returns its record.
 
-        tokens: trained on so far. values: plain Python, not tensors. `wall_seconds` is added: the time since the run was
-        first started, without the time it lay still.
+        tokens: trained on so far. values: plain Python, not tensors. `wall_seconds` is added: how long the run has been
+        running, the time before a resume included.
         """
         wall = self._wall_before + time.monotonic() - self._began
         record = {"kind": kind, "tokens": tokens, **_strict(values), "wall_seconds": round(wall, 3)}

@@ -1,0 +1,195 @@
+"""train/tracking.py: what reaches wandb's offline files is what was logged; nothing that wandb does can stop a run."""
+
+import json
+import struct
+from pathlib import Path
+
+import pytest
+import wandb
+from matplotlib.figure import Figure
+from wandb.proto.wandb_internal_pb2 import Record
+
+from conf.schema import LoggingConfig
+from train.tracking import Tracker, run_id
+
+HEADER = 7  # bytes before the first block of a .wandb file, and of each chunk's checksum, length and type
+BLOCK = 32 * 1024
+
+
+@pytest.fixture(autouse=True)
+def no_account(tmp_path, monkeypatch):
+    """An empty home and no wandb settings, so that a developer's login does not decide what these tests see."""
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL", "WANDB_DIR", "NETRC"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "config"))
+    monkeypatch.setenv("WANDB_CACHE_DIR", str(tmp_path / "cache"))
+    wandb.teardown()
+    yield
+    wandb.teardown()
+
+
+def records(path: Path):
+    """The records of a .wandb file: 32 KiB blocks of chunks, whole (1) or first (2), middle (3), last (4) parts."""
+    data = path.read_bytes()[HEADER:]
+    at, parts = 0, b""
+    offset = HEADER  # the file's header counts towards the first block
+    while at + HEADER <= len(data):
+        room = BLOCK - (at + offset) % BLOCK
+        if room < HEADER:
+            at += room
+            continue
+        _, length, kind = struct.unpack("<IHB", data[at : at + HEADER])
+        parts += data[at + HEADER : at + HEADER + length]
+        at += HEADER + length
+        if kind in (1, 4):
+            record = Record()
+            record.ParseFromString(parts)
+            parts = b""
+            yield record
+
+
+def history(run_dir: Path) -> list[dict]:
+    """Rows of all offline runs below a run directory, in order of time."""
+    wandb.teardown()  # the service process writes the last records when it ends
+    rows = []
+    for path in sorted(run_dir.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime_ns):
+        for record in records(path):
+            if record.WhichOneof("record_type") == "history":
+                row = {"/".join(item.nested_key) or item.key: item.value_json for item in record.history.item}
+                rows.append({key: json.loads(value) for key, value in row.items()})
+    return rows
+
+
+def open_tracker(run_dir, mode="auto", **options):
+    said = []
+    tracker = Tracker(
+        run_dir,
+        LoggingConfig(wandb=mode),
+        name="test",
+        config={"model": {"hidden_size": 8}},
+        stages=["sparse", "full"],
+        warn=said.append,
+        **options,
+    )
+    return tracker, said
+
+
+def train(tokens, stage="sparse", **values):
+    return {"kind": "train", "tokens": tokens, "stage": stage, "attention": "moba 4x2", **values}
+
+
+def test_offline_run_holds_what_was_logged_and_is_one_run_after_a_resume(tmp_path, capfd):
+    """Catches values lost or put at the wrong tokens, a second id after a resume, noise and prompts without a login."""
+    tracker, said = open_tracker(tmp_path)
+    tracker.log(train(100, loss=2.5, mfu=None, **{"routing/entropy": 0.75}))
+    tracker.log({"kind": "eval", "tokens": 100, "stage": "sparse", "loss": 2.25})
+    tracker.log(train(200, stage="full", loss=1.0 / 3))
+    picture = tmp_path / "heat.png"
+    Figure(figsize=(1, 1)).savefig(picture)
+    tracker.image("position/heat_map", picture, 200)
+    tracker.curve("position/eval", [1024, 3072, 5120], [3.0, float("nan"), 2.0], 200)
+    tracker.finish()
+    assert len(said) == 1 and said[0].startswith("wandb: offline run in") and str(tmp_path) in said[0]
+    first = run_id(tmp_path)
+
+    again, _ = open_tracker(tmp_path)
+    again.log(train(300, stage="full", loss=0.25))
+    again.finish()
+    assert run_id(tmp_path) == first
+    assert {path.name for path in tmp_path.glob("wandb/offline-run-*/*.wandb")} == {f"run-{first}.wandb"}
+
+    rows = {row["_step"]: row for row in history(tmp_path)}
+    assert sorted(rows) == [100, 200, 300]
+    assert [rows[step]["tokens"] for step in sorted(rows)] == [100, 200, 300]
+    assert [rows[step]["train/loss"] for step in sorted(rows)] == [2.5, 1.0 / 3, 0.25]
+    assert [rows[step]["stage"] for step in sorted(rows)] == [0, 1, 1]
+    assert rows[100]["eval/loss"] == 2.25 and rows[100]["routing/entropy"] == 0.75
+    assert "train/mfu" not in rows[100] and "train/attention" not in rows[100]
+    media = [path.name for path in tmp_path.glob("wandb/offline-run-*/files/media/**/*") if path.is_file()]
+    assert any(name.endswith(".png") for name in media)
+    tables = list(tmp_path.glob("wandb/offline-run-*/files/media/table/**/*.table.json"))
+    assert [json.loads(table.read_text())["data"] for table in tables] == [[[1024, 3.0], [5120, 2.0]]]
+    out, err = capfd.readouterr()
+    assert out == "" and err == "", "wandb itself stays silent"
+
+
+def test_configuration_and_token_axis_are_in_the_run(tmp_path):
+    """Catches plots over steps instead of tokens, and a run that does not say how it was made."""
+    tracker, _ = open_tracker(tmp_path, "offline")
+    tracker.log(train(100, loss=2.5))
+    tracker.finish()
+    wandb.teardown()
+    (path,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    kinds = {}
+    for record in records(path):
+        kinds.setdefault(record.WhichOneof("record_type"), []).append(record)
+    update = {item.key: json.loads(item.value_json) for item in kinds["run"][0].run.config.update}
+    assert update["model"] == {"hidden_size": 8} and update["stages"] == ["sparse", "full"]
+    metrics = [record.metric for record in kinds["metric"]]
+    assert any(metric.glob_name == "*" and metric.step_metric == "tokens" for metric in metrics)
+
+
+@pytest.mark.parametrize(("variable", "expected"), [("", "offline"), ("offline", "offline"), ("disabled", None)])
+def test_wandb_mode_of_the_environment_is_honoured(tmp_path, monkeypatch, variable, expected):
+    """Catches an empty WANDB_MODE, which wandb itself refuses, and a user's WANDB_MODE=disabled that is ignored."""
+    monkeypatch.setenv("WANDB_MODE", variable)
+    wandb.teardown()
+    tracker, said = open_tracker(tmp_path)
+    tracker.log(train(100, loss=2.5))
+    tracker.finish()
+    assert [expected in line for line in said] == ([True] if expected else [])
+    assert len(list(tmp_path.glob("wandb/offline-run-*"))) == (1 if expected else 0)
+
+
+def test_online_without_an_account_goes_offline_with_one_line(tmp_path):
+    """Catches a prompt, a wait or a crash where somebody asks for online without being logged in."""
+    tracker, said = open_tracker(tmp_path, "online")
+    tracker.finish()
+    assert len(said) == 2 and "not logged in" in said[0] and "offline run" in said[1]
+
+
+def test_an_unreachable_server_does_not_stop_the_run(tmp_path, monkeypatch):
+    """Catches an exception or a long wait where there is a key but no network."""
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setattr("train.tracking.INIT_SECONDS", 2.0)
+    wandb.teardown()
+    tracker, said = open_tracker(tmp_path)
+    tracker.log(train(100, loss=2.5))
+    tracker.finish()
+    assert len(said) == 2 and "online did not start" in said[0] and "offline run" in said[1]
+    assert [row["train/loss"] for row in history(tmp_path)] == [2.5]
+
+
+def test_a_failure_while_logging_switches_wandb_off_once(tmp_path):
+    """Catches a full disk or a dead wandb process that ends training, or a warning for each step after it."""
+    tracker, said = open_tracker(tmp_path, "offline")
+
+    def fail(*args, **options):
+        raise OSError("no space left on device")
+
+    real, tracker._run.log = tracker._run, fail
+    tracker.log(train(100, loss=2.5))
+    tracker.log(train(200, loss=2.5))
+    tracker.finish()
+    real.finish()
+    assert [line for line in said if "off from here on" in line] == said[1:] and len(said) == 2
+    assert "no space left" in said[1]
+
+
+def test_disabled_imports_and_writes_nothing(tmp_path):
+    """Catches files or an id that appear although wandb was switched off."""
+    tracker, said = open_tracker(tmp_path, "disabled")
+    tracker.log(train(100, loss=2.5))
+    tracker.curve("position/eval", [1.0], [2.0], 100)
+    tracker.image("heat", tmp_path / "missing.png", 100)
+    tracker.finish()
+    assert said == [] and list(tmp_path.iterdir()) == []
+
+
+def test_a_torn_id_file_is_replaced(tmp_path):
+    """Catches a resume that fails because a kill left an empty id file."""
+    (tmp_path / "wandb_id.txt").write_text("")
+    first = run_id(tmp_path)
+    assert len(first) == 8 and run_id(tmp_path) == first

@@ -1,0 +1,186 @@
+"""Sends what a run measures to wandb: online if logged in, else into an offline run beside the other outputs.
+
+It never asks a question, never waits long for a network and never stops a run: whatever wandb cannot do ends in one
+line of warning. metrics.jsonl is the record of a run; wandb is a copy of it. Only rank 0 makes a Tracker.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from conf.schema import LoggingConfig
+from train.distributed import drop_if_empty
+
+ID_FILE = "wandb_id.txt"
+INIT_SECONDS = 20.0
+FINISH_SECONDS = 60.0
+
+
+class Tracker:
+    """One wandb run, the same one after a resume. With logging.wandb=disabled every method does nothing."""
+
+    def __init__(
+        self,
+        run_dir: Path | str,
+        logging: LoggingConfig,
+        *,
+        name: str,
+        config: Mapping[str, Any],
+        stages: Sequence[str] = (),
+        warn: Callable[[str], None] = print,
+    ) -> None:
+        """Opens the run.
+
+        run_dir: where the offline files (`wandb/`) and the run's id are kept. config: plain nested dicts, shown as the
+        run's configuration. stages: names in order; records name a stage and wandb plots its number. warn: gets at most
+        one line for what goes wrong, and one that says where the run can be seen.
+        """
+        self._run_dir = Path(run_dir)
+        self._warn = warn
+        self._stages = {stage: index for index, stage in enumerate(stages)}
+        self._run: Any = None
+        if logging.wandb == "disabled":
+            return
+        self._run = self._open(logging, name, {**config, "stages": list(stages)})
+        if self._run is not None:
+            self._run.define_metric("tokens")
+            self._run.define_metric("*", step_metric="tokens")
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Sends the numbers of a metrics record as `<kind>/<name>`, over its tokens; names with a `/` are kept."""
+        kind, tokens = record["kind"], record["tokens"]
+        values: dict[str, Any] = {"tokens": tokens}
+        for key, value in record.items():
+            if key == "stage" and value in self._stages:
+                values["stage"] = self._stages[value]
+            elif key not in ("kind", "tokens") and isinstance(value, (int, float)):
+                values[key if "/" in key else f"{kind}/{key}"] = value
+        # The step is passed always: a resumed offline run would start counting at zero again.
+        self._call(lambda: self._run.log(values, step=tokens))
+
+    def curve(self, name: str, positions: Sequence[float], losses: Sequence[float], tokens: int) -> None:
+        """Sends a loss-by-position curve: positions in visible tokens, losses in nats (NaN is left out)."""
+
+        def send() -> None:
+            import wandb
+
+            points = [(x, y) for x, y in zip(positions, losses) if y == y]
+            table = wandb.Table(columns=["position", "loss"], data=points)
+            chart = wandb.plot.line(table, "position", "loss", title=f"{name} by position")
+            self._run.log({"tokens": tokens, name: chart}, step=tokens)
+
+        self._call(send)
+
+    def image(self, name: str, path: Path | str, tokens: int) -> None:
+        """Sends a picture (PNG), such as the heat map of the loss by position over training."""
+
+        def send() -> None:
+            import wandb
+
+            self._run.log({"tokens": tokens, name: wandb.Image(str(path))}, step=tokens)
+
+        self._call(send)
+
+    def finish(self, exit_code: int = 0) -> None:
+        """Closes the run; waits at most FINISH_SECONDS for an upload. The rest stays on disk for `wandb sync`."""
+        self._call(lambda: self._run.finish(exit_code=exit_code))
+        self._run = None
+
+    def _call(self, action: Callable[[], Any]) -> None:
+        """Does something with the open run; if wandb fails, says so once and is off from then on."""
+        if self._run is None:
+            return
+        _, error = _attempt(action)
+        if error:
+            self._warn(f"wandb is off from here on, training continues: {error}")
+            self._run = None
+
+    def _open(self, logging: LoggingConfig, name: str, config: dict[str, Any]) -> Any:
+        """The open wandb run: as asked for, else offline, else None; each step down with a line that says why."""
+        mode, error = _attempt(lambda: _mode(logging.wandb))
+        if error:
+            self._warn(f"wandb is off: {error}")
+            return None
+        if mode == "disabled":
+            return None
+        if mode == "not logged in":
+            self._warn("wandb: not logged in (logging.wandb=online); writing an offline run instead")
+            mode = "offline"
+        for attempt in dict.fromkeys((mode, "offline")):
+            run, error = _attempt(lambda attempt=attempt: self._init(attempt, logging, name, config))
+            if error is None:
+                kept = f"offline run in {self._run_dir / 'wandb'} (`wandb sync` sends it)"
+                self._warn(f"wandb: {run.url if attempt == 'online' else kept}")
+                return run
+            self._warn(f"wandb {attempt} did not start: {error}")
+            _attempt(_teardown)  # a failed start would keep the run's id occupied
+        return None
+
+    def _init(self, mode: str, logging: LoggingConfig, name: str, config: dict[str, Any]) -> Any:
+        import wandb
+
+        settings = wandb.Settings(
+            silent=True, console="off", init_timeout=INIT_SECONDS, finish_timeout=FINISH_SECONDS, disable_code=True
+        )
+        return wandb.init(
+            project=logging.project,
+            entity=logging.entity,
+            name=name,
+            id=run_id(self._run_dir),
+            resume="allow",
+            dir=str(self._run_dir),
+            mode=mode,
+            config=config,
+            settings=settings,
+        )
+
+
+def run_id(run_dir: Path) -> str:
+    """The wandb id of a run directory, made and kept there the first time."""
+    path = run_dir / ID_FILE
+    text = path.read_text(encoding="ascii").strip() if path.exists() else ""
+    if not re.fullmatch(r"[0-9a-z]{4,64}", text):  # none yet, or torn by a kill
+        text = secrets.token_hex(4)
+        path.write_text(text + "\n", encoding="ascii")
+    return text
+
+
+def _mode(asked: str) -> str:
+    """`online`, `offline`, `disabled` or `not logged in`, from what was asked for and wandb's own settings.
+
+    Looks at wandb's environment variables, settings and key files, where WANDB_MODE=offline or disabled has the last
+    word; asks nobody and opens no connection.
+    """
+    import wandb
+
+    drop_if_empty("WANDB_MODE")  # which wandb takes for an unknown mode
+    own = wandb.setup(wandb.Settings(silent=True)).settings.mode
+    if own == "disabled":
+        return own
+    if asked == "offline" or own == "offline":
+        return "offline"
+    if wandb.login(prompt=False, verify=False):
+        return "online"
+    return "offline" if asked == "auto" else "not logged in"
+
+
+def _teardown() -> None:
+    import wandb
+
+    wandb.teardown()
+
+
+def _attempt(action: Callable[[], Any]) -> tuple[Any, str | None]:
+    """What `action` returns and None, or None and its error in a line.
+
+    The net is wide on purpose: wandb raises a dozen private classes that share no base but Exception (a dead service, a
+    closed mailbox, a refused setting), and none of them is worth a training run.
+    """
+    try:
+        return action(), None
+    except Exception as error:
+        return None, " ".join(str(error).split())[:300] or type(error).__name__
