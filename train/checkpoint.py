@@ -1,0 +1,339 @@
+"""Checkpoints: written whole or not at all, verified before use, independent of ZeRO stage and number of ranks.
+
+    run_dir/checkpoints/
+      latest                                  name of the newest one, for people and scripts
+      tokens_000000123456789/
+        model-00001-of-00002.safetensors      fp32 weights by their names in the model, a tied one once
+        model.safetensors.index.json          name -> file, as Hugging Face does
+        optimizer-00001-of-00002.safetensors  "<name>.exp_avg", "<name>.exp_avg_sq"
+        optimizer.safetensors.index.json
+        rng-rank00000.safetensors             random state, one file a rank
+        position_loss.safetensors             the caller's tensors
+        state.json                            format version, tokens, steps, parameters, the caller's state
+        config.yaml
+        manifest.json                         size and SHA-256 of every other file; written last
+
+An own format, not DeepSpeed's: its files are pickles (to load one is to run it), belong to one number of ranks, and
+their conversion to another number is silently wrong at stage 3 in 0.19.8. Here each of n ranks writes every n-th
+parameter and reads the ranges it holds, tensor by tensor. All ranks must see the run directory.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import distributed as dist
+from torch import nn
+
+from train import checkpoint_dir, engine_state, rng
+from train.checkpoint_dir import FORMAT_VERSION, STATE, CheckpointError, clean_stale, newest, verify
+from train.distributed import barrier, gather_objects
+from train.engine_state import MASTER, MOMENTS, Slot
+
+__all__ = [
+    "CheckpointError",
+    "Saved",
+    "clean_stale",
+    "iter_weights",
+    "load_engine",
+    "load_rng",
+    "load_weights",
+    "newest",
+    "read",
+    "save",
+    "verify",
+    "verify_together",
+]
+
+SHARD_BYTES = 2**30
+MODEL_INDEX, OPTIMIZER_INDEX = "model.safetensors.index.json", "optimizer.safetensors.index.json"
+CONFIG, TENSORS = "config.yaml", "position_loss.safetensors"
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a checkpoint holds besides weights, moments and random state."""
+
+    path: Path
+    tokens: int
+    state: dict[str, Any]
+    """The caller's JSON state."""
+    tensors: dict[str, torch.Tensor]
+    """The caller's tensors, on the CPU."""
+    config_yaml: str
+    meta: dict[str, Any]
+    """state.json: also optimizer_step, world_size, zero_stage, precision, stage_end, parameters (name -> shape)."""
+
+
+# Saving
+
+
+def save(
+    run_dir: Path,
+    engine: Any,
+    *,
+    tokens: int,
+    state: dict[str, Any],
+    tensors: dict[str, torch.Tensor],
+    config_yaml: str,
+    stage_end: bool,
+    keep: int,
+) -> Path:
+    """Returns the directory of a new, complete checkpoint; a collective for all ranks, between steps.
+
+    `state` (JSON-able), `tensors` and `config_yaml` are rank 0's. Afterwards the newest `keep` checkpoints are left,
+    and those saved with `stage_end`. Raises CheckpointError on all ranks, with everything older untouched, if a rank
+    cannot write (a full disk).
+    """
+    main = dist.get_rank() == 0
+    temporary = checkpoint_dir.saving_directory(run_dir, tokens)
+    _attempt(temporary, lambda: checkpoint_dir.begin(run_dir, tokens) if main else None)
+
+    files, index = _write_engine(temporary, engine)
+    meta = _meta(engine, tokens, stage_end) | {"state": state}
+
+    def write_rest() -> None:
+        save_file(rng.random_state(), temporary / _rng_file(dist.get_rank()))
+        files.append(_rng_file(dist.get_rank()))
+        if main:
+            files.extend(_write_shared(temporary, meta, tensors, config_yaml, index))
+
+    _attempt(temporary, write_rest)
+    sealed = _attempt(temporary, lambda: {file: checkpoint_dir.seal(temporary / file) for file in files})
+    entries = {file: entry for part in gather_objects(sealed) for file, entry in part.items()}
+    _attempt(temporary, lambda: checkpoint_dir.commit(temporary, entries) if main else None)
+    if main:
+        checkpoint_dir.prune(run_dir, keep)
+    return run_dir / "checkpoints" / checkpoint_dir.directory_name(tokens)
+
+
+def _attempt(temporary: Path, action: Callable[[], T]) -> T:
+    """Returns action(). If it could not write, here or on any other rank, all remove `temporary` and raise together."""
+    result = failure = None
+    try:
+        result = action()
+    except (OSError, SafetensorError) as error:
+        failure = str(error)
+    failures = [f"rank {rank}: {text}" for rank, text in enumerate(gather_objects(failure)) if text]
+    if failures:
+        if dist.get_rank() == 0:
+            checkpoint_dir.discard(temporary)
+        barrier()
+        raise CheckpointError(
+            f"could not save {temporary.name.removeprefix(checkpoint_dir.SAVING)} in {temporary.parent}: "
+            f"{'; '.join(failures)}. Earlier checkpoints are as they were"
+        )
+    return result
+
+
+def _meta(engine: Any, tokens: int, stage_end: bool) -> dict[str, Any]:
+    return {
+        "format_version": FORMAT_VERSION,
+        "tokens": tokens,
+        "stage_end": stage_end,
+        "optimizer_step": engine_state.step_count(engine),
+        "world_size": dist.get_world_size(),
+        "zero_stage": int(engine.zero_optimization_stage()),
+        "precision": "bf16" if engine.bfloat16_enabled() else "fp32",
+        "parameters": {slot.name: list(slot.shape) for slot in engine_state.slots(engine)},
+    }
+
+
+def _write_shared(
+    directory: Path, meta: dict[str, Any], tensors: dict[str, torch.Tensor], config_yaml: str, index: dict[str, Any]
+) -> list[str]:
+    """Returns the names of the files that are not per rank, having written them."""
+    texts = {STATE: json.dumps(meta, indent=1), CONFIG: config_yaml}
+    texts |= {name: json.dumps(content, indent=1) for name, content in index.items()}
+    for name, text in texts.items():
+        checkpoint_dir.write_text(directory / name, text)
+    save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, directory / TENSORS)
+    return [*texts, TENSORS]
+
+
+@dataclass(frozen=True)
+class _Shard:
+    file: str
+    owner: int
+    slots: list[Slot]
+
+
+def _plan(slots: list[Slot], kind: str, bytes_each: int, world_size: int) -> list[list[_Shard]]:
+    """Returns rounds of at most one shard a rank.
+
+    Parameter i belongs to rank i % world_size; a shard holds SHARD_BYTES at most, or a single larger parameter.
+    """
+    owned: list[list[list[Slot]]] = [[] for _ in range(world_size)]
+    for index, slot in enumerate(slots):
+        shards = owned[index % world_size]
+        if not shards or (sum(s.numel for s in shards[-1]) + slot.numel) * bytes_each > SHARD_BYTES:
+            shards.append([])
+        shards[-1].append(slot)
+    ordered = [(turn, owner) for turn in range(max(map(len, owned))) for owner in range(world_size)]
+    ordered = [(turn, owner) for turn, owner in ordered if turn < len(owned[owner])]
+    rounds: list[list[_Shard]] = [[] for _ in owned[0]]
+    for number, (turn, owner) in enumerate(ordered, 1):
+        file = f"{kind}-{number:05d}-of-{len(ordered):05d}.safetensors"
+        rounds[turn].append(_Shard(file, owner, owned[owner][turn]))
+    return rounds
+
+
+def _write_engine(temporary: Path, engine: Any) -> tuple[list[str], dict[str, Any]]:
+    """Returns (files this rank wrote, index file -> its content), having written this rank's shards."""
+    slots = engine_state.slots(engine)
+    kinds = {MODEL_INDEX: ("model", (MASTER,))}
+    if engine_state.has_moments(engine):
+        kinds[OPTIMIZER_INDEX] = ("optimizer", MOMENTS)
+    files: list[str] = []
+    index: dict[str, Any] = {}
+    for index_file, (kind, keys) in kinds.items():
+        bytes_each = 4 * len(keys)
+        weight_map: dict[str, str] = {}
+        for shards in _plan(slots, kind, bytes_each, dist.get_world_size()):
+            weight_map |= {_tensor_name(slot, key): sh.file for sh in shards for slot in sh.slots for key in keys}
+            files += _write_round(temporary, engine, shards, keys)
+        total_size = bytes_each * sum(slot.numel for slot in slots)
+        index[index_file] = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
+    return files, index
+
+
+def _write_round(temporary: Path, engine: Any, shards: list[_Shard], keys: tuple[str, ...]) -> list[str]:
+    """Returns the file this rank wrote, if any: one shard is gathered for each rank, then all write at once."""
+    file, mine = None, {}
+    for shard in shards:
+        for slot in shard.slots:
+            for key in keys:
+                tensor = engine_state.gather(engine, slot, key, shard.owner)
+                if tensor is not None:
+                    file, mine[_tensor_name(slot, key)] = shard.file, tensor
+    _attempt(temporary, lambda: save_file(mine, temporary / file, metadata={"format": "pt"}) if file else None)
+    return [file] if file else []
+
+
+def _tensor_name(slot: Slot, key: str) -> str:
+    return slot.name if key == MASTER else f"{slot.name}.{key}"
+
+
+# Loading
+
+
+def verify_together(checkpoint: Path) -> None:
+    """`verify` as a collective: each rank reads its share of the files, all raise the same CheckpointError."""
+    files = checkpoint_dir.manifest(checkpoint)
+    mine = sorted(files)[dist.get_rank() :: dist.get_world_size()]
+    found = [checkpoint_dir.damage(checkpoint, file, files[file]) for file in mine]
+    checkpoint_dir.raise_damage(checkpoint, [text for part in gather_objects(found) for text in part if text])
+
+
+def read(checkpoint: Path) -> Saved:
+    """Returns everything but weights, moments and random state. Verify first."""
+    meta = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+    config_yaml = (checkpoint / CONFIG).read_text(encoding="utf-8")
+    return Saved(checkpoint, meta["tokens"], meta["state"], load_file(checkpoint / TENSORS), config_yaml, meta)
+
+
+class _TensorFiles:
+    """Ranges of the tensors behind an index file, read without loading whole files."""
+
+    def __init__(self, directory: Path, index_file: str, stack: ExitStack) -> None:
+        self._directory = directory
+        self._files: dict[str, str] = json.loads((directory / index_file).read_text(encoding="utf-8"))["weight_map"]
+        self._open: dict[str, Any] = {}
+        self._stack = stack
+
+    def elements(self, name: str, shape: tuple[int, ...], start: int, size: int) -> torch.Tensor:
+        """Returns elements [start, start + size) of a tensor laid out flat."""
+        file = self._files[name]
+        if file not in self._open:
+            self._open[file] = self._stack.enter_context(safe_open(self._directory / file, framework="pt"))
+        row = math.prod(shape[1:])
+        first, last = start // row, -(-(start + size) // row)
+        rows = self._open[file].get_slice(name)[first:last]
+        return rows.reshape(-1)[start - first * row :][:size]
+
+
+def load_engine(engine: Any, checkpoint: Path, *, optimizer: bool = True) -> None:
+    """Puts a checkpoint's fp32 weights, and with `optimizer` AdamW's moments and step count, into an engine; a
+    collective.
+
+    Exact for any ZeRO stage and number of ranks, those of the checkpoint or others. Raises CheckpointError on all ranks
+    if a file is damaged or the parameters differ.
+    """
+    verify_together(checkpoint)
+    meta = read(checkpoint).meta
+    _compare({slot.name: slot.shape for slot in engine_state.slots(engine)}, meta["parameters"], checkpoint)
+    step = meta["optimizer_step"] if optimizer else 0
+    with ExitStack() as stack:
+        files = {MASTER: _TensorFiles(checkpoint, MODEL_INDEX, stack)}
+        if step:
+            files |= dict.fromkeys(MOMENTS, _TensorFiles(checkpoint, OPTIMIZER_INDEX, stack))
+
+        def elements(key: str, slot: Slot) -> torch.Tensor:
+            return files[key].elements(_tensor_name(slot, key), slot.shape, slot.start, slot.size)
+
+        engine_state.restore(engine, elements, step=step)
+    barrier()
+
+
+def _compare(model: dict[str, Any], saved: dict[str, Any], source: Path) -> None:
+    """Raises CheckpointError listing how a model's parameters (name -> shape) differ from the saved ones."""
+    problems = [f"{name} is not in the checkpoint" for name in model if name not in saved]
+    problems += [f"{name} is not in the model" for name in saved if name not in model]
+    problems += [
+        f"{name} is {tuple(saved[name])} in the checkpoint and {tuple(shape)} in the model"
+        for name, shape in model.items()
+        if name in saved and tuple(saved[name]) != tuple(shape)
+    ]
+    if problems:
+        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise CheckpointError(f"{source} does not fit model.*: {'; '.join(problems[:5])}{more}")
+
+
+def iter_weights(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields (name, tensor), one in memory at a time, of a directory with a model.safetensors.index.json."""
+    index = json.loads((directory / MODEL_INDEX).read_text(encoding="utf-8"))["weight_map"]
+    for file in sorted(set(index.values())):
+        with safe_open(directory / file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - not a dict
+                yield name, tensors.get_tensor(name)
+
+
+@torch.no_grad()
+def load_weights(model: nn.Module, source: Path) -> Path:
+    """Returns the checkpoint whose weights the model now has: `source`, or the newest of the run directory `source`.
+
+    For init.source and for evaluation: no engine, no process group, each process reads all weights, one tensor at a
+    time. A bf16 engine built afterwards starts from rounded weights; load_engine(..., optimizer=False) then restores
+    the fp32 ones. Raises CheckpointError.
+    """
+    checkpoint = checkpoint_dir.find(source)
+    verify(checkpoint, [f for f in checkpoint_dir.manifest(checkpoint) if f.startswith("model") or f == STATE])
+    meta = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+    parameters = dict(model.named_parameters())
+    _compare({name: p.shape for name, p in parameters.items()}, meta["parameters"], checkpoint)
+    for name, tensor in iter_weights(checkpoint):
+        parameters[name].copy_(tensor)
+    return checkpoint
+
+
+def _rng_file(rank: int) -> str:
+    return f"rng-rank{rank:05d}.safetensors"
+
+
+def load_rng(checkpoint: Path, *, seed: int) -> None:
+    """Restores this rank's generators; a rank that the checkpoint has no file for is seeded from (seed, rank)."""
+    path = checkpoint / _rng_file(dist.get_rank())
+    if path.exists():
+        rng.restore(load_file(path))
+    else:
+        rng.seed(seed, dist.get_rank())

@@ -1,0 +1,195 @@
+"""The directory of a checkpoint: filled under a hidden name, renamed when whole, checked before it is read.
+
+Nothing here knows what the files hold, except that state.json says whether the checkpoint ends a stage. `newest`
+trusts names, manifests and sizes; `verify` reads every byte. All of it is done by one process; train/checkpoint.py
+adds the ranks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+FORMAT_VERSION = 1
+STATE, MANIFEST = "state.json", "manifest.json"
+# Both begin with a dot and end with a checkpoint's name.
+SAVING, REPLACED = ".saving_", ".replaced_"
+
+
+class CheckpointError(Exception):
+    """A checkpoint that cannot be written, found, trusted or used; the message says which file and what to do."""
+
+
+def directory_name(tokens: int) -> str:
+    """Returns the name of the checkpoint at `tokens`."""
+    return f"tokens_{tokens:015d}"
+
+
+def checkpoints(run_dir: Path) -> list[Path]:
+    """Returns a run's complete checkpoints, oldest first: they have a manifest, and every file of it in its size."""
+    return [path for path in sorted((run_dir / "checkpoints").glob("tokens_*")) if _is_complete(path)]
+
+
+def newest(run_dir: Path) -> Path | None:
+    """Returns the newest complete checkpoint of a run, or None."""
+    return next(reversed(checkpoints(run_dir)), None)
+
+
+def find(source: Path) -> Path:
+    """Returns the checkpoint that `source` names: itself, or the newest of a run directory. Raises CheckpointError."""
+    if (source / MANIFEST).exists():
+        return source
+    found = newest(source)
+    if found is None:
+        raise CheckpointError(f"{source} is neither a checkpoint nor a run directory with a complete one")
+    return found
+
+
+# Writing
+
+
+def begin(run_dir: Path, tokens: int) -> Path:
+    """Returns the new, empty, hidden directory that `commit` will make the checkpoint at `tokens`. Raises OSError."""
+    temporary = saving_directory(run_dir, tokens)
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    return temporary
+
+
+def saving_directory(run_dir: Path, tokens: int) -> Path:
+    """Returns the path `begin` makes."""
+    return run_dir / "checkpoints" / (SAVING + directory_name(tokens))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a small UTF-8 file and flushes it to disk."""
+    path.write_text(text, encoding="utf-8")
+    _flush(path)
+
+
+def seal(path: Path) -> dict[str, Any]:
+    """Returns a file's manifest entry, having flushed the file to disk. Raises OSError."""
+    _flush(path)
+    return {"size": path.stat().st_size, "sha256": _digest(path)}
+
+
+def commit(temporary: Path, files: dict[str, dict[str, Any]]) -> Path:
+    """Returns the finished checkpoint: manifest written, directory flushed and renamed, `latest` pointing to it.
+
+    `files` are the manifest entries. The rename is the moment at which it exists. Raises OSError.
+    """
+    root, name = temporary.parent, temporary.name.removeprefix(SAVING)
+    final, replaced = root / name, root / (REPLACED + name)
+    write_text(temporary / MANIFEST, json.dumps({"format_version": FORMAT_VERSION, "files": files}, indent=1))
+    _flush(temporary)
+    if final.exists():  # a run that went back past a damaged checkpoint gets here again
+        shutil.rmtree(replaced, ignore_errors=True)
+        final.rename(replaced)
+    temporary.rename(final)
+    _flush(root)
+    shutil.rmtree(replaced, ignore_errors=True)
+    write_text(root / ".latest", name + "\n")
+    os.replace(root / ".latest", root / "latest")
+    _flush(root)
+    return final
+
+
+def discard(temporary: Path) -> None:
+    """Removes an unfinished checkpoint."""
+    shutil.rmtree(temporary, ignore_errors=True)
+
+
+def clean_stale(run_dir: Path) -> None:
+    """Removes what killed processes left half-written or half-removed. Only for the holder of the run's lock."""
+    for path in (run_dir / "checkpoints").glob(f"{REPLACED}tokens_*"):
+        final = path.with_name(path.name.removeprefix(REPLACED))
+        if not final.exists():  # killed between the two renames that replace a checkpoint
+            path.rename(final)
+    for prefix in (SAVING, REPLACED):
+        for path in (run_dir / "checkpoints").glob(f"{prefix}tokens_*"):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def prune(run_dir: Path, keep: int) -> None:
+    """Removes checkpoints except the newest `keep` (at least one) and those at the end of a stage."""
+    for path in checkpoints(run_dir)[: -max(keep, 1)]:
+        if not json.loads((path / STATE).read_text(encoding="utf-8"))["stage_end"]:
+            doomed = path.with_name(SAVING + path.name)  # hidden first: what is half removed must not look whole
+            shutil.rmtree(doomed, ignore_errors=True)
+            path.rename(doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# Checking
+
+
+def manifest(checkpoint: Path) -> dict[str, dict[str, Any]]:
+    """Returns file name -> {"size": bytes, "sha256": hex}. Raises CheckpointError."""
+    path = checkpoint / MANIFEST
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        version, files = content["format_version"], content["files"]
+    except FileNotFoundError:
+        raise CheckpointError(f"{checkpoint} is not a checkpoint of this project: it has no {MANIFEST}") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error})") from None
+    if version != FORMAT_VERSION:
+        raise CheckpointError(f"{checkpoint} has format version {version}; this program reads {FORMAT_VERSION}")
+    return files
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    try:
+        files = manifest(checkpoint)
+        return all((checkpoint / file).stat().st_size == entry["size"] for file, entry in files.items())
+    except (CheckpointError, OSError):
+        return False
+
+
+def damage(checkpoint: Path, file: str, entry: dict[str, Any]) -> str | None:
+    """Returns what is wrong with one file, or None: its size, its checksum, or that it cannot be read."""
+    path = checkpoint / file
+    try:
+        size = path.stat().st_size
+        if size != entry["size"]:
+            return f"{path} has {size} bytes instead of {entry['size']}"
+        return None if _digest(path) == entry["sha256"] else f"{path} does not match its SHA-256 checksum"
+    except OSError as error:
+        return f"{path} cannot be read ({error})"
+
+
+def verify(checkpoint: Path, files: Iterable[str] | None = None) -> None:
+    """Checks size and checksum of all files, or of some. Raises CheckpointError, as `raise_damage` words it."""
+    entries = manifest(checkpoint)
+    found = [damage(checkpoint, file, entries[file]) for file in (entries if files is None else files)]
+    raise_damage(checkpoint, [text for text in found if text])
+
+
+def raise_damage(checkpoint: Path, found: list[str]) -> None:
+    """Raises CheckpointError, if there is damage, with it and the newest good checkpoint before this one."""
+    if not found:
+        return
+    advice = "There is no good one before it"
+    for path in reversed(checkpoints(checkpoint.parent.parent)):
+        if path.name < checkpoint.name and not any(damage(path, f, entry) for f, entry in manifest(path).items()):
+            advice = f"The newest good one before it is {path}: remove {checkpoint} to continue from there"
+            break
+    raise CheckpointError(f"{checkpoint} is damaged: {'; '.join(found)}. {advice}")

@@ -1,0 +1,106 @@
+"""One optimizer step, to be read in order: count valid tokens, forward and backward each micro-batch, clip, finite?,
+step.
+
+The loss of a step is the sum of its per-token losses over the valid tokens of the whole global batch, so it does not
+depend on how tokens fall on ranks and micro-batches.
+
+What happens to a non-finite step. The loss of each micro-batch is tested on the device before its backward pass; a
+bad one multiplies the loss by NaN, so that its gradients, and after the reduction every rank's, are NaN. The gradient
+norm is tested before the optimizer, on all ranks alike since the gradients are reduced by then, and a bad step is
+dropped as if it had never been: no parameter, moment or step count moves. Who tests the norm:
+
+    stage 0                 `_step_plain` below
+    stage 1 bf16            DeepSpeed's BF16_Optimizer.step
+    stages 1, 2, 3          DeepSpeed's ZeRO optimizers' step, bf16 and fp32, offloaded or not
+
+So there is no stage where a non-finite gradient reaches the weights, and no collective or host synchronisation is
+spent on the test of the loss. Host synchronisations: DeepSpeed's step reads the norm once a step (stages 1 and 2 in
+bf16 an overflow flag too), which waits for the backward pass; the one read of our own is placed right before it and
+waits for nothing more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from data.packing import IGNORED, Batch
+from train.distributed import World, all_reduce_sum
+from train.optim import set_lr
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step did."""
+
+    loss_sum: torch.Tensor
+    """Sum of this rank's per-token losses; float64 [], on the device. Not finite where the step was skipped for it."""
+    num_tokens: int
+    """Valid tokens of the global batch: the mean loss is the all-reduced loss_sum over this."""
+    grad_norm: torch.Tensor
+    """Global L2 norm of the gradients before clipping; float32 [], on the device. inf or nan in a skipped step."""
+    skipped: bool
+    """True, on all ranks, if the loss or the gradients were not finite and nothing was updated."""
+    stop: bool
+    """True, on all ranks, if any rank asked to stop."""
+
+
+def train_step(
+    engine: Any,
+    batches: Sequence[Batch],
+    *,
+    lr: float,
+    world: World,
+    stop: bool = False,
+    on_losses: Callable[[torch.Tensor, Batch], None] | None = None,
+) -> StepResult:
+    """Returns the result of one optimizer step on this rank's micro-batches; every rank must bring the same number of
+    them.
+
+    `stop` is this rank's wish to end the run after this step. `on_losses(losses float32 [T], batch)` gets every
+    micro-batch's detached per-token losses, on the device, once the step is known to be good; a skipped step is not
+    observed.
+    """
+    valid = torch.stack([(batch.labels != IGNORED).sum() for batch in batches]).sum()
+    counts = all_reduce_sum(torch.stack([valid, valid.new_tensor(int(stop))]).to(world.device))
+    # DeepSpeed averages gradients over ranks; the loss is a sum over them.
+    scale = world.world_size / counts[0].clamp(min=1)
+
+    seen = []
+    for index, batch in enumerate(batches):
+        batch = batch.to(world.device)
+        engine.set_gradient_accumulation_boundary(index == len(batches) - 1)
+        losses = engine(batch.tokens, batch.positions, batch.cu_seqlens, batch.labels)
+        loss = losses.sum() * scale
+        loss = loss * torch.where(loss.isfinite(), 1.0, torch.nan)
+        engine.backward(loss, scale_wrt_gas=False)
+        seen.append((losses.detach(), batch))
+
+    num_tokens, num_stops = counts.tolist()
+    set_lr(engine, lr)
+    skipped, grad_norm = _step_plain(engine) if engine.zero_optimization_stage() == 0 else _step_zero(engine)
+    loss_sum = torch.stack([losses.sum(dtype=torch.float64) for losses, _ in seen]).sum()
+    if on_losses is not None and not skipped:
+        for losses, batch in seen:
+            on_losses(losses, batch)
+    grad_norm = torch.as_tensor(grad_norm, dtype=torch.float32, device=world.device)
+    return StepResult(loss_sum, num_tokens, grad_norm, skipped, stop=num_stops > 0)
+
+
+def _step_zero(engine: Any) -> tuple[bool, torch.Tensor | float]:
+    """Returns (skipped, gradient norm), having clipped and stepped unless ZeRO's optimizer found the norm bad."""
+    engine.step()
+    return not engine.was_step_applied(), engine.get_global_grad_norm()
+
+
+def _step_plain(engine: Any) -> tuple[bool, torch.Tensor | float]:
+    """The same at stage 0, where the optimizer is torch's own and DeepSpeed clips without testing the norm."""
+    norm = torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
+    if not norm.isfinite():
+        engine.zero_grad()
+        return True, norm
+    engine.step()
+    return False, norm
