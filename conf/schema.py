@@ -1,8 +1,9 @@
 """What a run is: every key a user can set, with its type, default, meaning and unit.
 
-These dataclasses type the YAML files beside them and the command line. `conf.validate.freeze` turns a composed configuration into
-a RunConfig whose quantities ("32K", "1.5B", "90%") have become numbers; everything below `launch/` sees only that.
-Lengths and block sizes read K as 1024; token budgets and cadences read K as 1000 (conf/numbers.py).
+These dataclasses type the YAML files beside them and the command line. `conf.validate.freeze` turns a composed
+configuration into a RunConfig whose quantities ("32K", "1.5B", "90%") have become ints and whose nulls that mean "as
+given elsewhere" are filled in; everything below `launch/` sees only that. Lengths, block sizes and batches read K as
+1024; token budgets and cadences read K as 1000 (conf/numbers.py).
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class ModelConfig:
     ffn_size: int = 384
     """Width of the SwiGLU hidden layer."""
     vocab_size: int | None = None
-    """Rows of the embedding; null = the tokenizer's size rounded up to a multiple of 128."""
+    """Rows of the embedding; null = the tokenizer's size rounded up to a multiple of 128 (train/sizes.py)."""
     tie_embeddings: bool = True
     """One matrix for the embedding and the output projection."""
     qkv_bias: bool = False
@@ -52,7 +53,7 @@ class ModelConfig:
     """Standard deviation of the initial weights; output projections use init_std / sqrt(2 * num_layers)."""
     activation_checkpointing: bool = False
     """Recompute each layer in the backward pass instead of keeping its activations."""
-    loss_tile: int = field(default=2048, metadata=LENGTH)
+    loss_tile: Any = field(default="2K", metadata=LENGTH)
     """Tokens whose logits exist at a time in the cross-entropy."""
     compile: bool = False
     """torch.compile the decoder layers."""
@@ -63,7 +64,8 @@ class SourceConfig:
     """One collection of documents."""
 
     path: str | None = None
-    """File, glob or directory: text, jsonl, parquet (also compressed), token shards of launch/prepare_data.py, or `embedded`."""
+    """File, glob or directory: text, jsonl, parquet (also compressed), token shards of launch/prepare_data.py; or
+    `embedded`."""
     name: str | None = None
     """Hugging Face hub data set, instead of path."""
     subset: str | None = None
@@ -71,7 +73,8 @@ class SourceConfig:
     split: str = "train"
     """Split of the hub data set."""
     streaming: bool = False
-    """Read the hub data set as a stream, up to max_tokens, instead of downloading it whole."""
+    """Read the hub data set as a stream, up to max_tokens, instead of downloading it whole (max_tokens: null then means
+    the run's budget)."""
     text_field: str = "text"
     """Column or JSON key that holds the document."""
     id_field: str | None = "id"
@@ -79,7 +82,7 @@ class SourceConfig:
     weight: float = 1.0
     """Share of training tokens drawn from this source (normalised over the sources)."""
     max_tokens: Any = field(default=None, metadata=TOKENS)
-    """Stop reading after this many tokens; null = all."""
+    """Stop reading after this many tokens; null = all of it."""
     exclude_ids: str | None = None
     """Text file with one document id a line to leave out (a held-out set)."""
 
@@ -90,8 +93,12 @@ class DataConfig:
 
     tokenizer: str = "bytes"
     """`bytes`, `bpe-32k` (shipped), a tokenizer.json, or a Hugging Face tokenizer directory."""
+    path: str | None = None
+    """Short for data.sources.main.path, with data=files."""
+    name: str | None = None
+    """Short for data.sources.main.name, with data=hub."""
     sources: dict[str, SourceConfig] = field(default_factory=dict)
-    """Named training sources. `data=files data.sources.main.path=...` for your own."""
+    """Named training sources."""
     validation: SourceConfig | None = None
     """Held-out documents for the per-position loss; null = no evaluation."""
     cache_dir: str = "~/.cache/moba-train"
@@ -108,18 +115,20 @@ class AttentionConfig:
 
     kind: str = "moba"
     """`moba` or `full`."""
-    block_size: Any = field(default=512, metadata=LENGTH)
-    """Tokens a block. null = seq_len / num_blocks."""
+    block_size: Any = field(default=None, metadata=LENGTH)
+    """Tokens a block; null = seq_len / num_blocks, or schedule.block_size where num_blocks is null too."""
     num_blocks: int | None = None
     """Blocks a full-length context is cut into, instead of block_size."""
-    top_k: int = 3
-    """Blocks a query attends to, its own included."""
+    top_k: int | None = None
+    """Blocks a query attends to, its own included; null = schedule.top_k."""
     full_last: int = 0
     """With kind=moba: the last n layers use full attention (layer-wise hybrid)."""
     pattern: str | None = None
-    """One letter a layer, M (moba) or F (full), repeated if shorter than the model; overrides full_last."""
+    """With kind=moba, instead of full_last: one letter a layer, M (moba) or F (full), repeated if shorter than the
+    model."""
     backend: str = "auto"
-    """`auto`, `reference`, `torch`, `flash` or `triton`."""
+    """Kernels of the MoBA layers: `auto`, `reference`, `torch`, `flash` or `triton`. Full layers take it too where they
+    have it, else `auto`."""
 
 
 @dataclass(frozen=True)
@@ -141,13 +150,14 @@ class LRConfig:
     """Learning rate as a function of tokens."""
 
     kind: str = "cosine"
-    """`cosine`, `wsd` (constant, then linear decay over decay_tokens), `linear` or `constant`, each after a linear warm-up."""
+    """`cosine`, `wsd` (constant, then linear decay over decay_tokens), `linear` or `constant`, each after a linear
+    warm-up."""
     peak: float = 3e-4
     """Highest learning rate."""
     min_ratio: float = 0.1
     """Final learning rate / peak."""
     warmup_tokens: Any = field(default="1%", metadata=SHARE)
-    """Tokens of linear warm-up from 0 ("1%" of what the schedule spans, or "20M")."""
+    """Tokens of linear warm-up from 0 ("1%" of the tokens this schedule spans, or "20M")."""
     decay_tokens: Any = field(default="10%", metadata=SHARE)
     """wsd: tokens of the final decay."""
 
@@ -167,17 +177,18 @@ class StageConfig:
     rope: RopeConfig = field(default_factory=RopeConfig)
     """RoPE changes of this stage."""
     mix: dict[str, float] | None = None
-    """Source name -> share of tokens; null = the sources' own weights."""
+    """Source name -> share of tokens (normalised; a source left out gets none); null = the sources' own weights."""
     lr: LRConfig | None = None
-    """A learning-rate schedule of this stage's own; null = the run's (optim.lr), which spans all stages without their own."""
+    """A learning-rate schedule of this stage's own; null = the run's (optim.lr), which spans all stages without their
+    own."""
 
 
 @dataclass(frozen=True)
 class ScheduleConfig:
     """The staged schedule, in tokens."""
 
-    tokens: Any = field(default="1M", metadata=TOKENS)
-    """Budget of the run; shares of stages refer to it."""
+    tokens: Any = field(default=None, metadata=TOKENS)
+    """Budget of the run, which shares of stages refer to; null = the sum of the stages. Once frozen it is that sum."""
     seq_len: Any = field(default="2K", metadata=LENGTH)
     """Context length of stages that set none."""
     batch_tokens: Any = field(default="16K", metadata=LENGTH)
@@ -185,6 +196,10 @@ class ScheduleConfig:
     micro_tokens: Any = field(default=None, metadata=LENGTH)
     """Tokens a rank processes at a time, a multiple of seq_len; null = one sequence. More ranks or a smaller value mean
     fewer or more gradient-accumulation steps, never another batch."""
+    block_size: Any = field(default=512, metadata=LENGTH)
+    """Tokens a block, of stages that set neither block_size nor num_blocks."""
+    top_k: int = 3
+    """Blocks a query attends to, its own included, of stages that set none."""
     stages: dict[str, StageConfig] = field(default_factory=dict)
     """Named stages, in order."""
 
@@ -281,10 +296,11 @@ class InitConfig:
 class RunSection:
     """The run itself."""
 
-    name: str = "run"
-    """Name in wandb and in plots; the experiment's name by default."""
-    dir: str = "runs/run"
-    """Run directory. The same command again continues from its newest checkpoint."""
+    name: str | None = None
+    """Name in wandb and in plots; null = the experiment's name, or `run` without one."""
+    dir: str | None = None
+    """Run directory; null = runs/<name> under the current directory. The same command again continues from its newest
+    checkpoint."""
     seed: int = 0
     """Seed of the weights and of everything random."""
     device: str = "auto"

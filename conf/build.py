@@ -1,0 +1,160 @@
+"""From a plain dictionary to the typed configuration: every wrong key, wrong type and unreadable quantity, all at once.
+
+`build` knows nothing of what the values mean together; that is conf/validate.py.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass, replace
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from conf.numbers import parse_length, parse_tokens
+
+SCALARS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+
+
+class ConfigError(ValueError):
+    """What is wrong with a configuration. `problems` holds one line each: key, value and what would work."""
+
+    def __init__(self, problems: list[str]):
+        self.problems = list(problems)
+        super().__init__("\n".join(self.problems))
+
+
+class Problems:
+    """The list that checks add to, so that a user sees every mistake in one go."""
+
+    def __init__(self):
+        self.lines: list[str] = []
+
+    def add(self, key: str, value: object, hint: str) -> None:
+        """Record that `key` = `value` will not do; `hint` says what would."""
+        self.lines.append(f"{key}={show(value)}: {hint}")
+
+    def raise_if_any(self) -> None:
+        """Raise ConfigError if anything was recorded, each line once."""
+        if self.lines:
+            raise ConfigError(list(dict.fromkeys(self.lines)))
+
+
+def show(value: object) -> str:
+    """`value` as the user would write it on the command line."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{k}: {show(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(show(v) for v in value) + "]"
+    return str(value)
+
+
+def suggestion(name: str, known: list[str]) -> str:
+    """ "did you mean ...?" with close matches of `name`, else the list of what is known."""
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    if close:
+        return f"did you mean {' or '.join(close)}?"
+    return f"known here: {', '.join(known)}" if known else "nothing is known by that name"
+
+
+def build(cls: type, values: Mapping[str, Any], problems: Problems, path: str = "") -> Any:
+    """An instance of the dataclass `cls` from `values`; missing keys take their defaults, quantities stay as written.
+
+    Mistakes go to `problems`, and the key keeps its default so that the other keys can still be checked.
+    """
+    hints = get_type_hints(cls)
+    known = [f.name for f in fields(cls)]
+    arguments = {}
+    for name, value in values.items():
+        key = f"{path}.{name}" if path else str(name)
+        if name not in hints:
+            problems.add(key, value, f"unknown key; {suggestion(str(name), known)}")
+            continue
+        try:
+            arguments[name] = _convert(hints[name], value, problems, key)
+        except TypeError as error:
+            problems.add(key, value, str(error))
+    return cls(**arguments)
+
+
+def _convert(hint: Any, value: Any, problems: Problems, key: str) -> Any:
+    """`value` as the annotation `hint` wants it; TypeError saying what is expected."""
+    if hint is Any:
+        return value
+    if get_origin(hint) in (UnionType, Union):
+        if value is None:
+            return None
+        return _convert(next(a for a in get_args(hint) if a is not type(None)), value, problems, key)
+    if is_dataclass(hint):
+        if not isinstance(value, Mapping):
+            raise TypeError(f"expected keys below it: {', '.join(f.name for f in fields(hint))}")
+        return build(hint, value, problems, key)
+    if get_origin(hint) is dict:
+        if not isinstance(value, Mapping):
+            raise TypeError("expected names with a value each")
+        return _entries(get_args(hint)[1], value, problems, key)
+    if get_origin(hint) is list:
+        if not isinstance(value, list | tuple):
+            raise TypeError("expected a list such as [0.9, 0.95]")
+        return [_convert(get_args(hint)[0], item, problems, key) for item in value]
+    return _scalar(hint, value)
+
+
+def _entries(hint: Any, values: Mapping[str, Any], problems: Problems, path: str) -> dict[str, Any]:
+    """A dictionary of named things; one that is wrong is recorded under its own key and left out."""
+    entries = {}
+    for name, value in values.items():
+        try:
+            entries[str(name)] = _convert(hint, value, problems, f"{path}.{name}")
+        except TypeError as error:
+            problems.add(f"{path}.{name}", value, str(error))
+    return entries
+
+
+def _scalar(kind: type, value: Any) -> Any:
+    """`value` as int, float, bool or str without losing anything (3 is a float, "1e-4" too; 3.5 is no int)."""
+    if kind is str and isinstance(value, int | float | str) and not isinstance(value, bool):
+        return str(value)
+    if isinstance(value, bool) == (kind is bool) and isinstance(value, kind):
+        return value
+    if kind is float and isinstance(value, int | str) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    raise TypeError(f"expected {SCALARS[kind]}")
+
+
+def parse_quantities(config: Any, problems: Problems, path: str = "") -> Any:
+    """`config` with its lengths and budgets (fields with "length" or "tokens" as unit) read as ints, at every depth.
+
+    An unreadable one is recorded and becomes None, which later checks take as "not known". Shares stay as written: they
+    need a total.
+    """
+    changes = {}
+    for field in fields(config):
+        key = f"{path}.{field.name}" if path else field.name
+        value = getattr(config, field.name)
+        parse = {"length": parse_length, "tokens": parse_tokens}.get(field.metadata.get("unit"))
+        if parse is not None:
+            changes[field.name] = quantity(parse, key, value, problems)
+        elif is_dataclass(value):
+            changes[field.name] = parse_quantities(value, problems, key)
+        elif isinstance(value, dict):
+            changes[field.name] = {
+                k: parse_quantities(v, problems, f"{key}.{k}") if is_dataclass(v) else v for k, v in value.items()
+            }
+    return replace(config, **changes)
+
+
+def quantity(parse: Callable[..., int], key: str, value: Any, problems: Problems, *arguments: Any) -> int | None:
+    """parse(value, *arguments), or None with the problem recorded; None stays None."""
+    if value is None:
+        return None
+    try:
+        return parse(value, *arguments)
+    except ValueError as error:
+        problems.add(key, value, str(error))
+        return None

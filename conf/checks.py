@@ -1,0 +1,317 @@
+"""What cannot work: every rule that ties keys to each other, one function a section.
+
+Each rule records key, value and what would work, and skips quantities that are None because they were unreadable (which
+is recorded already). Rules about data on disk or checkpoints live where those are read.
+"""
+
+from __future__ import annotations
+
+import math
+
+from conf.build import Problems
+from conf.hardware import Hardware, check_device, check_world, divisors, refuse_bf16_at_stage_0
+from conf.numbers import format_length, format_tokens
+from conf.schema import AttentionConfig, LRConfig, RopeConfig, RunConfig, SourceConfig, StageConfig
+
+ATTENTION_KINDS = ("moba", "full")
+BACKENDS = ("auto", "reference", "torch", "flash", "triton")
+ROPE_SCALINGS = ("none", "linear", "yarn")
+MODEL_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+LR_KINDS = ("cosine", "wsd", "linear", "constant")
+PRECISIONS = ("auto", "bf16", "fp32")
+DEVICES = ("auto", "cuda", "cpu")
+WANDB_MODES = ("auto", "online", "offline", "disabled")
+
+
+def check(config: RunConfig, hardware: Hardware | None, problems: Problems) -> None:
+    """Record everything in `config` (quantities parsed, gaps filled) that could not run."""
+    _check_model(config, problems)
+    _check_data(config, problems)
+    _check_schedule(config, problems)
+    _check_optim(config, problems)
+    _check_engine(config, problems)
+    _check_rest(config, problems)
+    if hardware is not None and config.run.device in DEVICES:
+        check_device(config, hardware, problems)
+    if hardware is not None:
+        check_world(config, hardware.world_size, problems)
+
+
+def _one_of(key: str, value: str, choices: tuple[str, ...], problems: Problems) -> bool:
+    if value not in choices:
+        problems.add(key, value, f"choose one of {', '.join(choices)}")
+    return value in choices
+
+
+def _at_least(key: str, value: float | None, least: float, problems: Problems, open_end: bool = False) -> bool:
+    """True if `value` is a finite number of at least `least` (above it with `open_end`); False and recorded if not."""
+    if value is None:
+        return False
+    good = math.isfinite(value) and (value > least if open_end else value >= least)
+    if not good:
+        problems.add(key, value, f"must be {'above' if open_end else 'at least'} {least}")
+    return good
+
+
+def _check_model(config: RunConfig, problems: Problems) -> None:
+    model = config.model
+    sizes = ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "ffn_size", "loss_tile")
+    if False in [_at_least(f"model.{name}", getattr(model, name), 1, problems) for name in sizes]:
+        return
+    if model.vocab_size is not None:
+        _at_least("model.vocab_size", model.vocab_size, 1, problems)
+    if model.num_heads % model.num_kv_heads:
+        problems.add(
+            "model.num_kv_heads",
+            model.num_kv_heads,
+            f"must divide model.num_heads={model.num_heads}: {divisors(model.num_heads)}",
+        )
+    if model.head_dim is None:
+        below = model.hidden_size // model.num_heads * model.num_heads
+        problems.add(
+            "model.hidden_size",
+            model.hidden_size,
+            f"is not a multiple of model.num_heads={model.num_heads}; use {below or model.num_heads} or"
+            f" {below + model.num_heads}, or set model.head_dim",
+        )
+    elif model.head_dim < 2 or model.head_dim % 2:
+        problems.add(
+            "model.head_dim",
+            model.head_dim,
+            f"RoPE turns pairs, so it must be even and positive; use {max(2, model.head_dim + 1)}",
+        )
+    _at_least("model.rope_theta", model.rope_theta, 0, problems, open_end=True)
+    _at_least("model.norm_eps", model.norm_eps, 0, problems, open_end=True)
+    _at_least("model.init_std", model.init_std, 0, problems)
+    if model.rope_scaling is not None:
+        kind = model.rope_scaling.get("rope_type", model.rope_scaling.get("type"))
+        _one_of("model.rope_scaling.rope_type", kind, MODEL_ROPE_TYPES, problems)
+
+
+def _check_data(config: RunConfig, problems: Problems) -> None:
+    data = config.data
+    if not data.tokenizer:
+        problems.add("data.tokenizer", data.tokenizer, "name one: bytes, bpe-32k, or the path of a tokenizer.json")
+    if not data.sources:
+        problems.add("data.sources", {}, "no training data; say data=embedded, data=files data.path=..., or data=hub")
+    for name, source in data.sources.items():
+        _check_source(f"data.sources.{name}", source, problems)
+    weights = [source.weight for source in data.sources.values()]
+    if weights and all(w >= 0 and math.isfinite(w) for w in weights) and sum(weights) <= 0:
+        problems.add("data.sources", list(data.sources), "all weights are 0; give one source a weight above 0")
+    if data.validation is not None:
+        _check_source("data.validation", data.validation, problems)
+    _at_least("data.num_workers", data.num_workers, 0, problems)
+
+
+def _check_source(key: str, source: SourceConfig, problems: Problems) -> None:
+    shorthand = key == "data.sources.main"
+    if source.path is None and source.name is None:
+        hint = f"where is it? Set {key}.path=<file, glob or directory> or {key}.name=<hub data set>"
+        short = "data.path=<file, glob or directory> with data=files, data.name=<hub data set> with data=hub"
+        problems.add(f"{key}.path", None, f"where is the data? Set {short}" if shorthand else hint)
+    if source.path is not None and source.name is not None:
+        problems.add(f"{key}.path", source.path, f"{key}.name={source.name} is set too; set one of them to null")
+    if source.name is None:
+        for field, default in (("subset", None), ("split", "train"), ("streaming", False)):
+            if getattr(source, field) != default:
+                problems.add(f"{key}.{field}", getattr(source, field), f"only for hub data sets ({key}.name)")
+    _at_least(f"{key}.weight", source.weight, 0, problems)
+    if source.max_tokens is not None:
+        _at_least(f"{key}.max_tokens", source.max_tokens, 1, problems)
+
+
+def _check_schedule(config: RunConfig, problems: Problems) -> None:
+    schedule = config.schedule
+    if not schedule.stages:
+        problems.add(
+            "schedule.stages",
+            {},
+            "no stages; choose an experiment (+exp=quickstart) or a schedule (schedule=moba_then_full)",
+        )
+    if schedule.micro_tokens is not None:
+        _at_least("schedule.micro_tokens", schedule.micro_tokens, 1, problems)
+    for name, stage in schedule.stages.items():
+        key = f"schedule.stages.{name}"
+        _check_batch(key, stage, schedule.micro_tokens, problems)
+        _check_attention(f"{key}.attention", stage.attention, stage.seq_len, config.model.num_layers, problems)
+        _check_rope(f"{key}.rope", stage.rope, problems)
+        _check_mix(f"{key}.mix", stage.mix, list(config.data.sources), problems)
+        if stage.lr is not None:
+            _check_lr(f"{key}.lr", stage.lr, stage.tokens, problems)
+
+
+def _check_batch(key: str, stage: StageConfig, micro_tokens: int | None, problems: Problems) -> None:
+    seq_len, batch = stage.seq_len, stage.batch_tokens
+    good = _at_least(f"{key}.seq_len", seq_len, 1, problems)
+    if not (_at_least(f"{key}.batch_tokens", batch, 1, problems) and good):
+        return
+    if batch % seq_len:
+        below = batch // seq_len * seq_len
+        near = [format_length(n) for n in (below, below + seq_len) if n]
+        problems.add(
+            f"{key}.batch_tokens",
+            format_length(batch),
+            f"must be a multiple of seq_len={format_length(seq_len)}; use {' or '.join(near)}",
+        )
+        return
+    micro = seq_len if micro_tokens is None else micro_tokens
+    if micro < 1:
+        return
+    if micro % seq_len:
+        problems.add(
+            "schedule.micro_tokens",
+            format_length(micro),
+            f"must be a multiple of {key}.seq_len={format_length(seq_len)}; use null (one sequence) or"
+            f" {format_length(-(-micro // seq_len) * seq_len)}",
+        )
+    elif batch % micro:
+        problems.add(
+            "schedule.micro_tokens",
+            format_length(micro),
+            f"must divide {key}.batch_tokens={format_length(batch)}; use null (one sequence) or set batch_tokens to"
+            f" {format_length(-(-batch // micro) * micro)}",
+        )
+
+
+def _check_attention(
+    key: str, attention: AttentionConfig, seq_len: int | None, layers: int, problems: Problems
+) -> None:
+    _check_blocks(key, attention, seq_len, problems)
+    _at_least(f"{key}.top_k", attention.top_k, 1, problems)
+    _one_of(f"{key}.backend", attention.backend, BACKENDS, problems)
+    moba = _one_of(f"{key}.kind", attention.kind, ATTENTION_KINDS, problems) and attention.kind == "moba"
+    if not moba and attention.kind in ATTENTION_KINDS:
+        for name, default in (("full_last", 0), ("pattern", None)):
+            if getattr(attention, name) != default:
+                problems.add(f"{key}.{name}", getattr(attention, name), f"only with {key}.kind=moba")
+        if attention.backend == "triton":
+            problems.add(
+                f"{key}.backend", "triton", "is for MoBA; full attention takes auto, flash, torch or reference"
+            )
+        return
+    if not 0 <= attention.full_last <= layers:
+        problems.add(f"{key}.full_last", attention.full_last, f"must lie between 0 and model.num_layers={layers}")
+    if attention.pattern is None:
+        return
+    if attention.full_last:
+        problems.add(f"{key}.pattern", attention.pattern, f"{key}.full_last={attention.full_last} is set too; set one")
+    letters = attention.pattern.upper()
+    if not letters or set(letters) - {"M", "F"}:
+        problems.add(f"{key}.pattern", attention.pattern, "one letter a layer, M (moba) or F (full), such as MMMF")
+    elif len(letters) > layers:
+        problems.add(f"{key}.pattern", attention.pattern, f"has {len(letters)} letters for model.num_layers={layers}")
+
+
+def _check_blocks(key: str, attention: AttentionConfig, seq_len: int | None, problems: Problems) -> None:
+    if attention.block_size is not None:
+        _at_least(f"{key}.block_size", attention.block_size, 1, problems)
+    if attention.num_blocks is None or not _at_least(f"{key}.num_blocks", attention.num_blocks, 1, problems):
+        return
+    if seq_len is None or seq_len < 1:
+        return
+    if seq_len % attention.num_blocks:
+        problems.add(
+            f"{key}.num_blocks",
+            attention.num_blocks,
+            f"must divide seq_len={format_length(seq_len)}: {divisors(seq_len)}",
+        )
+    elif attention.block_size is not None and attention.block_size * attention.num_blocks != seq_len:
+        problems.add(
+            f"{key}.num_blocks",
+            attention.num_blocks,
+            f"{key}.block_size={attention.block_size} says otherwise at seq_len={format_length(seq_len)};"
+            f" set {key}.block_size=null",
+        )
+
+
+def _check_rope(key: str, rope: RopeConfig, problems: Problems) -> None:
+    if rope.theta is not None:
+        _at_least(f"{key}.theta", rope.theta, 0, problems, open_end=True)
+    if not _one_of(f"{key}.scaling", rope.scaling, ROPE_SCALINGS, problems):
+        return
+    _at_least(f"{key}.factor", rope.factor, 1, problems)
+    if rope.scaling == "none" and rope.factor != 1:
+        problems.add(f"{key}.factor", rope.factor, f"has no effect without {key}.scaling=linear or yarn")
+    if rope.scaling == "yarn" and rope.original_length is None:
+        problems.add(
+            f"{key}.original_length", None, "yarn needs the length the model was trained at before, such as 8K"
+        )
+    if rope.original_length is not None:
+        _at_least(f"{key}.original_length", rope.original_length, 1, problems)
+        if rope.scaling != "yarn":
+            problems.add(f"{key}.original_length", rope.original_length, f"has no effect without {key}.scaling=yarn")
+
+
+def _check_mix(key: str, mix: dict[str, float] | None, sources: list[str], problems: Problems) -> None:
+    if mix is None:
+        return
+    good = True
+    for name, share in mix.items():
+        if name not in sources:
+            problems.add(f"{key}.{name}", share, f"no such source; data.sources has {', '.join(sources) or 'none'}")
+        good &= _at_least(f"{key}.{name}", share, 0, problems)
+    if good and sum(mix.values()) <= 0:
+        problems.add(key, mix, "no source has a share above 0; use null for the sources' own weights")
+
+
+def _check_optim(config: RunConfig, problems: Problems) -> None:
+    optim = config.optim
+    shared = [stage.tokens for stage in config.schedule.stages.values() if stage.lr is None]
+    if shared:
+        _check_lr("optim.lr", optim.lr, None if None in shared else sum(shared), problems)
+    if len(optim.betas) != 2 or not all(0 <= beta < 1 for beta in optim.betas):
+        problems.add("optim.betas", optim.betas, "two numbers from 0 to below 1, such as [0.9, 0.95]")
+    _at_least("optim.eps", optim.eps, 0, problems, open_end=True)
+    _at_least("optim.weight_decay", optim.weight_decay, 0, problems)
+    _at_least("optim.grad_clip", optim.grad_clip, 0, problems)
+    _at_least("optim.max_bad_steps", optim.max_bad_steps, 1, problems)
+
+
+def _check_lr(key: str, lr: LRConfig, span: int | None, problems: Problems) -> None:
+    _one_of(f"{key}.kind", lr.kind, LR_KINDS, problems)
+    _at_least(f"{key}.peak", lr.peak, 0, problems, open_end=True)
+    if not 0 <= lr.min_ratio <= 1:
+        problems.add(f"{key}.min_ratio", lr.min_ratio, "final learning rate / peak: from 0 to 1")
+    if span is None or lr.warmup_tokens is None or lr.decay_tokens is None:
+        return
+    if lr.warmup_tokens > span:
+        problems.add(
+            f"{key}.warmup_tokens",
+            format_tokens(lr.warmup_tokens),
+            f"is longer than the {format_tokens(span)} tokens this learning rate spans; use a share such as 1%",
+        )
+    elif lr.kind == "wsd" and lr.warmup_tokens + lr.decay_tokens > span:
+        problems.add(
+            f"{key}.decay_tokens",
+            format_tokens(lr.decay_tokens),
+            f"together with warmup_tokens={format_tokens(lr.warmup_tokens)} exceeds the {format_tokens(span)} tokens"
+            f" this learning rate spans; use {format_tokens(span - lr.warmup_tokens)} at most",
+        )
+
+
+def _check_engine(config: RunConfig, problems: Problems) -> None:
+    engine = config.deepspeed
+    _one_of("deepspeed.precision", engine.precision, PRECISIONS, problems)
+    if engine.zero_stage not in (0, 1, 2, 3):
+        problems.add("deepspeed.zero_stage", engine.zero_stage, "choose 0, 1, 2 or 3 (deepspeed=zero1 and so on)")
+        return
+    if engine.zero_stage == 0 and engine.precision == "bf16":
+        refuse_bf16_at_stage_0("deepspeed.precision", "bf16", problems)
+    if engine.offload_optimizer and engine.zero_stage == 0:
+        problems.add("deepspeed.offload_optimizer", True, "needs ZeRO 1, 2 or 3, such as deepspeed=zero1_offload")
+    if engine.offload_params and engine.zero_stage != 3:
+        problems.add("deepspeed.offload_params", True, "needs ZeRO 3: deepspeed=zero3_offload")
+
+
+def _check_rest(config: RunConfig, problems: Problems) -> None:
+    _one_of("run.device", config.run.device, DEVICES, problems)
+    _one_of("logging.wandb", config.logging.wandb, WANDB_MODES, problems)
+    _at_least("eval.documents", config.eval.documents, 1, problems)
+    if config.eval.seq_len is not None:
+        _at_least("eval.seq_len", config.eval.seq_len, 1, problems)
+    _at_least("checkpoint.keep", config.checkpoint.keep, 1, problems)
+    if config.init.source is None:
+        for name in ("optimizer", "data"):
+            if getattr(config.init, name):
+                problems.add(f"init.{name}", True, "has no effect without init.source=<run directory>")

@@ -1,0 +1,112 @@
+"""Quantities as people write them ("32K", "1.5B", "90%") turned into exact integers, and back.
+
+Two readings of the same letters, so every function says which it uses: lengths and block sizes are binary (K = 1024),
+token budgets and cadences are decimal (K = 1000), memory is binary. All arithmetic is exact; a quantity that isn't a
+whole number is an error, never rounded.
+"""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+
+LENGTH_UNITS = {"": 1, "K": 1024, "M": 1024**2}
+TOKEN_UNITS = {"": 1, "K": 1000, "M": 1000**2, "B": 1000**3, "T": 1000**4}
+MEMORY_UNITS = {"": 1, "K": 1024, "M": 1024**2, "G": 1024**3, "T": 1024**4}
+
+_NUMBER = re.compile(r"([+-]?(?:\d[\d_,]*\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*([A-Za-z%]*)")
+
+
+def _split(text: object, example: str) -> tuple[Fraction, str]:
+    """The exact number and the unit in `text` (upper case); ValueError with an example of what would be read."""
+    if isinstance(text, bool) or not isinstance(text, int | float | str):
+        raise ValueError(f"expected a quantity such as {example}")
+    match = _NUMBER.fullmatch(str(text).strip())
+    if match is None:
+        raise ValueError(f"not a quantity; write for example {example}")
+    return Fraction(match[1].replace("_", "").replace(",", "")), match[2].upper()
+
+
+def _scaled(text: object, units: dict[str, int], example: str) -> int:
+    number, unit = _split(text, example)
+    if unit not in units:
+        known = ", ".join(name for name in units if name)
+        raise ValueError(f"unknown unit {unit!r}; this quantity takes {known} or none, for example {example}")
+    value = number * units[unit]
+    if value.denominator != 1:
+        below = value.numerator // value.denominator
+        raise ValueError(f"is not a whole number; write {below} or {below + 1}")
+    if value < 0:
+        raise ValueError(f"is negative; write for example {example}")
+    return int(value)
+
+
+def parse_length(text: object) -> int:
+    """Tokens of a sequence, block or batch: K = 1024, M = 1024**2. "32K" is 32768; ValueError if unreadable."""
+    return _scaled(text, LENGTH_UNITS, '"32K" (= 32768)')
+
+
+def parse_tokens(text: object) -> int:
+    """Tokens of a budget or cadence: K = 1000, M, B, T likewise. "1.5B" is 1500000000; ValueError if unreadable."""
+    return _scaled(text, TOKEN_UNITS, '"27B" (= 27000000000)')
+
+
+def parse_memory(text: object) -> int:
+    """Bytes of memory, binary: "80GB", "80GiB" and "80G" are 80 * 1024**3; ValueError if unreadable."""
+    if isinstance(text, str):
+        text = re.sub(r"(?<=[KMGTkmgt])i?[bB]$", "", text.strip())
+    return _scaled(text, MEMORY_UNITS, '"80GB"')
+
+
+def is_share(text: object) -> bool:
+    """True for a percentage such as "90%"."""
+    return isinstance(text, str) and text.strip().endswith("%")
+
+
+def parse_share(text: object, total: int) -> int:
+    """Tokens written as a budget ("27B") or as a share of `total` ("90%"), decimal K; ValueError if unreadable.
+
+    A share is rounded down (shares that sum to 100 % never exceed the total), but to no less than 1 unless it is 0 %.
+    """
+    if not is_share(text):
+        return parse_tokens(text)
+    number, _ = _split(text, '"90%" or "27B"')
+    if not 0 <= number <= 100:
+        raise ValueError("a share lies between 0% and 100%")
+    share = number * total / 100
+    return max(1, int(share)) if share else 0
+
+
+def _format(value: int, units: dict[str, int], decimals: int) -> str:
+    """`value` in its largest unit that needs at most `decimals` decimals, else grouped digits. Reads back exactly."""
+    for unit, size in sorted(units.items(), key=lambda item: -item[1]):
+        scaled = Fraction(value, size)
+        if unit and scaled >= 1 and (scaled * 10**decimals).denominator == 1:
+            digits = f"{float(scaled):.{decimals}f}"
+            return (digits.rstrip("0").rstrip(".") if decimals else digits) + unit
+    return f"{value:,}"
+
+
+def format_length(value: int) -> str:
+    """A length as parse_length reads it: 32768 is "32K", 1000 is "1,000"."""
+    return _format(value, LENGTH_UNITS, decimals=0)
+
+
+def format_tokens(value: int) -> str:
+    """A budget as parse_tokens reads it: 1500000000 is "1.5B", 200015872 is "200,015,872"."""
+    return _format(value, TOKEN_UNITS, decimals=2)
+
+
+def format_memory(value: float) -> str:
+    """Bytes for reading, rounded: "61.3 GB" (binary, as parse_memory), "12 MB" below one."""
+    if value >= MEMORY_UNITS["G"]:
+        return f"{value / MEMORY_UNITS['G']:.1f} GB"
+    return f"{value / MEMORY_UNITS['M']:.0f} MB"
+
+
+def format_count(value: float) -> str:
+    """A count for reading, rounded to three digits: "1.53B", "125M", "840"."""
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
+        if value >= size:
+            return f"{value / size:.3g}{unit}" if value < 999.5 * size else f"{value / size:.0f}{unit}"
+    return f"{value:.0f}"

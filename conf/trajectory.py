@@ -1,0 +1,77 @@
+"""Which keys decide the losses of a run, and so may not change when it is resumed.
+
+Everything counts unless it is listed in EXEMPT, so that a new key is safe by default. Exempt are: what is only written
+or watched (names, logging, evaluation, checkpoints); where things lie (directories, paths of data, whose content a
+fingerprint guards); and how the same sums are computed (device and number of processes, ZeRO stage and offload,
+micro-batches, kernels, recomputation), which moves losses by rounding only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from fnmatch import fnmatchcase
+from typing import Any
+
+from conf.build import show
+from conf.schema import RunConfig
+
+EXEMPT = (
+    "run.name",
+    "run.dir",
+    "run.device",
+    "run.deterministic",
+    "run.allow_changes",
+    "run.notice",
+    "logging.*",
+    "eval.*",
+    "checkpoint.*",
+    "model.name",
+    "model.activation_checkpointing",
+    "model.loss_tile",
+    "model.compile",
+    "data.cache_dir",
+    "data.num_workers",
+    "data.validation",
+    "data.validation.*",
+    "data.sources.*.path",
+    "data.sources.*.streaming",
+    "schedule.micro_tokens",
+    # Every stage holds its own copy of these.
+    "schedule.tokens",
+    "schedule.seq_len",
+    "schedule.batch_tokens",
+    "schedule.block_size",
+    "schedule.top_k",
+    "schedule.stages.*.attention.backend",
+    # Says again what block_size says.
+    "schedule.stages.*.attention.num_blocks",
+    "deepspeed.zero_stage",
+    "deepspeed.offload_*",
+)
+
+
+def to_dict(config: RunConfig) -> dict[str, Any]:
+    """`config` as plain dictionaries, lists and scalars; conf.validate.freeze(to_dict(config)) == config."""
+    return asdict(config)
+
+
+def trajectory_diff(old: RunConfig, new: RunConfig) -> list[str]:
+    """One line "key: old -> new" for each difference that would change the losses of `old` if it went on as `new`."""
+    before, after = _flat(to_dict(old)), _flat(to_dict(new))
+    lines = []
+    if list(old.schedule.stages) != list(new.schedule.stages):
+        lines.append(f"schedule.stages: {', '.join(old.schedule.stages)} -> {', '.join(new.schedule.stages)}")
+    for key in dict.fromkeys([*before, *after]):
+        was, now = before.get(key), after.get(key)
+        if was != now and not any(fnmatchcase(key, pattern) for pattern in EXEMPT):
+            lines.append(f"{key}: {show(was)} -> {show(now)}")
+    return lines
+
+
+def _flat(values: dict[str, Any], path: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one, with dotted keys; an empty one stays a value."""
+    flat = {}
+    for name, value in values.items():
+        key = f"{path}{name}"
+        flat |= _flat(value, key + ".") if isinstance(value, dict) and value else {key: value}
+    return flat

@@ -1,0 +1,178 @@
+"""From a composed configuration to a RunConfig that can run: quantities become ints, gaps are filled, and everything
+that could not work is said at once.
+
+What the machine offers comes in as `Hardware`, so that nothing here needs torch. Freezing a frozen configuration
+changes nothing, so config.yaml in a run directory is read by the same function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from conf.build import ConfigError, Problems, build, parse_quantities, quantity
+from conf.checks import check
+from conf.hardware import Hardware
+from conf.numbers import format_tokens, is_share, parse_share
+from conf.schema import AttentionConfig, DataConfig, LRConfig, ModelConfig, RunConfig, ScheduleConfig, SourceConfig
+from conf.trajectory import to_dict, trajectory_diff
+
+__all__ = ["ConfigError", "Hardware", "freeze", "to_dict", "trajectory_diff"]
+
+
+def freeze(config: DictConfig | Mapping[str, Any], hardware: Hardware | None = None) -> RunConfig:
+    """The RunConfig of a composed configuration (or of to_dict's), checked against `hardware` where that is given.
+
+    ConfigError lists every problem.
+    """
+    problems = Problems()
+    values = OmegaConf.to_container(config, resolve=True) if isinstance(config, DictConfig) else config
+    run_config = parse_quantities(build(RunConfig, values, problems), problems)
+    run_config = replace(
+        run_config,
+        run=_fill_run(run_config),
+        model=_fill_model(run_config.model),
+        data=_fill_sources(run_config.data, run_config.run.seed, problems),
+        schedule=_fill_schedule(run_config.schedule, problems),
+    )
+    run_config = _fill_shares(run_config, problems)
+    check(run_config, hardware, problems)
+    problems.raise_if_any()
+    return run_config
+
+
+def _fill_run(config: RunConfig) -> Any:
+    name = config.run.name or "run"
+    return replace(config.run, name=name, dir=config.run.dir or f"runs/{name}")
+
+
+def _fill_model(model: ModelConfig) -> ModelConfig:
+    head_dim = model.head_dim
+    if head_dim is None and model.num_heads > 0 and model.hidden_size % model.num_heads == 0:
+        head_dim = model.hidden_size // model.num_heads
+    num_kv_heads = model.num_heads if model.num_kv_heads is None else model.num_kv_heads
+    return replace(model, head_dim=head_dim, num_kv_heads=num_kv_heads)
+
+
+def _fill_sources(data: DataConfig, seed: int, problems: Problems) -> DataConfig:
+    """`data` with the shorthands data.path and data.name moved to the source `main`."""
+    sources = dict(data.sources)
+    for key, choice in (("path", "files"), ("name", "hub")):
+        value = getattr(data, key)
+        if value is None:
+            continue
+        if set(sources) - {"main"}:
+            problems.add(
+                f"data.{key}",
+                value,
+                f"data.sources has {', '.join(sources)} already; say data={choice} data.{key}={value}",
+            )
+            continue
+        main = sources.get("main", SourceConfig())
+        if getattr(main, key) not in (None, value):
+            problems.add(f"data.{key}", value, f"data.sources.main.{key}={getattr(main, key)} says otherwise; set one")
+        sources["main"] = replace(main, **{key: value})
+    return replace(data, path=None, name=None, sources=sources, seed=seed if data.seed is None else data.seed)
+
+
+def _fill_schedule(schedule: ScheduleConfig, problems: Problems) -> ScheduleConfig:
+    """`schedule` with each stage's length, batch, block size and exact tokens, and the total they make."""
+    stages = {}
+    for name, stage in schedule.stages.items():
+        seq_len = stage.seq_len if stage.seq_len is not None else schedule.seq_len
+        stages[name] = replace(
+            stage,
+            seq_len=seq_len,
+            batch_tokens=stage.batch_tokens if stage.batch_tokens is not None else schedule.batch_tokens,
+            attention=_fill_attention(stage.attention, schedule, seq_len),
+            tokens=_stage_tokens(f"schedule.stages.{name}.tokens", stage.tokens, schedule.tokens, problems),
+        )
+    asked = [stage.tokens for stage in stages.values() if stage.tokens is not None]
+    if schedule.tokens is not None and sum(asked) > schedule.tokens:
+        parts = " + ".join(f"{name} {show_budget(stage.tokens)}" for name, stage in schedule.stages.items())
+        problems.add(
+            "schedule.tokens",
+            format_tokens(schedule.tokens),
+            f"the stages ask for {format_tokens(sum(asked))} ({parts}); set schedule.tokens={format_tokens(sum(asked))}"
+            " or lower the stages (shares sum to 100% at most)",
+        )
+    stages = {name: replace(stage, tokens=_whole_steps(stage)) for name, stage in stages.items()}
+    total = sum(stage.tokens or 0 for stage in stages.values())
+    return replace(schedule, stages=stages, tokens=total)
+
+
+def show_budget(value: Any) -> str:
+    """A stage's budget as the user wrote it."""
+    return str(value) if isinstance(value, str) else format_tokens(int(value))
+
+
+def _fill_attention(attention: AttentionConfig, schedule: ScheduleConfig, seq_len: int | None) -> AttentionConfig:
+    block_size = attention.block_size
+    if block_size is None and attention.num_blocks is None:
+        block_size = schedule.block_size
+    if block_size is None and seq_len and attention.num_blocks >= 1 and seq_len % attention.num_blocks == 0:
+        block_size = seq_len // attention.num_blocks
+    top_k = schedule.top_k if attention.top_k is None else attention.top_k
+    return replace(attention, block_size=block_size, top_k=top_k)
+
+
+def _stage_tokens(key: str, value: Any, total: int | None, problems: Problems) -> int | None:
+    """A stage's budget in tokens, not yet in whole steps."""
+    if value is None:
+        problems.add(key, value, 'a stage needs a budget, such as "27B" or "90%"')
+        return None
+    if is_share(value) and total is None:
+        problems.add(key, value, "a share of what? Set schedule.tokens, or give the stage a number of tokens")
+        return None
+    tokens = quantity(parse_share, key, value, problems, total or 0)
+    if tokens == 0:
+        problems.add(key, value, "a stage of no tokens; remove it with ~" + key.removesuffix(".tokens"))
+        return None
+    return tokens
+
+
+def _whole_steps(stage: Any) -> int | None:
+    """The stage's tokens rounded up to whole optimizer steps."""
+    if stage.tokens is None or not stage.batch_tokens:
+        return stage.tokens
+    return -(-stage.tokens // stage.batch_tokens) * stage.batch_tokens
+
+
+def _fill_shares(config: RunConfig, problems: Problems) -> RunConfig:
+    """`config` with the remaining shares (warm-up, decay, cadences, a stream's length) as tokens of exact totals."""
+    schedule = config.schedule
+    stages = {
+        name: stage
+        if stage.lr is None
+        else replace(stage, lr=_fill_lr(f"schedule.stages.{name}.lr", stage.lr, stage.tokens or 0, problems))
+        for name, stage in schedule.stages.items()
+    }
+    span = sum(stage.tokens or 0 for stage in schedule.stages.values() if stage.lr is None)
+    sections = {}
+    for section in ("eval", "checkpoint"):
+        values = getattr(config, section)
+        tokens = quantity(parse_share, f"{section}.every_tokens", values.every_tokens, problems, schedule.tokens)
+        sections[section] = replace(values, every_tokens=tokens)
+    sources = {
+        name: replace(source, max_tokens=schedule.tokens) if source.streaming and source.max_tokens is None else source
+        for name, source in config.data.sources.items()
+    }
+    return replace(
+        config,
+        schedule=replace(schedule, stages=stages),
+        optim=replace(config.optim, lr=_fill_lr("optim.lr", config.optim.lr, span, problems)),
+        data=replace(config.data, sources=sources),
+        **sections,
+    )
+
+
+def _fill_lr(key: str, lr: LRConfig, span: int, problems: Problems) -> LRConfig:
+    """`lr` with warm-up and decay in tokens, where it spans `span` tokens."""
+    return replace(
+        lr,
+        warmup_tokens=quantity(parse_share, f"{key}.warmup_tokens", lr.warmup_tokens, problems, span),
+        decay_tokens=quantity(parse_share, f"{key}.decay_tokens", lr.decay_tokens, problems, span),
+    )

@@ -1,0 +1,220 @@
+"""From the command line to a RunConfig: what launch/train.py and launch/plan.py share; nothing else uses Hydra.
+
+The grammar is Hydra's (groups, +exp=..., key=value, ~key, quoting), composed through its API: nothing is written, no
+directory is changed, and every mistake becomes a ConfigError. It is more forgiving in three places. A key needs no `+`
+for being absent from the YAML files (conf/schema.py says which keys there are). All wrong keys are reported at once. A
+value that Hydra's grammar cannot read (~/books/*.txt, a name with a comma) is text. Only a new *name*, of a stage or
+a source, needs its `+`: otherwise a slip of the pen would make a stage.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from conf.build import Problems, build, suggestion
+from conf.schema import RunConfig
+from conf.trajectory import to_dict
+from conf.validate import ConfigError, Hardware, freeze
+
+CONF = Path(__file__).resolve().parents[1] / "conf"
+NAMED = (("schedule", "stages"), ("data", "sources"))
+EXIT_USER_ERROR = 2
+
+
+def compose(overrides: list[str]) -> dict[str, Any]:
+    """The configuration of these command-line overrides as plain dictionaries, unchecked. ConfigError if there is none.
+
+    run.name is the experiment's name where nothing else set it.
+    """
+    _refuse_unreadable(overrides)
+    choices = [text for text in overrides if not _is_value(text)]
+    values = [text for text in overrides if _is_value(text)]
+    base, _ = _hydra(choices)
+    _refuse_new_names(values, base)
+    config, experiment = _hydra(choices + [_forced(text) for text in values])
+    plain = OmegaConf.to_container(config, resolve=True)
+    run = plain.setdefault("run", {})
+    if isinstance(run, dict) and run.get("name") is None:
+        run["name"] = experiment
+    return plain
+
+
+def load(overrides: list[str], hardware: Hardware | None = None) -> RunConfig:
+    """The checked RunConfig of these overrides. ConfigError lists everything that is wrong."""
+    return freeze(compose(overrides), hardware)
+
+
+def composed_yaml(overrides: list[str]) -> str:
+    """The whole configuration as composed (what `--cfg job` prints): every key, quantities as they were written."""
+    problems = Problems()
+    config = build(RunConfig, compose(overrides), problems)
+    problems.raise_if_any()
+    return yaml.safe_dump(to_dict(config), sort_keys=False, width=100)
+
+
+def choices_of(group: str) -> list[str]:
+    """The choices of a configuration group, such as `model` or `exp`, sorted."""
+    return sorted(path.relative_to(CONF / group).with_suffix("").as_posix() for path in (CONF / group).rglob("*.yaml"))
+
+
+def detect_hardware(world_size: int = 1, local_world_size: int = 1) -> Hardware:
+    """What this machine offers, without starting anything on its GPUs but the driver's query."""
+    import torch
+
+    num_gpus = torch.cuda.device_count()
+    has_triton = importlib.util.find_spec("triton") is not None
+    if num_gpus == 0:
+        return Hardware(0, world_size, local_world_size, has_triton=has_triton)
+    properties = torch.cuda.get_device_properties(0)
+    return Hardware(
+        num_gpus=num_gpus,
+        world_size=world_size,
+        local_world_size=local_world_size,
+        gpu_name=properties.name,
+        gpu_memory=properties.total_memory,
+        has_bf16=properties.major >= 8,
+        has_triton=has_triton,
+    )
+
+
+def run_command(main: Callable[[list[str]], None], arguments: list[str], usage: str) -> int:
+    """Runs main(overrides), or `--help` or `--cfg job` in its place; returns the exit code, 2 for a user's mistake.
+
+    A ConfigError is printed as a list, without a traceback; any other exception is a bug and passes through.
+    """
+    flags = [text for text in arguments if text.startswith("-")]
+    try:
+        if "--help" in flags or "-h" in flags:
+            print(help_text(usage))
+        elif "--cfg" in flags:
+            print(composed_yaml([text for text in arguments if text not in ("--cfg", "job", "--resolve")]), end="")
+        elif flags:
+            raise ConfigError([f"{flags[0]}: unknown option; there are --help and --cfg job. Settings are key=value"])
+        else:
+            main(arguments)
+    except ConfigError as error:
+        print(error_text(error), file=sys.stderr)
+        return EXIT_USER_ERROR
+    return 0
+
+
+def error_text(error: ConfigError) -> str:
+    """What a user sees of a ConfigError."""
+    count = len(error.problems)
+    title = "1 problem" if count == 1 else f"{count} problems"
+    return f"{title} in the configuration:\n" + "\n".join(f"  - {problem}" for problem in error.problems)
+
+
+def help_text(usage: str) -> str:
+    """The help of a command: its usage, the groups and their choices, and where the keys are described."""
+    groups = ("model", "data", "schedule", "optim", "deepspeed", "logging")
+    lines = [usage.strip(), "", "Experiments (+exp=<name>):", "  " + "\n  ".join(choices_of("exp")), "", "Groups:"]
+    lines += [f"  {group}=" + "|".join(choices_of(group)) for group in groups]
+    lines += [
+        "",
+        "Every key can be set: schedule.tokens=1B, schedule.stages.sparse.attention.top_k=4, ~data.validation.",
+        f"Their meaning, unit and default: {CONF / 'schema.py'}",
+        "--cfg job prints the composed configuration.",
+        "Files of your own, laid out as in conf/: hydra.searchpath=[file:///<folder>] +exp=<name>",
+    ]
+    return "\n".join(lines)
+
+
+def _is_value(override: str) -> bool:
+    """True for key=value and ~key of the configuration itself, False for choices of groups and Hydra's own keys."""
+    key = override.lstrip("+~").split("=", 1)[0]
+    return "." in key.split("@", 1)[0] and not key.startswith("hydra.")
+
+
+def _forced(override: str) -> str:
+    """`override` such that it sets its key whether or not a YAML file has it; what Hydra cannot read becomes text."""
+    if override.startswith("~"):
+        return override
+    key, equals, value = override.lstrip("+").partition("=")
+    try:
+        plain = not OverridesParser.create().parse_override(f"{key}={value}").is_sweep_override()
+    except HydraException:
+        plain = False
+    if not plain:
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+        value = f'"{escaped}"'
+    return f"++{key}{equals}{value}"
+
+
+def _hydra(overrides: list[str]) -> tuple[DictConfig, str | None]:
+    """Hydra's composition without its own section, and the experiment's name; its errors as ConfigError."""
+    try:
+        with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+            config = hydra_compose(config_name="train", overrides=overrides, return_hydra_config=True)
+            experiment = config.hydra.runtime.choices.get("exp")
+            OmegaConf.set_struct(config, False)
+            del config["hydra"]
+            OmegaConf.resolve(config)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError([_explain(str(error))]) from error
+    return config, experiment
+
+
+def _refuse_unreadable(overrides: list[str]) -> None:
+    """ConfigError for what is neither a choice of a group nor a key, before Hydra guesses."""
+    groups = [path.name for path in CONF.iterdir() if path.is_dir() and not path.name.startswith("_")]
+    sections = [field.name for field in fields(RunConfig)]
+    problems = []
+    for text in overrides:
+        key = text.lstrip("+~").partition("=")[0]
+        if "=" not in text and not text.startswith("~"):
+            problems.append(f"{text}: settings are written key=value")
+        elif _is_value(text) or key.startswith("hydra"):
+            continue
+        elif key == "exp" and not text.startswith("+"):
+            problems.append(f"{text}: an experiment takes a plus: +{text}")
+        elif key in sections and key not in groups:
+            problems.append(f"{text}: {key} is a section; set its keys, such as {key}.<key>=<value>")
+        elif key.partition("@")[0] not in groups:
+            hint = suggestion(key, sorted({*groups, *sections}))
+            problems.append(f"{text}: unknown key; {hint} Keys are written section.key=value")
+    if problems:
+        raise ConfigError(problems)
+
+
+def _refuse_new_names(values: list[str], base: DictConfig) -> None:
+    """ConfigError for stages and sources that are set without `+` although the experiment has none of that name."""
+    problems = []
+    for text in values:
+        if text.startswith(("+", "~")):
+            continue
+        parts = text.split("=", 1)[0].split(".")
+        section, name = tuple(parts[:2]), parts[2] if len(parts) > 2 else None
+        if section not in NAMED or name is None:
+            continue
+        known = list((OmegaConf.select(base, ".".join(section)) or {}).keys())
+        if name not in known:
+            what = section[1].removesuffix("s")
+            hint = f"no {what} is called {name}; {suggestion(name, known)} A new one takes a plus: +{text}"
+            problems.append(f"{text}: {hint}")
+    if problems:
+        raise ConfigError(problems)
+
+
+def _explain(message: str) -> str:
+    """Hydra's message in one line that says what would work."""
+    line = " ".join(message.split())
+    missing = re.search(r"Could not find '([\w-]+)/([^']+)'", line)
+    if missing and (CONF / missing[1]).is_dir():
+        group, name = missing.groups()
+        return f"{'+' if group == 'exp' else ''}{group}={name}: there is none; {suggestion(name, choices_of(group))}"
+    return line
