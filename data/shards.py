@@ -1,0 +1,194 @@
+"""Token shards: a directory of tokenised documents that can be read at random through memory maps, and how it is
+written.
+
+    00000.bin     the tokens of its documents, one after another, little-endian uint16 or uint32
+    00000.idx     int64 [documents + 1]: where each document starts in 00000.bin, in tokens
+    00000.json    counts, checksums and the documents' ids; written last, so that it marks the shard as finished
+    meta.json     format version, tokenizer, the list of shards, fingerprint; written when all shards are finished
+
+Every file is written beside its place and renamed, so a killed writer leaves finished shards or none, and the bytes
+depend on the documents and the tokenizer alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from data.errors import DataError
+from data.tokenizer import Tokenizer
+
+VERSION = 1
+META = "meta.json"
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write `path` so that it holds all of `data` or does not exist, whatever happens in between."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_shard(directory: Path, number: int, documents: Sequence[np.ndarray], ids: Sequence[str]) -> dict:
+    """Write one shard; returns its record (also kept as NNNNN.json). documents: token arrays with BOS/EOS, all one
+    dtype."""
+    stem = f"{number:05d}"
+    tokens = np.concatenate(documents)
+    offsets = np.concatenate([[0], np.cumsum([len(d) for d in documents])]).astype("<i8")
+    return _write_files(directory, stem, tokens, offsets, list(ids))
+
+
+def _write_files(directory: Path, stem: str, tokens: np.ndarray, offsets: np.ndarray, ids: list[str]) -> dict:
+    raw, index = tokens.tobytes(), offsets.tobytes()
+    record = {
+        "documents": len(ids),
+        "tokens": len(tokens),
+        "bin_sha256": hashlib.sha256(raw).hexdigest(),
+        "idx_sha256": hashlib.sha256(index).hexdigest(),
+    }
+    write_atomic(directory / f"{stem}.bin", raw)
+    write_atomic(directory / f"{stem}.idx", index)
+    write_atomic(directory / f"{stem}.json", json.dumps(record | {"ids": ids}).encode())
+    return record
+
+
+def finished_shard(directory: Path, number: int) -> dict | None:
+    """The record of shard `number` if it was finished (see the module's text), else None."""
+    path = directory / f"{number:05d}.json"
+    if not path.exists():
+        return None
+    record = json.loads(path.read_text(encoding="utf-8"))
+    del record["ids"]
+    return record
+
+
+def trim_shard(directory: Path, number: int, max_tokens: int, tokenizer: Tokenizer) -> dict:
+    """Cut shard `number` after the document with which it reaches `max_tokens`; returns its new record."""
+    stem = f"{number:05d}"
+    offsets = np.fromfile(directory / f"{stem}.idx", "<i8")
+    keep = int(np.searchsorted(offsets, max_tokens, side="left"))
+    if keep >= len(offsets) - 1:
+        return finished_shard(directory, number)
+    ids = json.loads((directory / f"{stem}.json").read_text(encoding="utf-8"))["ids"][:keep]
+    tokens = np.fromfile(directory / f"{stem}.bin", tokenizer.dtype, count=int(offsets[keep]))
+    (directory / f"{stem}.json").unlink()  # from here to the new record, the shard is unfinished
+    return _write_files(directory, stem, tokens, offsets[: keep + 1], ids)
+
+
+def write_meta(directory: Path, tokenizer: Tokenizer, records: Sequence[dict], origin: dict) -> dict:
+    """Finish a directory of shards: write and return its meta.json. origin: what it was made from, for people to
+    read."""
+    content = "".join(r["bin_sha256"] + r["idx_sha256"] for r in records) + tokenizer.fingerprint
+    meta = {
+        "version": VERSION,
+        "tokenizer": {
+            "name": tokenizer.name,
+            "fingerprint": tokenizer.fingerprint,
+            "vocab_size": tokenizer.vocab_size,
+            "bos_id": tokenizer.bos_id,
+            "eos_id": tokenizer.eos_id,
+        },
+        "dtype": tokenizer.dtype.str,
+        "documents": sum(r["documents"] for r in records),
+        "tokens": sum(r["tokens"] for r in records),
+        "fingerprint": hashlib.sha256(content.encode()).hexdigest()[:16],
+        "origin": origin,
+        "shards": list(records),
+    }
+    write_atomic(directory / META, json.dumps(meta, indent=1, ensure_ascii=False).encode())
+    return meta
+
+
+class TokenShards:
+    """Random access to a finished directory of token shards.
+
+    lengths: int64 [num_documents], tokens of each document with BOS and EOS. fingerprint: 16 hex digits of the content.
+    Raises DataError if a file is missing or of the wrong size, an index is damaged, or (check_tokens) a token file is.
+    """
+
+    def __init__(self, directory: str | Path, *, check_tokens: bool = False):
+        self.directory = Path(directory)
+        self.meta = _read_meta(self.directory)
+        self.fingerprint: str = self.meta["fingerprint"]
+        self.dtype = np.dtype(self.meta["dtype"])
+        self._maps: dict[int, np.ndarray] = {}
+        indices = [self._read_index(number, record) for number, record in enumerate(self.meta["shards"])]
+        self.lengths = np.concatenate([np.diff(i) for i in indices])
+        self._starts = np.concatenate([i[:-1] for i in indices])  # within the shard
+        self._first = np.cumsum([0] + [len(i) - 1 for i in indices])  # number of each shard's first document
+        if check_tokens:
+            self.check_tokens()
+
+    @property
+    def num_bytes(self) -> int:
+        return self.meta["tokens"] * self.dtype.itemsize
+
+    @cached_property
+    def ids(self) -> list[str]:
+        """The documents' ids, read when first asked for: training does not need them."""
+        ids = []
+        for number in range(len(self.meta["shards"])):
+            ids += json.loads((self.directory / f"{number:05d}.json").read_text(encoding="utf-8"))["ids"]
+        return ids
+
+    def tokens(self, document: int, start: int, stop: int) -> np.ndarray:
+        """Tokens [start, stop) of a document, a view into the memory map."""
+        assert 0 <= start <= stop <= self.lengths[document], (document, start, stop)
+        shard = int(np.searchsorted(self._first, document, side="right")) - 1
+        if shard not in self._maps:
+            self._maps[shard] = np.memmap(self.directory / f"{shard:05d}.bin", dtype=self.dtype, mode="r")
+        offset = int(self._starts[document])
+        return self._maps[shard][offset + start : offset + stop]
+
+    def check_tokens(self) -> None:
+        """Read every token file and compare its checksum; raises DataError naming the first damaged one."""
+        for number, record in enumerate(self.meta["shards"]):
+            path = self.directory / f"{number:05d}.bin"
+            with open(path, "rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != record["bin_sha256"]:
+                    raise DataError(f"{path} is damaged: its checksum differs from meta.json. {_REMEDY}")
+
+    def _read_index(self, number: int, record: dict) -> np.ndarray:
+        path = self.directory / f"{number:05d}.bin"
+        wanted = record["tokens"] * self.dtype.itemsize
+        size = path.stat().st_size if path.exists() else None
+        if size != wanted:
+            found = "is missing" if size is None else f"has {size:,} bytes instead of {wanted:,}"
+            raise DataError(f"{path} {found}. {_REMEDY}")
+        raw = path.with_suffix(".idx").read_bytes() if path.with_suffix(".idx").exists() else b""
+        if hashlib.sha256(raw).hexdigest() != record["idx_sha256"]:
+            raise DataError(f"{path.with_suffix('.idx')} is missing or damaged: its checksum differs. {_REMEDY}")
+        return np.frombuffer(raw, "<i8")
+
+
+_REMEDY = "Copy the directory again, or delete it and run launch/prepare_data.py again"
+
+
+def _read_meta(directory: Path) -> dict:
+    path = directory / META
+    if not path.exists():
+        if any(directory.glob("[0-9]*.json")):
+            raise DataError(
+                f"{directory} holds unfinished token shards: run the same launch/prepare_data.py command again"
+            )
+        raise DataError(f"{directory} holds no token shards (no {META})")
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+        version = meta["version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} is damaged ({error}). {_REMEDY}") from error
+    if version != VERSION:
+        raise DataError(f"{path}: format version {version}, this program reads version {VERSION}. {_REMEDY}")
+    return meta

@@ -1,0 +1,216 @@
+"""What a run reads: every configured source as random access to tokenised documents.
+
+A source is a directory of token shards. Text (files, hub sets, the shipped books) is tokenised once into such a
+directory under data.cache_dir, named by the content and the tokenizer, by the run's first process while the others
+wait.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+from conf.schema import DataConfig, SourceConfig
+from data.errors import DataError
+from data.prepare import PLAN, prepare
+from data.shards import META, TokenShards, write_atomic
+from data.text import content_hash, find_files, read_files, read_hub
+from data.tokenizer import EMBEDDED, Tokenizer, load_tokenizer
+
+SHIPPED_TEXT = {"embedded": EMBEDDED / "train.jsonl.xz", "embedded-validation": EMBEDDED / "validation.jsonl.xz"}
+# Shards up to this size have their tokens' checksums verified at every start (a second or two); larger ones only by
+# launch/prepare_data.py, on being run again. Sizes and indices are always verified.
+CHECKED_BYTES = 1 << 30
+
+
+class Source:
+    """Documents of one source. Document numbers run from 0 to num_documents - 1.
+
+    lengths: int64 [num_documents], tokens with BOS and EOS. fingerprint: 16 hex digits, changes with any token or
+    selection.
+    """
+
+    def __init__(self, name: str, shards: TokenShards, selection: np.ndarray | None = None):
+        """selection: int64, the shards' documents that belong to the source; None = all."""
+        self.name, self._shards, self._selection = name, shards, selection
+        self.lengths = shards.lengths if selection is None else shards.lengths[selection]
+        self.num_documents, self.num_tokens = len(self.lengths), int(self.lengths.sum())
+        self.fingerprint = shards.fingerprint
+        if selection is not None:
+            chosen = np.ascontiguousarray(selection, "<i8").tobytes()
+            self.fingerprint = hashlib.sha256(shards.fingerprint.encode() + chosen).hexdigest()[:16]
+
+    @property
+    def ids(self) -> list[str]:
+        """The documents' ids in order."""
+        ids = self._shards.ids
+        return ids if self._selection is None else [ids[i] for i in self._selection]
+
+    def tokens(self, document: int, start: int, stop: int) -> np.ndarray:
+        """Tokens [start, stop) of a document: uint16 or uint32 [stop - start], a view of the file."""
+        return self._shards.tokens(document if self._selection is None else int(self._selection[document]), start, stop)
+
+
+def open_sources(
+    config: DataConfig,
+    *,
+    rank_zero: bool = True,
+    barrier: Callable[[], None] | None = None,
+    log: Callable[[str], None] = lambda line: None,
+) -> dict[str, Source]:
+    """The training sources by name. One process a file system passes rank_zero=True and tokenises what is not in the
+    cache; the others wait in `barrier`. Raises DataError."""
+    if not config.sources:
+        raise DataError(
+            "data.sources is empty: choose data=embedded, data=files data.path=... or data=hub data.name=..."
+        )
+    return _open(config, config.sources, rank_zero, barrier, log)
+
+
+def open_validation(
+    config: DataConfig,
+    *,
+    rank_zero: bool = True,
+    barrier: Callable[[], None] | None = None,
+    log: Callable[[str], None] = lambda line: None,
+) -> Source | None:
+    """The held-out documents, or None if the configuration has none. As open_sources."""
+    if config.validation is None:
+        return None
+    return _open(config, {"validation": config.validation}, rank_zero, barrier, log)["validation"]
+
+
+def _open(config: DataConfig, sources: dict[str, SourceConfig], rank_zero, barrier, log) -> dict[str, Source]:
+    tokenizer = load_tokenizer(config.tokenizer)
+    opened: dict[str, Source] = {}
+    try:
+        if rank_zero:
+            opened = {name: _open_one(name, source, config, tokenizer, True, log) for name, source in sources.items()}
+    finally:
+        if barrier is not None:
+            barrier()  # also after an error: nobody is left waiting for a process that gave up
+    return opened or {name: _open_one(name, source, config, tokenizer, False, log) for name, source in sources.items()}
+
+
+def _open_one(name: str, source: SourceConfig, config: DataConfig, tokenizer: Tokenizer, make: bool, log) -> Source:
+    """One source; `make` = tokenise text that is not in the cache, and check tokens."""
+    directory = shard_directory(source)
+    prepared = directory is None
+    if directory is None:
+        directory = prepare_text(name, source, config, tokenizer, make, log)
+    shards = TokenShards(directory)
+    _check_tokenizer(name, shards, tokenizer)
+    if make and shards.num_bytes <= CHECKED_BYTES:
+        shards.check_tokens()
+    return Source(name, shards, _selection(name, source, shards, prefix=not prepared, log=log))
+
+
+def shard_directory(source: SourceConfig) -> Path | None:
+    """The directory of token shards that source.path names, or None if it names text or a hub set."""
+    if source.path is None or source.path in SHIPPED_TEXT:
+        return None
+    path = Path(source.path).expanduser()
+    return path if (path / META).exists() or (path / PLAN).exists() else None
+
+
+def prepare_text(name: str, source: SourceConfig, config: DataConfig, tokenizer: Tokenizer, make: bool, log) -> Path:
+    """The cache directory with the source's token shards, written first if `make` and it is not there."""
+    cache = Path(config.cache_dir).expanduser()
+    origin, documents = text_origin(name, source, cache, log)
+    key = json.dumps([origin, tokenizer.fingerprint, source.max_tokens], sort_keys=True)
+    directory = cache / hashlib.sha256(key.encode()).hexdigest()[:24]
+    if not (directory / META).exists():
+        if not make:
+            raise DataError(
+                f"source {name!r}: the first process left no tokens in {directory}. It failed (see its message), "
+                f"or data.cache_dir={config.cache_dir!r} is not a directory that all processes see"
+            )
+        log(f"source {name!r}: tokenising {_title(source)} with {tokenizer.name} into {directory} (once)")
+        prepare(
+            documents(),
+            tokenizer,
+            directory,
+            origin=origin,
+            title=_title(source),
+            workers=config.num_workers,
+            max_tokens=source.max_tokens,
+            log=log,
+        )
+    return directory
+
+
+def text_origin(name: str, source: SourceConfig, cache: Path | None, log) -> tuple[dict, Callable]:
+    """(what identifies the source's text, a function that gives its (id, text) pairs).
+
+    Local files are identified by their content, a hub set by its name: it is not asked again once it is in the cache.
+    """
+    if (source.path is None) == (source.name is None):
+        raise DataError(
+            f"source {name!r} needs either path (files, a glob, a directory, embedded) or name (a hub data set); it "
+            f"has path={source.path!r}, name={source.name!r}"
+        )
+    fields = {"text_field": source.text_field, "id_field": source.id_field}
+    if source.name is not None:
+        if source.streaming and source.max_tokens is None:
+            raise DataError(f"source {name!r}: streaming=true needs max_tokens (how much of {source.name} to take)")
+        hub = {key: asdict(source)[key] for key in ("name", "subset", "split")}
+        return hub | fields, lambda: read_hub(source, log)
+    files = [SHIPPED_TEXT[source.path]] if source.path in SHIPPED_TEXT else find_files(source.path)
+    return {"content": _cached_content_hash(files, cache)} | fields, lambda: read_files(files, source)
+
+
+def _cached_content_hash(files: list[Path], cache: Path | None) -> str:
+    """content_hash, remembered in the cache under the files' names, sizes and times: large corpora take minutes to
+    read."""
+    if cache is None:
+        return content_hash(files)
+    stats = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    memo = cache / "content" / hashlib.sha256(json.dumps(stats).encode()).hexdigest()[:24]
+    if not memo.exists():
+        memo.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(memo, content_hash(files).encode())
+    return memo.read_text()
+
+
+def _check_tokenizer(name: str, shards: TokenShards, tokenizer: Tokenizer) -> None:
+    theirs = shards.meta["tokenizer"]
+    if theirs["fingerprint"] != tokenizer.fingerprint:
+        raise DataError(
+            f"source {name!r}: the shards in {shards.directory} were made with tokenizer {theirs['name']!r} "
+            f"({theirs['fingerprint']}), "
+            f"the run uses {tokenizer.name!r} ({tokenizer.fingerprint}). Set data.tokenizer to the first, or prepare "
+            "the data again"
+        )
+
+
+def _selection(name: str, source: SourceConfig, shards: TokenShards, *, prefix: bool, log) -> np.ndarray | None:
+    """The documents that max_tokens (of ready-made shards) and exclude_ids leave; None = all."""
+    keep = np.ones(len(shards.lengths), dtype=bool)
+    if prefix and source.max_tokens is not None:
+        before = np.cumsum(shards.lengths) - shards.lengths
+        keep &= before < source.max_tokens
+    if source.exclude_ids is not None:
+        path = Path(source.exclude_ids).expanduser()
+        if not path.is_file():
+            raise DataError(
+                f"source {name!r}: exclude_ids={source.exclude_ids!r}: no such file (one document id a line)"
+            )
+        excluded = set(path.read_text(encoding="utf-8").split("\n")) - {""}
+        hit = np.array([i in excluded for i in shards.ids])
+        log(f"source {name!r}: {int(hit.sum())} documents left out by the {len(excluded)} ids of {path}")
+        keep &= ~hit
+    if not keep.any():
+        raise DataError(f"source {name!r}: no document is left of {len(keep)} after max_tokens and exclude_ids")
+    return None if keep.all() else np.flatnonzero(keep)
+
+
+def _title(source: SourceConfig) -> str:
+    return source.path or f"{source.name} ({source.split})"
+
+
+__all__ = ["DataError", "Source", "open_sources", "open_validation"]

@@ -1,0 +1,181 @@
+"""Text to token ids and back: bytes, the shipped BPE vocabularies, a tokenizer.json, or a Hugging Face tokenizer
+directory.
+
+A document becomes [BOS] + tokens + [EOS]. EOS is required, because it is what the end of a document predicts. BOS is
+used only where the tokenizer itself would put one before a text: GPT-2-like vocabularies name a BOS that their models
+never saw in that place.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+
+from data.errors import DataError
+
+EMBEDDED = Path(__file__).resolve().parent / "embedded"
+SHIPPED = ("bpe-4k", "bpe-32k")
+# What common vocabularies call their end of text, tried where no tokenizer_config.json names it.
+EOS_NAMES = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "<|end_of_sentence|>", "<|eot_id|>", "[EOS]")
+
+
+class Tokenizer:
+    """What every tokenizer offers.
+
+    name: as given in data.tokenizer. vocab_size: ids are in [0, vocab_size). eos_id: int. bos_id: int or None.
+    fingerprint: 16 hex digits, equal exactly if the ids of every text are.
+    """
+
+    name: str
+    vocab_size: int
+    bos_id: int | None
+    eos_id: int
+    fingerprint: str
+
+    def encode(self, text: str) -> np.ndarray:
+        """Ids of the text alone, without BOS and EOS: uint16 or uint32 (see `dtype`). Special tokens that are spelt out
+        in the text are encoded as the characters they are."""
+        raise NotImplementedError
+
+    def decode(self, ids) -> str:
+        """The text of `ids`; BOS, EOS and other special tokens leave nothing."""
+        raise NotImplementedError
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Smallest unsigned dtype that holds every id: that of token shards."""
+        return np.dtype("<u2" if self.vocab_size <= 1 << 16 else "<u4")
+
+    def document(self, text: str) -> np.ndarray:
+        """[BOS] + tokens + [EOS] of one document, in `dtype`."""
+        head = [] if self.bos_id is None else [self.bos_id]
+        return np.concatenate([np.array(head, self.dtype), self.encode(text), np.array([self.eos_id], self.dtype)])
+
+
+class ByteTokenizer(Tokenizer):
+    """UTF-8 bytes: ids 0-255, BOS 256, EOS 257. Needs no file and no training."""
+
+    def __init__(self):
+        self.name, self.vocab_size, self.bos_id, self.eos_id = "bytes", 258, 256, 257
+        self.fingerprint = _fingerprint(b"bytes v1", self.bos_id, self.eos_id)
+
+    def encode(self, text: str) -> np.ndarray:
+        # A lone surrogate (possible in JSON) has no UTF-8; it becomes "?".
+        return np.frombuffer(text.encode("utf-8", errors="replace"), dtype=np.uint8).astype(self.dtype)
+
+    def decode(self, ids) -> str:
+        return bytes(int(i) for i in ids if i < 256).decode("utf-8", errors="replace")
+
+
+class FastTokenizer(Tokenizer):
+    """A tokenizer of the `tokenizers` library. `identity` is what the fingerprint is taken of, beside BOS and EOS."""
+
+    def __init__(self, name: str, backend, *, identity: bytes, bos_id: int | None, eos_id: int):
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = True
+        self.name, self._backend, self.bos_id, self.eos_id = name, backend, bos_id, eos_id
+        self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
+        self.fingerprint = _fingerprint(identity, bos_id, eos_id)
+
+    def encode(self, text: str) -> np.ndarray:
+        text = text.encode("utf-8", errors="replace").decode("utf-8")
+        return np.array(self._backend.encode(text, add_special_tokens=False).ids, dtype=self.dtype)
+
+    def decode(self, ids) -> str:
+        return self._backend.decode([int(i) for i in ids], skip_special_tokens=True)
+
+
+def load_tokenizer(name: str) -> Tokenizer:
+    """The tokenizer called `name`: `bytes`, `bpe-4k`, `bpe-32k`, a path to a tokenizer.json, or a directory with one.
+
+    Raises DataError if there is no such tokenizer, it cannot be read, or its end-of-text token is not known.
+    """
+    if name == "bytes":
+        return ByteTokenizer()
+    path = EMBEDDED / f"{name}.json" if name in SHIPPED else Path(name).expanduser()
+    if path.is_dir():
+        return _from_directory(name, path)
+    if path.is_file():
+        return _from_file(name, path)
+    raise DataError(
+        f"data.tokenizer={name!r}: no such tokenizer. Choose bytes, {', '.join(SHIPPED)}, a path to a tokenizer.json, "
+        "or a "
+        f"directory that a Hugging Face tokenizer was saved in (hub names are not fetched: save_pretrained it first)"
+    )
+
+
+def _from_file(name: str, path: Path) -> FastTokenizer:
+    """A tokenizer.json; the names of its EOS may stand in a tokenizer_config.json beside it."""
+    from tokenizers import Tokenizer as Backend
+
+    raw = path.read_bytes()
+    try:
+        backend = Backend.from_str(raw.decode("utf-8"))
+    except Exception as error:  # tokenizers raises bare Exception for a malformed file
+        raise DataError(f"data.tokenizer={name!r}: {path} is not a tokenizer.json ({error})") from error
+    declared = _declared_eos(path.with_name("tokenizer_config.json"))
+    candidates = [declared] if declared else EOS_NAMES
+    eos_id = next((i for i in map(backend.token_to_id, candidates) if i is not None), None)
+    return _checked(name, backend, raw, eos_id, f"{path} with the special tokens {_special_tokens(backend)}")
+
+
+def _from_directory(name: str, path: Path) -> FastTokenizer:
+    """A directory that save_pretrained wrote (or a model directory): transformers reads it, from local files only."""
+    from transformers import AutoTokenizer
+
+    try:
+        loaded = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+    except (OSError, ValueError, ImportError) as error:
+        raise DataError(f"data.tokenizer={name!r}: no usable tokenizer in {path} ({_first_line(error)})") from error
+    backend = getattr(loaded, "backend_tokenizer", None)
+    if backend is None:
+        raise DataError(
+            f"data.tokenizer={name!r}: {path} holds a {type(loaded).__name__} without a tokenizer.json; needs one"
+        )
+    file = path / "tokenizer.json"
+    identity = file.read_bytes() if file.is_file() else json.dumps(sorted(backend.get_vocab().items())).encode()
+    return _checked(
+        name, backend, identity, loaded.eos_token_id, f"{path} with the special tokens {_special_tokens(backend)}"
+    )
+
+
+def _checked(name: str, backend, identity: bytes, eos_id: int | None, found: str) -> FastTokenizer:
+    """The tokenizer with its BOS, or a DataError that says how to declare an EOS."""
+    if eos_id is None:
+        raise DataError(
+            f"data.tokenizer={name!r}: which token ends a document is not known; found {found}. Put a "
+            "tokenizer_config.json "
+            f'beside it that names one of them: {{"eos_token": "<|endoftext|>"}}'
+        )
+    with_special = backend.encode("a").ids
+    plain = backend.encode("a", add_special_tokens=False).ids
+    adds_bos = len(with_special) > len(plain) and with_special[0] != plain[0]
+    return FastTokenizer(name, backend, identity=identity, bos_id=with_special[0] if adds_bos else None, eos_id=eos_id)
+
+
+def _special_tokens(backend) -> str:
+    names = [token.content for token in backend.get_added_tokens_decoder().values() if token.special]
+    return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "") if names else "(none)"
+
+
+def _declared_eos(config: Path) -> str | None:
+    """The eos_token of a tokenizer_config.json (a string, or a dict with its content); None if there is none."""
+    if not config.is_file():
+        return None
+    try:
+        token = json.loads(config.read_text(encoding="utf-8")).get("eos_token")
+    except ValueError as error:
+        raise DataError(f"{config} is not JSON ({_first_line(error)})") from error
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def _fingerprint(identity: bytes, bos_id: int | None, eos_id: int) -> str:
+    return hashlib.sha256(identity + f"|{bos_id}|{eos_id}".encode()).hexdigest()[:16]

@@ -1,0 +1,78 @@
+"""What the commands beside Hydra's share: key=value arguments, --help, and the exit on a user's mistake.
+
+Arguments are split at the first "=" and have no further grammar, because prompts and paths contain commas, quotes and
+brackets. A script in launch/ also has to mend sys.path before it imports ours, since Python puts launch/ itself first,
+where `train` would be launch/train.py:
+
+    ROOT = Path(__file__).resolve().parents[1]
+    sys.path[:] = [str(ROOT)] + [p for p in sys.path if Path(p or ".").resolve() != ROOT / "launch"]
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+
+class UsageError(Exception):
+    """The arguments do not make sense; the text is a complete message."""
+
+
+def key_values(
+    argv: Sequence[str], allowed: Mapping[str, str], *, about: str = "", required: Iterable[str] = ()
+) -> dict[str, str]:
+    """The arguments `key=value` as a dict of strings. allowed: key -> help.
+
+    Prints `about` and the keys and exits 0 on --help or -h. Raises UsageError listing every problem: an unknown key,
+    one given twice, one of `required` missing, an argument without "=".
+    """
+    if "--help" in argv or "-h" in argv:
+        print(usage(allowed, about))
+        raise SystemExit(0)
+    values: dict[str, str] = {}
+    problems = []
+    for argument in argv:
+        key, equals, value = argument.partition("=")
+        if not equals:
+            problems.append(f"{argument!r} is not of the form key=value")
+        elif key not in allowed:
+            near = difflib.get_close_matches(key, allowed, n=1)
+            problems.append(f"unknown key {key!r}" + (f" (do you mean {near[0]!r}?)" if near else ""))
+        elif key in values:
+            problems.append(f"{key} is given twice: {values[key]!r} and {value!r}")
+        else:
+            values[key] = value
+    problems += [f"{key}=... is missing" for key in required if key not in values]
+    if problems:
+        raise UsageError("; ".join(problems) + f". The keys are {', '.join(allowed)} (--help explains them)")
+    return values
+
+
+def usage(allowed: Mapping[str, str], about: str) -> str:
+    """The text of --help."""
+    width = max(map(len, allowed)) + 2
+    lines = [f"  {key + '=':<{width}}{text}" for key, text in allowed.items()]
+    return "\n".join([about.strip(), "", "arguments, as key=value:", *lines] if about else lines)
+
+
+def exits_on(*errors: type[Exception]) -> Callable:
+    """Decorator for a command's main(): UsageError and these errors become one message on stderr and exit code 2,
+    Ctrl-C 130."""
+
+    def decorate(main: Callable) -> Callable:
+        @functools.wraps(main)
+        def wrapped(*args, **kwargs):
+            try:
+                return main(*args, **kwargs)
+            except (UsageError, *errors) as error:
+                print(f"error: {error}", file=sys.stderr)
+                raise SystemExit(2) from None
+            except KeyboardInterrupt:
+                print("interrupted", file=sys.stderr)
+                raise SystemExit(130) from None
+
+        return wrapped
+
+    return decorate
