@@ -1,0 +1,146 @@
+"""The staged schedule as pure data, and two pure functions of the tokens seen: which stage, and which learning rate.
+
+Progress is counted in tokens only, so that batch size, number of processes and length can change without moving it.
+A stage covers [start, end): at tokens_seen == end the next one is in force. No torch.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from dataclasses import dataclass
+
+from conf.schema import AttentionConfig, LRConfig, RopeConfig, RunConfig
+from moba.spec import AttentionSpec
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stretch of training; everything that may change between stages, resolved."""
+
+    name: str
+    index: int
+    start: int
+    """Tokens seen when it begins."""
+    end: int
+    """Tokens seen when the next one begins; end - start is a multiple of batch_tokens."""
+    seq_len: int
+    batch_tokens: int
+    """Tokens of one optimizer step over all ranks."""
+    micro_tokens: int
+    """Tokens a rank processes at a time."""
+    attention: tuple[AttentionSpec, ...]
+    """One spec a layer."""
+    rope: RopeConfig
+    mix: dict[str, float]
+    """Source name -> share of tokens; sums to 1."""
+    lr: LRConfig
+    """The learning rate in force: the stage's own or the run's."""
+    lr_before: int
+    """Tokens of the span of `lr` that lie before this stage."""
+    lr_span: int
+    """Tokens over which `lr` goes from warm-up to its end."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of this stage."""
+        return self.end - self.start
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of this stage."""
+        return self.tokens // self.batch_tokens
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """All stages, in order and without gaps."""
+
+    stages: tuple[Stage, ...]
+
+    @property
+    def total_tokens(self) -> int:
+        """Tokens of the run."""
+        return self.stages[-1].end
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the run."""
+        return sum(stage.num_steps for stage in self.stages)
+
+    def lookup(self, tokens_seen: int) -> Stage:
+        """The stage of the step that begins after `tokens_seen` tokens, 0 <= tokens_seen < total_tokens."""
+        assert 0 <= tokens_seen < self.total_tokens, (tokens_seen, self.total_tokens)
+        return self.stages[bisect_right([stage.start for stage in self.stages], tokens_seen) - 1]
+
+    def learning_rate(self, tokens_seen: int) -> float:
+        """The learning rate of the step that begins after `tokens_seen` tokens.
+
+        It is the schedule's value at that step's end: the first step of a warm-up is not wasted on a rate of 0, and the
+        last step of a decay has the final rate.
+        """
+        stage = self.lookup(tokens_seen)
+        return lr_at(stage.lr, stage.lr_before + tokens_seen - stage.start + stage.batch_tokens, stage.lr_span)
+
+
+def lr_at(lr: LRConfig, tokens: float, span: int) -> float:
+    """The value of `lr` after `tokens` of the `span` tokens it covers: continuous, 0 at 0 where there is a warm-up.
+
+    Warm-up is linear from 0 to the peak. Then `cosine` and `linear` fall to peak * min_ratio at the span's end,
+    `constant` stays, `wsd` stays until decay_tokens before the end and falls linearly to peak * min_ratio.
+    """
+    if tokens < lr.warmup_tokens:
+        return lr.peak * tokens / lr.warmup_tokens
+    falls = {"constant": 0, "wsd": lr.decay_tokens}.get(lr.kind, span - lr.warmup_tokens)
+    if falls == 0:
+        return lr.peak
+    fallen = min(1.0, max(0.0, 1 - (span - tokens) / falls))
+    weight = 0.5 * (1 + math.cos(math.pi * fallen)) if lr.kind == "cosine" else 1 - fallen
+    return lr.peak * (lr.min_ratio + (1 - lr.min_ratio) * weight)
+
+
+def layer_plan(attention: AttentionConfig, num_layers: int) -> tuple[AttentionSpec, ...]:
+    """The spec of each layer. `attention` is frozen: block_size and top_k are ints."""
+    full_backend = "auto" if attention.backend == "triton" else attention.backend
+    full = AttentionSpec(kind="full", backend=full_backend)
+    if attention.kind == "full":
+        return (full,) * num_layers
+    moba = AttentionSpec("moba", attention.block_size, attention.top_k, attention.backend)
+    if attention.pattern is not None:
+        letters = attention.pattern.upper()
+        return tuple(full if letters[i % len(letters)] == "F" else moba for i in range(num_layers))
+    return (moba,) * (num_layers - attention.full_last) + (full,) * attention.full_last
+
+
+def build_schedule(config: RunConfig) -> Schedule:
+    """The schedule of a frozen configuration."""
+    weights = {name: source.weight for name, source in config.data.sources.items()}
+    shared_span = sum(stage.tokens for stage in config.schedule.stages.values() if stage.lr is None)
+    stages, start, shared_before = [], 0, 0
+    for index, (name, stage) in enumerate(config.schedule.stages.items()):
+        own = stage.lr is not None
+        stages.append(
+            Stage(
+                name=name,
+                index=index,
+                start=start,
+                end=start + stage.tokens,
+                seq_len=stage.seq_len,
+                batch_tokens=stage.batch_tokens,
+                micro_tokens=config.schedule.micro_tokens or stage.seq_len,
+                attention=layer_plan(stage.attention, config.model.num_layers),
+                rope=stage.rope,
+                mix=_normalised(weights if stage.mix is None else stage.mix),
+                lr=stage.lr if own else config.optim.lr,
+                lr_before=0 if own else shared_before,
+                lr_span=stage.tokens if own else shared_span,
+            )
+        )
+        start += stage.tokens
+        shared_before += 0 if own else stage.tokens
+    return Schedule(tuple(stages))
+
+
+def _normalised(shares: dict[str, float]) -> dict[str, float]:
+    total = sum(shares.values())
+    return {name: share / total for name, share in shares.items() if share > 0}
