@@ -11,8 +11,9 @@ which keys and values appear once. Lists without queries are left out, so no key
 and its routed gradient is zero by construction. Nothing is scattered with atomics: rows are gathered back to their
 queries one pick at a time.
 
-The host waits for the device once a call: the number of routed rows, of non-empty lists and the longest list size
-the flash call.
+Heads do not depend on each other, so where all routed rows at once would take too much memory, the heads go through in
+chunks. The host waits for the device once a chunk: the number of routed rows, of non-empty lists and the longest list
+size the flash call.
 
 Shapes: T queries, S keys, H query heads, G key/value heads, D head size, B block size, K = top_k, M block slots of
 the pack, P routed (query head, query, block) picks = rows of the routed part, L non-empty lists.
@@ -29,6 +30,10 @@ from moba.backends.varlen import Primitive, default_primitive
 from moba.checks import BackendUnavailable
 from moba.routing import BlockLayout, layout_means, score_dtype, select_blocks
 
+# Elements of the gathered queries of a chunk of heads: 512 MiB of bfloat16 a copy; the backward pass has five.
+ROW_ELEMENTS = 1 << 28
+# Beyond, flash's backward kernel reads out of bounds (illegal memory access seen at 2.9e9 elements, torch 2.11).
+MAX_ROW_ELEMENTS = 1 << 31
 # Sequences of one varlen call: a dimension of the CUDA grid.
 MAX_LISTS = 65535
 
@@ -93,11 +98,6 @@ def _collect_picks(selection_HTK: Tensor, layout: BlockLayout, num_kv_heads: int
     num_rows, num_used, max_rows = sizes.tolist()  # the one synchronisation
     if num_rows == 0:
         return None
-    if num_used > MAX_LISTS:
-        raise BackendUnavailable(
-            f"block_size={layout.block_size}: {num_used} (block, key/value head) pairs are more than the {MAX_LISTS} "
-            "that backend 'flash' takes in one call; use backend 'triton' or 'torch', or larger blocks"
-        )
     used_L = (rows_in_list == 0).to(torch.uint8).argsort(stable=True)[:num_used]  # the non-empty lists, in order
     return _Picks(
         pick_P=pick[:num_rows].clone(),  # not the view: it would keep the unused picks alive until the backward pass
@@ -200,7 +200,7 @@ def moba_flash(
 
     `varlen` is the flash attention to build on; by default flash-attn or torch's own on CUDA, and a plain loop
     elsewhere. `deterministic` asks it for bitwise repeatable gradients. Raises BackendUnavailable for dtypes and
-    head sizes that flash kernels don't take and for more than 65535 routed lists.
+    head sizes that flash kernels don't take and for more routed rows or blocks than they can index.
     """
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     if q.shape[0] == 0:
@@ -208,4 +208,38 @@ def moba_flash(
     layout = BlockLayout.build(block_size, q.shape[0], k.shape[0], cu_seqlens, cu_seqlens_k, q.device)
     selection_HTK = select_blocks(q, layout_means(k, layout), layout, top_k)
     varlen = varlen or default_primitive(q.device)
-    return _MixedAttention.apply(q, k, v, selection_HTK, layout, scale, deterministic, varlen)
+    chunks = _head_chunks(q.shape, k.shape[1], layout.num_blocks, block_size, top_k)
+    parts = [
+        _MixedAttention.apply(*qkv, selection_hTK, layout, scale, deterministic, varlen)
+        for *qkv, selection_hTK in _split_heads(q, k, v, selection_HTK, chunks)
+    ]
+    outs, lses = zip(*parts)
+    return (outs[0], lses[0]) if len(parts) == 1 else (torch.cat(outs, dim=1), torch.cat(lses))
+
+
+def _head_chunks(q_shape, num_kv_heads: int, num_blocks: int, block_size: int, top_k: int) -> tuple[int, int]:
+    """(key/value heads, query heads of each) that go through at a time, within ROW_ELEMENTS and MAX_LISTS."""
+    num_tokens, num_heads, head_dim = q_shape
+    group = num_heads // num_kv_heads
+    head_elements = num_tokens * (top_k - 1) * head_dim
+    if head_elements > MAX_ROW_ELEMENTS or num_blocks > MAX_LISTS:
+        raise BackendUnavailable(
+            f"block_size={block_size}, top_k={top_k}: more routed rows or blocks than backend 'flash' can index at "
+            f"{num_tokens} tokens; use backend 'triton' or 'torch'"
+        )
+    heads = max(1, ROW_ELEMENTS // max(1, head_elements))
+    if heads < group:
+        return 1, heads
+    return min(num_kv_heads, heads // group, max(1, MAX_LISTS // num_blocks)), group
+
+
+def _split_heads(q: Tensor, k: Tensor, v: Tensor, selection_HTK: Tensor, chunks: tuple[int, int]):
+    """Yields (q, k, v, selection) of every chunk of heads, as views."""
+    num_kv_heads, group_heads = chunks
+    group = q.shape[1] // k.shape[1]
+    q_groups, selection_groups = q.split(num_kv_heads * group, dim=1), selection_HTK.split(num_kv_heads * group)
+    k_groups, v_groups = k.split(num_kv_heads, dim=1), v.split(num_kv_heads, dim=1)
+    for q_group, k_group, v_group, selection_group in zip(q_groups, k_groups, v_groups, selection_groups):
+        step = q_group.shape[1] if group_heads == group else group_heads
+        for q_part, selection_part in zip(q_group.split(step, dim=1), selection_group.split(step)):
+            yield q_part, k_group, v_group, selection_part

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moba.backends import flash as flash_module
 from moba.backends import varlen as varlen_module
 from moba.backends.flash import moba_flash
 from moba.backends.varlen import PLAIN, default_primitive, varlen_attention
@@ -146,6 +147,25 @@ def test_keys_are_laid_out_once_under_gqa():
     assert routed_k[0] <= 2 * 56 and routed_k[1] == 1
 
 
+@pytest.mark.parametrize(("heads", "num_chunks"), [(0, 9), (2, 6), (3, 3), (7, 2)])
+def test_chunks_of_heads_equal_one_call(monkeypatch, heads, num_chunks):
+    """Catches heads out of order, or key gradients lost, where memory limits the heads that go through at a time."""
+    q, k, v, cu, _ = make_inputs([30, 12], 9, 3, 8)
+    options = {"block_size": 4, "top_k": 3, "cu_seqlens": cu}
+    whole = with_gradients(moba_flash, q, k, v, **options)
+    calls = []
+    monkeypatch.setattr(flash_module, "ROW_ELEMENTS", heads * 42 * 2 * 8)
+
+    def forward(q, *arguments):
+        calls.append(q.shape)
+        return PLAIN.forward(q, *arguments)
+
+    got = with_gradients(moba_flash, q, k, v, varlen=PLAIN._replace(forward=forward), **options)
+    assert len(calls) == 2 * num_chunks  # own blocks and routed part
+    for a, b in zip(got, whole):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
 def test_backward_repeats_forward_under_checkpointing():
     """Catches state that a recomputed forward pass does not rebuild, or a selection that differs when recomputed."""
     q, k, v, cu, _ = make_inputs([50, 30], 4, 2, 8)
@@ -239,12 +259,12 @@ def cuda_primitives():
 
 
 def assert_close_in_bf16(got, want, name):
-    """bf16 tolerance of the released code's tests (2e-2), and no more than a bf16 rounding error on average."""
+    """Largest and mean error within bf16's rounding (2^-8 = 4e-3) of the largest and mean value."""
     got, want = got.double().cpu(), want.double().cpu()
     assert torch.isfinite(got).all(), name
     error = (got - want).abs()
-    assert (error <= 2e-2 + 2e-2 * want.abs()).all(), f"{name}: largest error {error.max()}"
-    assert error.mean() <= 8e-3 * want.abs().mean() + 1e-4, f"{name}: mean error {error.mean()}"
+    assert error.max() <= 2e-2 * want.abs().max(), f"{name}: largest error {error.max()} of {want.abs().max()}"
+    assert error.mean() <= 8e-3 * want.abs().mean(), f"{name}: mean error {error.mean()} of {want.abs().mean()}"
 
 
 @gpu
