@@ -77,13 +77,17 @@ class PositionCurve:
     position_count: np.ndarray
     """[max_length] tokens counted there."""
 
+    def arrays(self) -> dict[str, np.ndarray]:
+        """All fields as arrays, for a .npz file that may hold more beside them."""
+        return {name: np.asarray(value) for name, value in vars(self).items()}
+
     def to_npz(self, path: Path | str) -> None:
         """Writes the curve to `path`, to be read by `from_npz` or plain numpy."""
-        np.savez_compressed(path, **{**vars(self), "trailing": np.array(self.trailing)})
+        np.savez_compressed(path, **self.arrays())
 
     @staticmethod
     def from_npz(path: Path | str) -> PositionCurve:
-        """The curve that `to_npz` wrote, equal bit for bit."""
+        """The curve in a .npz file that holds its `arrays`, equal bit for bit."""
         with np.load(path) as fields:
             values = {name: fields[name] for name in PositionCurve.__dataclass_fields__}
         values["max_length"] = int(values["max_length"])

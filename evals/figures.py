@@ -1,0 +1,197 @@
+"""Draws PNG figures: loss by position, its heat map over training, and losses over tokens.
+
+Each function takes data and a path, and draws on a Figure of its own: pyplot's global state is never touched, so that
+figures can be drawn in a training process, on any thread, without a display. What a bucket, an error bar and
+"trailing" mean stands in the figure itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
+
+from train.position_loss import PositionCurve
+
+CONFIDENCE = 1.96  # standard errors on each side of a 95 % interval
+Boundaries = Sequence[tuple[int, str]]  # (tokens at which a stage starts, its name)
+
+
+def plot_curves(curves: Mapping[str, PositionCurve], path: Path | str, title: str = "Loss by position") -> None:
+    """Draws bucket means with 95 % intervals, one line a curve, and each curve's trailing loss as a star.
+
+    Curves may have different lengths. Where an interval is missing, fewer than two documents were counted.
+    """
+    assert curves
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.add_subplot()
+    for i, (label, curve) in enumerate(curves.items()):
+        centres = (curve.edges[:-1] + curve.edges[1:]) / 2
+        color = f"C{i % 10}"
+        axes.errorbar(
+            centres,
+            curve.mean,
+            yerr=_interval(curve.se),
+            color=color,
+            marker="o",
+            markersize=3.5,
+            capsize=2,
+            linewidth=1.3,
+            elinewidth=0.9,
+            label=f"{label}: {_trailing_text(curve)}",
+        )
+        axes.plot(centres[-1], curve.trailing.value, marker="*", markersize=11, color=color, markeredgecolor="black")
+    longest = max(curve.max_length for curve in curves.values())
+    shortest_bucket, longest_bucket = (f(_bucket_size(c) for c in curves.values()) for f in (min, max))
+    size = f"{shortest_bucket}" if shortest_bucket == longest_bucket else f"{shortest_bucket} to {longest_bucket}"
+    axes.axvspan(longest - longest_bucket, longest, color="0.92", zorder=0)
+    axes.set_xlim(0, longest * 1.01)
+    length_axis(axes.xaxis, longest)
+    axes.set_xlabel(f"visible tokens of the own document (buckets of {size} tokens)")
+    axes.set_ylabel("loss (nats a token)")
+    axes.set_title(title)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    figure.supxlabel(
+        "Bars and +-: 95 % intervals, documents or windows as clusters. Star: trailing loss, the last bucket (shaded)\n"
+        "of only those documents or windows that reach the full length. A bucket's mean (dot) counts all its tokens.",
+        fontsize="x-small",
+    )
+    save(figure, path)
+
+
+def plot_heatmap(
+    curves: Sequence[tuple[int, PositionCurve]],
+    path: Path | str,
+    boundaries: Boundaries = (),
+    title: str = "Loss by position over training",
+) -> None:
+    """Draws loss by visible tokens (upwards) and training tokens (to the right), a column a curve.
+
+    `curves` are (tokens seen at its end, curve) in order; a column reaches back to the end of the one before. Lengths
+    may change on the way. Colours span the 2nd to 98th percentile of the losses, or the first steps would wash out
+    the rest.
+    """
+    assert curves
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.add_subplot()
+    losses = np.concatenate([curve.mean for _, curve in curves])
+    finite = losses[np.isfinite(losses)]
+    low, high = np.percentile(finite, [2, 90]) if len(finite) else (1.0, 2.0)
+    norm = LogNorm(max(low, 1e-3), max(high, low * 1.01, 2e-3))
+    start, mesh = 0, None
+    for tokens, curve in curves:
+        mesh = axes.pcolormesh(
+            [start, tokens], curve.edges, curve.mean[:, None], norm=norm, cmap="viridis", rasterized=True
+        )
+        start = tokens
+    longest = max(curve.max_length for _, curve in curves)
+    axes.set_ylim(0, longest)
+    axes.set_xlim(0, start)
+    length_axis(axes.yaxis, longest)
+    token_axis(axes)
+    mark_stages(axes, boundaries)
+    axes.set_ylabel("visible tokens of the own document")
+    axes.set_title(title)
+    label = "loss (nats a token; colours from the 2nd to the 90th percentile)"
+    colorbar = figure.colorbar(mesh, ax=axes, extend="both", label=label)
+    colorbar.ax.yaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    colorbar.ax.yaxis.set_minor_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    save(figure, path)
+
+
+def plot_history(
+    series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    path: Path | str,
+    boundaries: Boundaries = (),
+    title: str = "Loss over training",
+    ylabel: str = "loss (nats a token)",
+) -> None:
+    """Draws one line a series `(tokens, values)` over training tokens, with the stages marked; NaN leaves a gap.
+
+    The upper end of the axis leaves out the first steps of a run from random weights, where they are far above the
+    rest.
+    """
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.add_subplot()
+    for label, (tokens, values) in series.items():
+        axes.plot(tokens, values, label=label, linewidth=1.2, marker="o" if len(tokens) < 40 else None, markersize=3)
+    values = np.concatenate([np.asarray(values, dtype=float) for _, values in series.values()])
+    values = values[np.isfinite(values)]
+    if len(values) >= 20:
+        low, typical, high = values.min(), np.percentile(values, 90), values.max()
+        axes.set_ylim(low - 0.05 * (typical - low), min(high, typical + (typical - low)))
+    axes.set_xlim(left=0)
+    token_axis(axes)
+    mark_stages(axes, boundaries)
+    axes.set_ylabel(ylabel)
+    axes.set_title(title)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    save(figure, path)
+
+
+def _interval(se: np.ndarray) -> np.ndarray:
+    """Half-width of the 95 % interval; 0, which draws no bar, where the standard error is unknown."""
+    return np.nan_to_num(CONFIDENCE * se, nan=0.0)
+
+
+def _bucket_size(curve: PositionCurve) -> int:
+    return int(np.diff(curve.edges).max())
+
+
+def _trailing_text(curve: PositionCurve) -> str:
+    """`trailing 1.234 +- 0.056 (16 x 32768 tokens)`: the 95 % interval, and how many documents or windows."""
+    value, se, _, clusters = curve.trailing
+    if not np.isfinite(value):
+        return f"no document reaches {curve.max_length}"
+    error = f" +- {CONFIDENCE * se:.3f}" if np.isfinite(se) else ""
+    return f"trailing {value:.3f}{error} ({clusters:.0f} x {curve.max_length} tokens)"
+
+
+def length_axis(axis, longest: int) -> None:
+    """Ticks at eighths of the length, written in binary K where they are whole."""
+    step = max(1, longest // 8)
+    axis.set_ticks(np.arange(0, longest + 1, step))
+    axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x / 1024:g}K" if x and x % 512 == 0 else f"{x:.0f}"))
+
+
+def token_axis(axes) -> None:
+    """Training tokens along x, in decimal units."""
+
+    def text(tokens, _):
+        for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
+            if abs(tokens) >= size:
+                return f"{tokens / size:g}{unit}"
+        return f"{tokens:g}"
+
+    axes.xaxis.set_major_formatter(FuncFormatter(text))
+    axes.set_xlabel("training tokens")
+
+
+def mark_stages(axes, boundaries: Boundaries) -> None:
+    """A dashed line with the stage's name where each stage starts."""
+    for tokens, name in boundaries:
+        if tokens > 0:
+            axes.axvline(tokens, color="black", linestyle="--", linewidth=1)
+        axes.annotate(
+            name,
+            (tokens, 1),
+            xycoords=("data", "axes fraction"),
+            xytext=(4, -4),
+            textcoords="offset points",
+            va="top",
+            fontsize="small",
+            zorder=5,
+            bbox={"facecolor": "white", "alpha": 0.7, "linewidth": 0, "pad": 1},
+        )
+
+
+def save(figure: Figure, path: Path | str) -> None:
+    """Writes the figure as PNG; makes the directory if it is missing."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,183 @@
+"""evals/position_loss.py: the fixed cohort, documents as clusters, ranks, and what is written."""
+
+import json
+import math
+import threading
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from evals.figures import plot_curves, plot_heatmap, plot_history
+from evals.position_loss import Document, evaluate, held_out_documents, load_curves
+from train.position_loss import PositionCurve, PositionLoss
+
+LENGTH = 64
+
+
+def make_documents(count, seed=0):
+    rng = np.random.default_rng(seed)
+    return [Document(f"doc-{i}", rng.integers(0, 1000, LENGTH + 1).astype(np.uint16)) for i in range(count)]
+
+
+def fake_loss(tokens, positions, cu_seqlens, labels):
+    """A loss that depends on tokens, labels and positions, so that any mix-up of them shows."""
+    assert tokens.shape == positions.shape == labels.shape == (LENGTH,)
+    assert cu_seqlens.tolist() == [0, LENGTH] and not torch.is_grad_enabled()
+    return (tokens.float() / 1000 + labels.float() / 500 + 10 / (positions + 1)).float()
+
+
+def expected_losses(document):
+    x = document.tokens.astype(np.float64)
+    return x[:-1] / 1000 + x[1:] / 500 + 10 / np.arange(1, LENGTH + 1)
+
+
+def test_equals_means_over_documents():
+    """Catches labels that are not the next token, positions off by one, and errors not taken over documents."""
+    documents = make_documents(7)
+    result = evaluate(fake_loss, documents, seq_len=LENGTH, device="cpu")
+    losses = np.stack([expected_losses(d) for d in documents])
+    table = losses.reshape(7, 16, 4).mean(axis=2)
+    np.testing.assert_allclose(result.document_loss, table, rtol=1e-6)
+    np.testing.assert_allclose(result.curve.mean, table.mean(axis=0), rtol=1e-6)
+    np.testing.assert_allclose(result.curve.se, table.std(axis=0, ddof=1) / np.sqrt(7), rtol=1e-4)
+    np.testing.assert_allclose(result.curve.position_mean, losses.mean(axis=0), rtol=1e-6)
+    assert result.curve.trailing.value == result.curve.mean[-1] and result.curve.trailing.clusters == 7
+    assert result.num_non_finite == 0
+
+
+@pytest.mark.parametrize("count,world_size", [(5, 2), (7, 3), (2, 4)])
+def test_ranks_together_equal_one(count, world_size):
+    """Catches documents counted twice or dropped where ranks do not divide them, and ranks that run different numbers
+    of forward passes (a hang, with sharded parameters)."""
+    documents = make_documents(count)
+    alone = evaluate(fake_loss, documents, seq_len=LENGTH, device="cpu")
+    calls = [0] * world_size
+    results = [None] * world_size
+    barrier = threading.Barrier(world_size)
+    slots = [None] * world_size
+
+    def run(rank):
+        def loss(*args):
+            calls[rank] += 1
+            return fake_loss(*args)
+
+        def reduce(tensor):
+            slots[rank] = tensor.clone()
+            barrier.wait()
+            total = sum(slots)
+            barrier.wait()
+            return total
+
+        results[rank] = evaluate(
+            loss, documents, seq_len=LENGTH, device="cpu", rank=rank, world_size=world_size, reduce=reduce
+        )
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(world_size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert set(calls) == {-(-count // world_size)}
+    for result in results:
+        for name in ("mean", "se", "count", "clusters", "trailing"):
+            np.testing.assert_allclose(getattr(result.curve, name), getattr(alone.curve, name), rtol=1e-12)
+        np.testing.assert_allclose(result.document_loss, alone.document_loss, rtol=1e-12)
+
+
+def make_source(lengths):
+    return SimpleNamespace(
+        lengths=np.array(lengths, dtype=np.int64),
+        ids=[f"id-{i}" for i in range(len(lengths))],
+        tokens=lambda doc, start, stop: np.arange(start, stop) + 1000 * doc,
+    )
+
+
+def test_cohort_is_documents_of_full_length():
+    """Catches a document one token short (its last bucket would be smaller), and documents not taken from their
+    start."""
+    documents = held_out_documents(make_source([LENGTH, LENGTH + 1, 10, 500, 80]), LENGTH, limit=2)
+    assert [d.id for d in documents] == ["id-1", "id-3"]
+    assert documents[1].tokens.tolist() == list(range(3000, 3000 + LENGTH + 1))
+
+
+def test_no_document_long_enough():
+    """Catches an evaluation of nothing; the message says what would work."""
+    with pytest.raises(ValueError, match=r"longest has 60.*eval\.seq_len below 60"):
+        held_out_documents(make_source([60, 3]), LENGTH, limit=4)
+
+
+def test_keys_name_the_tokens():
+    """Catches keys that depend on the name or integer type of a document, or miss a changed token."""
+    documents = make_documents(2)
+    wide = [Document("other name", d.tokens.astype(np.int64)) for d in documents]
+    changed = [Document(d.id, np.concatenate([d.tokens[:-1], [1]])) for d in documents]
+    keys = [evaluate(fake_loss, ds, seq_len=LENGTH, device="cpu").document_keys for ds in (documents, wide, changed)]
+    assert keys[0] == keys[1] and len(set(keys[0])) == 2
+    assert not set(keys[0]) & set(keys[2])
+
+
+def test_non_finite_losses_are_reported():
+    """Catches an infinite loss that silently leaves the mean."""
+
+    def loss(tokens, positions, cu_seqlens, labels):
+        return torch.where(positions == 5, math.inf, 1.0)
+
+    result = evaluate(loss, make_documents(3), seq_len=LENGTH, device="cpu")
+    assert result.num_non_finite == 3 and np.isfinite(result.curve.mean).all()
+    assert np.isnan(result.document_loss[:, 1]).all() and np.isfinite(result.document_loss[:, 2]).all()
+
+
+def test_save_writes_json_npz_and_png(tmp_path):
+    """Catches a missing file or field, NaN in the json, and a curve that does not come back bit for bit."""
+    result = evaluate(fake_loss, make_documents(1), seq_len=LENGTH, device="cpu")
+    path = result.save(tmp_path / "position_loss", "tokens_000000000001000", tokens=1000, attention="moba 16x2")
+    record = json.loads(path.read_text(), parse_constant=lambda text: pytest.fail(text))
+    assert record["tokens"] == 1000 and record["seq_len"] == LENGTH and record["num_documents"] == 1
+    assert record["trailing"]["value"] == result.curve.trailing.value and record["trailing"]["se"] is None
+    back = load_curves({"x": path.with_suffix(".npz")})["x"]
+    for name, value in result.curve.arrays().items():
+        np.testing.assert_array_equal(back.arrays()[name], value)
+    with np.load(path.with_suffix(".npz")) as fields:
+        np.testing.assert_array_equal(fields["document_loss"], result.document_loss)
+        assert fields["document_keys"].tolist() == result.document_keys
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def make_curve(length, num_documents=3, level=2.0) -> PositionCurve:
+    tracker = PositionLoss(length, "cpu")
+    for i in range(num_documents):
+        losses = torch.full((length,), level + i)
+        cu_seqlens = torch.tensor([0, length], dtype=torch.int32)
+        tracker.add(losses, torch.arange(length), torch.zeros(length, dtype=torch.long), cu_seqlens)
+    return tracker.curve()
+
+
+def test_figures_take_what_a_run_has(tmp_path):
+    """Catches figures that fail on different lengths, one document, no document or one point, or that touch pyplot."""
+    curves = {"a": make_curve(64), "b": make_curve(32, 1), "c": make_curve(64, 0)}
+    plot_curves(curves, tmp_path / "curves.png")
+    plot_heatmap(
+        [(100, curves["b"]), (200, curves["a"]), (300, curves["c"])], tmp_path / "heat.png", [(0, "x"), (100, "y")]
+    )
+    plot_heatmap([(100, curves["c"])], tmp_path / "empty.png")
+    plot_history({"loss": ([1, 2], [3.0, math.nan]), "none": ([], [])}, tmp_path / "history.png", [(0, "sparse")])
+    plot_history({"loss": (range(1, 50), [9 / x for x in range(1, 50)])}, tmp_path / "long.png")
+    names = ("curves", "heat", "empty", "history", "long")
+    assert all((tmp_path / f"{name}.png").stat().st_size > 5000 for name in names)
+
+
+def test_figures_say_what_is_drawn(tmp_path, monkeypatch):
+    """Catches a figure without unit, bucket size, trailing rule or what its bars are."""
+    import evals.figures as figures
+
+    drawn = []
+    monkeypatch.setattr(figures, "save", lambda figure, path: drawn.append(figure))
+    plot_curves({"run": make_curve(64)}, tmp_path / "x.png")
+    axes = drawn[0].axes[0]
+    assert axes.get_xlabel() == "visible tokens of the own document (buckets of 4 tokens)"
+    assert "nats" in axes.get_ylabel()
+    assert axes.get_legend().get_texts()[0].get_text() == "run: trailing 3.000 +- 1.132 (3 x 64 tokens)"
+    note = drawn[0].get_supxlabel()
+    assert all(word in note for word in ("95 %", "clusters", "trailing loss", "full length"))
