@@ -1,0 +1,366 @@
+"""train/model.py against transformers' Llama, Qwen2 and Qwen3 on the same weights, and what a switch may not touch."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from conf.schema import ModelConfig, RopeConfig
+from moba.layer import KVCache
+from moba.spec import AttentionSpec
+from train.loss import IGNORED
+from train.model import Decoder, OutputProjection
+from train.sizes import num_parameters
+
+VOCAB = 96
+FULL = AttentionSpec("full")
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+
+
+def small_config(**changes):
+    """A model of 3 layers, 4 query heads on 2 key/value heads, whose head size is not hidden_size / num_heads."""
+    values = {
+        "hidden_size": 48,
+        "num_layers": 3,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "head_dim": 16,
+        "ffn_size": 80,
+        "tie_embeddings": False,
+        "loss_tile": 16,
+    }
+    return ModelConfig(**{**values, **changes})
+
+
+def make_model(seed=0, **changes):
+    model = Decoder(small_config(**changes), VOCAB)
+    model.init_weights(seed)
+    with torch.no_grad():  # biases and norms away from 0 and 1, matrices large enough that attention is not uniform
+        g = torch.Generator().manual_seed(seed + 1)
+        for name, p in model.named_parameters():
+            p.add_(torch.randn(p.shape, generator=g) * (0.3 if p.ndim < 2 else 0.15 if "embed" in name else 0.1))
+    return model
+
+
+def make_pack(lengths, seed=0):
+    """Packed random documents `(tokens, positions, cu_seqlens, labels)`; the last label of each is ignored."""
+    g = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, VOCAB, (sum(lengths),), generator=g)
+    positions = torch.cat([torch.arange(n) for n in lengths])
+    cu_seqlens = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    labels = tokens.roll(-1)
+    labels[cu_seqlens[1:].long() - 1] = IGNORED
+    return tokens, positions, cu_seqlens, labels
+
+
+def transformers_model(family, config):
+    """The random model of a Hugging Face family with the shape of `config`, in float32."""
+    config_class, model_class = {
+        "llama": (LlamaConfig, LlamaForCausalLM),
+        "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+        "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    }[family]
+    theirs = model_class(
+        config_class(
+            vocab_size=VOCAB,
+            hidden_size=config.hidden_size,
+            num_hidden_layers=config.num_layers,
+            num_attention_heads=config.num_heads,
+            num_key_value_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            intermediate_size=config.ffn_size,
+            tie_word_embeddings=config.tie_embeddings,
+            rms_norm_eps=config.norm_eps,
+            rope_parameters={"rope_type": "default", **(config.rope_scaling or {}), "rope_theta": config.rope_theta},
+            max_position_embeddings=512,
+            attn_implementation="eager",
+        )
+    )
+    return theirs.eval()
+
+
+@pytest.mark.parametrize(
+    "family,changes",
+    [
+        ("llama", {}),
+        ("llama", {"tie_embeddings": True}),
+        ("llama", {"num_kv_heads": 1, "norm_eps": 1e-3}),
+        ("llama", {"rope_scaling": LLAMA3, "rope_theta": 500000.0}),
+        ("qwen2", {"qkv_bias": True, "head_dim": 12}),
+        ("qwen3", {"qk_norm": True, "tie_embeddings": True}),
+    ],
+)
+def test_equals_transformers_on_the_same_weights(family, changes):
+    """Catches any difference in names, norms, rotation, head grouping, biases or head norms from the models whose
+    checkpoints are read and written."""
+    config = small_config(**changes)
+    ours, theirs = make_model(**changes), transformers_model(family, config)
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    theirs.load_state_dict(ours.state_dict())
+    tokens, positions, cu_seqlens, labels = make_pack([70])
+    with torch.no_grad():
+        expected = theirs(tokens[None]).logits[0]
+        logits = ours.logits(tokens, positions, cu_seqlens)
+        losses = ours(tokens, positions, cu_seqlens, labels)
+        torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(losses[:-1], F.cross_entropy(expected[:-1], labels[:-1], reduction="none"))
+        mean = theirs(tokens[None], labels=tokens[None]).loss
+        torch.testing.assert_close(losses.sum() / (labels != IGNORED).sum(), mean, rtol=1e-5, atol=1e-5)
+    assert expected.std() > 0.3  # far from the uniform logits of tiny weights
+    if config.rope_scaling:
+        ours.config = small_config(**{**changes, "rope_scaling": None})
+        ours.set_rope(None)
+        assert not torch.allclose(ours.logits(tokens, positions, cu_seqlens), expected, atol=1e-3)
+
+
+def test_gradients_equal_transformers():
+    """Catches a wrong backward pass anywhere between the loss and the embedding (tied, so both of its uses)."""
+    ours = make_model(tie_embeddings=True)
+    theirs = transformers_model("llama", ours.config)
+    theirs.load_state_dict(ours.state_dict())
+    tokens, positions, cu_seqlens, labels = make_pack([50])
+    (ours(tokens, positions, cu_seqlens, labels).sum() / 49).backward()
+    theirs(tokens[None], labels=tokens[None]).loss.backward()
+    theirs_by_name = dict(theirs.named_parameters())
+    for name, p in ours.named_parameters():
+        torch.testing.assert_close(
+            p.grad, theirs_by_name[name].grad, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n} {m}"
+        )
+
+
+@pytest.mark.parametrize("spec", [FULL, AttentionSpec("moba", block_size=8, top_k=2)], ids=str)
+def test_packed_documents_equal_each_alone(spec):
+    """Catches attention, positions or loss that leak from one document of a pack into another."""
+    model = make_model()
+    model.set_attention([spec] * 3)
+    lengths = [37, 5, 0, 30]
+    tokens, positions, cu_seqlens, labels = make_pack(lengths)
+    with torch.no_grad():
+        packed = model(tokens, positions, cu_seqlens, labels)
+        alone = []
+        for start, end in zip(cu_seqlens.tolist(), cu_seqlens.tolist()[1:]):
+            if end > start:
+                one = torch.tensor([0, end - start], dtype=torch.int32)
+                alone.append(model(tokens[start:end], positions[start:end], one, labels[start:end]))
+        torch.testing.assert_close(packed, torch.cat(alone), rtol=1e-5, atol=1e-5)
+        unbounded = model(tokens, positions, torch.tensor([0, 72], dtype=torch.int32), labels)
+    assert not torch.allclose(packed, unbounded, atol=1e-3)  # or the documents would not matter here
+
+
+def test_a_swap_touches_no_parameter():
+    """Catches a switch of attention or RoPE that replaces, moves or changes a parameter, or adds state."""
+    model = make_model()
+    before = {name: (p, p.data_ptr(), p.detach().clone()) for name, p in model.named_parameters()}
+    keys = list(model.state_dict())
+    moba = AttentionSpec("moba", block_size=8, top_k=2)
+    pack = make_pack([64])
+    losses = []
+    for plan, rope in [
+        ([FULL] * 3, None),
+        ([moba] * 3, RopeConfig(theta=5e5)),
+        ([moba, FULL, FULL], None),
+        ([FULL] * 3, None),
+    ]:
+        model.set_attention(plan)
+        model.set_rope(rope)
+        assert model.attention == tuple(plan)
+        losses.append(model(*pack).detach())
+    assert torch.equal(losses[0], losses[3])  # back to the start, bit for bit
+    assert not torch.allclose(losses[0], losses[1], atol=1e-4) and not torch.allclose(losses[0], losses[2], atol=1e-4)
+    assert list(model.state_dict()) == keys
+    for name, p in model.named_parameters():
+        same, address, values = before[name]
+        assert p is same and p.data_ptr() == address and torch.equal(p, values)
+
+
+def test_moba_that_covers_the_length_equals_full_attention():
+    """Catches a MoBA that is not full attention when block_size * top_k reaches the length; one block less must
+    differ."""
+    model = make_model()
+    pack = make_pack([64, 31])
+    with torch.no_grad():
+        full = model(*pack)
+        model.set_attention([AttentionSpec("moba", block_size=16, top_k=4)] * 3)
+        torch.testing.assert_close(model(*pack), full, rtol=1e-5, atol=1e-5)
+        model.set_attention([AttentionSpec("moba", block_size=16, top_k=3)] * 3)
+        sparse = model(*pack)
+    assert not torch.allclose(sparse[48:64], full[48:64], atol=1e-4)
+    torch.testing.assert_close(sparse[:48], full[:48], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("spec", [FULL, AttentionSpec("moba", block_size=8, top_k=2)], ids=str)
+def test_activation_checkpointing_gives_the_same_bits(spec):
+    """Catches routing or anything else that comes out differently when a layer is computed again."""
+    grads = []
+    for recompute in (False, True):
+        model = make_model(activation_checkpointing=recompute)
+        model.set_attention([spec] * 3)
+        calls = []
+        model.model.layers[0].register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        losses = model(*make_pack([40, 24]))
+        losses.sum().backward()
+        assert len(calls) == (2 if recompute else 1)
+        grads.append([losses, *(p.grad for p in model.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*grads))
+
+
+def test_tied_output_is_the_embedding():
+    """Catches a copy in place of one shared parameter: it would drift, and be saved and optimised twice."""
+    model = make_model(tie_embeddings=True)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert sum(p is model.lm_head.weight for p in model.parameters()) == 1
+    untied = make_model()
+    assert untied.lm_head.weight is not untied.model.embed_tokens.weight
+
+
+def test_output_projection_gathers_its_own_weight():
+    """Catches a loss that reads the weight outside its module's forward, where sharded parameters are not there: the
+    weight is emptied except between the module's hooks, as an engine does."""
+    model = make_model(tie_embeddings=True)
+    pack = make_pack([20])
+    expected = model(*pack).detach()
+    whole = {m: m.weight.data for m in (model.model.embed_tokens, model.lm_head)}
+    seen = []
+
+    def gather(module, *_):
+        seen.append(module)
+        module.weight.data = whole[module]
+
+    def release(module, *_):
+        module.weight.data = torch.empty(0)
+
+    for module in whole:
+        module.register_forward_pre_hook(gather)
+        module.register_forward_hook(release)
+    model.lm_head.register_full_backward_pre_hook(gather)
+    release(model.lm_head)
+    losses = model(*pack)
+    assert torch.equal(losses, expected) and isinstance(seen[-1], OutputProjection)
+    assert model.lm_head.weight.numel() == 0
+
+
+def test_initial_weights_depend_on_seed_and_name_alone():
+    """Catches weights that change with the random state, the number of layers before them, or the order of drawing."""
+    torch.manual_seed(1)
+    first = Decoder(small_config(), VOCAB)
+    first.init_weights(7)
+    torch.manual_seed(2)
+    torch.randn(5)
+    deeper = Decoder(small_config(num_layers=5), VOCAB)
+    state = torch.get_rng_state()
+    deeper.init_weights(7)
+    assert torch.equal(torch.get_rng_state(), state)
+    other = Decoder(small_config(), VOCAB)
+    other.init_weights(8)
+    deep, different = deeper.state_dict(), other.state_dict()
+    for name, value in first.state_dict().items():
+        scale = math.sqrt(5 / 3) if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0
+        torch.testing.assert_close(value, deep[name] * scale)
+        assert value.ndim < 2 or not torch.equal(value, different[name])
+    q = [layer.self_attn.q_proj.weight for layer in first.model.layers]
+    assert not torch.equal(q[0], q[1])
+
+
+def test_initial_weights_have_the_stated_scale():
+    """Catches a missing depth scale, norms or biases that start anywhere but at 1 and 0, and an untied output left
+    out."""
+    model = Decoder(small_config(hidden_size=128, ffn_size=256, qkv_bias=True, qk_norm=True), VOCAB)
+    model.init_weights(0)
+    for name, p in model.named_parameters():
+        if name.endswith("bias"):
+            assert (p == 0).all()
+        elif p.ndim < 2:
+            assert (p == 1).all(), name
+        else:
+            expected = 0.02 / math.sqrt(6) if "o_proj" in name or "down_proj" in name else 0.02
+            assert p.std().item() == pytest.approx(expected, rel=0.05), name
+
+
+def test_initial_weights_go_through_gather():
+    """Catches weights of sharded parameters drawn while only a shard is there."""
+    model = Decoder(small_config(), VOCAB)
+    expected = copy.deepcopy(model)
+    expected.init_weights(3)
+    whole = {id(p): p.data for p in model.parameters()}
+    gathered = []
+
+    class Gather:
+        def __init__(self, parameters):
+            self.parameters = parameters
+
+        def __enter__(self):
+            for p in self.parameters:
+                gathered.append(p)
+                p.data = whole[id(p)]
+
+        def __exit__(self, *_):
+            for p in self.parameters:
+                p.data = torch.empty(0)
+
+    for p in model.parameters():
+        p.data = torch.empty(0)
+    model.init_weights(3, gather=Gather)
+    assert len(gathered) == len(whole)
+    assert all(torch.equal(whole[id(p)], q) for p, q in zip(model.parameters(), expected.parameters()))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"tie_embeddings": True}, {"qkv_bias": True, "qk_norm": True}, {"head_dim": None, "num_kv_heads": None}],
+)
+def test_parameter_counts_equal_the_closed_form(changes):
+    """Catches a plan that prints the size of another model than the one that is built."""
+    config = small_config(**changes)
+    model = Decoder(config, VOCAB)
+    counts = num_parameters(config, VOCAB)
+    assert sum(p.numel() for p in model.parameters()) == counts["total"]
+    outside = {id(model.model.embed_tokens.weight), id(model.lm_head.weight)}
+    assert sum(p.numel() for p in model.parameters() if id(p) not in outside) == counts["non_embedding"]
+
+
+@pytest.mark.parametrize("spec", [FULL, AttentionSpec("moba", block_size=8, top_k=2)], ids=str)
+def test_logits_with_a_cache_equal_one_pass(spec):
+    """Catches a cache that shifts positions, forgets tokens, or routes otherwise than the full forward pass."""
+    model = make_model()
+    model.set_attention([spec] * 3)
+    tokens, positions, cu_seqlens, _ = make_pack([45])
+    with torch.no_grad():
+        expected = model.logits(tokens, positions, cu_seqlens)
+        cache = KVCache(3)
+        chunks = []
+        for size in (20, 13, *[1] * 12):
+            start = cache.lengths[0]
+            part = slice(start, start + size)
+            bounds = torch.tensor([0, size], dtype=torch.int32)
+            chunks.append(model.logits(tokens[part], positions[part], bounds, cache))
+        torch.testing.assert_close(torch.cat(chunks), expected, rtol=1e-4, atol=1e-5)
+        last = torch.tensor([44, 3])
+        torch.testing.assert_close(model.logits(tokens, positions, cu_seqlens, rows=last), expected[last])
+
+
+def test_bf16_loss_is_close_and_float32():
+    """Catches losses rounded to bf16, and angles computed in bf16 (wrong by radians far into a document)."""
+    model = make_model()
+    tokens, positions, cu_seqlens, labels = make_pack([64])
+    far = positions + 100_000
+    with torch.no_grad():
+        expected = model(tokens, far, cu_seqlens, labels)
+        model.bfloat16()
+        losses = model(tokens, far, cu_seqlens, labels)
+    assert losses.dtype == torch.float32 and not torch.equal(losses, losses.bfloat16().float())
+    assert (losses - expected).abs().mean() < 0.03
+
+
+def test_wrong_number_of_layers_in_a_plan():
+    """Catches a plan silently cut to, or repeated over, the layers."""
+    with pytest.raises(ValueError, match="2 layers for a model of 3"):
+        make_model().set_attention([FULL, FULL])

@@ -1,0 +1,197 @@
+"""The decoder: a Llama-style transformer over packed documents, with an attention plan that can be swapped in place.
+
+RMSNorm, SwiGLU, RoPE, grouped queries; tied embeddings, biases on q, k, v and QK-norm are options, so that Llama-,
+Qwen- and SmolLM-shaped checkpoints fit. Parameters carry the names of Hugging Face's LlamaForCausalLM. The model
+knows no stages: whoever trains it calls `set_attention` and `set_rope`, which touch no parameter.
+
+Shape suffixes: T tokens of a pack, C hidden size, V vocabulary rows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from conf.schema import ModelConfig, RopeConfig
+from moba.layer import KVCache, LayerCache, MoBAAttention, RMSNorm
+from moba.spec import AttentionSpec
+from train.loss import tiled_cross_entropy
+from train.rope import Rope
+from train.sizes import head_dim, num_kv_heads
+
+RESIDUAL_OUTPUTS = ("o_proj.weight", "down_proj.weight")
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, hidden_size: int, ffn_size: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, ffn_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, ffn_size, bias=False)
+        self.down_proj = nn.Linear(ffn_size, hidden_size, bias=False)
+
+    def forward(self, x_TC: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x_TC)) * self.up_proj(x_TC))
+
+
+class DecoderLayer(nn.Module):
+    """Attention and MLP, each behind a norm and added to the residual stream."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.self_attn = MoBAAttention(
+            config.hidden_size,
+            config.num_heads,
+            num_kv_heads(config),
+            head_dim(config),
+            qkv_bias=config.qkv_bias,
+            qk_norm=config.qk_norm,
+            norm_eps=config.norm_eps,
+        )
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.mlp = MLP(config.hidden_size, config.ffn_size)
+
+    def forward(
+        self, x_TC: Tensor, cos_TD: Tensor, sin_TD: Tensor, cu_seqlens: Tensor, cache: LayerCache | None = None
+    ) -> Tensor:
+        x_TC = x_TC + self.self_attn(self.input_layernorm(x_TC), cos_TD, sin_TD, cu_seqlens, cache)
+        return x_TC + self.mlp(self.post_attention_layernorm(x_TC))
+
+
+class Backbone(nn.Module):
+    """Everything below the output projection: tokens to normalised hidden states."""
+
+    def __init__(self, config: ModelConfig, vocab_size: int):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.activation_checkpointing = config.activation_checkpointing
+
+    def forward(self, tokens_T: Tensor, cos_TD, sin_TD, cu_seqlens: Tensor, cache: KVCache | None = None) -> Tensor:
+        x_TC = self.embed_tokens(tokens_T)
+        recompute = self.activation_checkpointing and torch.is_grad_enabled()
+        for i, layer in enumerate(self.layers):
+            if recompute:
+                # Nothing here draws random numbers, so there is no generator state to keep for the second pass.
+                x_TC = checkpoint(
+                    layer, x_TC, cos_TD, sin_TD, cu_seqlens, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                x_TC = layer(x_TC, cos_TD, sin_TD, cu_seqlens, None if cache is None else cache[i])
+        return self.norm(x_TC)
+
+
+class OutputProjection(nn.Module):
+    """Hidden states to losses, or to logits. A module of its own, so that an engine that shards parameters gathers
+    the weight around it, in the forward and the backward pass, also where it is the embedding's."""
+
+    def __init__(self, hidden_size: int, vocab_size: int, tile: int, tied: nn.Parameter | None):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(vocab_size, hidden_size) * 0.02) if tied is None else tied
+        self.tile = tile
+
+    def forward(self, hidden_TC: Tensor, labels_T: Tensor | None = None) -> Tensor:
+        """Float32 `[T]` losses, 0 where ignored; without labels, logits `[T, V]` in the weight's dtype."""
+        if labels_T is None:
+            return F.linear(hidden_TC, self.weight)
+        return tiled_cross_entropy(hidden_TC, self.weight, labels_T, self.tile)
+
+
+class Decoder(nn.Module):
+    """The language model. Starts with full attention in all layers, the model's own RoPE and arbitrary weights, to be
+    loaded or drawn by `init_weights`."""
+
+    def __init__(self, config: ModelConfig, vocab_size: int):
+        """`vocab_size` rows of the embedding, at least the tokenizer's size. ValueError for a RoPE scaling that is
+        unknown."""
+        super().__init__()
+        self.config = config
+        self.rope = Rope(config)
+        self.model = Backbone(config, vocab_size)
+        tied = self.model.embed_tokens.weight if config.tie_embeddings else None
+        self.lm_head = OutputProjection(config.hidden_size, vocab_size, config.loss_tile, tied)
+        if config.compile:
+            for layer in self.model.layers:
+                layer.compile()
+
+    @property
+    def attention(self) -> tuple[AttentionSpec, ...]:
+        """The attention of each layer."""
+        return tuple(layer.self_attn.spec for layer in self.model.layers)
+
+    def set_attention(self, plan: Sequence[AttentionSpec]) -> None:
+        """Gives each layer its attention from now on; no parameter is touched. ValueError unless there is one a
+        layer."""
+        if len(plan) != len(self.model.layers):
+            raise ValueError(f"an attention plan of {len(plan)} layers for a model of {len(self.model.layers)}")
+        for layer, spec in zip(self.model.layers, plan):
+            layer.self_attn.spec = spec
+
+    def set_rope(self, stage: RopeConfig | None) -> None:
+        """Puts a stage's RoPE changes (None: none) on top of the model's own from now on; no parameter is touched."""
+        self.rope = Rope(self.config, stage)
+
+    def forward(self, tokens_T: Tensor, positions_T: Tensor, cu_seqlens: Tensor, labels_T: Tensor) -> Tensor:
+        """The loss of each token of a pack in nats: float32 `[T]`, 0 where the label is -100.
+
+        tokens, positions (0-based in the document or window) and labels (already shifted) are int64 `[T]`; cu_seqlens
+        int32 `[N + 1]` bounds the documents, which do not see each other. Logits of all tokens never exist at once.
+        """
+        return self.lm_head(self._hidden(tokens_T, positions_T, cu_seqlens, None), labels_T)
+
+    def logits(
+        self,
+        tokens_T: Tensor,
+        positions_T: Tensor,
+        cu_seqlens: Tensor,
+        cache: KVCache | None = None,
+        rows: Tensor | None = None,
+    ) -> Tensor:
+        """Scores of the next token, `[T, V]` in the weights' dtype, or `[len(rows), V]` for the tokens `rows` alone.
+
+        With a cache, the tokens of document i continue cached sequence i (positions too) and are added to it. `rows`
+        (int64) spares a long prompt the logits that nobody reads.
+        """
+        hidden_TC = self._hidden(tokens_T, positions_T, cu_seqlens, cache)
+        return self.lm_head(hidden_TC if rows is None else hidden_TC[rows])
+
+    def _hidden(self, tokens_T: Tensor, positions_T: Tensor, cu_seqlens: Tensor, cache: KVCache | None) -> Tensor:
+        """`[T, C]` after the last norm. Angles are computed once for all layers, in float32 whatever the weights
+        are."""
+        cos_TD, sin_TD = self.rope.cos_sin(positions_T, torch.float32, tokens_T.device)
+        return self.model(tokens_T, cos_TD, sin_TD, cu_seqlens, cache)
+
+    @torch.no_grad()
+    def init_weights(
+        self, seed: int, gather: Callable[[list[nn.Parameter]], AbstractContextManager] | None = None
+    ) -> None:
+        """Draws all weights: matrices normal with `init_std`, those that write into the residual stream with init_std /
+        sqrt(2 * num_layers) (GPT-2's rule: the stream then starts at the same scale at any depth), norms 1, biases 0.
+
+        Each parameter has a generator of its own, seeded by `seed` and its name, and is drawn on the CPU in float32:
+        the weights depend on nothing else, not on world size, device or the order of construction.
+        `gather([parameter])` makes a sharded parameter whole and writable for a while (DeepSpeed's GatheredParameters
+        at stage 3).
+        """
+        for name, parameter in self.named_parameters():
+            with gather([parameter]) if gather else nullcontext():
+                if name.endswith("bias"):
+                    parameter.zero_()
+                elif parameter.ndim < 2:
+                    parameter.fill_(1.0)
+                else:
+                    std = self.config.init_std
+                    if name.endswith(RESIDUAL_OUTPUTS):
+                        std /= (2 * self.config.num_layers) ** 0.5
+                    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+                    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+                    parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))
