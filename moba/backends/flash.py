@@ -25,6 +25,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from moba.backends.varlen import Primitive, default_primitive
 from moba.checks import BackendUnavailable
@@ -130,6 +131,7 @@ class _MixedAttention(torch.autograd.Function):
         return out, lse
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dout, _dlse):
         q, k, v, out, lse, cu_q, cu_k, *tensors = ctx.saved_tensors
         backward, scale, longest = ctx.varlen.backward, ctx.scale, ctx.longest

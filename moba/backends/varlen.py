@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from moba.checks import BackendUnavailable
 from moba.routing import score_dtype
@@ -199,6 +200,7 @@ class _VarlenAttention(torch.autograd.Function):
         return out, lse
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dout, _dlse):
         *tensors, cu_q, cu_k = ctx.saved_tensors
         grads = ctx.primitive.backward(dout.contiguous(), *tensors, cu_q, cu_k, *ctx.call)
