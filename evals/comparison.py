@@ -1,0 +1,196 @@
+"""Draws runs beside each other: loss over tokens, loss by position and speed, with the gap to a reference run.
+
+The reference is the last run given, so that `launch/report.py runs/moba runs/full` shows what MoBA costs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
+
+from conf.numbers import format_count
+from evals.figures import CONFIDENCE, Boundaries, length_axis, mark_stages, save, token_axis
+from train.position_loss import PositionCurve
+
+Records = Sequence[Mapping[str, Any]]
+SMOOTHING = 40  # a smoothed value is the mean of about a fortieth of the points
+
+
+class ScoredCurve(NamedTuple):
+    """A held-out loss-by-position curve and, where they were kept, the losses of each document behind it."""
+
+    curve: PositionCurve
+    document_keys: Sequence[str] = ()
+    document_loss: np.ndarray | None = None
+    """[documents, buckets] mean losses, rows in the order of document_keys."""
+
+
+def column(records: Records, name: str) -> np.ndarray:
+    """float64 [N]: one column of metrics records, NaN where it is null or missing."""
+    values = [record.get(name) for record in records]
+    return np.array([np.nan if value is None else value for value in values], dtype=np.float64)
+
+
+def smooth(tokens: np.ndarray, values: np.ndarray, boundaries: Boundaries = ()) -> np.ndarray:
+    """float64 [N]: the mean of the values around each, fewer at the ends, none from beyond a stage boundary.
+
+    An average that crossed the boundary would hide what the switch did.
+    """
+    reach = len(values) // (2 * SMOOTHING)
+    kernel = np.ones(2 * reach + 1)
+    cuts = np.unique(np.searchsorted(tokens, [start for start, _ in boundaries], side="right"))
+    parts = []
+    for part in np.split(values, cuts[(cuts > 0) & (cuts < len(values))]):
+        total, count = (np.convolve(x, kernel)[reach : reach + len(part)] for x in (part, np.ones(len(part))))
+        parts.append(total / count)
+    return np.concatenate(parts)
+
+
+def plot_losses(
+    runs: Mapping[str, Records],
+    path: Path | str,
+    boundaries: Boundaries = (),
+    name: str = "loss",
+    title: str = "Training loss",
+) -> None:
+    """Draws a column of `train` records over tokens, faint as logged and bold smoothed; with two runs or more also each
+    run's gap to the last one, token for token."""
+    figure, axes, below = _panels(len(runs) > 1)
+    reference = _points(list(runs.values())[-1], name)
+    extents = [(np.inf, -np.inf)]
+    for i, (label, records) in enumerate(runs.items()):
+        tokens, values = _points(records, name)
+        if len(tokens) == 0:
+            continue
+        smoothed = smooth(tokens, values, boundaries)
+        axes.plot(tokens, values, color=f"C{i % 10}", alpha=0.25, linewidth=0.8)
+        axes.plot(tokens, smoothed, color=f"C{i % 10}", linewidth=1.4, label=f"{label} (at the end {smoothed[-1]:.3f})")
+        low, typical = np.percentile(smoothed, [0, 90])
+        extents.append((low - 0.3 * (typical - low), typical + 0.5 * (typical - low)))
+        if below is not None and i < len(runs) - 1 and len(reference[0]):
+            shared = tokens[(tokens >= reference[0][0]) & (tokens <= reference[0][-1])]
+            gap = np.interp(shared, tokens, values) - np.interp(shared, *reference)
+            below.plot(shared, gap, color=f"C{i % 10}", alpha=0.25, linewidth=0.8)
+            below.plot(shared, smooth(shared, gap, boundaries), color=f"C{i % 10}", linewidth=1.4)
+    low, high = min(low for low, _ in extents), max(high for _, high in extents)
+    if high > low:  # the first steps from random weights would flatten all that follows
+        axes.set_ylim(low, high)
+    if below is not None:
+        _gap_axis(below, list(runs))
+    mark_stages(axes, boundaries)
+    axes.set_ylabel("loss (nats a token)")
+    axes.set_title(title)
+    token_axis(below or axes)
+    _finish(figure, axes, path)
+
+
+def plot_positions(runs: Mapping[str, ScoredCurve], path: Path | str) -> None:
+    """Draws held-out loss by position; with two runs or more also each run's gap to the last one, bucket by bucket.
+
+    Where both runs were evaluated on the same documents the gap's interval is that of the documents' own differences,
+    far narrower than the two curves suggest; otherwise it adds both curves' errors. Runs of another bucket layout have
+    no gap drawn.
+    """
+    figure, axes, below = _panels(len(runs) > 1)
+    reference = list(runs.values())[-1]
+    for i, (label, run) in enumerate(runs.items()):
+        centres = (run.curve.edges[:-1] + run.curve.edges[1:]) / 2
+        style: dict[str, Any] = {
+            "color": f"C{i % 10}",
+            "marker": "o",
+            "markersize": 3.5,
+            "linewidth": 1.3,
+            "capsize": 2,
+        }
+        trailing = run.curve.trailing
+        text = f"{label}: trailing {trailing.value:.3f}" if np.isfinite(trailing.value) else label
+        axes.errorbar(centres, run.curve.mean, yerr=_interval(run.curve.se), label=text, **style)
+        if below is not None and i < len(runs) - 1 and np.array_equal(run.curve.edges, reference.curve.edges):
+            gap, se, paired = position_gap(run, reference)
+            note = f"{label}, {'same documents' if paired else 'documents differ'}"
+            below.errorbar(centres, gap, yerr=_interval(se), label=note, **style)
+    if below is not None:
+        _gap_axis(below, list(runs))
+        below.legend(fontsize="small")
+    longest = max(run.curve.max_length for run in runs.values())
+    length_axis((below or axes).xaxis, longest)
+    (below or axes).set_xlabel("visible tokens of the own document")
+    axes.set_ylabel("loss (nats a token)")
+    axes.set_title("Held-out loss by position (bars: 95 % intervals, documents as clusters)")
+    _finish(figure, axes, path)
+
+
+def position_gap(run: ScoredCurve, reference: ScoredCurve) -> tuple[np.ndarray, np.ndarray, bool]:
+    """`(gap, se, paired)`: [B] run minus reference, its standard error, and whether it pairs equal documents."""
+    shared = [key for key in run.document_keys if key in set(reference.document_keys)]
+    if run.document_loss is None or reference.document_loss is None or len(shared) < 2:
+        gap = run.curve.mean - reference.curve.mean
+        return gap, np.hypot(run.curve.se, reference.curve.se), False
+    rows = [
+        scored.document_loss[[list(scored.document_keys).index(key) for key in shared]] for scored in (run, reference)
+    ]
+    difference = rows[0] - rows[1]
+    return difference.mean(axis=0), difference.std(axis=0, ddof=1) / np.sqrt(len(shared)), True
+
+
+def plot_speed(runs: Mapping[str, Records], path: Path | str, boundaries: Boundaries = ()) -> None:
+    """Draws tokens/s of the run and MFU of attended pairs, or their TFLOP/s of one device where a run has no MFU."""
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True)
+    has_mfu = all(np.isfinite(column(records, "mfu")).any() for records in runs.values())
+    for i, (label, records) in enumerate(runs.items()):
+        tokens, speed = _points(records, "tokens_per_second")
+        upper.plot(tokens, speed, color=f"C{i % 10}", linewidth=1.2, label=label)
+        tokens, rate = _points(records, "mfu" if has_mfu else "tflops")
+        lower.plot(tokens, 100 * rate if has_mfu else rate, color=f"C{i % 10}", linewidth=1.2)
+    upper.set_title("Speed of training; FLOPs of attended pairs; evaluations and checkpoints not timed")
+    upper.set_ylabel("tokens/s, all devices")
+    lower.set_ylabel("MFU (%)" if has_mfu else "TFLOP/s of one device")
+    for axes in (upper, lower):
+        axes.set_ylim(0, 1.08 * axes.dataLim.y1)
+        axes.grid(alpha=0.3)
+    upper.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_count(value)))
+    mark_stages(upper, boundaries)
+    mark_stages(lower, [(tokens, "") for tokens, _ in boundaries])
+    token_axis(lower)
+    _finish(figure, upper, path)
+
+
+def _points(records: Records, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens, values) of a column, without its nulls."""
+    tokens, values = column(records, "tokens"), column(records, name)
+    known = np.isfinite(values)
+    return tokens[known], values[known]
+
+
+def _panels(with_gap: bool) -> tuple[Figure, Any, Any]:
+    """A figure with one panel, or with a lower one for gaps (else None)."""
+    figure = Figure(figsize=(8, 6.5 if with_gap else 5), layout="constrained")
+    if not with_gap:
+        return figure, figure.add_subplot(), None
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+    return figure, upper, lower
+
+
+def _gap_axis(axes: Any, labels: list[str]) -> None:
+    axes.axhline(0.0, color="black", linewidth=0.8)
+    what = labels[0] if len(labels) == 2 else "run"
+    axes.set_ylabel(f"gap: {what} - {labels[-1]}")
+    axes.grid(alpha=0.3)
+
+
+def _interval(se: np.ndarray) -> np.ndarray:
+    """Half-width of the 95 % interval, 0 (no bar) where the error is unknown."""
+    return np.nan_to_num(CONFIDENCE * se, nan=0.0)
+
+
+def _finish(figure: Figure, axes: Any, path: Path | str) -> None:
+    axes.grid(alpha=0.3)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize="small")
+    save(figure, path)

@@ -1,0 +1,226 @@
+"""launch/report.py and evals/report.py: a report from run directories that needs nothing else, or one line of error."""
+
+import base64
+import json
+import re
+import struct
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from evals.report import read_run, stage_boundaries, unique_names
+from launch.report import main
+from moba.spec import AttentionSpec
+from train.metrics import MetricsLog, stage_columns
+from train.position_loss import PositionCurve, Trailing
+
+ROOT = Path(__file__).resolve().parents[2]
+FULL, MOBA = AttentionSpec("full"), AttentionSpec("moba", 64, 4)
+
+
+def make_run(folder: Path, attentions, *, loss=3.0, evaluate=True, name="x<b>"):
+    """A run directory with one stage of 40 steps an attention; the loss is constant, so that every mean is known."""
+    folder.mkdir(parents=True)
+    log = MetricsLog(folder / "metrics.jsonl")
+    log.write("run", 0, device=name, num_devices=2, peak_tflops=None, convention="how FLOPs are <counted>")
+    for index, spec in enumerate(attentions):
+        start = 4000 * index
+        stage = SimpleNamespace(
+            name=f"{spec.kind}{index}",
+            index=index,
+            start=start,
+            end=start + 4000,
+            seq_len=2048,
+            batch_tokens=100,
+            attention=(spec, spec),
+        )
+        log.stage(stage)
+        for step in range(1, 41):
+            log.write(
+                "train",
+                start + 100 * step,
+                **stage_columns(stage),
+                loss=loss,
+                trailing_loss=loss - 0.5,
+                tokens_per_second=5000.0,
+                tflops=0.25,
+                mfu=None,
+                mfu_dense_equivalent=None,
+                attended_share=0.125,
+                seconds=0.1,
+                peak_memory_gib=None,
+                skipped_steps=0,
+            )
+    if evaluate:
+        log.write("eval", start + 4000, loss=loss, trailing_loss=loss - 0.25, trailing_se=0.125)
+        save_curve(folder, start + 4000, loss)
+    return folder
+
+
+def save_curve(folder: Path, tokens: int, loss: float):
+    """An evaluation as evals.position_loss.Evaluation saves it."""
+    ones = np.ones(16)
+    curve = PositionCurve(
+        2048,
+        np.arange(17) * 128,
+        loss * ones,
+        0.1 * ones,
+        256 * ones,
+        2 * ones,
+        Trailing(loss, 0.1, 256, 2),
+        np.ones(2048),
+        np.ones(2048),
+    )
+    (folder / "position_loss").mkdir(exist_ok=True)
+    stem = folder / "position_loss" / f"eval_{tokens:015}"
+    keys, rows = ["a", "b"], loss * np.ones((2, 16))
+    np.savez_compressed(f"{stem}.npz", **curve.arrays(), document_ids=keys, document_keys=keys, document_loss=rows)
+    Path(f"{stem}.json").write_text(json.dumps({"tokens": tokens}))
+
+
+class Page(HTMLParser):
+    """The cells of a page's tables, row by row, and the sources of what it loads."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.rows, self.sources = [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.sources += [value for key, value in attributes if key in ("src", "href")]
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+
+    def handle_data(self, data):
+        if self.rows and self.rows[-1]:
+            self.rows[-1][-1] += (
+                data.strip() if self.get_starttag_text() in ("<td>", "<th>", '<td class="text">') else ""
+            )
+
+
+def test_two_runs_give_one_page_with_everything_in_it(tmp_path, capsys):
+    """Catches numbers of the wrong run or stage, figures left outside the page, and text that breaks the page."""
+    a = make_run(tmp_path / "a", [MOBA, FULL], loss=3.0)
+    b = make_run(tmp_path / "b", [FULL], loss=2.5)
+    main([str(a), str(b), f"to={tmp_path / 'out'}"])
+    path = tmp_path / "out" / "report.html"
+    assert capsys.readouterr().out.strip() == f"report: {path}"
+    text = path.read_text()
+    page = Page(text)
+    assert "x&lt;b&gt;" in text and "how FLOPs are &lt;counted&gt;" in text
+    cells = {row[0]: dict(zip(page.rows[0], row)) for row in page.rows if row[0] in ("a", "b")}
+    assert cells["a"]["tokens"] == "8K" and cells["b"]["tokens"] == "4K"
+    assert cells["a"]["loss at the end"] == "3.000" and cells["b"]["held-out trailing"] == "2.250 +- 0.245"
+    assert cells["a"]["device"] == "2 x x<b>"
+    head = next(row for row in page.rows if row[0] == "stage")
+    stages = {row[0]: dict(zip(head, row)) for row in page.rows if ":" in row[0]}
+    assert list(stages) == ["a: moba0", "a: full1", "b: full0"]
+    assert stages["a: moba0"]["attention"] == "moba 64x4" and stages["a: full1"]["attention"] == "full"
+    assert stages["a: full1"]["tokens"] == "4K" and stages["a: moba0"]["length"] == "2K"
+    assert stages["a: moba0"]["attended"] == "12.5%" and stages["a: moba0"]["tokens/s"] == "5K"
+    assert stages["a: moba0"]["MFU"] == "" and stages["a: moba0"]["TFLOP/s"] == "0.25"
+    assert len(page.sources) == 4 and all(source.startswith("data:image/png;base64,") for source in page.sources)
+    for source in page.sources:
+        image = base64.b64decode(source.split(",", 1)[1])
+        width, height = struct.unpack(">II", image[16:24])
+        assert image[:8] == b"\x89PNG\r\n\x1a\n" and width > 500 and height > 300
+
+
+def test_one_run_reports_into_its_own_directory(tmp_path):
+    """Catches a report that needs an evaluation or a second run."""
+    run = make_run(tmp_path / "a", [MOBA, FULL], evaluate=False)
+    main([str(run)])
+    assert (run / "report.html").is_file()
+    assert not (run / "report_position.png").exists() and (run / "report_loss.png").exists()
+
+
+def test_the_newest_evaluation_is_shown(tmp_path):
+    """Catches an earlier evaluation, or training losses, in place of the last held-out curve."""
+    run = make_run(tmp_path / "a", [MOBA], loss=3.0)
+    save_curve(run, 1000, 9.0)
+    held_out = read_run(run).held_out
+    held_out.curve.to_npz(run / "position_loss" / "train_0_moba0.npz")  # no json beside it: not an evaluation
+    assert read_run(run).held_out.curve.mean[0] == 3.0
+    assert list(read_run(run).held_out.document_keys) == ["a", "b"]
+
+
+def test_a_running_run_can_be_reported(tmp_path):
+    """Catches a torn last line that stops a report on a run that is still writing."""
+    run = make_run(tmp_path / "a", [MOBA], evaluate=False)
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"kind": "train", "tok')
+    main([str(run)])
+    assert (run / "report.html").is_file()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda folder: None, "is not a directory"),
+        (lambda folder: folder.mkdir(), "has no metrics.jsonl"),
+        (lambda folder: (folder.mkdir(), (folder / "metrics.jsonl").write_text("")), "no train line yet"),
+        (
+            lambda folder: (folder.mkdir(), (folder / "metrics.jsonl").write_text("x\ny\n")),
+            "line 1: not a metrics line",
+        ),
+    ],
+)
+def test_what_is_missing_is_said_in_one_line(tmp_path, capsys, make, message):
+    """Catches tracebacks, and half a report left behind, for a mistake of the user's."""
+    good = make_run(tmp_path / "good", [MOBA])
+    make(tmp_path / "bad")
+    with pytest.raises(SystemExit) as stopped:
+        main([str(good), str(tmp_path / "bad"), f"to={tmp_path / 'out'}"])
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert error.count("\n") == 1 and message in error and str(tmp_path / "bad") in error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("arguments", [[], ["form=pdf"], ["--verbose"]])
+def test_wrong_arguments_are_refused(arguments, capsys):
+    """Catches an argument that is silently ignored."""
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2 and capsys.readouterr().err.startswith("error: ")
+
+
+def test_a_directory_may_contain_an_equals_sign(tmp_path):
+    """Catches a run called lr=3e-4 that is taken for an argument."""
+    run = make_run(tmp_path / "lr=3e-4", [MOBA], evaluate=False)
+    main([str(run)])
+    assert (run / "report.html").is_file()
+
+
+def test_runs_of_the_same_name_are_told_apart(tmp_path):
+    """Catches two lines with one label, and a run given twice."""
+    assert unique_names([tmp_path / "x" / "run", tmp_path / "y" / "run"]) == ["x/run", "y/run"]
+    assert unique_names([tmp_path / "x" / "run"]) == ["run"]
+    with pytest.raises(ValueError, match="given twice"):
+        unique_names([tmp_path / "x", tmp_path / "y" / ".." / "x"])
+
+
+def test_boundaries_name_the_run_where_stages_differ(tmp_path):
+    """Catches a stage switch that is drawn as if every run had it."""
+    hybrid = read_run(make_run(tmp_path / "hybrid", [MOBA, FULL], evaluate=False))
+    full = read_run(make_run(tmp_path / "full", [FULL], evaluate=False))
+    assert stage_boundaries([hybrid]) == [(0, "moba0"), (4000, "full1")]
+    assert stage_boundaries([hybrid, full]) == [(4000, "hybrid: full1")]
+
+
+def test_the_command_runs_from_any_directory(tmp_path):
+    """Catches an import that only works in the checkout, and help that is missing."""
+    make_run(tmp_path / "a", [MOBA], evaluate=False)
+    script = str(ROOT / "launch" / "report.py")
+    done = subprocess.run([sys.executable, script, "a"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(r"report: a/report\.html\n", done.stdout) and done.stderr == ""
+    shown = subprocess.run([sys.executable, script, "--help"], cwd=tmp_path, capture_output=True, text=True)
+    assert shown.returncode == 0 and "to=" in shown.stdout
