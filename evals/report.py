@@ -100,22 +100,21 @@ def unique_names(folders: Sequence[Path]) -> list[str]:
 
 
 def write_report(folders: Sequence[Path | str], to: Path | str) -> Path:
-    """Writes report.html and the figures it shows into `to` (made if missing); returns the path of report.html.
+    """Writes report.html into `to` (made if missing), and the figures it shows into to/figures; returns its path.
 
     Several runs are compared with the last one. ReportError for what is missing, before anything is written.
     """
     folders = [Path(folder) for folder in folders]
     runs = [read_run(folder, name) for folder, name in zip(folders, unique_names(folders))]
     to = Path(to)
-    to.mkdir(parents=True, exist_ok=True)
-    figures = draw_figures(runs, to)
+    figures = draw_figures(runs, to / "figures")
     path = to / "report.html"
     path.write_text(_page(runs, figures), encoding="utf-8")
     return path
 
 
 def draw_figures(runs: Sequence[Run], to: Path) -> list[Path]:
-    """Draws what the runs have data for; returns the figures' paths in the order of the report."""
+    """Draws what the runs have data for as PNG files in `to`; returns their paths in the order of the report."""
     train = {run.name: run.train for run in runs}
     boundaries = stage_boundaries(runs)
     figures = [to / "report_loss.png"]

@@ -138,7 +138,11 @@ def test_one_run_reports_into_its_own_directory(tmp_path):
     run = make_run(tmp_path / "a", [MOBA, FULL], evaluate=False)
     main([str(run)])
     assert (run / "report.html").is_file()
-    assert not (run / "report_position.png").exists() and (run / "report_loss.png").exists()
+    assert {path.stem for path in (run / "figures").iterdir()} == {
+        "report_loss",
+        "report_trailing_loss",
+        "report_speed",
+    }
 
 
 def test_the_newest_evaluation_is_shown(tmp_path):
