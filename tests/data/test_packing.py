@@ -1,0 +1,106 @@
+"""Packing against a second implementation that moves single tokens, and the shape of a batch."""
+
+import numpy as np
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data.packing import Packer, Window, make_batch
+
+DOCUMENTS = st.lists(st.integers(0, 70), min_size=1, max_size=30)
+
+
+def naive_packs(num_inputs, seq_len):
+    """Packs as lists of windows, a window as a list of (document, offset); token by token, from the rule in the
+    docs."""
+    packs, current = [], []
+    for document, count in enumerate(num_inputs):
+        inputs = [(document, offset) for offset in range(count)]
+        while len(inputs) >= seq_len:
+            packs.append([inputs[:seq_len]])
+            inputs = inputs[seq_len:]
+        window = []
+        for one in inputs:
+            window.append(one)
+            if sum(map(len, current)) + len(window) == seq_len:
+                packs.append([*current, window])
+                current, window = [], []
+        if window:
+            current.append(window)
+    return packs, current
+
+
+def drain(num_inputs, seq_len, pieces=()):
+    """All packs the packer makes of these documents, and the pieces left; as the naive packer gives them."""
+    stream = iter([Window("s", d, 0, n) for d, n in enumerate(num_inputs)])
+    packer, packs = Packer(seq_len, lambda: next(stream), pieces), []
+    try:
+        while True:
+            packs.append(packer.next_pack())
+    except StopIteration:
+        return [[spelt(w) for w in pack] for pack in packs], packer.pieces
+
+
+def spelt(window):
+    return [(window.document, window.start + i) for i in range(window.length)]
+
+
+@settings(deadline=None, max_examples=100)
+@given(DOCUMENTS, st.integers(1, 20))
+def test_packs_equal_a_naive_packer(num_inputs, seq_len):
+    """Catches lost, repeated or reordered tokens, windows cut elsewhere, packs that are not full."""
+    packs, pieces = drain(num_inputs, seq_len)
+    wanted, open_windows = naive_packs(num_inputs, seq_len)
+    assert packs == wanted
+    assert [spelt(p) for p in pieces] == open_windows
+    assert all(sum(map(len, pack)) == seq_len for pack in packs)
+
+
+@settings(deadline=None, max_examples=100)
+@given(DOCUMENTS, st.integers(1, 20), st.integers(1, 20), st.integers(0, 8))
+def test_change_of_length_loses_nothing(num_inputs, first, second, packs_before):
+    """Catches pieces of the open pack or of a half-used document that are dropped or repeated when the length
+    changes."""
+    stream = iter([Window("s", d, 0, n) for d, n in enumerate(num_inputs)])
+    packer, seen, lengths = Packer(first, lambda: next(stream)), [], set()
+    try:
+        for _ in range(packs_before):
+            seen += packer.next_pack()
+        packer = Packer(second, lambda: next(stream), packer.pieces)
+        while True:
+            pack = packer.next_pack()
+            lengths.add(sum(w.length for w in pack))
+            seen += pack
+    except StopIteration:
+        seen += packer.pieces
+    inputs = [one for w in seen for one in spelt(w)]
+    assert sorted(inputs) == [(d, i) for d, n in enumerate(num_inputs) for i in range(n)]
+    assert lengths <= {second}
+
+
+def test_a_packer_continued_at_the_same_length_is_the_same():
+    """Catches a state that is not the whole state: handing the pieces over after every pack must change nothing."""
+    num_inputs = [5, 33, 2, 9, 40, 1, 7]
+    whole, rest = drain(num_inputs, 8)
+    stream = iter([Window("s", d, 0, n) for d, n in enumerate(num_inputs)])
+    pieces, packs = [], []
+    for _ in whole:
+        packer = Packer(8, lambda: next(stream), pieces)
+        packs.append([spelt(w) for w in packer.next_pack()])
+        pieces = packer.pieces
+    assert packs == whole and pieces and pieces == rest[: len(pieces)]
+
+
+def test_batch_by_hand():
+    """Catches labels off by one or across documents, positions that do not restart, cu_seqlens of the wrong kind."""
+    documents = {0: np.array([10, 11, 12, 13, 2], np.uint16), 1: np.array([20, 21, 2], np.uint16)}
+    windows = [Window("s", 0, 1, 2), Window("s", 1, 0, 2), Window("s", 0, 3, 1)]
+    batch = make_batch(windows, lambda w: documents[w.document][w.start : w.start + w.length + 1])
+    assert batch.tokens.tolist() == [11, 12, 20, 21, 13]
+    assert batch.labels.tolist() == [12, 13, 21, 2, 2]  # a cut window's last label is the document's next token
+    assert batch.positions.tolist() == [0, 1, 0, 1, 0]
+    assert batch.cu_seqlens.tolist() == [0, 2, 4, 5] and batch.lengths == [2, 2, 1]
+    assert batch.cu_seqlens.dtype == torch.int32
+    assert {batch.tokens.dtype, batch.labels.dtype, batch.positions.dtype} == {torch.int64}
+    moved = batch.to("cpu")
+    assert moved.windows == tuple(windows) and torch.equal(moved.labels, batch.labels)
