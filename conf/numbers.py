@@ -77,24 +77,22 @@ def parse_share(text: object, total: int) -> int:
     return max(1, int(share)) if share else 0
 
 
-def _format(value: int, units: dict[str, int], decimals: int) -> str:
-    """`value` in its largest unit that needs at most `decimals` decimals, else grouped digits. Reads back exactly."""
-    for unit, size in sorted(units.items(), key=lambda item: -item[1]):
-        scaled = Fraction(value, size)
-        if unit and scaled >= 1 and (scaled * 10**decimals).denominator == 1:
-            digits = f"{float(scaled):.{decimals}f}"
-            return (digits.rstrip("0").rstrip(".") if decimals else digits) + unit
-    return f"{value:,}"
-
-
 def format_length(value: int) -> str:
     """A length as parse_length reads it: 32768 is "32K", 1000 is "1,000"."""
-    return _format(value, LENGTH_UNITS, decimals=0)
+    for unit in ("M", "K"):
+        if value and value % LENGTH_UNITS[unit] == 0:
+            return f"{value // LENGTH_UNITS[unit]}{unit}"
+    return f"{value:,}"
 
 
 def format_tokens(value: int) -> str:
     """A budget as parse_tokens reads it: 1500000000 is "1.5B", 200015872 is "200,015,872"."""
-    return _format(value, TOKEN_UNITS, decimals=2)
+    for unit in ("T", "B", "M", "K"):
+        hundredths, rest = divmod(value * 100, TOKEN_UNITS[unit])
+        if hundredths >= 100:
+            whole = f"{hundredths / 100:.2f}".rstrip("0").rstrip(".") + unit
+            return whole if rest == 0 else f"{value:,}"
+    return f"{value:,}"
 
 
 def format_memory(value: float) -> str:

@@ -91,23 +91,25 @@ def detect_hardware(world_size: int = 1, local_world_size: int = 1) -> Hardware:
     )
 
 
-def run_command(main: Callable[[list[str]], None], arguments: list[str], usage: str) -> int:
+def run_command(main: Callable[[list[str]], None], arguments: list[str], usage: str, *, quiet: bool = False) -> int:
     """Runs main(overrides), or `--help` or `--cfg job` in its place; returns the exit code, 2 for a user's mistake.
 
-    A ConfigError is printed as a list, without a traceback; any other exception is a bug and passes through.
+    A ConfigError is printed as a list, without a traceback; any other exception is a bug and passes through. Nothing
+    is printed here if `quiet`: of several processes one speaks for all.
     """
     flags = [text for text in arguments if text.startswith("-")]
+    say = (lambda *_, **__: None) if quiet else print
     try:
         if "--help" in flags or "-h" in flags:
-            print(help_text(usage))
+            say(help_text(usage))
         elif "--cfg" in flags:
-            print(composed_yaml([text for text in arguments if text not in ("--cfg", "job", "--resolve")]), end="")
+            say(composed_yaml([text for text in arguments if text not in ("--cfg", "job", "--resolve")]))
         elif flags:
             raise ConfigError([f"{flags[0]}: unknown option; there are --help and --cfg job. Settings are key=value"])
         else:
             main(arguments)
     except ConfigError as error:
-        print(error_text(error), file=sys.stderr)
+        say(error_text(error), file=sys.stderr, flush=True)
         return EXIT_USER_ERROR
     return 0
 

@@ -63,3 +63,18 @@ def matmul_flops_per_token(config: ModelConfig, vocab_size: int, backward: bool 
     """
     weights = config.num_layers * _layer_matmul_parameters(config) + vocab_size * config.hidden_size
     return (6 if backward else 2) * weights
+
+
+def embedding_rows(config: ModelConfig, tokenizer_size: int) -> int:
+    """Rows of the embedding for a tokenizer of so many ids: model.vocab_size, or the padded size where that is null.
+
+    ValueError if model.vocab_size is too small for the tokenizer.
+    """
+    if config.vocab_size is None:
+        return padded_vocab_size(tokenizer_size)
+    if config.vocab_size < tokenizer_size:
+        raise ValueError(
+            f"model.vocab_size={config.vocab_size}: the tokenizer has {tokenizer_size} ids; use null or at least"
+            f" {padded_vocab_size(tokenizer_size)}"
+        )
+    return config.vocab_size

@@ -1,0 +1,67 @@
+"""Prints what a run will do, and stops: `python launch/plan.py +exp=moba_32k`. Reads no data and allocates nothing."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+# Python puts launch/ itself first, where `train` would be launch/train.py.
+sys.path[:] = [str(ROOT)] + [p for p in sys.path if Path(p or ".").resolve() != ROOT / "launch"]
+
+from dataclasses import replace  # noqa: E402
+
+from conf.build import ConfigError, Problems, quantity  # noqa: E402
+from conf.hardware import Hardware  # noqa: E402
+from conf.numbers import parse_memory  # noqa: E402
+from data.errors import DataError  # noqa: E402
+from data.tokenizer import load_tokenizer  # noqa: E402
+from launch.config import detect_hardware, load, run_command  # noqa: E402
+from train.plan import make_plan  # noqa: E402
+from train.sizes import embedding_rows  # noqa: E402
+
+USAGE = """\
+usage: python launch/plan.py +exp=<name> [group=choice ...] [key=value ...] [num_gpus=8] [gpu_memory=80GB]
+
+Prints stages, tokens, steps, attended share, FLOPs and memory of a run, and stops. num_gpus and gpu_memory describe the
+machine it is meant for; without them it is one process on this machine."""
+
+
+def main(arguments: list[str]) -> None:
+    """Prints the plan of a command line. ConfigError for the user's mistakes."""
+    overrides, hardware = split_machine(arguments)
+    config = load(overrides, hardware)
+    try:
+        vocab_size = embedding_rows(config.model, load_tokenizer(config.data.tokenizer).vocab_size)
+    except (DataError, ValueError) as error:
+        raise ConfigError([str(error)]) from error
+    print(make_plan(config, vocab_size, hardware).text())
+
+
+def split_machine(arguments: list[str]) -> tuple[list[str], Hardware]:
+    """The overrides of the run, and the machine it is planned for."""
+    machine = {"num_gpus": None, "gpu_memory": None}
+    overrides, problems = [], Problems()
+    for text in arguments:
+        key, _, value = text.partition("=")
+        if key in machine:
+            machine[key] = value
+        else:
+            overrides.append(text)
+    num_gpus = machine["num_gpus"]
+    if num_gpus is not None and (not num_gpus.isdecimal() or int(num_gpus) < 1):
+        problems.add("num_gpus", num_gpus, "how many GPUs the run will have, such as num_gpus=8")
+    memory = quantity(parse_memory, "gpu_memory", machine["gpu_memory"], problems)
+    problems.raise_if_any()
+    hardware = detect_hardware()
+    if num_gpus is not None or memory is not None:
+        count = int(num_gpus or 1)
+        # Triton comes with torch on Linux GPU machines; whether this one has it says nothing about that one.
+        hardware = replace(hardware, num_gpus=count, world_size=count, local_world_size=count, has_triton=True)
+    if memory is not None:
+        hardware = replace(hardware, gpu_memory=memory, gpu_name=None)
+    return overrides, hardware
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main, sys.argv[1:], USAGE))

@@ -1,0 +1,122 @@
+"""A configuration's parts in words, for the plan. Pure functions, no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from conf.hardware import Hardware
+from conf.numbers import format_count, format_length, format_tokens
+from conf.schema import LRConfig, RopeConfig, RunConfig
+from moba.spec import AttentionSpec
+from train.schedule import Stage
+from train.sizes import head_dim, num_kv_heads
+
+
+def describe_layers(attention: tuple[AttentionSpec, ...]) -> str:
+    """A plan of attention in words: "moba 2048x3 (layers 0-8), full (layers 9-11)"."""
+    layers: dict[str, list[int]] = {}
+    for index, spec in enumerate(attention):
+        layers.setdefault(str(spec), []).append(index)
+    return ", ".join(f"{name} (layers {_ranges(indices)})" for name, indices in layers.items())
+
+
+def _ranges(indices: list[int]) -> str:
+    """[0, 1, 2, 5] as "0-2, 5"."""
+    runs: list[list[int]] = []
+    for index in indices:
+        if runs and index == runs[-1][1] + 1:
+            runs[-1][1] = index
+        else:
+            runs.append([index, index])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+
+
+def describe_model(config: RunConfig) -> str:
+    """The decoder's shape and options."""
+    model = config.model
+    extras = [name for name in ("tie_embeddings", "qkv_bias", "qk_norm") if getattr(model, name)]
+    if model.activation_checkpointing:
+        extras.append("activation checkpointing")
+    return (
+        f"{model.name}: {model.num_layers} layers of {model.hidden_size}, {model.num_heads} heads of {head_dim(model)}"
+        f" ({num_kv_heads(model)} for keys and values), SwiGLU of {model.ffn_size}"
+        + "".join(f", {extra.replace('_', ' ')}" for extra in extras)
+    )
+
+
+def describe_rope(rope: RopeConfig, config: RunConfig) -> str:
+    """A stage's RoPE; the model's own scaling is applied before the stage's."""
+    theta = config.model.rope_theta if rope.theta is None else rope.theta
+    text = f"theta {theta:g}"
+    own = config.model.rope_scaling
+    if own is not None:
+        text += f", the model's own {own.get('rope_type', own.get('type'))} scaling"
+    if rope.scaling != "none":
+        text += f"{', then' if own is not None else ','} {rope.scaling} x{rope.factor:g}"
+        text += f" from {format_length(rope.original_length)}" if rope.scaling == "yarn" else ""
+    return text
+
+
+def describe_lr(config: RunConfig) -> str:
+    """The run's learning rate and those of stages with their own."""
+    own = [name for name, stage in config.schedule.stages.items() if stage.lr is not None]
+    parts = []
+    if len(own) < len(config.schedule.stages):
+        parts.append(_one_lr(config.optim.lr) + (" over the stages without their own" if own else ""))
+    parts += [f"{name}: {_one_lr(config.schedule.stages[name].lr)}" for name in own]
+    return "; ".join(parts)
+
+
+def _one_lr(lr: LRConfig) -> str:
+    text = f"{lr.kind}, peak {lr.peak:g}, warm-up {format_tokens(lr.warmup_tokens)} tokens"
+    if lr.kind == "wsd":
+        text += f", decay {format_tokens(lr.decay_tokens)} tokens"
+    return text if lr.kind == "constant" else f"{text}, down to {lr.peak * lr.min_ratio:g}"
+
+
+def uses_bf16(config: RunConfig, hardware: Hardware) -> bool:
+    """True if the run computes in bfloat16 on this hardware."""
+    on_gpu = hardware.device(config.run.device) == "cuda"
+    return config.deepspeed.precision == "bf16" or (config.deepspeed.precision == "auto" and on_gpu)
+
+
+def describe_engine(config: RunConfig, hardware: Hardware) -> str:
+    """Processes, ZeRO stage, precision and offloading."""
+    engine = config.deepspeed
+    device = "GPU" if hardware.device(config.run.device) == "cuda" else "CPU process"
+    plural = "" if hardware.world_size == 1 else ("es" if device.endswith("s") else "s")
+    offload = [what for what in ("optimizer", "params") if getattr(engine, f"offload_{what}")]
+    return (
+        f"{hardware.world_size} {device}{plural}"
+        + (f" ({hardware.gpu_name})" if hardware.gpu_name and device == "GPU" else "")
+        + f", ZeRO {engine.zero_stage}, {'bf16' if uses_bf16(config, hardware) else 'fp32'}"
+        + (f", {' and '.join(offload)} on the host" if offload else "")
+    )
+
+
+def describe_data(
+    config: RunConfig, stages: tuple[Stage, ...], documents: Mapping[str, tuple[int, int]]
+) -> tuple[str, ...]:
+    """Each source with the tokens drawn from it; `documents` gives (documents, tokens) where known, for the epochs."""
+    lines = []
+    for name, source in config.data.sources.items():
+        wanted = sum(stage.tokens * stage.mix.get(name, 0.0) for stage in stages)
+        where = source.path or f"hub data set {source.name}" + (f" ({source.subset})" if source.subset else "")
+        line = f"{name}: {where}, trained on {format_count(wanted)} tokens"
+        if name in documents:
+            count, tokens = documents[name]
+            line += f" = {wanted / max(tokens, 1):.3g} epochs of {count:,} documents, {format_count(tokens)} tokens"
+        lines.append(line)
+    return tuple(lines)
+
+
+def describe_outputs(config: RunConfig) -> tuple[str, ...]:
+    """When the run is saved and evaluated."""
+    stage_ends = " and at stage ends"
+    save, test = config.checkpoint.every_tokens, config.eval.every_tokens
+    lines = [f"checkpoints every {format_count(save)} tokens{stage_ends}" if save else "checkpoints at stage ends"]
+    if config.data.validation is None:
+        lines.append("no evaluation (data.validation is null)")
+    else:
+        lines.append("evaluation " + (f"every {format_count(test)} tokens{stage_ends}" if test else "at stage ends"))
+    return tuple(lines)

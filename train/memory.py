@@ -1,0 +1,94 @@
+"""An estimate of the memory one process needs, from the configuration alone.
+
+Model states follow ZeRO's own accounting; activations are counted tensor by tensor for the decoder of train/model.py.
+Allocator fragmentation, NCCL and CUDA's own share are not in it: VERDICT_SHARE leaves them room. No torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from conf.schema import DeepSpeedConfig, ModelConfig
+from moba.spec import AttentionSpec
+from train.sizes import head_dim, num_kv_heads, num_parameters
+
+VERDICT_SHARE = 0.92
+REDUCE_BUCKET = 500_000_000
+MASTER_AND_MOMENTS = 12
+MOMENTS = 8
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes a process needs on its device, and on the host where offloading puts some there."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+    host: int
+
+    @property
+    def total(self) -> int:
+        """Bytes on the device."""
+        return self.weights + self.gradients + self.optimizer + self.activations + self.logits
+
+
+def estimate_memory(
+    model: ModelConfig,
+    vocab_size: int,
+    engine: DeepSpeedConfig,
+    *,
+    bf16: bool,
+    world_size: int,
+    micro_tokens: int,
+    attention: tuple[AttentionSpec, ...],
+) -> Memory:
+    """The memory of training `micro_tokens` tokens at a time with this plan of attention, a process of `world_size`."""
+    weights, gradients, optimizer = _states(num_parameters(model, vocab_size)["total"], engine, bf16, world_size)
+    host = (optimizer if engine.offload_optimizer else 0) + (weights if engine.offload_params else 0)
+    return Memory(
+        weights=0 if engine.offload_params else weights,
+        gradients=gradients,
+        optimizer=0 if engine.offload_optimizer else optimizer,
+        activations=micro_tokens * activation_bytes_per_token(model, attention, bf16),
+        logits=_logits(model, vocab_size, min(model.loss_tile, micro_tokens)),
+        host=host,
+    )
+
+
+def _states(parameters: int, engine: DeepSpeedConfig, bf16: bool, world_size: int) -> tuple[int, int, int]:
+    """Bytes of (weights, gradients, optimizer) a process: ZeRO 1 splits the last, 2 the gradients, 3 the weights too.
+
+    In bf16 gradients are summed in float32 beside the bf16 ones of the running backward pass, which ZeRO 2 and 3 keep
+    no longer than one bucket. The optimizer is a float32 copy of the weights (none at stage 0) and two moments.
+    """
+    width, stage = (2 if bf16 else 4), engine.zero_stage
+    shard = -(-parameters // world_size)
+    weights = width * (shard if stage == 3 else parameters)
+    passing = min(parameters, REDUCE_BUCKET) if stage >= 2 else parameters
+    gradients = 4 * (shard if stage >= 2 else parameters) + (width * passing if bf16 or stage >= 2 else 0)
+    return weights, gradients, (MASTER_AND_MOMENTS * shard if stage else MOMENTS * parameters)
+
+
+def activation_bytes_per_token(model: ModelConfig, attention: tuple[AttentionSpec, ...], bf16: bool) -> int:
+    """Bytes a token keeps for the backward pass, plus the working set of the layer being computed.
+
+    A layer keeps its input, both normed inputs (with float32 copies in bf16), rotated q and k, v, the attention's
+    output and four FFN-wide tensors. With checkpointing only its input, and one layer at a time all of that. Sparse
+    attention works on a gathered copy of each query and a partial output (float32) for each of its blocks.
+    """
+    width = 2 if bf16 else 4
+    q_size, kv_size = model.num_heads * head_dim(model), num_kv_heads(model) * head_dim(model)
+    layer = width * (4 * model.hidden_size + 2 * q_size + 2 * kv_size + 4 * model.ffn_size)
+    layer += 2 * 4 * model.hidden_size if bf16 else 0
+    kept = model.num_layers * (width * model.hidden_size if model.activation_checkpointing else layer)
+    blocks = max((spec.top_k for spec in attention if spec.kind == "moba"), default=1)
+    working = layer + blocks * q_size * (width + 4)
+    return kept + working + 2 * width * model.hidden_size
+
+
+def _logits(model: ModelConfig, vocab_size: int, tile: int) -> int:
+    """Bytes of the cross-entropy: logits, probabilities and their gradient of one tile, and the weight's gradient."""
+    return 4 * (3 * tile * vocab_size + vocab_size * model.hidden_size)

@@ -1,0 +1,297 @@
+"""What a run will do, worked out before anything is allocated: `make_plan` gives a Plan, `Plan.text()` is for reading.
+
+Stages with their tokens, steps, attention and share of attended pairs; the model's size; FLOPs; an estimate of memory;
+where outputs go. No torch.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from conf.hardware import Hardware
+from conf.numbers import format_length, format_memory
+from conf.schema import RunConfig
+from moba.flops import attended_pairs, attention_flops, causal_pairs
+from train.describe import (
+    describe_data,
+    describe_engine,
+    describe_layers,
+    describe_lr,
+    describe_model,
+    describe_outputs,
+    describe_rope,
+    uses_bf16,
+)
+from train.memory import VERDICT_SHARE, Memory, estimate_memory
+from train.schedule import Schedule, Stage, build_schedule
+from train.sizes import head_dim, matmul_flops_per_token, num_parameters
+
+MOST_GPUS = 4096
+WIDTH = 118
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage in figures. Shares and FLOPs are those of documents (or windows) of the full length."""
+
+    name: str
+    tokens: int
+    steps: int
+    seq_len: int
+    batch_tokens: int
+    micro_batches: int
+    """Micro-batches a process computes for one step."""
+    attention: str
+    attended_share: float
+    """Attended (query, key) pairs / causal pairs, over all layers."""
+    dense: bool
+    """MoBA layers whose blocks cover the whole context: they compute full attention."""
+    rope: str
+    lr_first: float
+    lr_last: float
+    mix: dict[str, float]
+    flops: float
+    """Training FLOPs with attended pairs."""
+    dense_flops: float
+    """The same if every layer attended to all earlier tokens."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything `text` prints, as data."""
+
+    name: str
+    run_dir: str
+    model: str
+    parameters: dict[str, int]
+    vocab_size: int
+    stages: tuple[StagePlan, ...]
+    total_tokens: int
+    total_steps: int
+    lr: str
+    engine: str
+    world_size: int
+    memory: Memory
+    verdict: str
+    data: tuple[str, ...]
+    outputs: tuple[str, ...]
+    notice: str | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as plain dictionaries and scalars."""
+        return asdict(self)
+
+    def text(self) -> str:
+        """The plan in lines of at most 118 characters, a long path apart."""
+        return "\n".join(_lines(self))
+
+
+def make_plan(
+    config: RunConfig,
+    vocab_size: int,
+    hardware: Hardware | None = None,
+    documents: Mapping[str, tuple[int, int]] | None = None,
+) -> Plan:
+    """The plan of a frozen configuration for a model with `vocab_size` embedding rows (train.sizes.embedding_rows).
+
+    `hardware` says how many processes share the work and how much memory a GPU has; without it, one GPU of unknown
+    size. `documents` gives (documents, tokens) of each source, where they are known already.
+    """
+    hardware = hardware or Hardware(num_gpus=1)
+    schedule = build_schedule(config)
+    stages = tuple(_stage_plan(config, stage, schedule, vocab_size, hardware) for stage in schedule.stages)
+    memory, verdict = _memory(config, schedule.stages, vocab_size, hardware)
+    return Plan(
+        name=config.run.name,
+        run_dir=str(Path(config.run.dir).expanduser().absolute()),
+        model=describe_model(config),
+        parameters=num_parameters(config.model, vocab_size),
+        vocab_size=vocab_size,
+        stages=stages,
+        total_tokens=schedule.total_tokens,
+        total_steps=schedule.total_steps,
+        lr=describe_lr(config),
+        engine=describe_engine(config, hardware),
+        world_size=hardware.world_size,
+        memory=memory,
+        verdict=verdict,
+        data=describe_data(config, schedule.stages, documents or {}),
+        outputs=describe_outputs(config),
+        notice=config.run.notice,
+    )
+
+
+def _stage_plan(config: RunConfig, stage: Stage, schedule: Schedule, vocab_size: int, hardware: Hardware) -> StagePlan:
+    model, lengths = config.model, [stage.seq_len]
+    attended = sum(attended_pairs(spec, lengths) for spec in stage.attention)
+    causal = causal_pairs(lengths) * model.num_layers
+    matmul = matmul_flops_per_token(model, vocab_size) * stage.tokens
+
+    def total_flops(pairs: int) -> float:
+        sequences = stage.tokens // stage.seq_len
+        return float(matmul + sequences * attention_flops(pairs, model.num_heads, head_dim(model), backward=True))
+
+    return StagePlan(
+        name=stage.name,
+        tokens=stage.tokens,
+        steps=stage.num_steps,
+        seq_len=stage.seq_len,
+        batch_tokens=stage.batch_tokens,
+        micro_batches=stage.batch_tokens // stage.micro_tokens // hardware.world_size,
+        attention=describe_layers(stage.attention),
+        attended_share=attended / causal,
+        dense=any(spec.kind == "moba" and spec.is_dense_at(stage.seq_len) for spec in stage.attention),
+        rope=describe_rope(stage.rope, config),
+        lr_first=schedule.learning_rate(stage.start),
+        lr_last=schedule.learning_rate(stage.end - stage.batch_tokens),
+        mix=stage.mix,
+        flops=total_flops(attended),
+        dense_flops=total_flops(causal),
+    )
+
+
+def _memory(config: RunConfig, stages: tuple[Stage, ...], vocab_size: int, hardware: Hardware) -> tuple[Memory, str]:
+    """The stage that needs most, and whether it fits."""
+    bf16 = uses_bf16(config, hardware)
+
+    def need(model=config.model, engine=config.deepspeed, world_size=hardware.world_size, one_sequence=False) -> Memory:
+        estimates = (
+            estimate_memory(
+                model,
+                vocab_size,
+                engine,
+                bf16=bf16,
+                world_size=world_size,
+                micro_tokens=stage.seq_len if one_sequence else stage.micro_tokens,
+                attention=stage.attention,
+            )
+            for stage in stages
+        )
+        return max(estimates, key=lambda memory: memory.total)
+
+    memory = need()
+    if hardware.device(config.run.device) == "cpu":
+        return memory, "in main memory (launch/plan.py num_gpus=1 gpu_memory=80GB plans for a GPU)"
+    if hardware.gpu_memory is None:
+        return memory, "compare with your GPU's memory, or say gpu_memory=80GB"
+    room = int(VERDICT_SHARE * hardware.gpu_memory)
+    of_gpu = f"{format_memory(hardware.gpu_memory)} a GPU"
+    if memory.total <= room:
+        return memory, f"fits {of_gpu}"
+    return memory, f"does not fit {of_gpu}{_advice(config, need, room)}"
+
+
+def _advice(config: RunConfig, need, room: int) -> str:
+    """What would make it fit: the first of ever larger changes that does, or that none does."""
+    lean = replace(config.model, activation_checkpointing=True)
+    zero3 = replace(config.deepspeed, zero_stage=3)
+    smallest = need(model=lean, engine=zero3, world_size=MOST_GPUS, one_sequence=True)
+    if smallest.activations + smallest.logits > room:
+        return " without sequence parallelism: one sequence's activations alone are too large"
+    changes: list[str] = []
+    arguments: dict[str, Any] = {}
+    ladder = (
+        ("schedule.micro_tokens=null", "one_sequence", True, config.schedule.micro_tokens is None),
+        ("model.activation_checkpointing=true", "model", lean, config.model == lean),
+        ("deepspeed=zero3", "engine", zero3, config.deepspeed == zero3),
+    )
+    for change, name, value, in_force in ladder:
+        arguments[name] = value
+        if not in_force:
+            changes.append(change)
+            if need(**arguments).total <= room:
+                return f"; {' '.join(changes)} would"
+    num_gpus = 2
+    while num_gpus < MOST_GPUS and need(world_size=num_gpus, **arguments).total > room:
+        num_gpus *= 2
+    return f"; {' '.join([*changes, f'on {num_gpus} GPUs'])} would"
+
+
+def _lines(plan: Plan) -> list[str]:
+    size = plan.parameters
+    lines = [
+        f"Plan of {plan.name}",
+        *_block(
+            "model",
+            plan.model,
+            f"{size['total']:,} parameters, {size['non_embedding']:,} without embeddings;"
+            f" vocabulary {plan.vocab_size:,}",
+        ),
+        *_block("budget", f"{plan.total_tokens:,} tokens in {plan.total_steps:,} steps"),
+        *_block("rate", plan.lr),
+        *_block("engine", plan.engine),
+        "",
+        *_stage_table(plan.stages),
+        "",
+    ]
+    for stage in plan.stages:
+        lines += _stage_details(stage)
+    flops, dense = sum(s.flops for s in plan.stages), sum(s.dense_flops for s in plan.stages)
+    lines += [
+        "",
+        *_block(
+            "compute",
+            f"{flops:.3g} FLOPs with attended pairs, {dense:.3g} if attention were full throughout (forward and"
+            " backward; a multiply-add counts 2; recomputation not counted; full-length documents assumed)",
+        ),
+        *_block(
+            "memory",
+            f"{format_memory(plan.memory.total)} a process, estimated: {_memory_parts(plan.memory)}",
+            plan.verdict,
+        ),
+        *_block("data", *plan.data),
+        *_block("outputs", plan.run_dir, *plan.outputs),
+    ]
+    return lines + (["", *_block("note", plan.notice)] if plan.notice else [])
+
+
+def _block(title: str, *entries: str) -> list[str]:
+    """Entries under a title in the margin, wrapped."""
+    lines: list[str] = []
+    for entry in entries:
+        for line in textwrap.wrap(entry, WIDTH - 11, break_long_words=False, break_on_hyphens=False):
+            lines.append(f"  {'' if lines else title:<8} {line}")
+    return lines
+
+
+def _memory_parts(memory: Memory) -> str:
+    parts = [f"{name} {format_memory(value)}" for name, value in asdict(memory).items() if name != "host"]
+    return ", ".join(parts) + (f"; {format_memory(memory.host)} on the host" if memory.host else "")
+
+
+def _stage_table(stages: tuple[StagePlan, ...]) -> list[str]:
+    rows = [("stage", "tokens", "steps", "length", "tokens a step", "micro-batches", "attended", "rate")]
+    for stage in stages:
+        rows.append(
+            (
+                stage.name,
+                f"{stage.tokens:,}",
+                f"{stage.steps:,}",
+                format_length(stage.seq_len),
+                format_length(stage.batch_tokens),
+                str(stage.micro_batches),
+                f"{stage.attended_share:.1%}",
+                f"{stage.lr_first:.3g} -> {stage.lr_last:.3g}",
+            )
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return ["  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+
+
+def _stage_details(stage: StagePlan) -> list[str]:
+    lines = textwrap.wrap(
+        f"{stage.name}: attention {stage.attention}; RoPE {stage.rope}",
+        WIDTH,
+        initial_indent="  ",
+        subsequent_indent="    ",
+    )
+    if len(stage.mix) > 1:
+        lines.append("    mix " + ", ".join(f"{name} {share:.1%}" for name, share in stage.mix.items()))
+    if stage.dense:
+        length = format_length(stage.seq_len)
+        lines.append(f"    warning: MoBA is dense at this length: block_size * top_k covers all of {length}")
+    return lines
