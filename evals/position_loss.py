@@ -17,23 +17,17 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 
+from data.packing import Batch
 from evals.figures import plot_curves
 from train.position_loss import PositionCurve, PositionLoss, Trailing, bucket_of
 
 FORMAT = 1
 LossFn = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-
-
-class Document(NamedTuple):
-    """A held-out document: its name and its first seq_len + 1 tokens (any integer dtype)."""
-
-    id: str
-    tokens: np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,26 +81,10 @@ class Evaluation:
         }
 
 
-def held_out_documents(source: Any, seq_len: int, limit: int) -> list[Document]:
-    """The first `limit` documents of a `data.sources.Source` that have `seq_len + 1` tokens, cut to those.
-
-    ValueError, naming the longest document, if there is none.
-    """
-    lengths = np.asarray(source.lengths)
-    chosen = np.flatnonzero(lengths > seq_len)[:limit]
-    if len(chosen) == 0:
-        longest = int(lengths.max()) if len(lengths) else 0
-        raise ValueError(
-            f"no held-out document has the {seq_len + 1} tokens that an evaluation at {seq_len} needs (the longest has "
-            f"{longest}): set eval.seq_len below {max(longest, 1)} or data.validation to longer documents"
-        )
-    return [Document(str(source.ids[i]), source.tokens(int(i), 0, seq_len + 1)) for i in chosen]
-
-
 @torch.no_grad()
 def evaluate(
     loss_fn: LossFn,
-    documents: Sequence[Document],
+    documents: Sequence[tuple[str, Batch]],
     *,
     seq_len: int,
     device: torch.device | str,
@@ -118,29 +96,27 @@ def evaluate(
     """Scores each document once and returns the Evaluation of all of them, on every rank.
 
     `loss_fn(tokens, positions, cu_seqlens, labels)` returns float `[T]` losses (a Decoder or an engine around one).
-    Every rank is given all documents and takes each world_size-th; `reduce` sums a float64 tensor over ranks. All
-    ranks run the same number of forward passes, as sharded parameters need: a rank left over repeats a document
-    without counting it.
+    `documents` are (id, batch of seq_len predictions), as of data.validation; every rank is given all of them and takes
+    each world_size-th; `reduce` sums a float64 tensor over ranks. All ranks run the same number of forward passes, as
+    sharded parameters need: a rank left over repeats a document without counting it.
     """
     tracker = PositionLoss(seq_len, device, num_buckets)
     table = torch.zeros(len(documents), tracker.num_buckets, dtype=torch.float64, device=device)
     non_finite = torch.zeros(1, dtype=torch.float64, device=device)
-    positions = torch.arange(seq_len, device=device)
-    cu_seqlens = torch.tensor([0, seq_len], dtype=torch.int32, device=device)
     for start in range(0, len(documents), world_size):
         index = start + rank
-        document = documents[index if index < len(documents) else 0]
-        assert len(document.tokens) == seq_len + 1, (document.id, len(document.tokens), seq_len)
-        tokens = torch.from_numpy(np.asarray(document.tokens).astype(np.int64)).to(device)
-        losses = loss_fn(tokens[:-1], positions, cu_seqlens, tokens[1:])
+        batch = documents[index if index < len(documents) else 0][1].to(device)
+        assert batch.cu_seqlens.numel() == 2 and batch.tokens.numel() == seq_len, (batch.tokens.numel(), seq_len)
+        losses = loss_fn(batch.tokens, batch.positions, batch.cu_seqlens, batch.labels)
         if index < len(documents):
-            tracker.add(losses, positions, tokens[1:], cu_seqlens)
-            table[index] = _bucket_means(losses, positions, tracker)
+            tracker.add(losses, batch.positions, batch.labels, batch.cu_seqlens)
+            table[index] = _bucket_means(losses, batch.positions, tracker)
             non_finite += (~losses.isfinite()).sum()
+    names = [(name, _key(batch)) for name, batch in documents]
     return Evaluation(
         curve=tracker.all_reduce(reduce=reduce).curve(),
-        document_ids=[document.id for document in documents],
-        document_keys=[_key(document.tokens) for document in documents],
+        document_ids=[name for name, _ in names],
+        document_keys=[key for _, key in names],
         document_loss=reduce(table).cpu().numpy(),
         num_non_finite=int(reduce(non_finite).item()),
     )
@@ -155,9 +131,10 @@ def _bucket_means(losses_T: torch.Tensor, positions_T: torch.Tensor, tracker: Po
     return torch.where(means.isfinite(), means, torch.nan)
 
 
-def _key(tokens: np.ndarray) -> str:
-    """16 hexadecimal digits that name a sequence of tokens, whatever its integer dtype."""
-    return hashlib.sha256(np.ascontiguousarray(tokens, dtype="<i8").tobytes()).hexdigest()[:16]
+def _key(batch: Batch) -> str:
+    """16 hexadecimal digits that name a document's tokens, the last label included."""
+    tokens = torch.cat((batch.tokens, batch.labels[-1:])).numpy()
+    return hashlib.sha256(tokens.astype("<i8").tobytes()).hexdigest()[:16]
 
 
 def _plain(values: Sequence[float]) -> list[float | None]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch.autograd.function import once_differentiable
 
-IGNORED = -100  # label of a token that predicts nothing
+from data.packing import IGNORED
 
 
 def tiled_cross_entropy(hidden_TC: torch.Tensor, weight_VC: torch.Tensor, labels_T: torch.Tensor, tile: int):

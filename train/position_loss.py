@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from train.loss import IGNORED
+from data.packing import IGNORED
 
 BUCKET = 2048
 MIN_BUCKETS = 16

@@ -1,24 +1,31 @@
-"""evals/position_loss.py: the fixed cohort, documents as clusters, ranks, and what is written."""
+"""evals/position_loss.py: documents as clusters, ranks, what is written; and evals/figures.py."""
 
 import json
 import math
 import threading
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from data.packing import Batch
 from evals.figures import plot_curves, plot_heatmap, plot_history
-from evals.position_loss import Document, evaluate, held_out_documents, load_curves
+from evals.position_loss import evaluate, load_curves
 from train.position_loss import PositionCurve, PositionLoss
 
 LENGTH = 64
 
 
+def make_document(name, tokens):
+    """An (id, Batch) pair as data.validation gives it, of LENGTH + 1 tokens."""
+    tokens = torch.from_numpy(tokens)
+    cu_seqlens = torch.tensor([0, LENGTH], dtype=torch.int32)
+    return name, Batch(tokens[:-1], tokens[1:], torch.arange(LENGTH), cu_seqlens)
+
+
 def make_documents(count, seed=0):
     rng = np.random.default_rng(seed)
-    return [Document(f"doc-{i}", rng.integers(0, 1000, LENGTH + 1).astype(np.uint16)) for i in range(count)]
+    return [make_document(f"doc-{i}", rng.integers(0, 1000, LENGTH + 1)) for i in range(count)]
 
 
 def fake_loss(tokens, positions, cu_seqlens, labels):
@@ -29,8 +36,8 @@ def fake_loss(tokens, positions, cu_seqlens, labels):
 
 
 def expected_losses(document):
-    x = document.tokens.astype(np.float64)
-    return x[:-1] / 1000 + x[1:] / 500 + 10 / np.arange(1, LENGTH + 1)
+    batch = document[1]
+    return batch.tokens.double().numpy() / 1000 + batch.labels.double().numpy() / 500 + 10 / np.arange(1, LENGTH + 1)
 
 
 def test_equals_means_over_documents():
@@ -86,34 +93,16 @@ def test_ranks_together_equal_one(count, world_size):
         np.testing.assert_allclose(result.document_loss, alone.document_loss, rtol=1e-12)
 
 
-def make_source(lengths):
-    return SimpleNamespace(
-        lengths=np.array(lengths, dtype=np.int64),
-        ids=[f"id-{i}" for i in range(len(lengths))],
-        tokens=lambda doc, start, stop: np.arange(start, stop) + 1000 * doc,
-    )
-
-
-def test_cohort_is_documents_of_full_length():
-    """Catches a document one token short (its last bucket would be smaller), and documents not taken from their
-    start."""
-    documents = held_out_documents(make_source([LENGTH, LENGTH + 1, 10, 500, 80]), LENGTH, limit=2)
-    assert [d.id for d in documents] == ["id-1", "id-3"]
-    assert documents[1].tokens.tolist() == list(range(3000, 3000 + LENGTH + 1))
-
-
-def test_no_document_long_enough():
-    """Catches an evaluation of nothing; the message says what would work."""
-    with pytest.raises(ValueError, match=r"longest has 60.*eval\.seq_len below 60"):
-        held_out_documents(make_source([60, 3]), LENGTH, limit=4)
-
-
 def test_keys_name_the_tokens():
-    """Catches keys that depend on the name or integer type of a document, or miss a changed token."""
+    """Catches keys that depend on a document's name, or miss a changed token (the last is a label only)."""
     documents = make_documents(2)
-    wide = [Document("other name", d.tokens.astype(np.int64)) for d in documents]
-    changed = [Document(d.id, np.concatenate([d.tokens[:-1], [1]])) for d in documents]
-    keys = [evaluate(fake_loss, ds, seq_len=LENGTH, device="cpu").document_keys for ds in (documents, wide, changed)]
+    renamed = [("other name", batch) for _, batch in documents]
+    changed = []
+    for name, batch in documents:
+        tokens = torch.cat((batch.tokens, batch.labels[-1:])).numpy().copy()
+        tokens[-1] += 1
+        changed.append(make_document(name, tokens))
+    keys = [evaluate(fake_loss, ds, seq_len=LENGTH, device="cpu").document_keys for ds in (documents, renamed, changed)]
     assert keys[0] == keys[1] and len(set(keys[0])) == 2
     assert not set(keys[0]) & set(keys[2])
 

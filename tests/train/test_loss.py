@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from train.loss import IGNORED, tiled_cross_entropy
+from data.packing import IGNORED
+from train.loss import tiled_cross_entropy
 
 
 def make_case(num_tokens=53, width=24, vocab=71, dtype=torch.float32, seed=0):

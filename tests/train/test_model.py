@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from conf.schema import ModelConfig, RopeConfig
+from data.packing import IGNORED
 from moba.layer import KVCache
 from moba.spec import AttentionSpec
-from train.loss import IGNORED
 from train.model import Decoder, OutputProjection
 from train.sizes import num_parameters
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train.loss import IGNORED
+from data.packing import IGNORED
 from train.position_loss import PositionCurve, PositionLoss, bucket_edges, default_num_buckets
 
 
