@@ -2,8 +2,8 @@
 
     python launch/report.py runs/moba_32k runs/full_32k [to=<folder>]
 
-One run gives its own report. The result is report.html, which needs no other file, and its figures as PNG beside it. Works on a
-run that is still going on.
+One run gives its own report. The result is report.html, which needs no other file, and its figures as PNG beside it.
+Works on a run that is still going on.
 """
 
 from __future__ import annotations

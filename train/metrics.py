@@ -14,12 +14,12 @@ import json
 import math
 import os
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from moba.spec import AttentionSpec
+from train.describe import describe_layers
 
 FILE_NAME = "metrics.jsonl"
 
@@ -89,11 +89,8 @@ def stage_columns(stage: Any) -> dict[str, Any]:
 
 
 def describe_plan(plan: Sequence[AttentionSpec]) -> str:
-    """A plan in words: "moba 512x3", or, where layers differ, "moba 512x3 (21 layers), full (3 layers)"."""
-    counts = Counter(str(spec) for spec in plan)
-    if len(counts) == 1:
-        return next(iter(counts))
-    return ", ".join(f"{name} ({count} layer{'s' if count > 1 else ''})" for name, count in counts.items())
+    """A plan in words: "moba 512x3", or, where layers differ, "moba 512x3 (layers 0-8), full (layers 9-11)"."""
+    return str(plan[0]) if len(set(plan)) == 1 else describe_layers(tuple(plan))
 
 
 def read_metrics(path: Path | str) -> list[dict[str, Any]]:
