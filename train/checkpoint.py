@@ -179,9 +179,9 @@ def _plan(slots: list[Slot], kind: str, bytes_each: int, world_size: int) -> lis
         if not shards or (sum(s.numel for s in shards[-1]) + slot.numel) * bytes_each > SHARD_BYTES:
             shards.append([])
         shards[-1].append(slot)
-    ordered = [(turn, owner) for turn in range(max(map(len, owned))) for owner in range(world_size)]
-    ordered = [(turn, owner) for turn, owner in ordered if turn < len(owned[owner])]
-    rounds: list[list[_Shard]] = [[] for _ in owned[0]]
+    num_rounds = max(map(len, owned))
+    ordered = [(turn, owner) for turn in range(num_rounds) for owner in range(world_size) if turn < len(owned[owner])]
+    rounds: list[list[_Shard]] = [[] for _ in range(num_rounds)]
     for number, (turn, owner) in enumerate(ordered, 1):
         file = f"{kind}-{number:05d}-of-{len(ordered):05d}.safetensors"
         rounds[turn].append(_Shard(file, owner, owned[owner][turn]))

@@ -118,11 +118,18 @@ def clean_stale(run_dir: Path) -> None:
 def prune(run_dir: Path, keep: int) -> None:
     """Removes checkpoints except the newest `keep` (at least one) and those at the end of a stage."""
     for path in checkpoints(run_dir)[: -max(keep, 1)]:
-        if not json.loads((path / STATE).read_text(encoding="utf-8"))["stage_end"]:
+        if not _ends_stage(path):
             doomed = path.with_name(SAVING + path.name)  # hidden first: what is half removed must not look whole
             shutil.rmtree(doomed, ignore_errors=True)
             path.rename(doomed)
             shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _ends_stage(checkpoint: Path) -> bool:
+    try:
+        return bool(json.loads((checkpoint / STATE).read_text(encoding="utf-8"))["stage_end"])
+    except (OSError, ValueError, KeyError):
+        return True  # damaged: not ours to remove
 
 
 def _flush(path: Path) -> None:

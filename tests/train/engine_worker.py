@@ -1,0 +1,193 @@
+"""Runs engines in one or several processes and reports what they did, for test_step.py and test_checkpoint.py.
+
+engine_worker.py first DIRECTORY     each engine: steps 0 to 7 with a checkpoint at step 4; then steps that go wrong;
+step 8 engine_worker.py second DIRECTORY    each engine, in a new process: continue from checkpoints of `first`, steps
+4 to 8
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import resource
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from engine_runs import ENGINES, LAST, SAVE_AT, build_model, config_of, learning_rate, micro_batches, other_stage
+from safetensors import safe_open
+
+from train import checkpoint, engine_state
+from train.distributed import World, all_reduce_sum, any_rank, gather_objects, init, shutdown
+from train.optim import build_engine
+from train.step import StepResult, train_step
+
+
+def one_step(engine: Any, step: int, world: World, **options: Any) -> tuple[dict[str, Any], StepResult]:
+    batches = micro_batches(step, world.rank, world.world_size)
+    result = train_step(engine, batches, lr=learning_rate(step), world=world, **options)
+    loss = float(all_reduce_sum(result.loss_sum.clone())) / result.num_tokens
+    record = {"loss": loss, "grad_norm": float(result.grad_norm), "num_tokens": result.num_tokens}
+    return record, result
+
+
+def steps(engine: Any, numbers: range, world: World) -> list[dict[str, Any]]:
+    return [one_step(engine, step, world)[0] for step in numbers]
+
+
+def save(directory: Path, engine: Any, tokens: int) -> Path:
+    return checkpoint.save(
+        directory,
+        engine,
+        tokens=tokens,
+        state={"step": tokens, "names": ["a", "b"]},
+        tensors={"sums": torch.arange(3.0), "counts": torch.tensor([2, 1])},
+        config_yaml="run:\n  name: test\n",
+        stage_end=False,
+        keep=2,
+    )
+
+
+def draws() -> list[float]:
+    return [
+        float(torch.rand(())),
+        float(np.random.rand()),
+        float(np.random.randn()),
+        random.random(),
+        random.gauss(0, 1),
+    ]
+
+
+def snapshot(engine: Any) -> list[torch.Tensor]:
+    """Everything the optimizer holds, on rank 0."""
+    keys = (engine_state.MASTER, *engine_state.MOMENTS)
+    return [engine_state.gather(engine, slot, key, owner=0) for slot in engine_state.slots(engine) for key in keys]
+
+
+def same(left: list[torch.Tensor], right: list[torch.Tensor]) -> bool:
+    """True if equal bit by bit, on rank 0."""
+    return all(torch.equal(a.view(torch.int32), b.view(torch.int32)) for a, b in zip(left, right) if a is not None)
+
+
+def bad_step(engine: Any, world: World, kind: str) -> dict[str, Any]:
+    """Step 7 again, gone wrong on the last rank: the loss nan or inf, or only the gradient nan."""
+    seen: list[int] = []
+
+    def spoil(module: Any, inputs: Any, losses: torch.Tensor) -> torch.Tensor:
+        if kind == "gradient":
+            losses.register_hook(lambda grad: grad * torch.nan)
+            return losses
+        return losses + (torch.nan if kind == "nan" else torch.inf)
+
+    before = snapshot(engine), engine_state.step_count(engine)
+    hook = engine.module.register_forward_hook(spoil) if world.rank == world.world_size - 1 else None
+    record, result = one_step(engine, 7, world, on_losses=lambda losses, batch: seen.append(len(losses)))
+    if hook:
+        hook.remove()
+    after = snapshot(engine), engine_state.step_count(engine)
+    return {
+        "skipped": gather_objects(result.skipped),
+        "untouched": same(before[0], after[0]) and before[1] == after[1],
+        "observed": len(seen),
+        "loss_is_finite": bool(np.isfinite(record["loss"])),
+    }
+
+
+def observed_step(engine: Any, world: World) -> tuple[dict[str, Any], StepResult, list[torch.Tensor]]:
+    """The last step, with what its observer saw, and rank 0 asking to stop."""
+    seen: list[torch.Tensor] = []
+    record, result = one_step(
+        engine, LAST, world, stop=world.rank == 0, on_losses=lambda losses, batch: seen.append(losses)
+    )
+    return record, result, seen
+
+
+def full_disk(engine: Any, directory: Path, world: World) -> dict[str, Any]:
+    """Saving where the last rank may write no file longer than 4 KB."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    before = checkpoint.newest(directory)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if world.rank == world.world_size - 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    message = None
+    try:
+        save(directory, engine, 99)
+    except checkpoint.CheckpointError as error:
+        message = str(error)
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    return {
+        "messages": gather_objects(message),
+        "left": sorted(path.name for path in (directory / "checkpoints").iterdir()),
+        "newest_kept": checkpoint.newest(directory) == before,
+    }
+
+
+def first(directory: Path, world: World) -> dict[str, Any]:
+    report: dict[str, Any] = {}
+    for name in ENGINES:
+        engine = build_engine(build_model(), config_of(name), world)
+        run_dir = directory / f"{name}-{world.world_size}"
+        mine: dict[str, Any] = {"optimizer": type(engine.optimizer).__name__}
+        if name == "z2-bf16":
+            save(run_dir, engine, 0)
+        mine["steps"] = steps(engine, range(SAVE_AT), world)
+        checkpoint.rng.seed(5, world.rank)
+        save(run_dir, engine, SAVE_AT)
+        mine["draws"] = gather_objects(draws())
+        mine["steps"] += steps(engine, range(SAVE_AT, LAST), world)
+        mine["bad"] = {kind: bad_step(engine, world, kind) for kind in ("nan", "inf", "gradient")}
+        record, result, seen = observed_step(engine, world)
+        mine["steps"].append(record)
+        mine["stop"] = gather_objects(result.stop)
+        mine["observed_sum"] = sum(gather_objects(float(torch.cat(seen).double().sum())))
+        if name == "z1":
+            mine["full_disk"] = full_disk(engine, run_dir, world)
+        report[name] = mine
+        engine.destroy()
+    flag = torch.tensor(world.rank == world.world_size - 1)
+    report["any_rank"] = [bool(any_rank(flag)), bool(any_rank(torch.tensor(False)))]
+    return report
+
+
+def files_hold(path: Path, engine: Any) -> bool:
+    """True if the engine holds, bit by bit, what the files of a checkpoint say (read by the library, on rank 0)."""
+    tensors: dict[str, torch.Tensor] = {}
+    for file in path.glob("*-of-*.safetensors"):
+        with safe_open(file, framework="pt") as content:
+            tensors |= {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
+    keys = (engine_state.MASTER, *engine_state.MOMENTS)
+    names = [
+        slot.name if key == "master" else f"{slot.name}.{key}" for slot in engine_state.slots(engine) for key in keys
+    ]
+    return same(snapshot(engine), [tensors[name] for name in names])
+
+
+def second(directory: Path, world: World) -> dict[str, Any]:
+    report: dict[str, Any] = {}
+    for name in ENGINES:
+        engine = build_engine(build_model(), config_of(name), world)
+        sources = {"same": f"{name}-{world.world_size}", "other_world": f"{name}-{3 - world.world_size}"}
+        if other_stage(name):
+            sources["other_stage"] = f"{other_stage(name)}-{world.world_size}"
+        mine: dict[str, Any] = {}
+        for kind, run in sources.items():
+            path = directory / run / "checkpoints" / checkpoint.checkpoint_dir.directory_name(SAVE_AT)
+            checkpoint.load_engine(engine, path)
+            checkpoint.load_rng(path, seed=5)
+            mine[kind] = {"exact": files_hold(path, engine), "draws": gather_objects(draws())}
+            mine[kind]["steps"] = steps(engine, range(SAVE_AT, LAST + 1), world)
+        report[name] = mine
+        engine.destroy()
+    return report
+
+
+if __name__ == "__main__":
+    role, target = sys.argv[1], Path(sys.argv[2])
+    here = init("cpu")
+    content = {"first": first, "second": second}[role](target, here)
+    if here.is_main:
+        (target / f"{role}-{here.world_size}.json").write_text(json.dumps(content))
+    shutdown()

@@ -1,0 +1,296 @@
+"""Checkpoints: exact resumption on every engine, and what is on disk after a kill, a full disk or a changed byte."""
+
+import json
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from engine_runs import ENGINES, ROOT, SAVE_AT, build_model, other_stage
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from train import checkpoint, checkpoint_dir
+from train.checkpoint import CheckpointError, newest, verify
+from train.engine_state import Slot
+
+WORLDS = (1, 2)
+NAME = checkpoint_dir.directory_name(SAVE_AT)
+CASES = [(name, world_size) for name in ENGINES for world_size in WORLDS]
+
+
+def losses(steps):
+    return [step["loss"] for step in steps]
+
+
+# Resumption (reports of tests/train/engine_worker.py)
+
+
+@pytest.mark.parametrize(("name", "world_size"), CASES)
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(first_runs, second_runs, name, world_size):
+    """Catches a moment, step count, master weight or low-precision weight that is lost, rounded or stale after
+    loading in a new process; and a save that disturbs the run it is made from."""
+    resumed = second_runs[world_size][name]["same"]
+    uninterrupted = first_runs[world_size][name]["steps"][SAVE_AT:]
+    assert resumed["exact"]
+    assert resumed["steps"] == uninterrupted
+    assert len(set(losses(uninterrupted))) == len(uninterrupted) > 3
+
+
+@pytest.mark.parametrize(("name", "world_size"), CASES)
+def test_another_number_of_ranks_continues(first_runs, second_runs, name, world_size):
+    """Catches a share of a parameter read from the wrong place: state is exact, losses follow to rounding."""
+    resumed = second_runs[world_size][name]["other_world"]
+    uninterrupted = first_runs[3 - world_size][name]["steps"][SAVE_AT:]
+    assert resumed["exact"]
+    assert losses(resumed["steps"]) == pytest.approx(losses(uninterrupted), rel=2e-3 if "bf16" in name else 1e-6)
+
+
+@pytest.mark.parametrize(("name", "world_size"), [case for case in CASES if other_stage(case[0])])
+def test_another_zero_stage_continues(first_runs, second_runs, name, world_size):
+    """Catches a format that knows the stage it was written by: 3 -> 1, 1 -> 3, 2 -> 0 and in bf16."""
+    resumed = second_runs[world_size][name]["other_stage"]
+    uninterrupted = first_runs[world_size][other_stage(name)]["steps"][SAVE_AT:]
+    assert resumed["exact"]
+    assert losses(resumed["steps"]) == pytest.approx(losses(uninterrupted), rel=2e-3 if "bf16" in name else 1e-6)
+
+
+@pytest.mark.parametrize("world_size", WORLDS)
+def test_random_state_continues_on_each_rank(first_runs, second_runs, world_size):
+    """Catches a generator left out, one state for all ranks, and a new rank that repeats another's numbers."""
+    saved = first_runs[world_size]["z1"]["draws"]
+    assert second_runs[world_size]["z1"]["same"]["draws"] == saved
+    other = second_runs[world_size]["z1"]["other_world"]["draws"]
+    assert other[0] == first_runs[3 - world_size]["z1"]["draws"][0]
+    every = [number for rank in other for number in rank]
+    assert len(set(every)) == len(every)
+
+
+@pytest.mark.parametrize("world_size", WORLDS)
+def test_a_full_disk_on_one_rank_fails_the_save_on_all_and_harms_nothing(first_runs, world_size):
+    """Catches a deadlock, a half-written directory left behind, and a damaged predecessor."""
+    full = first_runs[world_size]["z1"]["full_disk"]
+    assert all(re.search(rf"rank {world_size - 1}: .*File too large.*Earlier", message) for message in full["messages"])
+    assert full["left"] == ["latest", NAME]
+    assert full["newest_kept"]
+
+
+# Content
+
+
+@pytest.fixture
+def saved(first_runs, runs_dir, tmp_path) -> Path:
+    """A copy of the run directory of the bf16 ZeRO-3 run on two ranks."""
+    return Path(shutil.copytree(runs_dir / "z3-bf16-2", tmp_path / "run"))
+
+
+def test_a_checkpoint_holds_what_was_given(saved):
+    """Catches state that does not come back, and a tied weight stored twice."""
+    content = checkpoint.read(newest(saved))
+    assert content.state == {"step": SAVE_AT, "names": ["a", "b"]}
+    assert content.tokens == SAVE_AT
+    assert content.tensors["sums"].tolist() == [0, 1, 2]
+    assert content.config_yaml == "run:\n  name: test\n"
+    assert content.meta["optimizer_step"] == SAVE_AT
+    assert set(content.meta["parameters"]) == {"embed.weight", "mix.weight", "mix.bias", "norm.weight", "norm.bias"}
+    assert not list(newest(saved).glob("*.pt"))
+
+
+def test_weights_load_into_a_plain_model(saved):
+    """Catches weights of init.source that differ from the files, are rounded to bf16, or break the tie."""
+    model = build_model()
+    used = checkpoint.load_weights(model, saved)
+    assert used == newest(saved)
+    tensors = {}
+    for file in used.glob("model-*.safetensors"):
+        tensors |= load_file(file)
+    assert all(torch.equal(tensors[name], p) for name, p in model.named_parameters())
+    assert any((p != p.bfloat16()).any() for p in model.parameters())
+    assert model.head.weight is model.embed.weight
+
+
+def test_a_checkpoint_before_the_first_step_has_no_moments(first_runs, runs_dir):
+    """Catches a save that needs optimizer state, and weights that are not those of the model."""
+    path = runs_dir / "z2-bf16-2" / "checkpoints" / checkpoint_dir.directory_name(0)
+    assert not list(path.glob("optimizer*"))
+    model = build_model()
+    start = [p.detach().bfloat16().float() for p in model.parameters()]
+    checkpoint.load_weights(model, path)
+    assert all(torch.equal(a, b) for a, b in zip(start, model.parameters()))
+
+
+def test_weights_of_another_model_are_refused_by_name(saved):
+    """Catches a partial load of a model with other shapes."""
+    model = build_model()
+    model.mix = torch.nn.Linear(16, 8)
+    with pytest.raises(
+        CheckpointError, match=r"mix\.weight is \(16, 16\) in the checkpoint and \(8, 16\) in the model"
+    ):
+        checkpoint.load_weights(model, saved)
+
+
+def test_a_directory_without_a_checkpoint_is_said_to_be_one(tmp_path):
+    """Catches random weights where a source was asked for."""
+    with pytest.raises(CheckpointError, match="neither a checkpoint nor a run directory"):
+        checkpoint.load_weights(build_model(), tmp_path)
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.lists(st.integers(1, 400), min_size=1, max_size=30), st.integers(1, 5))
+def test_every_parameter_is_written_once_by_its_owner(sizes, world_size):
+    """Catches a parameter lost or written twice, an unbounded shard, a rank with two in a round, a reused name."""
+    slots = [Slot(str(i), (n,), None, 0, 0, 0, False) for i, n in enumerate(sizes)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "SHARD_BYTES", 2000)
+        rounds = checkpoint._plan(slots, "model", 8, world_size)
+    shards = [shard for turn in rounds for shard in turn]
+    assert sorted(int(slot.name) for shard in shards for slot in shard.slots) == list(range(len(sizes)))
+    assert all(int(slot.name) % world_size == shard.owner for shard in shards for slot in shard.slots)
+    assert all(len(shard.slots) == 1 or sum(8 * s.numel for s in shard.slots) <= 2000 for shard in shards)
+    assert all(len({shard.owner for shard in turn}) == len(turn) for turn in rounds)
+    assert len({shard.file for shard in shards}) == len(shards)
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.lists(st.integers(1, 7), min_size=1, max_size=3), st.data())
+def test_any_range_of_a_tensor_is_read_right(tmp_path_factory, shape, data):
+    """Catches a share that begins or ends inside a row."""
+    directory = tmp_path_factory.mktemp("tensor")
+    tensor = torch.randn(shape)
+    save_file({"x": tensor}, directory / "x.safetensors")
+    (directory / "index.json").write_text(json.dumps({"weight_map": {"x": "x.safetensors"}}))
+    start = data.draw(st.integers(0, tensor.numel() - 1))
+    size = data.draw(st.integers(1, tensor.numel() - start))
+    with checkpoint.ExitStack() as stack:
+        files = checkpoint._TensorFiles(directory, "index.json", stack)
+        assert torch.equal(files.elements("x", tuple(shape), start, size), tensor.flatten()[start : start + size])
+
+
+# Directories
+
+
+def write(run_dir: Path, tokens: int, stage_end: bool = False, keep: int = 2) -> Path:
+    """A checkpoint made of small files, through the same steps as a real one."""
+    temporary = checkpoint_dir.begin(run_dir, tokens)
+    (temporary / "model-00001-of-00001.safetensors").write_bytes(random.randbytes(5000))
+    (temporary / "state.json").write_text(json.dumps({"stage_end": stage_end}))
+    path = checkpoint_dir.commit(temporary, {f.name: checkpoint_dir.seal(f) for f in sorted(temporary.iterdir())})
+    checkpoint_dir.prune(run_dir, keep)
+    return path
+
+
+def names(run_dir: Path) -> list[str]:
+    return sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+
+
+def test_the_newest_and_the_stage_ends_are_kept(tmp_path):
+    """Catches a stage's end that is removed, and `latest` left behind."""
+    for tokens in range(1, 7):
+        write(tmp_path, tokens, stage_end=tokens == 2)
+    assert names(tmp_path) == ["latest", *(checkpoint_dir.directory_name(tokens) for tokens in (2, 5, 6))]
+    assert (tmp_path / "checkpoints" / "latest").read_text() == newest(tmp_path).name + "\n"
+
+
+def test_a_changed_byte_is_found_and_the_good_predecessor_named(tmp_path):
+    """Catches a checksum that is not compared, and advice that points to another damaged checkpoint."""
+    good, worse, bad = (write(tmp_path, tokens, keep=9) for tokens in (1, 2, 3))
+    for path in (worse, bad):
+        file = path / "model-00001-of-00001.safetensors"
+        content = bytearray(file.read_bytes())
+        content[1234] ^= 1
+        file.write_bytes(content)
+    assert newest(tmp_path) == bad, "the size is right: only reading it can tell"
+    with pytest.raises(
+        CheckpointError, match=rf"{bad}/model-00001.*SHA-256.*newest good one before it is {good}: remove"
+    ):
+        verify(bad)
+    verify(good)
+
+
+def test_damage_is_found_when_weights_are_loaded(saved):
+    """Catches a load that trusts its files."""
+    file = next(newest(saved).glob("model-*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-1] + b"\x01")
+    with pytest.raises(
+        CheckpointError, match=rf"{file.name} does not match its SHA-256.*There is no good one before it"
+    ):
+        checkpoint.load_weights(build_model(), newest(saved))
+
+
+def test_what_is_not_whole_is_never_the_newest(tmp_path):
+    """Catches a truncated file, a missing file and a missing manifest taken for a checkpoint."""
+    whole = write(tmp_path, 1, keep=9)
+    truncated, missing, unlisted = (write(tmp_path, tokens, keep=9) for tokens in (2, 3, 4))
+    (truncated / "state.json").write_text("{")
+    (missing / "state.json").unlink()
+    (unlisted / "manifest.json").unlink()
+    checkpoint_dir.begin(tmp_path, 5)
+    assert newest(tmp_path) == whole
+    with pytest.raises(CheckpointError, match=r"state\.json has 1 bytes instead of"):
+        verify(truncated)
+    with pytest.raises(CheckpointError, match=r"state\.json cannot be read"):
+        verify(missing)
+
+
+def test_another_format_version_is_refused(tmp_path):
+    """Catches a checkpoint of a later program read as if it were of this one."""
+    path = write(tmp_path, 1)
+    text = (path / "manifest.json").read_text()
+    (path / "manifest.json").write_text(text.replace('"format_version": 1', '"format_version": 2'))
+    with pytest.raises(CheckpointError, match="format version 2; this program reads 1"):
+        verify(path)
+
+
+SAVER = """
+import random, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[3])
+from train import checkpoint_dir as cd
+run_dir, tokens = Path(sys.argv[1]), int(sys.argv[2])
+while True:
+    for _ in range(2):  # the second save replaces the first
+        temporary = cd.begin(run_dir, tokens)
+        for name in ("a", "b", "c"):
+            (temporary / name).write_bytes(random.randbytes(random.randrange(300_000)))
+        cd.write_text(temporary / "state.json", '{"stage_end": false}')
+        cd.commit(temporary, {f.name: cd.seal(f) for f in sorted(temporary.iterdir())})
+    cd.prune(run_dir, 2)
+    print(tokens, flush=True)
+    tokens += 1
+"""
+
+
+def test_kills_at_random_moments_leave_a_good_checkpoint(tmp_path):
+    """Catches any moment at which SIGKILL loses the finished checkpoints, or makes an unfinished one count."""
+    generator, tokens, died_inside = random.Random(0), 1, 0
+    for _ in range(12):
+        command = [sys.executable, "-c", SAVER, str(tmp_path), str(tokens), str(ROOT)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        process.stdout.readline()
+        time.sleep(generator.uniform(0, 0.05))
+        process.send_signal(signal.SIGKILL)
+        finished = [int(line) for line in process.stdout.read().split()]
+        process.wait()
+        died_inside += any(name.startswith(".saving") for name in names(tmp_path))
+        checkpoint_dir.clean_stale(tmp_path)
+        assert not [name for name in names(tmp_path) if name.startswith((".saving", ".replaced"))]
+        verify(newest(tmp_path))
+        reached = int(newest(tmp_path).name.removeprefix("tokens_"))
+        assert reached >= max([tokens, *finished])
+        tokens = reached
+    assert died_inside > 2, "the kills must fall into saves"
+
+
+def test_a_kill_between_the_two_renames_of_a_replacement_is_mended(tmp_path):
+    """Catches the one moment at which a replaced checkpoint has no name."""
+    path = write(tmp_path, 1)
+    path.rename(path.with_name(".replaced_" + path.name))
+    checkpoint_dir.clean_stale(tmp_path)
+    assert newest(tmp_path) == path

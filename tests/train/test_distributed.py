@@ -1,0 +1,68 @@
+"""Starting processes, their few collectives, and signals."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from engine_runs import ROOT
+
+from train import distributed
+from train.distributed import PreemptionFlag
+
+
+def test_any_rank_is_seen_by_all(first_runs):
+    """Catches a flag that stays on its rank (it is raised on the last rank and read on the first)."""
+    assert first_runs[2]["any_rank"] == [True, False]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_run_prints_nothing_of_its_own(second_runs, world_size):
+    """Catches noise of DeepSpeed and torch: builds, memory, deprecations (1: plain python, 2: torchrun)."""
+    assert second_runs[world_size]["stdout"] == ""
+    assert second_runs[world_size]["stderr"] == ""
+
+
+def test_skipped_steps_are_announced(first_runs):
+    """Catches output silenced altogether, for which the test above would pass."""
+    assert "Skipping step" in first_runs[2]["stdout"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_a_missing_gpu_is_said_before_anything_starts():
+    """Catches a traceback out of NCCL."""
+    with pytest.raises(ValueError, match=r"run\.device=cuda.*cpu or auto"):
+        distributed.init("cuda")
+
+
+def test_an_unknown_device_is_refused():
+    """Catches a typo that becomes the CPU."""
+    with pytest.raises(ValueError, match="choose one of auto, cpu, cuda"):
+        distributed.init("gpu")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_sets_the_flag_and_a_third_interrupts(number):
+    """Catches a handler that kills at once, or one that can never be overruled."""
+    before = signal.getsignal(number)
+    flag = PreemptionFlag().install()
+    try:
+        assert not flag.requested
+        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), number)
+        assert flag.requested
+        assert flag.received == signal.Signals(number).name
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), number)
+    finally:
+        flag.uninstall()
+    assert signal.getsignal(number) == before
+
+
+def test_importing_reads_no_environment_and_no_deepspeed():
+    """Catches a module that imports deepspeed before `init` has told it which accelerator there is."""
+    modules = "train.distributed, train.optim, train.step, train.checkpoint, train.engine_state, train.guards"
+    code = f"import sys, {modules}; sys.exit('deepspeed' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

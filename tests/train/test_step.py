@@ -1,0 +1,77 @@
+"""One optimizer step on every ZeRO stage: against plain torch, on one rank and two, and when numbers go wrong."""
+
+import pytest
+from engine_runs import ENGINES, LAST, SWITCH_AT, num_packs, reference
+
+FP32 = [name for name in ENGINES if "bf16" not in name]
+WORLDS = (1, 2)
+
+
+def column(steps, key):
+    return [step[key] for step in steps]
+
+
+@pytest.mark.parametrize("world_size", WORLDS)
+@pytest.mark.parametrize("name", ENGINES)
+def test_steps_equal_a_plain_torch_loop(first_runs, name, world_size):
+    """Catches a loss averaged per rank or micro-batch, a wrong gradient scale, clipping, weight decay or learning
+    rate, and an engine that keeps its first number of micro-batches."""
+    assert num_packs(SWITCH_AT - 1) != num_packs(SWITCH_AT)
+    steps, expected = first_runs[world_size][name]["steps"], reference()
+    assert any(norm > 1.0 for norm in column(expected, "grad_norm")), "clipping must act"
+    assert len(set(column(expected, "num_tokens"))) > 3, "steps must differ in valid tokens"
+    relative = 5e-3 if "bf16" in name else 1e-6
+    assert column(steps, "num_tokens") == column(expected, "num_tokens")
+    assert column(steps, "loss") == pytest.approx(column(expected, "loss"), rel=relative)
+    assert column(steps, "grad_norm") == pytest.approx(column(expected, "grad_norm"), rel=relative)
+
+
+@pytest.mark.parametrize("name", FP32)
+def test_two_ranks_train_as_one(first_runs, name):
+    """Catches anything that depends on how tokens fall on ranks."""
+    one, two = (column(first_runs[world_size][name]["steps"], "loss") for world_size in WORLDS)
+    assert one == pytest.approx(two, rel=1e-6)
+
+
+@pytest.mark.parametrize("world_size", WORLDS)
+@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("kind", ["nan", "inf", "gradient"])
+def test_a_bad_step_is_skipped_by_all_ranks_and_leaves_no_trace(first_runs, name, world_size, kind):
+    """Catches a rank that steps alone, weights or moments touched by a bad step, and bad losses in the position sums.
+    The inf has finite gradients, so only the test of the loss can see it."""
+    bad = first_runs[world_size][name]["bad"][kind]
+    assert bad["skipped"] == [True] * world_size
+    assert bad["untouched"]
+    assert bad["observed"] == 0
+    assert bad["loss_is_finite"] == (kind == "gradient")
+
+
+@pytest.mark.parametrize("world_size", WORLDS)
+@pytest.mark.parametrize("name", ENGINES)
+def test_after_bad_steps_training_goes_on_as_if_there_had_been_none(first_runs, second_runs, name, world_size):
+    """Catches gradients that survive a skipped step: step 8 after three bad ones against step 8 of a good run."""
+    assert first_runs[world_size][name]["steps"][LAST] == second_runs[world_size][name]["same"]["steps"][-1]
+
+
+@pytest.mark.parametrize("world_size", WORLDS)
+def test_all_ranks_stop_if_one_wants_to(first_runs, world_size):
+    """Catches ranks that disagree about the last step, which is a deadlock."""
+    assert all(first_runs[world_size][name]["stop"] == [True] * world_size for name in ENGINES)
+
+
+@pytest.mark.parametrize("world_size", WORLDS)
+def test_observers_get_the_losses_of_the_step(first_runs, world_size):
+    """Catches a position loss that sees other numbers than the optimizer, or only some micro-batches."""
+    for name in ENGINES:
+        run = first_runs[world_size][name]
+        last = run["steps"][LAST]
+        assert run["observed_sum"] / last["num_tokens"] == pytest.approx(last["loss"], rel=1e-9)
+
+
+def test_the_engines_are_the_ones_meant(first_runs):
+    """Catches a table that tests the same optimizer under many names."""
+    kinds = {name: first_runs[2][name]["optimizer"] for name in ENGINES}
+    assert kinds["z0"] == "AdamW"
+    assert kinds["z1-bf16"] == "BF16_Optimizer"
+    assert kinds["z2-bf16"] == "DeepSpeedZeroOptimizer"
+    assert kinds["z3"] == "DeepSpeedZeroOptimizer_Stage3"
