@@ -7,13 +7,15 @@ changes nothing, so config.yaml in a run directory is read by the same function.
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from conf.build import ConfigError, Problems, build, parse_quantities, quantity
+from conf.build import ConfigError, Problems, build, parse_quantities, quantity, show
 from conf.checks import check
 from conf.hardware import Hardware
 from conf.numbers import format_tokens, is_share, parse_share
@@ -46,7 +48,7 @@ def freeze(config: DictConfig | Mapping[str, Any], hardware: Hardware | None = N
 
 def _fill_run(config: RunConfig) -> Any:
     name = config.run.name or "run"
-    return replace(config.run, name=name, dir=config.run.dir or f"runs/{name}")
+    return replace(config.run, name=name, dir=os.path.expanduser(config.run.dir or f"runs/{name}"))
 
 
 def _fill_model(model: ModelConfig) -> ModelConfig:
@@ -90,23 +92,26 @@ def _fill_schedule(schedule: ScheduleConfig, problems: Problems) -> ScheduleConf
             attention=_fill_attention(stage.attention, schedule, seq_len),
             tokens=_stage_tokens(f"schedule.stages.{name}.tokens", stage.tokens, schedule.tokens, problems),
         )
-    asked = [stage.tokens for stage in stages.values() if stage.tokens is not None]
-    if schedule.tokens is not None and sum(asked) > schedule.tokens:
-        parts = " + ".join(f"{name} {show_budget(stage.tokens)}" for name, stage in schedule.stages.items())
-        problems.add(
-            "schedule.tokens",
-            format_tokens(schedule.tokens),
-            f"the stages ask for {format_tokens(sum(asked))} ({parts}); set schedule.tokens={format_tokens(sum(asked))}"
-            " or lower the stages (shares sum to 100% at most)",
-        )
+    _check_budget(schedule, sum(stage.tokens or 0 for stage in stages.values()), problems)
     stages = {name: replace(stage, tokens=_whole_steps(stage)) for name, stage in stages.items()}
     total = sum(stage.tokens or 0 for stage in stages.values())
     return replace(schedule, stages=stages, tokens=total)
 
 
-def show_budget(value: Any) -> str:
-    """A stage's budget as the user wrote it."""
-    return str(value) if isinstance(value, str) else format_tokens(int(value))
+def _check_budget(schedule: ScheduleConfig, asked: int, problems: Problems) -> None:
+    """Record stages that ask for more than schedule.tokens, and the total at which they would fit."""
+    if schedule.tokens is None or asked <= schedule.tokens:
+        return
+    budgets = {name: stage.tokens for name, stage in schedule.stages.items()}
+    shares = sum(parse_share(budget, 10**6) for budget in budgets.values() if is_share(budget)) / 10**6
+    absolute = asked - int(shares * schedule.tokens)
+    if shares < 1:
+        enough = format_tokens(math.ceil(absolute / (1 - shares)) if shares else asked)
+        hint = f"set schedule.tokens={enough}, or lower the stages"
+    else:
+        hint = "lower the stages; shares and tokens together may come to 100%"
+    parts = " + ".join(f"{name} {show(budget)}" for name, budget in budgets.items())
+    problems.add("schedule.tokens", format_tokens(schedule.tokens), f"less than the stages ask for ({parts}); {hint}")
 
 
 def _fill_attention(attention: AttentionConfig, schedule: ScheduleConfig, seq_len: int | None) -> AttentionConfig:

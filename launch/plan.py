@@ -33,7 +33,7 @@ def main(arguments: list[str]) -> None:
     config = load(overrides, hardware)
     try:
         vocab_size = embedding_rows(config.model, load_tokenizer(config.data.tokenizer).vocab_size)
-    except (DataError, ValueError) as error:
+    except DataError as error:
         raise ConfigError([str(error)]) from error
     print(make_plan(config, vocab_size, hardware).text())
 

@@ -5,6 +5,7 @@ Used by the plan (which allocates nothing), by MFU and evals. No torch. A test c
 
 from __future__ import annotations
 
+from conf.build import ConfigError
 from conf.schema import ModelConfig
 
 VOCAB_MULTIPLE = 128
@@ -68,13 +69,11 @@ def matmul_flops_per_token(config: ModelConfig, vocab_size: int, backward: bool 
 def embedding_rows(config: ModelConfig, tokenizer_size: int) -> int:
     """Rows of the embedding for a tokenizer of so many ids: model.vocab_size, or the padded size where that is null.
 
-    ValueError if model.vocab_size is too small for the tokenizer.
+    ConfigError if model.vocab_size is too small for the tokenizer.
     """
     if config.vocab_size is None:
         return padded_vocab_size(tokenizer_size)
     if config.vocab_size < tokenizer_size:
-        raise ValueError(
-            f"model.vocab_size={config.vocab_size}: the tokenizer has {tokenizer_size} ids; use null or at least"
-            f" {padded_vocab_size(tokenizer_size)}"
-        )
+        hint = f"the tokenizer has {tokenizer_size} ids; use null, or at least {padded_vocab_size(tokenizer_size)}"
+        raise ConfigError([f"model.vocab_size={config.vocab_size}: {hint}"])
     return config.vocab_size
