@@ -59,7 +59,7 @@ def reference_attention(
     softmax_scale: float | None = None,
     return_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """MoBA attention by dense masks: [T, H, D] in q's dtype; with `return_lse` also the log-sum-exp [H, T] (natural log).
+    """MoBA attention by dense masks: [T, H, D] in q's dtype; with `return_lse` also the natural log-sum-exp [H, T].
 
     q is [T, H, D], k and v are [S, G, D], H a multiple of G. Documents are [cu_seqlens[i], cu_seqlens[i+1]);
     `cu_seqlens_k` says the same of keys where they differ, and then the queries are the last of their document's
@@ -74,7 +74,7 @@ def reference_attention(
     num_heads, group = q.shape[1], q.shape[1] // k.shape[1]
     heads_out, heads_lse = [], []
     for head in range(num_heads):
-        outputs, lses = [q.new_zeros(0, v.shape[-1])], [q.new_zeros(0)]
+        outputs, lses = [q[:0, head]], [q[:0, head, 0]]
         for queries, keys in _documents(q, k, cu_seqlens, cu_seqlens_k):
             allowed = _mask(selection[head, queries], keys.stop - keys.start, block_size)
             scores = scale * (q[queries, head] @ k[keys, head // group].T)

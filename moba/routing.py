@@ -97,7 +97,7 @@ class BlockLayout:
         return self.first_block_N[self.query_document_T]
 
     def candidates(self, start: int, stop: int) -> tuple[int, int]:
-        """Range [low, high) of blocks holding all history of the queries [start, stop); tight where it is free to know."""
+        """Range [low, high) of blocks holding all history of queries [start, stop); tight where that costs nothing."""
         if self.query_block_T.device.type == "cpu":
             return int(self.first_block_N[self.query_document_T[start]]), int(self.query_block_T[stop - 1])
         if self.first_block_N.numel() == 2:  # one document: known from shapes
