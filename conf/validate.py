@@ -7,7 +7,6 @@ changes nothing, so config.yaml in a run directory is read by the same function.
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import replace
@@ -67,11 +66,8 @@ def _fill_sources(data: DataConfig, seed: int, problems: Problems) -> DataConfig
         if value is None:
             continue
         if set(sources) - {"main"}:
-            problems.add(
-                f"data.{key}",
-                value,
-                f"data.sources has {', '.join(sources)} already; say data={choice} data.{key}={value}",
-            )
+            hint = f"data.sources has {', '.join(sources)} already; say data={choice} data.{key}={value}"
+            problems.add(f"data.{key}", value, hint)
             continue
         main = sources.get("main", SourceConfig())
         if getattr(main, key) not in (None, value):
@@ -92,22 +88,23 @@ def _fill_schedule(schedule: ScheduleConfig, problems: Problems) -> ScheduleConf
             attention=_fill_attention(stage.attention, schedule, seq_len),
             tokens=_stage_tokens(f"schedule.stages.{name}.tokens", stage.tokens, schedule.tokens, problems),
         )
-    _check_budget(schedule, sum(stage.tokens or 0 for stage in stages.values()), problems)
+    _check_budget(schedule, {name: stage.tokens for name, stage in stages.items()}, problems)
     stages = {name: replace(stage, tokens=_whole_steps(stage)) for name, stage in stages.items()}
     total = sum(stage.tokens or 0 for stage in stages.values())
     return replace(schedule, stages=stages, tokens=total)
 
 
-def _check_budget(schedule: ScheduleConfig, asked: int, problems: Problems) -> None:
+def _check_budget(schedule: ScheduleConfig, asked: dict[str, int | None], problems: Problems) -> None:
     """Record stages that ask for more than schedule.tokens, and the total at which they would fit."""
-    if schedule.tokens is None or asked <= schedule.tokens:
+    known = {name: tokens for name, tokens in asked.items() if tokens is not None}
+    if schedule.tokens is None or sum(known.values()) <= schedule.tokens:
         return
-    budgets = {name: stage.tokens for name, stage in schedule.stages.items()}
-    shares = sum(parse_share(budget, 10**6) for budget in budgets.values() if is_share(budget)) / 10**6
-    absolute = asked - int(shares * schedule.tokens)
-    if shares < 1:
-        enough = format_tokens(math.ceil(absolute / (1 - shares)) if shares else asked)
-        hint = f"set schedule.tokens={enough}, or lower the stages"
+    budgets = {name: schedule.stages[name].tokens for name in known}
+    absolute = sum(tokens for name, tokens in known.items() if not is_share(budgets[name]))
+    million = 10**6
+    free = million - sum(parse_share(budget, million) for budget in budgets.values() if is_share(budget))
+    if free > 0:
+        hint = f"set schedule.tokens={format_tokens(-(-absolute * million // free))}, or lower the stages"
     else:
         hint = "lower the stages; shares and tokens together may come to 100%"
     parts = " + ".join(f"{name} {show(budget)}" for name, budget in budgets.items())

@@ -1,4 +1,4 @@
-"""Freezing a configuration: gaps filled, quantities exact, every mistake named with its key, its value and a way out."""
+"""Freezing a configuration: gaps filled, quantities exact, every mistake named with key, value and a way out."""
 
 import subprocess
 import sys
