@@ -1,0 +1,203 @@
+"""Reading in chunks and token by token against the forward pass over everything at once."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import moba.kv_cache
+from moba.kv_cache import KVCache, SequenceCache, decode_moba
+from moba.layer import MoBAAttention
+from moba.reference import reference_attention, reference_selection
+from moba.routing import block_means
+from moba.spec import AttentionSpec
+
+HIDDEN, HEADS, KV_HEADS, HEAD_DIM = 32, 4, 2, 8
+SPARSE = AttentionSpec("moba", block_size=8, top_k=3)
+
+
+@pytest.fixture(autouse=True)
+def without_gradients():
+    with torch.no_grad():
+        yield
+
+
+def make_layer(spec=SPARSE):
+    torch.manual_seed(0)
+    return MoBAAttention(HIDDEN, HEADS, KV_HEADS, HEAD_DIM, spec=spec).double()
+
+
+def make_tokens(num_tokens, seed=1):
+    return torch.randn(num_tokens, HIDDEN, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def rope_at(positions):
+    angles = positions[:, None] * 10000.0 ** (-torch.arange(0, HEAD_DIM, 2, dtype=torch.float64) / HEAD_DIM)
+    angles = torch.cat([angles, angles], dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def cu_of(lengths):
+    return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+
+
+def one_shot(layer, x):
+    return layer(x, *rope_at(torch.arange(len(x))), None)
+
+
+def in_chunks(layer, x, sizes, cache):
+    """The layer's outputs when x is read in chunks of these sizes."""
+    outs = []
+    for chunk in x.split(sizes):
+        start = cache.lengths[0]
+        positions = torch.arange(start, start + len(chunk))
+        outs.append(layer(chunk, *rope_at(positions), cu_of([len(chunk)]), cache[0]))
+    return torch.cat(outs)
+
+
+def make_qkv(num_tokens, num_heads=HEADS, num_kv_heads=KV_HEADS, dtype=torch.float64, seed=2):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(num_tokens, heads, HEAD_DIM) for heads in (num_heads, num_kv_heads, num_kv_heads)]
+    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
+
+
+def test_decoding_token_by_token_equals_one_forward(monkeypatch):
+    """Catches stale or early block means and off-by-one blocks, at every length and so at every block boundary."""
+    num_tokens = 67
+    selected = []
+    select = moba.kv_cache.select_blocks
+
+    def recording_select(q, means, layout, top_k):
+        selected.append((q, select(q, means, layout, top_k)))
+        return selected[-1][1]
+
+    monkeypatch.setattr(moba.kv_cache, "select_blocks", recording_select)
+    layer, x, cache = make_layer(), make_tokens(num_tokens), KVCache(1)
+    got = in_chunks(layer, x, [1] * num_tokens, cache)
+    torch.testing.assert_close(got, one_shot(layer, x), rtol=1e-9, atol=1e-9)
+
+    # The same blocks as the definition picks from all queries and keys at once (the first token needs no choice).
+    assert len(selected) == num_tokens - 1
+    keys = cache[0].sequences[0].k
+    queries = torch.cat([torch.zeros_like(selected[0][0]), *[q for q, _ in selected]])
+    want = reference_selection(queries, keys, block_size=8, top_k=3)
+    assert torch.equal(torch.cat([s for _, s in selected], dim=1), want[:, 1:])
+    assert ((want >= 0).sum(-1) <= want[..., -1]).any()  # some query dropped some block
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    sizes=st.lists(st.integers(1, 30), min_size=1, max_size=6),
+    block_size=st.integers(1, 12),
+    top_k=st.integers(1, 5),
+)
+def test_chunked_prefill_equals_one_forward(sizes, block_size, top_k):
+    """Catches chunks that attend densely, or whose blocks start at the chunk instead of the document."""
+    with torch.no_grad():
+        layer, x = make_layer(AttentionSpec("moba", block_size, top_k)), make_tokens(sum(sizes))
+        got = in_chunks(layer, x, sizes, KVCache(1))
+        torch.testing.assert_close(got, one_shot(layer, x), rtol=1e-9, atol=1e-9)
+
+
+def test_chunks_would_differ_from_dense():
+    """Catches a vacuous comparison: the sizes used here must drop blocks."""
+    layer, x = make_layer(), make_tokens(67)
+    sparse = one_shot(layer, x)
+    layer.spec = AttentionSpec()
+    assert not torch.allclose(sparse, one_shot(layer, x))
+
+
+def test_dense_decode_after_sparse_prefill():
+    """Catches a decode mode that routes the new token, or that turns the prompt dense."""
+    layer, x = make_layer(), make_tokens(70)
+    got = in_chunks(layer, x, [40, 26, 1, 1, 1, 1], KVCache(1, decode="full"))
+    torch.testing.assert_close(got[:66], one_shot(layer, x)[:66], rtol=1e-9, atol=1e-9)
+    layer.spec = AttentionSpec()
+    torch.testing.assert_close(got[66:], one_shot(layer, x)[66:], rtol=1e-9, atol=1e-9)
+
+
+def test_full_layers_stay_full():
+    """Catches MoBA decode in a layer whose spec is full (the last layers of a hybrid)."""
+    layer, x = make_layer(AttentionSpec()), make_tokens(40)
+    got = in_chunks(layer, x, [20, 1, 18, 1], KVCache(1, decode="moba"))
+    torch.testing.assert_close(got, one_shot(layer, x), rtol=1e-9, atol=1e-9)
+
+
+def test_switching_the_spec_rebuilds_the_means():
+    """Catches means of another block size used after a switch."""
+    layer, x, cache = make_layer(), make_tokens(80), KVCache(1)
+    in_chunks(layer, x[:60], [50] + [1] * 10, cache)
+    layer.spec = AttentionSpec("moba", block_size=5, top_k=4)
+    got = in_chunks(layer, x[60:], [1] * 20, cache)
+    torch.testing.assert_close(got, one_shot(layer, x)[60:], rtol=1e-9, atol=1e-9)
+
+
+def test_several_sequences_in_a_packed_batch():
+    """Catches sequences mixed up in the cache, with different prompts, one of them starting later and one pausing."""
+    layer, cache = make_layer(), KVCache(1, num_sequences=3)
+    texts = [make_tokens(n, seed=n) for n in (45, 30, 12)]
+    steps = [[40, 20, 0], [1, 1, 10], [1, 0, 1], [1, 9, 1], [2, 0, 0]]
+    done, outs = [0, 0, 0], [[], [], []]
+    for step in steps:
+        chunk = torch.cat([text[d : d + n] for text, d, n in zip(texts, done, step)])
+        positions = torch.cat([torch.arange(d, d + n) for d, n in zip(done, step)])
+        out = layer(chunk, *rope_at(positions), cu_of(step), cache[0]).split(step)
+        for i, n in enumerate(step):
+            outs[i].append(out[i])
+            done[i] += n
+        assert cache.lengths == done
+    for text, out in zip(texts, outs):
+        torch.testing.assert_close(torch.cat(out), one_shot(layer, text), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_incremental_means_equal_those_of_one_forward_bit_for_bit(dtype):
+    """Catches means that depend on how the text was cut, which would flip near-ties between prefill and decode."""
+    _, k, v = make_qkv(1000, dtype=dtype)
+    whole = block_means(k, None, 64)[: 1000 // 64]
+    for sizes in ([1000], [63, 1, 1, 127, 500, 308], [1] * 1000):
+        sequence = SequenceCache()
+        for part_k, part_v in zip(k.split(sizes), v.split(sizes)):
+            sequence.append(part_k, part_v)
+            means = sequence.block_means(64)
+        assert torch.equal(means, whole) and means.dtype == torch.float32
+        assert torch.equal(sequence.k, k) and torch.equal(sequence.v, v)
+
+
+@pytest.mark.parametrize("length", [1, 7, 8, 9, 16, 17, 63, 64, 65])
+@pytest.mark.parametrize("top_k", [1, 3, 20])
+@pytest.mark.parametrize("heads", [(4, 4), (4, 1)])
+def test_newest_token_equals_the_definition(length, top_k, heads):
+    """Catches a wrong block, mask or key head of the decode step, around block boundaries and where top_k exceeds the
+    blocks."""
+    q, k, v = make_qkv(length, *heads)
+    sequence = SequenceCache()
+    sequence.append(k, v)
+    got = decode_moba(q[-1:], sequence, block_size=8, top_k=top_k)
+    want = reference_attention(q, k, v, block_size=8, top_k=top_k)[-1:]
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+
+
+def test_decoding_reads_only_selected_blocks():
+    """Catches a decode step whose cost grows with the length: blocks that were not selected may hold anything."""
+    q, k, v = make_qkv(200)
+    sequence = SequenceCache()
+    sequence.append(k, v)
+    want = decode_moba(q[-1:], sequence, block_size=8, top_k=3)
+    selected = reference_selection(q, k, block_size=8, top_k=3)[:, -1].unique()
+    spoiled = torch.tensor([b not in selected for b in range(25)]).repeat_interleave(8)
+    assert spoiled.sum() >= 8 * 8
+    sequence.k[spoiled] = float("nan")
+    sequence.v[spoiled] = float("nan")
+    assert torch.equal(decode_moba(q[-1:], sequence, block_size=8, top_k=3), want)
+
+
+def test_misuse_is_refused():
+    """Catches silently lost gradients, a batch that does not fit the cache, and an unknown mode."""
+    layer, x = make_layer(), make_tokens(4)
+    with torch.enable_grad(), pytest.raises(ValueError, match=r"torch\.no_grad"):
+        in_chunks(layer, x, [4], KVCache(1))
+    with pytest.raises(ValueError, match="1 sequences but the cache was made for 2"):
+        in_chunks(layer, x, [4], KVCache(1, num_sequences=2))
+    with pytest.raises(ValueError, match="decode='sparse'"):
+        KVCache(1, decode="sparse")

@@ -1,0 +1,143 @@
+"""The attention module against transformers' modules on the same weights, and the switch between full and MoBA."""
+
+import pytest
+import torch
+from transformers import LlamaConfig, Qwen2Config, Qwen3Config
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
+
+from moba.layer import MoBAAttention, RMSNorm, apply_rope
+from moba.reference import reference_attention, reference_selection
+from moba.spec import AttentionSpec
+
+HIDDEN, HEADS, KV_HEADS, HEAD_DIM = 48, 6, 2, 16
+SPARSE = AttentionSpec("moba", block_size=8, top_k=2)
+
+
+def make_layer(dtype=torch.float64, **options):
+    torch.manual_seed(0)
+    return MoBAAttention(HIDDEN, HEADS, KV_HEADS, HEAD_DIM, **options).to(dtype)
+
+
+def rope_of(lengths, dtype=torch.float64):
+    """cos, sin [T, D] for positions that restart with every document."""
+    positions = torch.cat([torch.arange(n) for n in lengths])
+    angles = positions[:, None] * 10000.0 ** (-torch.arange(0, HEAD_DIM, 2, dtype=torch.float64) / HEAD_DIM)
+    angles = torch.cat([angles, angles], dim=-1)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def cu_of(lengths):
+    return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+
+
+def make_tokens(num_tokens, seed=1):
+    return torch.randn(num_tokens, HIDDEN, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("config_class", "attention_class", "options"),
+    [
+        (LlamaConfig, LlamaAttention, {}),
+        (Qwen2Config, Qwen2Attention, {"qkv_bias": True}),
+        (Qwen3Config, Qwen3Attention, {"qk_norm": True}),
+    ],
+)
+def test_full_attention_equals_transformers(config_class, attention_class, options):
+    """Catches other parameter names, head order, RoPE convention, norm order or scale than pretrained weights
+    expect."""
+    config = config_class(
+        hidden_size=HIDDEN,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KV_HEADS,
+        head_dim=HEAD_DIM,
+        num_hidden_layers=1,
+        attn_implementation="eager",
+    )
+    torch.manual_seed(0)
+    theirs = attention_class(config, layer_idx=0)
+    theirs.head_dim = HEAD_DIM
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.3)
+    ours = MoBAAttention(
+        HIDDEN, HEADS, KV_HEADS, theirs.q_proj.out_features // HEADS, norm_eps=config.rms_norm_eps, **options
+    )
+    ours.load_state_dict(theirs.state_dict())  # strict: the names are the same
+
+    num_tokens = 37
+    x = make_tokens(num_tokens).float()
+    cos, sin = LlamaRotaryEmbedding(config)(x[None], torch.arange(num_tokens)[None])
+    mask = torch.full((num_tokens, num_tokens), float("-inf")).triu(1)[None, None]
+    want = theirs(x[None], position_embeddings=(cos, sin), attention_mask=mask)[0][0]
+    got = ours(x, cos[0], sin[0], None)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rms_norm_equals_transformers(dtype):
+    """Catches a norm that rounds at another place than the models whose weights are imported."""
+    ours, theirs = RMSNorm(64, 1e-6).to(dtype), LlamaRMSNorm(64, 1e-6).to(dtype)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        ours.weight.copy_(torch.randn(64))
+        theirs.weight.copy_(ours.weight)
+    x = (torch.randn(5, 3, 64) * 4).to(dtype)
+    assert torch.equal(ours(x), theirs(x)) and ours(x).dtype == dtype
+
+
+def test_rope_keeps_lengths_and_relative_angles():
+    """Catches a rotation that is none, or that depends on more than the distance between two tokens."""
+    q, k = torch.randn(2, 1, HEAD_DIM, dtype=torch.float64).unbind(0)
+    cos, sin = rope_of([50])
+    rotated_q, rotated_k = (apply_rope(x.expand(50, 1, -1), cos, sin)[:, 0] for x in (q, k))
+    torch.testing.assert_close(rotated_q.norm(dim=-1), q.norm().expand(50))
+    torch.testing.assert_close(rotated_q[7] @ rotated_k[3], rotated_q[44] @ rotated_k[40])
+    assert not torch.allclose(rotated_q[7] @ rotated_k[3], rotated_q[7] @ rotated_k[4])
+
+
+def test_moba_layer_equals_the_definition_between_its_projections():
+    """Catches a layer that routes before RoPE or norm, on the wrong heads, or across documents."""
+    lengths = [50, 0, 21, 5]
+    layer, x, (cos, sin) = make_layer(qk_norm=True, qkv_bias=True, spec=SPARSE), make_tokens(76), rope_of(lengths)
+    q, k, v = (projection(x).view(76, -1, HEAD_DIM) for projection in (layer.q_proj, layer.k_proj, layer.v_proj))
+    q, k = apply_rope(layer.q_norm(q), cos, sin), apply_rope(layer.k_norm(k), cos, sin)
+    options = {"block_size": 8, "top_k": 2, "cu_seqlens": cu_of(lengths)}
+    selection = reference_selection(q, k, **options)
+    assert (selection[:, :, 0] >= 0).any() and ((selection >= 0).sum(-1) <= selection[..., -1]).any()
+    want = layer.o_proj(reference_attention(q, k, v, **options).flatten(1))
+    got = layer(x, cos, sin, cu_of(lengths))
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+
+
+def test_switching_touches_no_parameter():
+    """Catches state, buffers or parameters that depend on the kind of attention."""
+    layer, x, (cos, sin) = make_layer(), make_tokens(60), rope_of([60])
+    before = {name: value.clone() for name, value in layer.state_dict().items()}
+    objects = [id(p) for p in layer.parameters()]
+    outputs = {}
+    for spec in (AttentionSpec(), SPARSE, AttentionSpec("moba", 8, 8), AttentionSpec()):
+        layer.spec = spec
+        outputs.setdefault(str(spec), []).append(layer(x, cos, sin, cu_of([60])))
+    assert objects == [id(p) for p in layer.parameters()] and layer.state_dict().keys() == before.keys()
+    for name, value in layer.state_dict().items():
+        assert torch.equal(value, before[name])
+    first, again = outputs["full"]
+    assert torch.equal(first, again)
+    torch.testing.assert_close(outputs["moba 8x8"][0], first)  # 8 blocks of 8 hold all 60 tokens
+    assert not torch.allclose(outputs["moba 8x2"][0], first)
+
+
+def test_every_parameter_gets_a_gradient():
+    """Catches a detached projection: the gate has no gradient, but keys and queries still have the attention's."""
+    layer, (cos, sin) = make_layer(qk_norm=True, qkv_bias=True, spec=SPARSE), rope_of([60])
+    layer(make_tokens(60), cos, sin, None).square().sum().backward()
+    for name, parameter in layer.named_parameters():
+        assert parameter.grad is not None and parameter.grad.norm() > 0, name
+
+
+def test_impossible_heads_are_refused():
+    """Catches head counts that would fail later, inside a reshape."""
+    with pytest.raises(ValueError, match="num_heads=6, num_kv_heads=4"):
+        MoBAAttention(HIDDEN, 6, 4, HEAD_DIM)
