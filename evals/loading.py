@@ -1,0 +1,92 @@
+"""A trained model out of a run directory or one of its checkpoints, ready to be measured in one process.
+
+The attention and RoPE are those of the stage that the checkpoint was trained in, so a measurement is of the model as it
+was trained unless the caller swaps the attention.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import yaml
+
+from conf.numbers import parse_length
+from conf.schema import RunConfig
+from conf.validate import freeze
+from data.tokenizer import load_tokenizer
+from moba.spec import AttentionSpec
+from train.checkpoint import load_weights, read
+from train.checkpoint_dir import find
+from train.model import Decoder
+from train.optim import resolve_precision
+from train.schedule import Stage, build_schedule
+from train.sizes import embedding_rows
+
+
+@dataclass
+class TrainedModel:
+    """A model with the attention and RoPE of its stage, and where it came from."""
+
+    model: Decoder
+    """In evaluation mode, on `device`, in the precision of its training there (bf16 on a GPU, unless fp32 was asked
+    for)."""
+    config: RunConfig
+    """The configuration it was trained with."""
+    stage: Stage
+    """The stage of its last step."""
+    tokens: int
+    """Tokens it has seen."""
+    checkpoint: Path
+    device: torch.device
+
+
+def load_trained(source: Path | str, device: str = "auto") -> TrainedModel:
+    """The model of a checkpoint directory, or of the newest checkpoint of a run directory.
+
+    `device` is "auto", "cpu" or "cuda". Raises CheckpointError, DataError or ValueError for what a user can put right.
+    """
+    target = resolve_device(device)
+    checkpoint = find(Path(source).expanduser())
+    saved = read(checkpoint)
+    config = freeze(yaml.safe_load(saved.config_yaml))
+    model = Decoder(config.model, embedding_rows(config.model, load_tokenizer(config.data.tokenizer).vocab_size))
+    load_weights(model, checkpoint)
+    is_bf16 = target.type == "cuda" and resolve_precision(config.deepspeed, target) == "bf16"
+    model.to(device=target, dtype=torch.bfloat16 if is_bf16 else torch.float32).eval()
+    # A checkpoint at a stage's end belongs to that stage, though the next step would be of the next one.
+    stage = build_schedule(config).lookup(saved.tokens - 1)
+    model.set_attention(portable(stage.attention))
+    model.set_rope(stage.rope)
+    return TrainedModel(model, config, stage, saved.tokens, checkpoint, target)
+
+
+def resolve_device(device: str) -> torch.device:
+    """The torch device of "auto", "cpu" or "cuda"; ValueError for another, or for a GPU that is not there."""
+    if device not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"device={device!r}: choose one of auto, cpu, cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device=cuda: torch sees no CUDA device here; use device=cpu or auto")
+    return torch.device("cuda" if torch.cuda.is_available() and device != "cpu" else "cpu")
+
+
+def portable(plan: tuple[AttentionSpec, ...]) -> tuple[AttentionSpec, ...]:
+    """The same attention on whatever backend this machine has: a run's own choice may need another device."""
+    return tuple(replace(spec, backend="auto") for spec in plan)
+
+
+def attention_plan(text: str, trained: TrainedModel) -> tuple[AttentionSpec, ...]:
+    """The attention of each layer that `text` names: "stage" (as trained), "full", or "<block size>x<top_k>" for MoBA
+    in the layers that the stage gives MoBA (in all, if it gives it to none). ValueError for anything else."""
+    own = portable(trained.stage.attention)
+    if text == "stage":
+        return own
+    if text == "full":
+        return (AttentionSpec("full"),) * len(own)
+    block, times, top_k = text.partition("x")
+    if not times or not top_k.isdecimal():
+        raise ValueError(f"attention={text!r}: choose stage, full or <block size>x<top_k> such as 512x3")
+    spec = AttentionSpec("moba", parse_length(block), int(top_k))
+    is_dense = all(s.kind == "full" for s in own)
+    return tuple(spec if is_dense or s.kind == "moba" else s for s in own)

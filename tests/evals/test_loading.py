@@ -1,0 +1,176 @@
+"""evals/loading.py and launch/evaluate.py on a small run directory, written by the real engine and checkpoint code."""
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from conf.build import ConfigError
+from conf.schema import RopeConfig
+from conf.trajectory import to_dict
+from conf.validate import freeze
+from data.tokenizer import load_tokenizer
+from evals.loading import attention_plan, load_trained, resolve_device
+from launch.evaluate import main
+from moba.spec import AttentionSpec
+from train.checkpoint_dir import CheckpointError
+from train.model import Decoder
+from train.position_loss import PositionCurve
+
+ROOT = Path(__file__).resolve().parents[2]
+MOBA = AttentionSpec("moba", block_size=16, top_k=2)
+FULL = AttentionSpec("full")
+WRITE_RUN = """
+import sys
+from pathlib import Path
+import yaml
+from conf.validate import freeze
+from train import checkpoint, distributed
+from train.model import Decoder
+from train.optim import build_engine
+run_dir = Path(sys.argv[1])
+text = (run_dir / "config.yaml").read_text()
+config = freeze(yaml.safe_load(text))
+world = distributed.init("cpu")
+model = Decoder(config.model, 384)
+model.init_weights(5)
+engine = build_engine(model, config, world)
+common = dict(state={}, tensors={}, config_yaml=text, stage_end=True, keep=9)
+for tokens in (1024, 2048, 3072):
+    checkpoint.save(run_dir, engine, tokens=tokens, **common)
+distributed.shutdown()
+"""
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    """A run of two stages, MoBA to 2048 tokens and full attention after, with checkpoints at 1024, 2048 and 3072."""
+    folder = tmp_path_factory.mktemp("run")
+    words = random.Random(0)
+    documents = [{"id": f"d{i}", "text": "".join(words.choices("abcde ", k=300 + 10 * i))} for i in range(4)]
+    (folder / "held_out.jsonl").write_text("".join(json.dumps(d) + "\n" for d in documents), encoding="utf-8")
+    source = {"path": str(folder / "held_out.jsonl")}
+    config = freeze(
+        {
+            "run": {"dir": str(folder), "device": "cpu"},
+            "model": {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "ffn_size": 48, "init_std": 0.3},
+            "data": {"sources": {"main": source}, "validation": source, "cache_dir": str(folder / "cache")},
+            "schedule": {
+                "tokens": 4096,
+                "seq_len": 128,
+                "batch_tokens": 1024,
+                "stages": {
+                    "sparse": {
+                        "tokens": 2048,
+                        "attention": {"block_size": 16, "top_k": 2, "full_last": 1, "backend": "torch"},
+                        "rope": {"theta": 500.0},
+                    },
+                    "dense": {"tokens": 2048, "attention": {"kind": "full"}},
+                },
+            },
+            "eval": {"documents": 4},
+        }
+    )
+    (folder / "config.yaml").write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
+    subprocess.run([sys.executable, "-c", WRITE_RUN, str(folder)], cwd=ROOT, check=True, timeout=200)
+    return folder
+
+
+def test_a_checkpoint_is_measured_as_it_was_trained(run_dir):
+    """Catches weights, attention or RoPE of another stage: a checkpoint at a stage's end belongs to that stage."""
+    trained = load_trained(run_dir / "checkpoints" / "tokens_000000000002048", "cpu")
+    assert trained.tokens == 2048 and trained.stage.name == "sparse" and not trained.model.training
+    assert trained.model.attention == (MOBA, FULL)  # on any backend: the run's own may not exist here
+    expected = Decoder(trained.config.model, 384)
+    expected.init_weights(5)
+    for (name, ours), theirs in zip(trained.model.named_parameters(), expected.parameters()):
+        assert torch.equal(ours, theirs), name
+    expected.set_rope(RopeConfig(theta=500.0))
+    assert torch.equal(trained.model.rope.inv_freq, expected.rope.inv_freq)
+
+
+def test_a_run_directory_means_its_newest_checkpoint(run_dir):
+    """Catches an older checkpoint, or the first stage's attention, for a finished run."""
+    trained = load_trained(run_dir)
+    assert trained.tokens == 3072 and trained.stage.name == "dense" and trained.model.attention == (FULL, FULL)
+
+
+def test_attention_by_name(run_dir):
+    """Catches MoBA put on layers that the run keeps full, and names that are misread."""
+    sparse = load_trained(run_dir / "checkpoints" / "tokens_000000000001024")
+    dense = load_trained(run_dir)
+    other = AttentionSpec("moba", block_size=1024, top_k=3)
+    assert attention_plan("stage", sparse) == (MOBA, FULL)
+    assert attention_plan("full", sparse) == (FULL, FULL)
+    assert attention_plan("1Kx3", sparse) == (other, FULL)
+    assert attention_plan("1Kx3", dense) == (other, other)
+    for text in ("moba", "512", "512x", "x3", "axb", "16x0"):
+        with pytest.raises(ValueError):
+            attention_plan(text, sparse)
+
+
+def test_evaluate_writes_what_the_model_scores(run_dir, capsys):
+    """Catches a command that measures other weights, documents, lengths or attention than it says."""
+    main([f"run={run_dir}", "evals=[position_loss]", "device=cpu", "attention=16x2"])
+    main([f"run={run_dir}", "attention=full", "device=cpu", "documents=2", "seq_len=64", f"to={run_dir / 'elsewhere'}"])
+    stem = run_dir / "evals" / "position_loss_000000000003072_128_16x2"
+    record = json.loads(stem.with_suffix(".json").read_text())
+    curve = PositionCurve.from_npz(stem.with_suffix(".npz"))
+    assert record["attention"] == "moba 16x2" and record["num_documents"] == 4 and record["seq_len"] == 128
+    assert f"{curve.trailing.value:.4f}" in capsys.readouterr().out
+    assert stem.with_suffix(".png").exists()
+
+    model = Decoder(freeze(yaml.safe_load((run_dir / "config.yaml").read_text())).model, 384)
+    model.init_weights(5)
+    text = json.loads((run_dir / "held_out.jsonl").read_text().splitlines()[1])["text"]
+    tokens = torch.from_numpy(load_tokenizer("bytes").document(text)[:129].astype(np.int64))
+    pack = (tokens[:-1], torch.arange(128), torch.tensor([0, 128], dtype=torch.int32), tokens[1:])
+    row = [document["id"] for document in record["documents"]].index("d1")
+    model.set_attention([MOBA] * 2)
+    with torch.no_grad():
+        means = model(*pack).double().view(16, 8).mean(dim=1).numpy()
+        model.set_attention([FULL] * 2)
+        dense = model(*pack).double().view(16, 8).mean(dim=1).numpy()
+    np.testing.assert_allclose(record["document_loss"][row], means, rtol=1e-5)
+    assert not np.allclose(means, dense, rtol=1e-4)
+
+    shorter = json.loads((run_dir / "elsewhere" / "position_loss_000000000003072_64_full.json").read_text())
+    assert shorter["num_documents"] == 2 and shorter["seq_len"] == 64 and shorter["attention"] == "full"
+
+
+@pytest.mark.parametrize(
+    "arguments,words",
+    [
+        ([], ["run"]),
+        (["evals=[needles]"], ["needles", "position_loss"]),
+        (["attention=sparse"], ["attention", "512x3"]),
+        (["documents=0"], ["documents=0"]),
+        (["seq_len=1M"], ["eval.seq_len"]),
+        (["device=tpu"], ["tpu"]),
+        (["lenght=3"], ["lenght"]),
+    ],
+)
+def test_mistakes_are_one_message(run_dir, capsys, arguments, words):
+    """Catches a traceback, or a message that does not name what is wrong."""
+    with pytest.raises(SystemExit) as stopped:
+        main([f"run={run_dir}", *arguments] if arguments else [])
+    assert stopped.value.code == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: ") and all(word in message for word in words), message
+
+
+def test_no_checkpoint_and_no_gpu(tmp_path):
+    """Catches a search that ends in a traceback."""
+    with pytest.raises(CheckpointError):
+        load_trained(tmp_path)
+    assert resolve_device("cpu").type == "cpu"
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="device=cuda"):
+            resolve_device("cuda")
+    assert issubclass(ConfigError, ValueError)  # what a damaged config.yaml raises is caught with the others
