@@ -6,6 +6,7 @@ CUDA reading them would make the host wait for the device at every layer.
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 
 import torch
@@ -38,6 +39,12 @@ def check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor | None = Non
         raise ValueError(f"q has {q.shape[1]} heads and k has {k.shape[1]}: q's must be a multiple of k's")
     if v is not None and v.shape != k.shape:
         raise ValueError(f"v has shape {list(v.shape)} but k has {list(k.shape)}: they must agree")
+
+
+def check_scale(softmax_scale: float | None) -> None:
+    """Raises ValueError unless it is None or a finite number."""
+    if softmax_scale is not None and not (isinstance(softmax_scale, int | float) and math.isfinite(softmax_scale)):
+        raise ValueError(f"softmax_scale={softmax_scale!r}: needs a finite number, or None for head size ** -0.5")
 
 
 def check_documents(
