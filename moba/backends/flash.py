@@ -207,10 +207,10 @@ def moba_flash(
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     if q.shape[0] == 0:
         return q.clone(), q.new_empty(q.shape[1], 0, dtype=score_dtype(q))
+    varlen = varlen or default_primitive(q)
     layout = BlockLayout.build(block_size, q.shape[0], k.shape[0], cu_seqlens, cu_seqlens_k, q.device)
-    selection_HTK = select_blocks(q, layout_means(k, layout), layout, top_k)
-    varlen = varlen or default_primitive(q.device)
     chunks = _head_chunks(q.shape, k.shape[1], layout.num_blocks, block_size, top_k)
+    selection_HTK = select_blocks(q, layout_means(k, layout), layout, top_k)
     parts = [
         _MixedAttention.apply(*qkv, selection_hTK, layout, scale, deterministic, varlen)
         for *qkv, selection_hTK in _split_heads(q, k, v, selection_HTK, chunks)

@@ -179,10 +179,14 @@ def _flash_attn_primitive() -> Primitive | None:
     return Primitive(f"flash-attn {flash_attn.__version__}", forward, backward)
 
 
-def default_primitive(device: torch.device) -> Primitive:
-    """The fastest primitive for a device: flash-attn, else torch's flash kernels, on CUDA; plain PyTorch elsewhere."""
-    if device.type != "cuda":
+def default_primitive(q: Tensor) -> Primitive:
+    """The fastest primitive for q: flash-attn, else torch's flash kernels, on CUDA; plain PyTorch elsewhere.
+
+    Raises BackendUnavailable for dtypes and head sizes that flash kernels don't take.
+    """
+    if not q.is_cuda:
         return PLAIN
+    _check_cuda(q)
     return _flash_attn_primitive() or ATEN
 
 
@@ -231,6 +235,6 @@ def varlen_attention(
     if q.shape[0] == 0:
         out, lse = q.clone(), q.new_empty(q.shape[1], 0, dtype=score_dtype(q))
     else:
-        primitive = primitive or default_primitive(q.device)
+        primitive = primitive or default_primitive(q)
         out, lse = _VarlenAttention.apply(q, k, v, cu_q, cu_k, max_q, max_k, causal, scale, deterministic, primitive)
     return (out, lse) if return_lse else out

@@ -249,6 +249,15 @@ def test_flash_kernels_refuse_by_name(dtype, head_dim, names):
         moba_flash(q, k, v, block_size=4, top_k=2, cu_seqlens=cu, varlen=varlen_module.ATEN)
 
 
+def test_too_many_rows_are_refused_before_any_work(monkeypatch):
+    """Catches a call that the kernels would index out of bounds, and a message that names no way out."""
+    q, k, v, cu, _ = make_inputs([64], 2, 1, 8)
+    monkeypatch.setattr(flash_module, "MAX_ROW_ELEMENTS", 100)
+    monkeypatch.delattr(flash_module, "select_blocks")
+    with pytest.raises(BackendUnavailable, match=r"block_size=8, top_k=3.*64 tokens.*'torch'"):
+        moba_flash(q, k, v, block_size=8, top_k=3, cu_seqlens=cu)
+
+
 # -------------------- on CUDA
 
 
@@ -355,4 +364,4 @@ def test_cuda_deterministic_gradients_repeat():
         for a, b in zip(first, with_gradients(moba_flash, q, k, v, **options)):
             assert torch.equal(a, b)
     assert not torch.are_deterministic_algorithms_enabled()
-    assert default_primitive(q.device) is not PLAIN
+    assert default_primitive(q) is not PLAIN

@@ -192,6 +192,24 @@ def test_decoding_reads_only_selected_blocks():
     assert torch.equal(decode_moba(q[-1:], sequence, block_size=8, top_k=3), want)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("decode", ["moba", "full"])
+def test_cuda_reading_and_decoding(decode):
+    """Catches what only a GPU shows: half-precision kernels with more keys than queries, bounds on another device."""
+    q, k, v = (x.cuda() for x in make_qkv(300, 4, 2, dtype=torch.bfloat16))
+    cache = KVCache(1, decode=decode)
+    spec = AttentionSpec("moba", block_size=32, top_k=3)
+    sizes = [100, 130, 60] + [1] * 10
+    parts = zip(q.split(sizes), k.split(sizes), v.split(sizes), sizes)
+    got = torch.cat([cache[0].attend(*qkv, spec, cu_of([n]).cuda()) for *qkv, n in parts]).double().cpu()
+    exact = [x.double().cpu() for x in (q, k, v)]
+    want = reference_attention(*exact, block_size=32, top_k=3)
+    if decode == "full":
+        want[290:] = reference_attention(*exact, block_size=300, top_k=1)[290:]
+    assert (got - want).abs().max() < 2e-2
+
+
 def test_misuse_is_refused():
     """Catches silently lost gradients, a batch that does not fit the cache, and an unknown mode."""
     layer, x = make_layer(), make_tokens(4)
