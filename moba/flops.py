@@ -1,4 +1,4 @@
-"""How many (query, key) pairs an attention pattern computes, and the FLOPs of that. Closed forms in integers, no tensors.
+"""How many (query, key) pairs an attention pattern computes, and the FLOPs of that: closed forms in integers.
 
 The counts are exact, not estimates: whatever the gate selects, a query has as many history blocks as there are, up to
 top_k - 1, and each of them is complete. Only which blocks they are depends on the data.
