@@ -8,6 +8,8 @@ Shapes: T tokens of a pack, C hidden size, H query heads, G key/value heads, D h
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -67,6 +69,8 @@ class MoBAAttention(nn.Module):
             )
         self.head_dim = head_dim
         self.spec = spec or AttentionSpec()
+        self.observer: Callable[[MoBAAttention, Tensor, Tensor, Tensor | None], None] | None = None
+        """Called with (self, q, k, cu_seqlens) before each attention without a cache (moba.stats.record_routing)."""
         self.q_proj = nn.Linear(hidden_size, num_heads * head_dim, bias=qkv_bias)
         self.k_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=qkv_bias)
         self.v_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=qkv_bias)
@@ -89,6 +93,8 @@ class MoBAAttention(nn.Module):
         if self.q_norm is not None:
             q_THD, k_TGD = self.q_norm(q_THD), self.k_norm(k_TGD)
         q_THD, k_TGD = apply_rope(q_THD, cos_TD, sin_TD), apply_rope(k_TGD, cos_TD, sin_TD)
+        if self.observer is not None and cache is None:
+            self.observer(self, q_THD, k_TGD, cu_seqlens)
         if cache is not None:
             out_THD = cache.attend(q_THD, k_TGD, v_TGD, self.spec, cu_seqlens)
         else:

@@ -7,8 +7,14 @@ values when the metrics are written.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from moba.layer import MoBAAttention
+from moba.routing import route
 
 
 @torch.no_grad()
@@ -39,3 +45,40 @@ def routing_stats(selection_HTK: Tensor, block_size: int) -> dict[str, Tensor]:
         "distance": ((own - history) * picked).sum() / num_picks,
         "entropy": torch.special.entr(share).sum(1).mean(),
     }
+
+
+@contextmanager
+def record_routing(model: nn.Module) -> Iterator[list[dict[str, Tensor]]]:
+    """A list that gets the `routing_stats` of every MoBA layer in the first forward pass inside the context.
+
+    Empty if no layer is MoBA. The selection is computed once more for it, so this is for evaluations, not for every
+    training step.
+    """
+    recorded: list[dict[str, Tensor]] = []
+    layers = [m for m in model.modules() if isinstance(m, MoBAAttention) and m.spec.kind == "moba"]
+
+    def observe(layer: MoBAAttention, q_THD: Tensor, k_TGD: Tensor, cu_seqlens: Tensor | None) -> None:
+        layer.observer = None
+        spec = layer.spec
+        selection = route(
+            q_THD.detach(), k_TGD.detach(), block_size=spec.block_size, top_k=spec.top_k, cu_seqlens=cu_seqlens
+        )
+        recorded.append(routing_stats(selection, spec.block_size))
+
+    for layer in layers:
+        layer.observer = observe
+    try:
+        yield recorded
+    finally:
+        for layer in layers:
+            layer.observer = None
+
+
+def mean_stats(recorded: list[dict[str, Tensor]]) -> dict[str, float]:
+    """Each scalar's mean over layers, on the host; NaN (no picks) is left out, and so is a scalar without any number."""
+    means = {}
+    for name in recorded[0] if recorded else ():
+        value = torch.stack([stats[name] for stats in recorded]).nanmean().item()
+        if value == value:
+            means[name] = value
+    return means

@@ -12,7 +12,7 @@ import signal
 import sys
 import warnings
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -35,6 +35,21 @@ class World:
         return self.rank == 0
 
 
+class Launched(NamedTuple):
+    """What torchrun says of this process; one process alone without torchrun."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+
+
+def launched() -> Launched:
+    """Returns this process's place, before anything is started."""
+    defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    return Launched(*(int(os.environ.get(key, default)) for key, default in defaults.items()))
+
+
 def init(device: str = "auto") -> World:
     """Returns this process's World, with torch.distributed (nccl on CUDA, gloo on CPU) and DeepSpeed's communication
     ready.
@@ -43,7 +58,7 @@ def init(device: str = "auto") -> World:
     variables it is a group of one process that opens no port.
     """
     kind = _device_kind(device)
-    rank, world_size, local_rank = (int(os.environ.get(key, default)) for key, default in _RANK_DEFAULTS)
+    rank, world_size, local_rank, _ = launched()
     target = torch.device("cpu")
     if kind == "cuda":
         if local_rank >= torch.cuda.device_count():
@@ -57,9 +72,6 @@ def init(device: str = "auto") -> World:
         _start_process_group(kind, target, alone="WORLD_SIZE" not in os.environ)
     _start_deepspeed(kind)
     return World(rank, world_size, local_rank, target)
-
-
-_RANK_DEFAULTS = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
 
 
 def _device_kind(device: str) -> str:
@@ -84,8 +96,7 @@ def _start_deepspeed(kind: str) -> None:
     """Imports deepspeed so that it neither compiles anything nor fills the screen, and hands it the process group."""
     if kind == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    for key, default in _RANK_DEFAULTS:
-        os.environ.setdefault(key, default)  # its engine insists on LOCAL_RANK
+    os.environ.setdefault("LOCAL_RANK", "0")  # its engine insists on that one
     # It calls collectives that torch 2.13 deprecates, once a step and rank.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed.*is deprecated", category=FutureWarning)
     import deepspeed

@@ -1,0 +1,101 @@
+"""What launch/train.py hands to the training loop: the evaluation on held-out documents, and the figures of a run.
+
+Both only observe: they change neither weights nor random state, and a run without them has the same losses.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from conf.schema import RunConfig
+from data.sources import Source
+from data.validation import held_out_documents
+from evals.figures import plot_curves, plot_heatmap, plot_history
+from evals.position_loss import evaluate
+from moba.stats import mean_stats, record_routing
+from train.distributed import World, all_reduce_sum
+from train.loop import CURVES
+from train.metrics import FILE_NAME, read_metrics
+from train.position_loss import PositionCurve
+from train.schedule import Schedule, Stage
+
+FIGURES = "figures"
+
+
+class HeldOutEvaluator:
+    """The loss by position on held-out documents, at the stage's length and with its attention (train.loop.Evaluator)."""
+
+    def __init__(self, source: Source, config: RunConfig, schedule: Schedule, world: World):
+        """Looks the documents of every length up now, so that a length nobody reaches is known before training: DataError."""
+        self._world, self._folder = world, Path(config.run.dir) / CURVES
+        self._length = config.eval.seq_len
+        lengths = {self._length or stage.seq_len for stage in schedule.stages}
+        self._documents = {length: held_out_documents(source, length, config.eval.documents) for length in lengths}
+
+    def __call__(self, engine: Any, stage: Stage, tokens: int) -> tuple[PositionCurve, dict[str, float]]:
+        """The curve, and routing scalars of the first document; rank 0 also writes both beside the run's other curves."""
+        length = self._length or stage.seq_len
+        with record_routing(engine.module) as routing:
+            found = evaluate(
+                engine,
+                self._documents[length],
+                seq_len=length,
+                device=self._world.device,
+                rank=self._world.rank,
+                world_size=self._world.world_size,
+                reduce=all_reduce_sum,
+            )
+        scalars = {f"routing/{name}": value for name, value in mean_stats(routing).items()}
+        if self._world.is_main:
+            found.save(self._folder, f"eval_{tokens:015d}", tokens=tokens, stage=stage.name, routing=scalars)
+        return found.curve, scalars
+
+    def forget_after(self, tokens: int) -> None:
+        """Removes the files of evaluations beyond `tokens`."""
+        for path, at in evaluation_files(self._folder, "*"):
+            if at > tokens:
+                path.unlink()
+
+
+def evaluation_files(folder: Path, suffix: str) -> list[tuple[Path, int]]:
+    """(file, tokens) of the evaluations in `folder`, in order of tokens."""
+    found = [(path, re.fullmatch(r"eval_(\d{15})", path.stem)) for path in folder.glob(f"eval_*.{suffix}")]
+    return sorted(((path, int(match[1])) for path, match in found if match), key=lambda pair: pair[1])
+
+
+def draw_figures(run_dir: Path) -> dict[str, Path]:
+    """The figures of a run as far as it has come, from its files alone: name -> PNG in run_dir/figures."""
+    folder = run_dir / FIGURES
+    folder.mkdir(parents=True, exist_ok=True)
+    records = read_metrics(run_dir / FILE_NAME)
+    boundaries = [(record["tokens"], record["stage"]) for record in records if record["kind"] == "stage"]
+    drawn = {}
+
+    series = {}
+    for label, kind, key in (
+        ("training", "train", "loss"),
+        ("training, trailing", "train", "trailing_loss"),
+        ("held out", "eval", "loss"),
+        ("held out, trailing", "eval", "trailing_loss"),
+    ):
+        points = [(r["tokens"], r[key]) for r in records if r["kind"] == kind and r.get(key) is not None]
+        if points:
+            series[label] = tuple(zip(*points))
+    if series:
+        drawn["loss_over_tokens"] = folder / "loss_over_tokens.png"
+        plot_history(series, drawn["loss_over_tokens"], boundaries)
+
+    evaluations = [(at, PositionCurve.from_npz(path)) for path, at in evaluation_files(run_dir / CURVES, "npz")]
+    if evaluations:
+        drawn["heat_map"] = folder / "loss_by_position_over_training.png"
+        plot_heatmap(evaluations, drawn["heat_map"], boundaries)
+    ends = {record["end"]: record["stage"] for record in records if record["kind"] == "stage"}
+    at_ends = {f"{ends[at]}, held out": curve for at, curve in evaluations if at in ends}
+    for path in sorted((run_dir / CURVES).glob("train_*.npz")):
+        at_ends[f"{path.stem.split('_', 2)[2]}, training"] = PositionCurve.from_npz(path)
+    if at_ends:
+        drawn["loss_by_position"] = folder / "loss_by_position.png"
+        plot_curves(at_ends, drawn["loss_by_position"], "Loss by position at the end of each stage")
+    return drawn

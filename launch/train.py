@@ -1,0 +1,179 @@
+"""Trains: `torchrun launch/train.py +exp=quickstart`, or with plain python for one process.
+
+The same command again continues from the newest checkpoint of its run directory. In order: read the configuration, print the
+plan, start the processes, open the data, build the trainer, train.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+# Python puts launch/ itself first, where `train` would be this file.
+sys.path[:] = [str(ROOT)] + [p for p in sys.path if Path(p or ".").resolve() != ROOT / "launch"]
+
+import yaml  # noqa: E402
+
+from conf.build import ConfigError  # noqa: E402
+from conf.schema import RunConfig  # noqa: E402
+from conf.trajectory import to_dict, trajectory_diff  # noqa: E402
+from conf.validate import freeze  # noqa: E402
+from data.errors import DataError  # noqa: E402
+from data.sources import open_sources, open_validation  # noqa: E402
+from data.tokenizer import load_tokenizer  # noqa: E402
+from launch.config import detect_hardware, load, run_command  # noqa: E402
+from launch.observe import HeldOutEvaluator, draw_figures  # noqa: E402
+from train import checkpoint, distributed  # noqa: E402
+from train.guards import NonFiniteError, RunLocked, lock_run  # noqa: E402
+from train.loop import Observers, Trainer  # noqa: E402
+from train.plan import make_plan  # noqa: E402
+from train.position_loss import PositionCurve  # noqa: E402
+from train.progress import Progress  # noqa: E402
+from train.schedule import build_schedule  # noqa: E402
+from train.sizes import embedding_rows  # noqa: E402
+from train.tracking import Tracker  # noqa: E402
+
+USAGE = """\
+usage: torchrun [--nproc_per_node=N] launch/train.py +exp=<name> [group=choice ...] [key=value ...]
+
+Trains, or continues the run in run.dir. Plain python in place of torchrun starts one process."""
+
+MISTAKES = (DataError, checkpoint.CheckpointError, RunLocked, NonFiniteError)
+
+
+def main(overrides: list[str]) -> None:
+    """Trains as these overrides say. ConfigError for the user's mistakes."""
+    launched = distributed.launched()
+    hardware = detect_hardware(launched.world_size, launched.local_world_size)
+    config = load(overrides, hardware)
+    try:
+        vocab_size = embedding_rows(config.model, load_tokenizer(config.data.tokenizer).vocab_size)
+        run_dir = Path(config.run.dir)
+        _refuse_another_trajectory(config, run_dir)
+        plan = make_plan(config, vocab_size, hardware).text()
+        if launched.rank == 0:
+            print(plan, flush=True)
+        if _is_finished(config, run_dir):
+            if launched.rank == 0:
+                print(
+                    f"\n{run_dir} is finished. Another budget or experiment needs another run.dir (or init.source={run_dir})"
+                )
+            return
+        _train(config, vocab_size, plan)
+    except MISTAKES as error:
+        raise ConfigError([str(error)]) from error
+
+
+def _refuse_another_trajectory(config: RunConfig, run_dir: Path) -> None:
+    """ConfigError if the run directory holds a run whose losses this configuration would change."""
+    newest = checkpoint.newest(run_dir)
+    if newest is None or config.run.allow_changes:
+        return
+    saved = freeze(yaml.safe_load(checkpoint.read(newest).config_yaml))
+    differences = trajectory_diff(saved, config)
+    if differences:
+        raise ConfigError(
+            [
+                f"{run_dir} holds a run that this configuration would change; choose another run.dir, go back to its settings, or "
+                "say run.allow_changes=true. It differs in:",
+                *differences,
+            ]
+        )
+
+
+def _is_finished(config: RunConfig, run_dir: Path) -> bool:
+    newest = checkpoint.newest(run_dir)
+    return newest is not None and checkpoint.read(newest).tokens >= build_schedule(config).total_tokens
+
+
+def _train(config: RunConfig, vocab_size: int, plan: str) -> None:
+    world = distributed.init(config.run.device)
+    run_dir, schedule = Path(config.run.dir), build_schedule(config)
+    lock = lock_run(run_dir, world)
+    config_yaml = yaml.safe_dump(to_dict(config), sort_keys=False)
+    if world.is_main:
+        checkpoint.clean_stale(run_dir)
+        (run_dir / "config.yaml").write_text(config_yaml, encoding="utf-8")
+        (run_dir / "plan.txt").write_text(plan + "\n", encoding="utf-8")
+
+    progress = None
+
+    def say(line: str) -> None:
+        if world.is_main:
+            print(line, flush=True) if progress is None else progress.say(line)
+
+    opening = {"rank_zero": world.is_main, "barrier": distributed.barrier, "log": say}
+    sources = open_sources(config.data, **opening)
+    held_out = open_validation(config.data, **opening)
+    observers = Observers(say=say)
+    if held_out is not None:
+        observers.evaluate = HeldOutEvaluator(held_out, config, schedule, world)
+    trainer = Trainer(config, schedule, sources, vocab_size, world, observers, config_yaml=config_yaml)
+    tracker = None
+    if world.is_main:
+        tracker = Tracker(
+            run_dir,
+            config.logging,
+            name=config.run.name,
+            config=to_dict(config),
+            stages=[stage.name for stage in schedule.stages],
+            warn=say,
+        )
+        progress = Progress(schedule.total_tokens, tokens=trainer.tokens, bar=config.logging.progress)
+        _watch(observers, config, run_dir, tracker, progress)
+    preemption = distributed.PreemptionFlag().install()
+    finished = trainer.fit(preemption)
+    preemption.uninstall()
+    if world.is_main:
+        _say_goodbye(finished, preemption, run_dir, trainer, progress)
+        tracker.finish()
+        lock.release()
+    distributed.shutdown()
+
+
+def _watch(observers: Observers, config: RunConfig, run_dir: Path, tracker: Tracker, progress: Progress) -> None:
+    """Connects console, wandb and figures to the run (rank 0)."""
+
+    def show(record: dict) -> None:
+        kind = record["kind"]
+        if kind == "train":
+            progress.update(record)
+        elif kind == "stage":
+            progress.say(
+                f"stage {record['stage']}: {record['attention']}, length {record['seq_len']}, "
+                f"up to {record['end']:,} tokens"
+            )
+        elif kind == "eval":
+            progress.say(
+                f"held out at {record['tokens']:,} tokens: loss {record['loss']:.4f}, trailing {record['trailing_loss']:.4f} "
+                f"({record['documents']} documents of {record['eval_seq_len']} tokens)"
+            )
+        tracker.log(record)
+
+    def send_curve(name: str, curve: PositionCurve, tokens: int) -> None:
+        centres = (curve.edges[:-1] + curve.edges[1:]) / 2
+        tracker.curve(f"position_loss/{name}", centres.tolist(), curve.mean.tolist(), tokens)
+        if config.logging.figures:
+            for figure, path in draw_figures(run_dir).items():
+                tracker.image(f"figures/{figure}", path, tokens)
+
+    observers.record.append(show)
+    observers.curve.append(send_curve)
+
+
+def _say_goodbye(finished: bool, preemption, run_dir: Path, trainer: Trainer, progress: Progress) -> None:
+    progress.close()
+    if finished:
+        print(
+            f"finished: {trainer.tokens:,} tokens. Figures and curves are in {run_dir}; checkpoint {trainer.last_checkpoint}"
+        )
+    else:
+        print(
+            f"stopped by {preemption.received or 'a signal to another process'} at {trainer.tokens:,} tokens, saved in "
+            f"{trainer.last_checkpoint}. The same command again goes on from there"
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main, sys.argv[1:], USAGE, quiet=distributed.launched().rank > 0))

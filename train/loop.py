@@ -1,0 +1,323 @@
+"""The one training loop: a staged run from its first token, or from a checkpoint, to its last.
+
+`Trainer.fit` is the run, to be read top to bottom. Everything that decides the trajectory happens in it or in `train_step`; what is
+handed in from outside (evaluation, figures, wandb, the progress bar) only observes. Progress is counted in tokens, so the state of a
+run is: weights and moments (engine), tokens and steps, the loader's position, the loss sums by position, and the random state.
+
+Host synchronisations: one a log interval in `_log`, besides those of DeepSpeed's step (train/step.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from conf.schema import RunConfig
+from data.loader import Loader
+from data.packing import Batch
+from data.sources import Source
+from train import checkpoint
+from train.distributed import PreemptionFlag, World, all_reduce_sum
+from train.guards import NonFiniteGuard
+from train.metrics import FILE_NAME, MetricsLog, stage_columns
+from train.model import Decoder
+from train.optim import build_engine
+from train.position_loss import PositionCurve, PositionLoss
+from train.rng import load_rng, seed_rank
+from train.schedule import Schedule, Stage
+from train.step import StepResult, train_step
+from train.throughput import Throughput, Work
+
+CURVES = "position_loss"
+
+
+class Evaluator(Protocol):
+    """Measures the model on held-out documents. Called on all ranks alike; must not change weights or random state."""
+
+    def __call__(self, engine: Any, stage: Stage, tokens: int) -> tuple[PositionCurve, dict[str, float]] | None:
+        """The held-out curve, and scalars to be logged beside it; None without held-out documents."""
+
+    def forget_after(self, tokens: int) -> None:
+        """Removes what a lost stretch of a resumed run had written beyond `tokens`."""
+
+
+@dataclass
+class Observers:
+    """What watches a run on rank 0; each is a callable so that a test, a script or launch/ can hand in its own."""
+
+    evaluate: Evaluator | None = None
+    record: list[Callable[[dict[str, Any]], None]] = field(default_factory=list)
+    """Get every line of metrics.jsonl."""
+    curve: list[Callable[[str, PositionCurve, int], None]] = field(default_factory=list)
+    """Get (name, curve, tokens) of every evaluation and of each stage's training losses."""
+    say: Callable[[str], None] = lambda line: None
+    """Gets lines for people."""
+
+
+class Trainer:
+    """A run. Build it on every rank, then call `fit`."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        schedule: Schedule,
+        sources: dict[str, Source],
+        vocab_size: int,
+        world: World,
+        observers: Observers,
+        *,
+        config_yaml: str,
+    ):
+        """Builds model, engine and loader, and takes up the newest checkpoint of `config.run.dir` or of `config.init.source`.
+
+        `config_yaml` goes into every checkpoint. Raises CheckpointError, DataError or ValueError for what a user can put right.
+        """
+        self.config, self.schedule, self.world, self.observers = config, schedule, world, observers
+        self.run_dir = Path(config.run.dir)
+        self._config_yaml = config_yaml
+        self.tokens = self.step = 0
+        self.stage: Stage | None = None
+        self.last_checkpoint: Path | None = None
+        seed_rank(config.run.seed)
+        torch.use_deterministic_algorithms(config.run.deterministic, warn_only=True)
+        model = Decoder(config.model, vocab_size)
+        model.init_weights(config.run.seed)
+        first = schedule.stages[0]
+        model.set_attention(first.attention)
+        model.set_rope(first.rope)
+        self.engine = build_engine(model, config, world)
+        self.model = self.engine.module
+        self.loader = Loader(sources, seed=config.data.seed, rank=world.rank, world_size=world.world_size)
+        self.guard = NonFiniteGuard(config.optim.max_bad_steps)
+        self.metrics = MetricsLog(self.run_dir / FILE_NAME if world.is_main else None)
+        name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else None
+        self.throughput = Throughput(config.model, vocab_size, num_devices=world.world_size, device_name=name)
+        self._stage_loss: PositionLoss | None = None
+        self._saved_stage_loss: dict[str, Any] | None = None
+        self._reset_interval()
+        self._start()
+
+    # ------------------------------------------------------------------------------------------------ the run
+
+    def fit(self, preemption: PreemptionFlag) -> bool:
+        """Trains until the schedule ends (returns True) or a signal asked to stop (returns False, saved)."""
+        config = self.config
+        self._emit(self.metrics.write("run", self.tokens, **self.throughput.describe()))
+        self.throughput.take()  # starts the clock
+        while self.tokens < self.schedule.total_tokens:
+            stage = self._enter(self.schedule.lookup(self.tokens))
+            batches = self.loader.next_step()
+            result = train_step(
+                self.engine,
+                batches,
+                lr=self.schedule.learning_rate(self.tokens),
+                world=self.world,
+                stop=preemption.requested,
+                on_losses=self._count,
+            )
+            self._after_step(stage, batches, result)
+
+            ends = self.tokens == stage.end
+            evaluation_due = ends or self._due(config.eval.every_tokens, stage)
+            checkpoint_due = ends or result.stop or self._due(config.checkpoint.every_tokens, stage)
+            if evaluation_due or checkpoint_due or self._due(config.logging.every_tokens or 1, stage):
+                self._log(stage)
+            if result.stop:  # whoever asked may not wait for an evaluation
+                self._save(stage, ends)
+            if evaluation_due:
+                self._evaluate(stage)
+            if ends:
+                self._finish_stage(stage)
+            if checkpoint_due and not result.stop:
+                self._save(stage, ends)
+            if result.stop and self.tokens < self.schedule.total_tokens:
+                return False
+        return True
+
+    def _enter(self, stage: Stage) -> Stage:
+        """Makes `stage` the one in force. The only things that change: attention plan, RoPE, length, batch and data mix."""
+        if stage is self.stage:
+            return stage
+        self.model.set_attention(stage.attention)
+        self.model.set_rope(stage.rope)
+        self.loader.set_stage(
+            seq_len=stage.seq_len,
+            batch_tokens=stage.batch_tokens,
+            micro_tokens=self.config.schedule.micro_tokens or stage.seq_len,
+            mix=stage.mix,
+        )
+        self._stage_loss = PositionLoss(stage.seq_len, self.world.device)
+        self._interval_loss = PositionLoss(stage.seq_len, self.world.device)
+        saved, self._saved_stage_loss = self._saved_stage_loss, None
+        if saved is not None and stage.start < self.tokens and saved["max_length"] == stage.seq_len:
+            self._stage_loss.load_state_dict(saved)
+        self.stage = stage
+        line = self.metrics.stage(stage)
+        if line is not None:
+            self._emit(line)
+        return stage
+
+    def _count(self, losses: torch.Tensor, batch: Batch) -> None:
+        for position_loss in (self._stage_loss, self._interval_loss):
+            position_loss.add(losses, batch.positions, batch.labels, batch.cu_seqlens)
+
+    def _after_step(self, stage: Stage, batches: list[Batch], result: StepResult) -> None:
+        self.tokens += stage.batch_tokens
+        self.step += 1
+        for batch in batches:
+            self.throughput.add(stage.attention, batch.lengths)
+        if result.skipped:
+            self._interval_skipped += 1
+        else:
+            self._interval_sum += result.loss_sum
+            self._interval_tokens += result.num_tokens
+        self._grad_norm = result.grad_norm
+        self.guard.update(result.skipped, tokens=self.tokens, last_checkpoint=self.last_checkpoint)
+
+    def _due(self, every: int, stage: Stage) -> bool:
+        """True if the step that just ended crossed a multiple of `every` tokens (0 = never)."""
+        return every > 0 and self.tokens // every > (self.tokens - stage.batch_tokens) // every
+
+    # ------------------------------------------------------------------------------------------------ watching
+
+    def _reset_interval(self) -> None:
+        """Starts a log interval; the position sums of the interval are reset where they are read."""
+        self._interval_sum = torch.zeros((), dtype=torch.float64, device=self.world.device)
+        self._interval_tokens = self._interval_skipped = 0
+
+    def _log(self, stage: Stage) -> None:
+        """Writes the line of the log interval that ends here."""
+        trailing = self._interval_loss.all_reduce().curve().trailing  # waits for the device
+        loss_sum = all_reduce_sum(self._interval_sum).item()
+        work, seconds = self.throughput.take()
+        total = Work(*all_reduce_sum(torch.tensor(work, dtype=torch.int64, device=self.world.device)).tolist())
+        rates = self.throughput.rates(total, seconds)
+        record = self.metrics.write(
+            "train",
+            self.tokens,
+            step=self.step,
+            **stage_columns(stage),
+            loss=loss_sum / self._interval_tokens if self._interval_tokens else float("nan"),
+            trailing_loss=trailing.value,
+            grad_norm=self._grad_norm.item(),
+            lr=self.schedule.learning_rate(self.tokens - stage.batch_tokens),
+            skipped_steps=self.guard.total,
+            **rates,
+            peak_memory_gib=self._peak_memory(),
+            eta_seconds=self.throughput.eta_seconds(self.schedule.stages, self.tokens, rates["tokens_per_second"]),
+        )
+        self._reset_interval()
+        self._interval_loss.reset()
+        self._emit(record)
+
+    def _peak_memory(self) -> float | None:
+        """GiB of device memory that torch held at most so far on this rank; None on a CPU."""
+        if self.world.device.type != "cuda":
+            return None
+        return torch.cuda.max_memory_allocated(self.world.device) / 2**30
+
+    def _evaluate(self, stage: Stage) -> None:
+        if self.observers.evaluate is None:
+            return
+        with self.throughput.paused():
+            self.engine.eval()
+            found = self.observers.evaluate(self.engine, stage, self.tokens)
+            self.engine.train()
+            if found is None:
+                return
+            curve, scalars = found
+            record = self.metrics.write(
+                "eval",
+                self.tokens,
+                **stage_columns(stage),
+                eval_seq_len=curve.max_length,
+                loss=float((curve.mean * curve.count).sum() / curve.count.sum()),
+                trailing_loss=curve.trailing.value,
+                trailing_se=curve.trailing.se,
+                documents=int(curve.trailing.clusters),
+                **scalars,
+            )
+            self._emit(record)
+            self._show_curve("eval", curve)
+
+    def _finish_stage(self, stage: Stage) -> None:
+        """Writes the training losses by position of a stage that ended here."""
+        curve = self._stage_loss.all_reduce().curve()
+        if self.world.is_main:
+            folder = self.run_dir / CURVES
+            folder.mkdir(parents=True, exist_ok=True)
+            curve.to_npz(folder / f"train_{stage.index}_{stage.name}.npz")
+        self._show_curve(f"train/{stage.name}", curve)
+
+    def _show_curve(self, name: str, curve: PositionCurve) -> None:
+        if self.world.is_main:
+            for observer in self.observers.curve:
+                observer(name, curve, self.tokens)
+
+    def _emit(self, record: dict[str, Any]) -> None:
+        if self.world.is_main:
+            for observer in self.observers.record:
+                observer(record)
+
+    # ------------------------------------------------------------------------------------------------ saving and resuming
+
+    def _save(self, stage: Stage, ends: bool) -> None:
+        """Saves a checkpoint here; all ranks together."""
+        total = self._stage_loss.all_reduce()
+        state = {
+            "step": self.step,
+            "stage": stage.name,
+            "loader": self.loader.state_dict(),
+            "guard": self.guard.state_dict(),
+            "max_length": total.max_length,
+            "num_buckets": total.num_buckets,
+        }
+        with self.throughput.paused():
+            self.last_checkpoint = checkpoint.save(
+                self.run_dir,
+                self.engine,
+                tokens=self.tokens,
+                state=state,
+                tensors={"stage": total.state_dict()["state"]},
+                config_yaml=self._config_yaml,
+                stage_end=ends and self.config.checkpoint.keep_stage_ends,
+                keep=self.config.checkpoint.keep,
+            )
+
+    def _start(self) -> None:
+        """Takes up the newest checkpoint of this run; else the weights of init.source; else starts fresh."""
+        newest = checkpoint.newest(self.run_dir)
+        if newest is not None:
+            self._resume(newest)
+        elif self.config.init.source is not None:
+            self._start_from(Path(self.config.init.source).expanduser())
+        self.metrics.cut_back(self.tokens)
+        if self.observers.evaluate is not None and self.world.is_main:
+            self.observers.evaluate.forget_after(self.tokens)
+
+    def _resume(self, path: Path) -> None:
+        checkpoint.load_engine(self.engine, path)
+        saved = checkpoint.read(path)
+        self.tokens, self.step, self.last_checkpoint = saved.tokens, saved.state["step"], path
+        self.loader.load_state_dict(saved.state["loader"])
+        self.guard.load_state_dict(saved.state["guard"])
+        load_rng(path, seed=self.config.run.seed)
+        # Sums over all ranks: rank 0 goes on with them, the others from zero.
+        sums = saved.tensors["stage"] if self.world.is_main else torch.zeros_like(saved.tensors["stage"])
+        self._saved_stage_loss = {key: saved.state[key] for key in ("max_length", "num_buckets")} | {"state": sums}
+        self.observers.say(f"continuing from {path}: {self.tokens:,} of {self.schedule.total_tokens:,} tokens")
+
+    def _start_from(self, source: Path) -> None:
+        """Takes weights, and what init.* asks for besides, from a run or a checkpoint."""
+        path = checkpoint.find(source)
+        checkpoint.load_engine(self.engine, path, optimizer=self.config.init.optimizer)
+        taken = ["weights"] + ["optimizer state"] * self.config.init.optimizer
+        if self.config.init.data:
+            self.loader.load_state_dict(checkpoint.read(path).state["loader"])
+            load_rng(path, seed=self.config.run.seed)
+            taken.append("data position")
+        self.observers.say(f"starting from {path}: {', '.join(taken)}")
