@@ -35,7 +35,7 @@ from torch import distributed as dist
 from torch import nn
 
 from train import checkpoint_dir, engine_state, rng
-from train.checkpoint_dir import FORMAT_VERSION, STATE, CheckpointError, clean_stale, newest, verify
+from train.checkpoint_dir import FORMAT_VERSION, STATE, CheckpointError, clean_stale, find, newest, verify
 from train.distributed import barrier, gather_objects
 from train.engine_state import MASTER, MOMENTS, Slot
 
@@ -43,9 +43,9 @@ __all__ = [
     "CheckpointError",
     "Saved",
     "clean_stale",
+    "find",
     "iter_weights",
     "load_engine",
-    "load_rng",
     "load_weights",
     "newest",
     "read",
@@ -103,8 +103,8 @@ def save(
     meta = _meta(engine, tokens, stage_end) | {"state": state}
 
     def write_rest() -> None:
-        save_file(rng.random_state(), temporary / _rng_file(dist.get_rank()))
-        files.append(_rng_file(dist.get_rank()))
+        files.append(rng.file_name(dist.get_rank()))
+        save_file(rng.random_state(), temporary / files[-1])
         if main:
             files.extend(_write_shared(temporary, meta, tensors, config_yaml, index))
 
@@ -316,7 +316,7 @@ def load_weights(model: nn.Module, source: Path) -> Path:
     time. A bf16 engine built afterwards starts from rounded weights; load_engine(..., optimizer=False) then restores
     the fp32 ones. Raises CheckpointError.
     """
-    checkpoint = checkpoint_dir.find(source)
+    checkpoint = find(source)
     verify(checkpoint, [f for f in checkpoint_dir.manifest(checkpoint) if f.startswith("model") or f == STATE])
     meta = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
     parameters = dict(model.named_parameters())
@@ -324,16 +324,3 @@ def load_weights(model: nn.Module, source: Path) -> Path:
     for name, tensor in iter_weights(checkpoint):
         parameters[name].copy_(tensor)
     return checkpoint
-
-
-def _rng_file(rank: int) -> str:
-    return f"rng-rank{rank:05d}.safetensors"
-
-
-def load_rng(checkpoint: Path, *, seed: int) -> None:
-    """Restores this rank's generators; a rank that the checkpoint has no file for is seeded from (seed, rank)."""
-    path = checkpoint / _rng_file(dist.get_rank())
-    if path.exists():
-        rng.restore(load_file(path))
-    else:
-        rng.seed(seed, dist.get_rank())

@@ -109,7 +109,7 @@ def _share(engine: Any, slot: Slot, key: str) -> torch.Tensor:
 
 def has_moments(engine: Any) -> bool:
     """True, on all ranks alike, once the optimizer has stepped or was loaded."""
-    return len(_adamw(engine).state) > 0
+    return any(MOMENTS[0] in state for state in _adamw(engine).state.values())
 
 
 def step_count(engine: Any) -> int:

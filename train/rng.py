@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
+from torch import distributed as dist
 
 
 def random_state() -> dict[str, torch.Tensor]:
@@ -36,9 +39,23 @@ def restore(state: dict[str, torch.Tensor]) -> None:
     random.setstate((version, tuple(words), next(iter(state["python_gauss"].tolist()), None)))
 
 
-def seed(number: int, rank: int) -> None:
-    """Seeds this process's generators from (number, rank): every rank differently, every process of a rank alike."""
-    words = np.random.SeedSequence([number, rank]).generate_state(3)
+def file_name(rank: int) -> str:
+    """Returns the name of a rank's file in a checkpoint."""
+    return f"rng-rank{rank:05d}.safetensors"
+
+
+def load_rng(checkpoint: Path, *, seed: int) -> None:
+    """Restores this rank's generators; a rank that the checkpoint has no file for is seeded from (seed, rank)."""
+    path = checkpoint / file_name(dist.get_rank())
+    if path.exists():
+        restore(load_file(path))
+    else:
+        seed_rank(seed)
+
+
+def seed_rank(seed: int) -> None:
+    """Seeds this process's generators from (seed, rank): every rank differently, every process of a rank alike."""
+    words = np.random.SeedSequence([seed, dist.get_rank()]).generate_state(3)
     torch.manual_seed(int(words[0]))
     np.random.seed(words[1])
     random.seed(int(words[2]))

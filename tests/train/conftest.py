@@ -15,11 +15,11 @@ def runs_dir(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def first_runs(runs_dir) -> dict[int, dict[str, Any]]:
-    """World size -> report of steps 0 to 8, uninterrupted."""
+    """World size -> report of steps 0 to 6, uninterrupted."""
     return launch("first", runs_dir)
 
 
 @pytest.fixture(scope="session")
 def second_runs(runs_dir, first_runs) -> dict[int, dict[str, Any]]:
-    """World size -> report of steps 4 to 8, continued in new processes from checkpoints."""
+    """World size -> report of steps 3 to 6, continued in new processes from checkpoints."""
     return launch("second", runs_dir)

@@ -11,14 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from conf.schema import DeepSpeedConfig, LRConfig, OptimConfig, RunConfig
+from conf.schema import DeepSpeedConfig, LRConfig, ModelConfig, OptimConfig, RunConfig
 from data.packing import IGNORED, Batch
+from moba.spec import AttentionSpec
+from train.model import Decoder
 
 ROOT = Path(__file__).resolve().parents[2]
-VOCAB, DIM, LENGTH = 61, 16, 48
-SAVE_AT, SWITCH_AT, LAST = 4, 6, 8
+VOCAB, LENGTH = 61, 48
+SAVE_AT, SWITCH_AT, LAST = 3, 5, 6
+GRAD_CLIP = 0.3
 
 # name -> stage, precision, optimizer state in host memory
 ENGINES = {
@@ -34,26 +36,15 @@ ENGINES = {
 }
 
 
-class TinyModel(nn.Module):
-    """Tied embeddings, a bias, a norm: the kinds of parameters that groups and partitions treat differently."""
-
-    def __init__(self):
-        super().__init__()
-        self.embed = nn.Embedding(VOCAB, DIM)
-        self.mix = nn.Linear(DIM, DIM)
-        self.norm = nn.LayerNorm(DIM)
-        self.head = nn.Linear(DIM, VOCAB, bias=False)
-        self.head.weight = self.embed.weight
-
-    def forward(self, tokens, positions, cu_seqlens, labels):
-        x = self.embed(tokens)
-        x = self.norm(x + torch.tanh(self.mix(x)))
-        return nn.functional.cross_entropy(self.head(x).float(), labels, ignore_index=IGNORED, reduction="none")
-
-
-def build_model() -> nn.Module:
-    torch.manual_seed(1)
-    return TinyModel()
+def build_model() -> Decoder:
+    """A decoder with every kind of parameter: tied embeddings, biases, norms, grouped keys."""
+    config = ModelConfig(
+        hidden_size=16, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8, ffn_size=24, qkv_bias=True, loss_tile=32
+    )
+    model = Decoder(config, VOCAB)
+    model.init_weights(seed=1)
+    model.set_attention([AttentionSpec("moba", block_size=8, top_k=2)])
+    return model
 
 
 def config_of(name: str) -> RunConfig:
@@ -61,11 +52,13 @@ def config_of(name: str) -> RunConfig:
     # Thresholds and buckets below the model's size, or nothing would be partitioned at stage 3 and no bucket be full.
     zero = {"reduce_bucket_size": 500, "allgather_bucket_size": 500}
     if stage == 3:
-        zero = {"reduce_bucket_size": 2000, "stage3_param_persistence_threshold": DIM + 1, "sub_group_size": 300}
+        zero = {"reduce_bucket_size": 2000, "stage3_param_persistence_threshold": 17, "sub_group_size": 300}
     deepspeed = DeepSpeedConfig(
         zero_stage=stage, precision=precision, offload_optimizer=offload, extra={"zero_optimization": zero}
     )
-    return RunConfig(deepspeed=deepspeed, optim=OptimConfig(lr=LRConfig(peak=1.0), weight_decay=0.1, grad_clip=1.0))
+    return RunConfig(
+        deepspeed=deepspeed, optim=OptimConfig(lr=LRConfig(peak=1.0), weight_decay=0.1, grad_clip=GRAD_CLIP)
+    )
 
 
 def learning_rate(step: int) -> float:
@@ -106,7 +99,7 @@ def reference() -> list[dict[str, float]]:
         num_tokens = sum(int((b.labels != IGNORED).sum()) for b in packs)
         loss = losses.sum() / num_tokens
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), GRAD_CLIP)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step)
         optimizer.step()

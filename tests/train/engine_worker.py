@@ -1,8 +1,7 @@
 """Runs engines in one or several processes and reports what they did, for test_step.py and test_checkpoint.py.
 
-engine_worker.py first DIRECTORY     each engine: steps 0 to 7 with a checkpoint at step 4; then steps that go wrong;
-step 8 engine_worker.py second DIRECTORY    each engine, in a new process: continue from checkpoints of `first`, steps
-4 to 8
+first DIRECTORY     each engine: steps 0 to 5 with a checkpoint at step 3; then steps that go wrong; then step 6
+second DIRECTORY    each engine, in a new process: steps 3 to 6, continued from the checkpoints of `first`
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ from safetensors import safe_open
 from train import checkpoint, engine_state
 from train.distributed import World, all_reduce_sum, any_rank, gather_objects, init, shutdown
 from train.optim import build_engine
+from train.rng import load_rng, seed_rank
 from train.step import StepResult, train_step
 
 
@@ -73,7 +73,7 @@ def same(left: list[torch.Tensor], right: list[torch.Tensor]) -> bool:
 
 
 def bad_step(engine: Any, world: World, kind: str) -> dict[str, Any]:
-    """Step 7 again, gone wrong on the last rank: the loss nan or inf, or only the gradient nan."""
+    """A step gone wrong on the last rank: the loss nan or inf, or only the gradient nan."""
     seen: list[int] = []
 
     def spoil(module: Any, inputs: Any, losses: torch.Tensor) -> torch.Tensor:
@@ -84,7 +84,7 @@ def bad_step(engine: Any, world: World, kind: str) -> dict[str, Any]:
 
     before = snapshot(engine), engine_state.step_count(engine)
     hook = engine.module.register_forward_hook(spoil) if world.rank == world.world_size - 1 else None
-    record, result = one_step(engine, 7, world, on_losses=lambda losses, batch: seen.append(len(losses)))
+    record, result = one_step(engine, LAST + 1, world, on_losses=lambda losses, batch: seen.append(len(losses)))
     if hook:
         hook.remove()
     after = snapshot(engine), engine_state.step_count(engine)
@@ -134,7 +134,7 @@ def first(directory: Path, world: World) -> dict[str, Any]:
         if name == "z2-bf16":
             save(run_dir, engine, 0)
         mine["steps"] = steps(engine, range(SAVE_AT), world)
-        checkpoint.rng.seed(5, world.rank)
+        seed_rank(5)
         save(run_dir, engine, SAVE_AT)
         mine["draws"] = gather_objects(draws())
         mine["steps"] += steps(engine, range(SAVE_AT, LAST), world)
@@ -176,9 +176,9 @@ def second(directory: Path, world: World) -> dict[str, Any]:
         for kind, run in sources.items():
             path = directory / run / "checkpoints" / checkpoint.checkpoint_dir.directory_name(SAVE_AT)
             checkpoint.load_engine(engine, path)
-            checkpoint.load_rng(path, seed=5)
+            load_rng(path, seed=5)
             mine[kind] = {"exact": files_hold(path, engine), "draws": gather_objects(draws())}
-            mine[kind]["steps"] = steps(engine, range(SAVE_AT, LAST + 1), world)
+            mine[kind]["steps"] = steps(engine, range(SAVE_AT, LAST + 1 if kind == "same" else LAST - 1), world)
         report[name] = mine
         engine.destroy()
     return report
@@ -187,6 +187,8 @@ def second(directory: Path, world: World) -> dict[str, Any]:
 if __name__ == "__main__":
     role, target = sys.argv[1], Path(sys.argv[2])
     here = init("cpu")
+    # So that the small model fills several files and several rounds of gathering.
+    checkpoint.SHARD_BYTES, engine_state.GATHER_ELEMENTS = 3000, 100
     content = {"first": first, "second": second}[role](target, here)
     if here.is_main:
         (target / f"{role}-{here.world_size}.json").write_text(json.dumps(content))

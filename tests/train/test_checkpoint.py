@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_runs import ENGINES, ROOT, SAVE_AT, build_model, other_stage
+from engine_runs import ENGINES, LAST, ROOT, SAVE_AT, build_model, other_stage
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -48,18 +48,18 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(first_runs, seco
 def test_another_number_of_ranks_continues(first_runs, second_runs, name, world_size):
     """Catches a share of a parameter read from the wrong place: state is exact, losses follow to rounding."""
     resumed = second_runs[world_size][name]["other_world"]
-    uninterrupted = first_runs[3 - world_size][name]["steps"][SAVE_AT:]
+    uninterrupted = first_runs[3 - world_size][name]["steps"][SAVE_AT : LAST - 1]
     assert resumed["exact"]
-    assert losses(resumed["steps"]) == pytest.approx(losses(uninterrupted), rel=2e-3 if "bf16" in name else 1e-6)
+    assert losses(resumed["steps"]) == pytest.approx(losses(uninterrupted), rel=5e-3 if "bf16" in name else 1e-5)
 
 
 @pytest.mark.parametrize(("name", "world_size"), [case for case in CASES if other_stage(case[0])])
 def test_another_zero_stage_continues(first_runs, second_runs, name, world_size):
     """Catches a format that knows the stage it was written by: 3 -> 1, 1 -> 3, 2 -> 0 and in bf16."""
     resumed = second_runs[world_size][name]["other_stage"]
-    uninterrupted = first_runs[world_size][other_stage(name)]["steps"][SAVE_AT:]
+    uninterrupted = first_runs[world_size][other_stage(name)]["steps"][SAVE_AT : LAST - 1]
     assert resumed["exact"]
-    assert losses(resumed["steps"]) == pytest.approx(losses(uninterrupted), rel=2e-3 if "bf16" in name else 1e-6)
+    assert losses(resumed["steps"]) == pytest.approx(losses(uninterrupted), rel=5e-3 if "bf16" in name else 1e-5)
 
 
 @pytest.mark.parametrize("world_size", WORLDS)
@@ -99,7 +99,10 @@ def test_a_checkpoint_holds_what_was_given(saved):
     assert content.tensors["sums"].tolist() == [0, 1, 2]
     assert content.config_yaml == "run:\n  name: test\n"
     assert content.meta["optimizer_step"] == SAVE_AT
-    assert set(content.meta["parameters"]) == {"embed.weight", "mix.weight", "mix.bias", "norm.weight", "norm.bias"}
+    names = [name for name, _ in checkpoint.iter_weights(newest(saved))]
+    assert sorted(names) == sorted(content.meta["parameters"]) == sorted(dict(build_model().named_parameters()))
+    assert "model.embed_tokens.weight" in names
+    assert "lm_head.weight" not in names
     assert not list(newest(saved).glob("*.pt"))
 
 
@@ -113,7 +116,7 @@ def test_weights_load_into_a_plain_model(saved):
         tensors |= load_file(file)
     assert all(torch.equal(tensors[name], p) for name, p in model.named_parameters())
     assert any((p != p.bfloat16()).any() for p in model.parameters())
-    assert model.head.weight is model.embed.weight
+    assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
 def test_a_checkpoint_before_the_first_step_has_no_moments(first_runs, runs_dir):
@@ -129,10 +132,9 @@ def test_a_checkpoint_before_the_first_step_has_no_moments(first_runs, runs_dir)
 def test_weights_of_another_model_are_refused_by_name(saved):
     """Catches a partial load of a model with other shapes."""
     model = build_model()
-    model.mix = torch.nn.Linear(16, 8)
-    with pytest.raises(
-        CheckpointError, match=r"mix\.weight is \(16, 16\) in the checkpoint and \(8, 16\) in the model"
-    ):
+    model.model.layers[0].mlp.up_proj = torch.nn.Linear(16, 8, bias=False)
+    says = r"layers\.0\.mlp\.up_proj\.weight is \(24, 16\) in the checkpoint and \(8, 16\) in the model"
+    with pytest.raises(CheckpointError, match=says):
         checkpoint.load_weights(model, saved)
 
 

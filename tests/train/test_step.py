@@ -1,7 +1,7 @@
 """One optimizer step on every ZeRO stage: against plain torch, on one rank and two, and when numbers go wrong."""
 
 import pytest
-from engine_runs import ENGINES, LAST, SWITCH_AT, num_packs, reference
+from engine_runs import ENGINES, GRAD_CLIP, LAST, SWITCH_AT, num_packs, reference
 
 FP32 = [name for name in ENGINES if "bf16" not in name]
 WORLDS = (1, 2)
@@ -18,9 +18,9 @@ def test_steps_equal_a_plain_torch_loop(first_runs, name, world_size):
     rate, and an engine that keeps its first number of micro-batches."""
     assert num_packs(SWITCH_AT - 1) != num_packs(SWITCH_AT)
     steps, expected = first_runs[world_size][name]["steps"], reference()
-    assert any(norm > 1.0 for norm in column(expected, "grad_norm")), "clipping must act"
+    assert any(norm > GRAD_CLIP for norm in column(expected, "grad_norm")), "clipping must act"
     assert len(set(column(expected, "num_tokens"))) > 3, "steps must differ in valid tokens"
-    relative = 5e-3 if "bf16" in name else 1e-6
+    relative = 2e-2 if "bf16" in name else 1e-5
     assert column(steps, "num_tokens") == column(expected, "num_tokens")
     assert column(steps, "loss") == pytest.approx(column(expected, "loss"), rel=relative)
     assert column(steps, "grad_norm") == pytest.approx(column(expected, "grad_norm"), rel=relative)
@@ -30,7 +30,7 @@ def test_steps_equal_a_plain_torch_loop(first_runs, name, world_size):
 def test_two_ranks_train_as_one(first_runs, name):
     """Catches anything that depends on how tokens fall on ranks."""
     one, two = (column(first_runs[world_size][name]["steps"], "loss") for world_size in WORLDS)
-    assert one == pytest.approx(two, rel=1e-6)
+    assert one == pytest.approx(two, rel=1e-5)
 
 
 @pytest.mark.parametrize("world_size", WORLDS)
@@ -49,7 +49,7 @@ def test_a_bad_step_is_skipped_by_all_ranks_and_leaves_no_trace(first_runs, name
 @pytest.mark.parametrize("world_size", WORLDS)
 @pytest.mark.parametrize("name", ENGINES)
 def test_after_bad_steps_training_goes_on_as_if_there_had_been_none(first_runs, second_runs, name, world_size):
-    """Catches gradients that survive a skipped step: step 8 after three bad ones against step 8 of a good run."""
+    """Catches gradients that survive a skipped step: the last step after three bad ones against that of a good run."""
     assert first_runs[world_size][name]["steps"][LAST] == second_runs[world_size][name]["same"]["steps"][-1]
 
 
