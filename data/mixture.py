@@ -31,7 +31,7 @@ class Mixture:
         self.counts = dict.fromkeys(self._lengths, 0)
         self._names: list[str] = []
         self._edges = np.zeros(0)
-        self._block: tuple[int, np.ndarray] = (-1, np.zeros(0))
+        self._block: tuple[int, list[int]] = (-1, [])  # number of a block of draws, and the sources they pick
         self._orders: dict[str, tuple[int, np.ndarray]] = {}
 
     def set_mix(self, mix: Mapping[str, float]) -> None:
@@ -39,28 +39,30 @@ class Mixture:
         weights = draw_weights(self._lengths, mix)
         self._names = list(weights)
         self._edges = np.cumsum(list(weights.values()))[:-1]
+        self._block = (-1, [])
 
     def draw(self) -> Window:
         """The next document, whole."""
-        name = self._names[int(np.searchsorted(self._edges, self._uniform(self.draws), side="right"))]
+        name = self._names[self._choice(self.draws)]
         epoch, place = divmod(self.counts[name], len(self._lengths[name]))
-        document = int(self._order(name, epoch)[place])
+        document = self._order(name, epoch).item(place)
         self.draws += 1
         self.counts[name] += 1
-        return Window(name, document, 0, int(self._lengths[name][document]) - 1)
+        return Window(name, document, 0, self._lengths[name].item(document) - 1)
 
     @property
     def epochs(self) -> dict[str, float]:
         """Passes over each source so far."""
         return {name: count / len(self._lengths[name]) for name, count in self.counts.items()}
 
-    def _uniform(self, index: int) -> float:
-        """The number in [0, 1) of draw `index`."""
+    def _choice(self, index: int) -> int:
+        """Which of the mix's sources draw `index` takes from."""
         block, offset = divmod(index, BLOCK)
         if self._block[0] != block:
             raw = _philox("choice", self.seed, counter=block * (BLOCK // 4)).random_raw(BLOCK)
-            self._block = (block, (raw >> np.uint64(11)) * 2.0**-53)
-        return float(self._block[1][offset])
+            uniform = (raw >> np.uint64(11)) * 2.0**-53
+            self._block = (block, np.searchsorted(self._edges, uniform, side="right").tolist())
+        return self._block[1][offset]
 
     def _order(self, name: str, epoch: int) -> np.ndarray:
         """The shuffled document numbers of a source in an epoch; the latest is kept."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -79,10 +79,14 @@ def open_validation(
     barrier: Callable[[], None] | None = None,
     log: Callable[[str], None] = lambda line: None,
 ) -> Source | None:
-    """The held-out documents, or None if the configuration has none. As open_sources."""
+    """The held-out documents, or None if the configuration has none. As open_sources, but that `embedded` here means
+    the shipped books that training on `embedded` leaves out."""
     if config.validation is None:
         return None
-    return _open(config, {"validation": config.validation}, rank_zero, barrier, log)["validation"]
+    source = config.validation
+    if source.path == "embedded":
+        source = replace(source, path="embedded-validation")
+    return _open(config, {"validation": source}, rank_zero, barrier, log)["validation"]
 
 
 def _open(config: DataConfig, sources: dict[str, SourceConfig], rank_zero, barrier, log) -> dict[str, Source]:

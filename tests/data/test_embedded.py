@@ -5,7 +5,8 @@ import lzma
 
 import pytest
 
-from data.sources import SHIPPED_TEXT
+from conf.schema import DataConfig, SourceConfig
+from data.sources import SHIPPED_TEXT, open_validation
 from data.tokenizer import EMBEDDED, load_tokenizer
 
 BOOKS = {
@@ -36,6 +37,13 @@ def test_everything_is_public_domain_and_small():
     """Catches a text that may not be shipped, and a corpus that bloats the package."""
     assert all(book["license"].startswith("public domain") and book["source"] for book in TRAIN + HELD_OUT)
     assert sum(path.stat().st_size for path in SHIPPED_TEXT.values()) < 6e6
+
+
+@pytest.mark.parametrize("path", ["embedded", "embedded-validation"])
+def test_validation_on_embedded_never_means_the_training_text(path, tmp_path):
+    """Catches a held-out loss that is measured on the books of the training set."""
+    source = open_validation(DataConfig(validation=SourceConfig(path=path), cache_dir=str(tmp_path)))
+    assert source.ids == [b["id"] for b in HELD_OUT]
 
 
 @pytest.mark.parametrize(("tokenizer", "long"), [("bytes", 17), ("bpe-4k", 16)])

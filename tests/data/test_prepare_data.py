@@ -25,7 +25,7 @@ def contents(directory):
     return {p.name: p.read_bytes() for p in directory.iterdir() if p.name != ".lock"}
 
 
-def corpus(path, documents=18, megabytes=3.6):
+def corpus(path, documents=12, megabytes=2.4):
     """A jsonl file of varied text, so that tokenising takes a few seconds."""
     size = int(megabytes * 1e6 / documents)
     with open(path, "w") as file:
@@ -54,14 +54,14 @@ def test_killed_and_restarted_gives_the_same_bytes(tmp_path, capsys):
         stdout=subprocess.PIPE,
         text=True,
     )
-    while process.poll() is None and not (killed / "00001.json").exists():
+    while process.poll() is None and not (killed / "00000.json").exists():
         time.sleep(0.02)
     tasks = Path(f"/proc/{process.pid}/task").glob("*/children")
     children = [pid for task in tasks for pid in task.read_text().split()]
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert children and not (killed / "meta.json").exists()
-    kept = {p.name: p.stat().st_mtime_ns for p in killed.glob("0000[01].json")}
+    kept = {p.name: p.stat().st_mtime_ns for p in killed.glob("00000.json")}
     (killed / ".00009.bin.1.tmp").write_bytes(b"half")  # what a kill during a write leaves
     deadline = time.monotonic() + 60
     while any(map(running, children)) and time.monotonic() < deadline:
@@ -72,7 +72,7 @@ def test_killed_and_restarted_gives_the_same_bytes(tmp_path, capsys):
     assert "kept from before" in capsys.readouterr().out
     main([*arguments, f"to={tmp_path / 'whole'}"])
     assert contents(killed) == contents(tmp_path / "whole")
-    assert len(list(killed.glob("*.bin"))) >= 4
+    assert len(list(killed.glob("*.bin"))) >= 3
     assert {name: (killed / name).stat().st_mtime_ns for name in kept} == kept
 
 

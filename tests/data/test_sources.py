@@ -107,6 +107,7 @@ def test_ready_shards_with_selections(tmp_path, config_of):
     limit = int(cached.lengths[0]) + 1
     prefix = open_sources(config_of(path=shards, max_tokens=limit))["main"]
     assert texts_of(prefix) == TEXTS[:2]
+    assert texts_of(open_sources(config_of(path=shards, max_tokens=limit - 1))["main"]) == TEXTS[:1]
     assert texts_of(open_sources(config_of(path=str(tmp_path / "a.jsonl"), max_tokens=limit))["main"]) == TEXTS[:2]
     (tmp_path / "held").write_text("d1\nunknown\n")
     without = open_sources(config_of(path=shards, exclude_ids=str(tmp_path / "held")))["main"]
