@@ -43,8 +43,7 @@ def compose(overrides: list[str]) -> dict[str, Any]:
     _refuse_unreadable(overrides)
     choices = [text for text in overrides if not _is_value(text)]
     values = [text for text in overrides if _is_value(text)]
-    base, _ = _hydra(choices)
-    _refuse_new_names(values, base)
+    _refuse_new_names(values, choices)
     config, experiment = _hydra(choices + [_forced(text) for text in values])
     plain = OmegaConf.to_container(config, resolve=True)
     run = plain.setdefault("run", {})
@@ -193,21 +192,22 @@ def _refuse_unreadable(overrides: list[str]) -> None:
         raise ConfigError(problems)
 
 
-def _refuse_new_names(values: list[str], base: DictConfig) -> None:
-    """ConfigError for stages and sources that are set without `+` although the experiment has none of that name."""
-    problems = []
+def _refuse_new_names(values: list[str], choices: list[str]) -> None:
+    """ConfigError for stages and sources that are set without `+` although the chosen files have none of that name."""
+    named = []
     for text in values:
-        if text.startswith(("+", "~")):
-            continue
-        parts = text.split("=", 1)[0].split(".")
-        section, name = tuple(parts[:2]), parts[2] if len(parts) > 2 else None
-        if section not in NAMED or name is None:
-            continue
-        known = list((OmegaConf.select(base, ".".join(section)) or {}).keys())
+        section, kind, name = [*text.partition("=")[0].split("."), "", ""][:3]
+        if (section, kind) in NAMED and name:
+            named.append((f"{section}.{kind}", name, text))
+    if not named:
+        return
+    base, _ = _hydra(choices)
+    problems = []
+    for path, name, text in named:
+        known = list((OmegaConf.select(base, path) or {}).keys())
         if name not in known:
-            what = section[1].removesuffix("s")
-            hint = f"no {what} is called {name}; {suggestion(name, known)} A new one takes a plus: +{text}"
-            problems.append(f"{text}: {hint}")
+            hint = f"no {path.rpartition('.')[2].removesuffix('s')} is called {name}; {suggestion(name, known)}"
+            problems.append(f"{text}: {hint} A new one takes a plus: +{text}")
     if problems:
         raise ConfigError(problems)
 

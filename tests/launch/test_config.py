@@ -1,0 +1,233 @@
+"""Composing from the command line: what a user may write, and what they read when it is wrong."""
+
+import os
+import re
+
+import pytest
+import yaml
+
+from conf.validate import ConfigError, freeze, to_dict
+from launch.config import CONF, choices_of, compose, composed_yaml, error_text, help_text, load, run_command
+
+GROUPS = ("model", "data", "schedule", "optim", "deepspeed", "logging")
+
+
+def problem_of(*overrides: str) -> str:
+    """The one problem of a command line."""
+    with pytest.raises(ConfigError) as error:
+        load(list(overrides))
+    assert len(error.value.problems) == 1, error.value.problems
+    assert "\n" not in error.value.problems[0]
+    return error.value.problems[0]
+
+
+@pytest.mark.parametrize("experiment", choices_of("exp"))
+def test_every_experiment_composes(experiment):
+    """Catches an experiment that rots: composed, frozen, named after itself, read back as itself."""
+    config = load([f"+exp={experiment}"])
+    assert config.run.name == experiment and config.run.dir == f"runs/{experiment}"
+    assert config.schedule.stages
+    assert freeze(to_dict(config)) == config
+    assert freeze(yaml.safe_load(composed_yaml([f"+exp={experiment}"]))) == config
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_every_choice_composes(group):
+    """Catches a group file with a wrong key or type, and one that only works with its own experiment."""
+    for choice in choices_of(group):
+        extra = {"files": ["data.path=x.txt"], "hub": ["data.name=a/b"], "custom": []}.get(choice, [])
+        overrides = ["+exp=quickstart", f"{group}={choice}", *extra]
+        if choice == "custom":
+            assert "schedule.stages={}" in problem_of(*overrides)
+        else:
+            load(overrides)
+
+
+def test_all_yaml_files_are_reachable():
+    """Catches a file outside every group, which no command could use."""
+    files = {path.relative_to(CONF).as_posix() for path in CONF.rglob("*.yaml")}
+    reachable = {f"{group}/{choice}.yaml" for group in (*GROUPS, "exp") for choice in choices_of(group)}
+    assert files == reachable | {"train.yaml"}
+
+
+def test_the_command_line_wins():
+    """Catches an experiment that overrides what the user typed, and groups that don't replace each other."""
+    config = load(["+exp=moba_32k", "model=tiny", "schedule=full_only", "deepspeed=zero3", "schedule.tokens=1M"])
+    assert config.model.name == "tiny" and list(config.schedule.stages) == ["full"]
+    assert config.deepspeed.zero_stage == 3 and config.schedule.tokens == 4 * 256 * 1024
+
+
+def test_any_key_can_be_set_without_a_plus():
+    """Catches Hydra's refusal of keys that are in the schema but in no YAML file."""
+    config = load(
+        [
+            "+exp=moba_32k",
+            "schedule.stages.sparse.tokens=50%",
+            "schedule.stages.sparse.rope.theta=1e6",
+            "schedule.stages.full.lr.peak=1e-4",
+            "schedule.stages.full.attention={kind: moba, num_blocks: 64}",
+            "model.rope_scaling.rope_type=linear",
+            "~data.validation",
+        ]
+    )
+    sparse, full = config.schedule.stages.values()
+    assert sparse.tokens == -(-100_000_000 // 2**18) * 2**18 and sparse.rope.theta == 1e6
+    assert full.lr.peak == 1e-4 and full.attention.block_size == 512
+    assert config.model.rope_scaling == {"rope_type": "linear"} and config.data.validation is None
+
+
+def test_new_stages_and_sources_take_a_plus():
+    """Catches a slip of the pen that becomes a stage, and stages out of order."""
+    config = load(
+        [
+            "+exp=moba_32k",
+            "schedule.tokens=210M",
+            "schedule.stages.sparse.tokens=80%",
+            "+schedule.stages.last.tokens=5M",
+            "+data.sources.mine.path=x.txt",
+        ]
+    )
+    assert list(config.schedule.stages) == ["sparse", "full", "last"] and set(config.data.sources) == {
+        "embedded",
+        "mine",
+    }
+    problem = problem_of("+exp=moba_32k", "schedule.stages.sprse.tokens=80%")
+    assert "sprse" in problem and "did you mean sparse" in problem and "+schedule.stages.sprse.tokens=80%" in problem
+    assert "no source is called mine" in problem_of("+exp=moba_32k", "data.sources.mine.path=x.txt")
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["~/books/*.txt", "/data/a,b.txt", "/data/my books/x.txt", 'odd"name', "x=y", "C:\\new\\table", "[half", "a[0]"],
+)
+def test_paths_need_no_quotes_of_hydras(value):
+    """Catches values that Hydra's grammar refuses or takes for a sweep."""
+    assert load(["+exp=moba_32k", "data=files", f"data.path={value}"]).data.sources["main"].path == value
+
+
+def test_real_data_as_the_notice_says():
+    """Catches a notice that names overrides which don't work."""
+    notice = load(["+exp=moba_32k"]).run.notice
+    assert "data=files data.path=" in notice and "data=hub data.name=" in notice and "schedule.tokens=" in notice
+    files = load(["+exp=moba_32k", "data=files", "data.path=x.jsonl", "schedule.tokens=1B"]).data
+    assert [source.path for source in files.sources.values()] == ["x.jsonl"]
+    hub = load(["+exp=moba_32k", "data=hub", "data.name=a/b"]).data.sources["main"]
+    assert hub.name == "a/b" and hub.streaming and hub.max_tokens == load(["+exp=moba_32k"]).schedule.tokens
+
+
+@pytest.mark.parametrize("experiment", [name for name in choices_of("exp") if name.startswith("paper/")])
+def test_paper_experiments_follow_table_1(experiment):
+    """Catches a budget, length, block size or shape that isn't the paper's."""
+    table = {  # heads = layers, hidden, tokens in billions (reference: MoBA paper, Table 1)
+        "545m": (14, 1792, 10.8),
+        "822m": (16, 2048, 15.3),
+        "1_1b": (18, 2304, 20.6),
+        "1_5b": (20, 2560, 27.4),
+        "2_1b": (22, 2816, 36.9),
+    }
+    config = load([f"+exp={experiment}"])
+    hybrid = experiment == "paper/hybrid_1_5b"
+    size, length = ("1_5b", "32k") if hybrid else re.fullmatch(r"paper/(.+)_(\d+k)", experiment).groups()
+    layers, hidden, billions = table[size]
+    billions, blocks = (30, (2048, 3)) if hybrid else (billions, (512, 3))
+    model, stages = config.model, list(config.schedule.stages.values())
+    assert (model.num_layers, model.num_heads, model.hidden_size, model.head_dim) == (layers, layers, hidden, 128)
+    assert 0 <= config.schedule.tokens - billions * 1e9 < 2 * 2**20
+    assert (stages[0].attention.block_size, stages[0].attention.top_k) == blocks
+    assert all(stage.seq_len == int(length[:-1]) * 1024 for stage in stages)
+    assert [stage.attention.kind for stage in stages] == (["moba", "full"] if hybrid else ["moba"])
+    if hybrid:
+        assert stages[0].tokens / config.schedule.tokens == pytest.approx(0.9, abs=1e-3)
+    twin = load([f"+exp={experiment}", "schedule=full_only"])
+    assert [stage.attention.kind for stage in twin.schedule.stages.values()] == ["full"]
+    assert load([f"+exp={experiment}", "data=files", "data.path=x"]).data.sources["main"].name is None
+
+
+def test_the_three_32k_runs_differ_in_their_stages_only():
+    """Catches a control experiment that differs in more than attention."""
+    runs = [to_dict(load([f"+exp={name}", "run.name=x"])) for name in ("moba_32k", "full_32k", "moba_only_32k")]
+    kinds = [[stage["attention"]["kind"] for stage in run["schedule"]["stages"].values()] for run in runs]
+    assert kinds == [["moba", "full"], ["full"], ["moba"]]
+    for run in runs:
+        del run["schedule"]["stages"], run["schedule"]["tokens"]
+        for section in ("eval", "checkpoint"):
+            del run[section]["every_tokens"]  # shares of totals that differ by a rounded step
+        del run["optim"]["lr"]["warmup_tokens"], run["optim"]["lr"]["decay_tokens"]
+    assert runs[0] == runs[1] == runs[2]
+
+
+@pytest.mark.parametrize(
+    "overrides, words",
+    [
+        ([], ["schedule.stages={}", "+exp=quickstart"]),
+        (["+exp=nope"], ["+exp=nope", "quickstart"]),
+        (["+exp=quikstart"], ["did you mean quickstart"]),
+        (["exp=quickstart"], ["+exp=quickstart"]),
+        (["+exp=quickstart", "model=tinny"], ["model=tinny", "did you mean tiny"]),
+        (["+exp=quickstart", "modl=tiny"], ["modl=tiny", "did you mean model"]),
+        (["+exp=quickstart", "+modl=tiny"], ["modl=tiny", "did you mean model"]),
+        (["+exp=quickstart", "run=x"], ["run=x", "section", "run.<key>"]),
+        (["+exp=quickstart", "budget"], ["budget", "key=value"]),
+        (["+exp=quickstart", "model.hiden_size=3"], ["model.hiden_size=3", "hidden_size"]),
+        (["+exp=quickstart", "model.num_layers=two"], ["model.num_layers=two", "whole number"]),
+        (["+exp=quickstart", "~data.validatoin"], ["data.validatoin"]),
+        (["+exp=quickstart", "run.seed=${run.sed}"], ["run.sed"]),
+        (["+exp=quickstart", "data=files"], ["data.sources.main.path=null", "data.path=<file", "data.name=<hub"]),
+    ],
+)
+def test_mistakes_are_explained(overrides, words):
+    """Catches Hydra's own wording (structs, defaults lists) and messages without a way out."""
+    problem = problem_of(*overrides)
+    assert all(word in problem for word in words), problem
+    assert "struct" not in problem and "Traceback" not in problem
+
+
+def test_wrong_keys_come_together():
+    """Catches one error a run: unknown keys, types and rules in one list."""
+    with pytest.raises(ConfigError) as error:
+        load(["+exp=quickstart", "model.hiden_size=3", "schedule.tokenz=3", "optim.eps=x", "model.num_kv_heads=3"])
+    assert len(error.value.problems) == 4
+    text = error_text(error.value)
+    assert text.startswith("4 problems") and text.count("\n  - ") == 4
+
+
+def test_own_experiments(tmp_path):
+    """Catches experiments that must live inside the package."""
+    (tmp_path / "exp").mkdir()
+    (tmp_path / "exp" / "mine.yaml").write_text(
+        "# @package _global_\ndefaults: [override /model: tiny]\n"
+        "schedule: {batch_tokens: 16K, stages: {short: {tokens: 1M, seq_len: 1K},"
+        " long: {tokens: 1M, attention: {pattern: MMF}}}}\n"
+    )
+    config = load([f"hydra.searchpath=[file://{tmp_path}]", "+exp=mine"])
+    assert list(config.schedule.stages) == ["short", "long"] and config.run.name == "mine"
+
+
+def test_nothing_is_written_and_nothing_moves(tmp_path, monkeypatch):
+    """Catches Hydra's output folders, log files and change of directory."""
+    monkeypatch.chdir(tmp_path)
+    compose(["+exp=quickstart"])
+    assert os.getcwd() == str(tmp_path) and list(tmp_path.iterdir()) == []
+
+
+def test_run_command(capsys):
+    """Catches a wrong exit code, a message on the wrong stream, a rank that speaks out of turn."""
+    seen = []
+    assert run_command(seen.append, ["+exp=quickstart"], "usage: x") == 0 and seen == [["+exp=quickstart"]]
+    assert run_command(lambda overrides: load(overrides), ["+exp=nope"], "usage: x") == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("1 problem in the configuration:\n  - +exp=nope")
+    assert run_command(lambda overrides: load(overrides), ["+exp=nope"], "usage: x", quiet=True) == 2
+    assert capsys.readouterr() == ("", "")
+    assert run_command(seen.append, ["--multirun"], "usage: x") == 2 and "--multirun" in capsys.readouterr().err
+    assert run_command(seen.append, ["+exp=quickstart", "--cfg", "job"], "usage: x") == 0
+    assert yaml.safe_load(capsys.readouterr().out)["schedule"]["tokens"] == "400K"
+    assert run_command(seen.append, ["--help"], "usage: x") == 0
+    assert capsys.readouterr().out == help_text("usage: x") + "\n" and len(seen) == 1
+
+
+def test_help_lists_every_choice():
+    """Catches a help text that falls behind the files."""
+    text = help_text("usage: x")
+    for group in (*GROUPS, "exp"):
+        assert all(choice in text for choice in choices_of(group))

@@ -1,0 +1,156 @@
+"""The plan's figures against sums done another way, and what it says when a run cannot fit."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from conf.hardware import Hardware
+from conf.schema import DeepSpeedConfig, ModelConfig
+from conf.validate import freeze
+from moba.spec import AttentionSpec
+from train.describe import describe_layers
+from train.memory import estimate_memory
+from train.plan import make_plan
+from train.sizes import num_parameters
+
+MODEL = {"hidden_size": 64, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2, "ffn_size": 96}
+GB = 1024**3
+
+
+def config_of(**stage):
+    """Two stages at 256 tokens: `sparse` as given, then `full`."""
+    sparse = {"tokens": "32K", "attention": {"block_size": 32, "top_k": 2}, **stage}
+    stages = {"sparse": sparse, "full": {"tokens": "8K", "attention": {"kind": "full"}}}
+    schedule = {"seq_len": 256, "batch_tokens": "1K", "stages": stages}
+    return freeze({"model": MODEL, "data": {"sources": {"a": {"path": "a.txt"}}}, "schedule": schedule})
+
+
+def dense_mask(length: int, block: int, top_k: int) -> torch.Tensor:
+    """What a query sees if it picks the latest blocks: as many pairs as any other choice of as many blocks."""
+    query, key = torch.arange(length)[:, None], torch.arange(length)[None]
+    recent = query // block - key // block < top_k
+    return (key <= query) & recent
+
+
+def test_attended_share_counts_pairs():
+    """Catches a share by blocks instead of pairs, the own block forgotten, full layers left out of a hybrid."""
+    seen, causal = dense_mask(256, 32, 2).sum().item(), 256 * 257 // 2
+    assert seen < causal, "some query must drop a block"
+    plan = make_plan(config_of(), 384)
+    assert [stage.attended_share for stage in plan.stages] == [pytest.approx(seen / causal), 1.0]
+    hybrid = make_plan(config_of(attention={"block_size": 32, "top_k": 2, "full_last": 1}), 384)
+    assert hybrid.stages[0].attended_share == pytest.approx((2 * seen + causal) / (3 * causal))
+
+
+def test_flops_count_products():
+    """Catches a wrong factor: 6 per weight and token, 12 per pair, head and channel, per layer."""
+    plan = make_plan(config_of(), 384)
+    sparse, full = plan.stages
+    weights = 3 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 96) + 384 * 64
+    causal = 256 * 257 // 2
+    assert full.flops == full.dense_flops == full.tokens * 6 * weights + full.tokens // 256 * 3 * causal * 12 * 4 * 16
+    pairs = dense_mask(256, 32, 2).sum().item()
+    assert sparse.flops == sparse.tokens * 6 * weights + sparse.tokens // 256 * 3 * pairs * 12 * 4 * 16
+    assert sparse.flops < sparse.dense_flops
+
+
+def test_dense_at_this_length_is_said():
+    """Catches a MoBA stage that is full attention in disguise."""
+    assert "warning" not in make_plan(config_of(), 384).text()
+    plan = make_plan(config_of(attention={"block_size": 64, "top_k": 4}), 384)
+    assert plan.stages[0].dense and "warning: MoBA is dense at this length" in plan.text()
+    assert plan.stages[0].attended_share == 1.0
+
+
+def test_text_says_what_a_stage_changes():
+    """Catches RoPE, mix, learning rate or batches that a reader can't find."""
+    config = config_of(rope={"scaling": "yarn", "factor": 4, "original_length": "8K", "theta": 5e5}, mix={"a": 1})
+    plan = make_plan(config, 384, Hardware(world_size=2), {"a": (10, 4096)})
+    text = plan.text()
+    assert "theta 500000, yarn x4 from 8K" in text
+    assert "cosine, peak 0.0003" in text and "2 CPU processes, ZeRO 1, fp32" in text
+    assert "10 epochs of 10 documents" in text
+    assert [stage.micro_batches for stage in plan.stages] == [2, 2]
+    assert plan.total_steps == sum(stage.steps for stage in plan.stages) == 40
+    assert json.loads(json.dumps(plan.to_dict()))["stages"][0]["steps"] == 32
+
+
+def test_layers_are_named():
+    """Catches an off-by-one in the ranges of layers."""
+    moba, full = AttentionSpec("moba", 512, 3), AttentionSpec("full")
+    assert describe_layers((moba,) * 4 + (full,) * 2) == "moba 512x3 (layers 0-3), full (layers 4-5)"
+    assert describe_layers((moba, full, moba, moba)) == "moba 512x3 (layers 0, 2-3), full (layers 1)"
+
+
+def memory_of(stage: int, world_size: int, bf16: bool = True, **engine):
+    """The estimate for a 1.5B model, one 32K sequence at a time."""
+    model = ModelConfig(hidden_size=2560, num_layers=20, num_heads=20, ffn_size=6784, loss_tile=2048)
+    return model, estimate_memory(
+        model,
+        32768,
+        DeepSpeedConfig(zero_stage=stage, **engine),
+        bf16=bf16,
+        world_size=world_size,
+        micro_tokens=32768,
+        attention=(AttentionSpec("full"),) * 20,
+    )
+
+
+def test_memory_of_model_states():
+    """Catches what ZeRO splits and what it doesn't (2 + 4 + 12 bytes a parameter in bf16, 4 + 4 + 8 in plain fp32)."""
+    model, one = memory_of(3, 1)
+    size = num_parameters(model, 32768)["total"]
+    assert (one.weights, one.optimizer) == (2 * size, 12 * size)
+    for stage in (1, 2, 3):
+        _, many = memory_of(stage, 8)
+        shard = -(-size // 8)
+        assert many.optimizer == 12 * shard
+        assert many.weights == 2 * (shard if stage == 3 else size)
+        assert many.gradients >= 4 * (shard if stage >= 2 else size)
+    assert memory_of(2, 8)[1].gradients < memory_of(1, 8)[1].gradients
+    plain = memory_of(0, 8, bf16=False)[1]
+    assert plain.weights + plain.gradients + plain.optimizer == 16 * size
+
+
+def test_memory_offloaded_and_recomputed():
+    """Catches offloaded states that still count on the device, and checkpointing that changes nothing."""
+    _, here = memory_of(3, 1)
+    _, there = memory_of(3, 1, offload_optimizer=True, offload_params=True)
+    assert there.weights == there.optimizer == 0 and there.host == here.weights + here.optimizer
+    model, _ = memory_of(1, 1)
+    arguments = {"bf16": True, "world_size": 1, "micro_tokens": 32768, "attention": (AttentionSpec("full"),) * 20}
+    kept = estimate_memory(model, 32768, DeepSpeedConfig(), **arguments)
+    lean = estimate_memory(replace(model, activation_checkpointing=True), 32768, DeepSpeedConfig(), **arguments)
+    assert lean.activations < kept.activations / 5 and lean.total < kept.total
+
+
+def verdict(seq_len: str, memory: int, **sections) -> str:
+    """What the plan says of an 8B model on one GPU of `memory` bytes."""
+    model = {"hidden_size": 4096, "num_layers": 32, "num_heads": 32, "num_kv_heads": 8, "ffn_size": 14336}
+    values = {
+        "model": model | sections.pop("model", {}),
+        "data": {"sources": {"a": {"path": "a.txt"}}},
+        "schedule": {"seq_len": seq_len, "batch_tokens": "64M", "stages": {"a": {"tokens": "1M"}}},
+        **sections,
+    }
+    return make_plan(freeze(values), 32768, Hardware(num_gpus=1, gpu_memory=memory)).verdict
+
+
+def test_verdicts():
+    """Catches a run that is declared fit, advice that is in force already, and sequences nothing can fit."""
+    assert verdict("8K", 1000 * GB) == "fits 1000.0 GB a GPU"
+    assert "model.activation_checkpointing=true would" in verdict("32K", 240 * GB)
+    text = verdict("8K", 80 * GB, model={"activation_checkpointing": True}, deepspeed={"zero_stage": 3})
+    assert text == "does not fit 80.0 GB a GPU; on 2 GPUs would"
+    assert "without sequence parallelism" in verdict("4M", 80 * GB)
+    unknown = make_plan(config_of(), 384, Hardware(num_gpus=1)).verdict
+    assert "gpu_memory=80GB" in unknown
+
+
+def test_verdict_follows_its_own_advice():
+    """Catches advice that does not help."""
+    advice = verdict("32K", 240 * GB)
+    assert "model.activation_checkpointing=true" in advice
+    assert verdict("32K", 240 * GB, model={"activation_checkpointing": True}).startswith("fits")
