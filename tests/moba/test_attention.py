@@ -53,6 +53,14 @@ def test_auto_takes_the_dense_path_where_it_is_the_same(pack):
     torch.testing.assert_close(moba_attention(q, k, v, **pack.options), want[0])
 
 
+def test_auto_stays_sparse_where_one_token_is_too_many():
+    """Catches a shortcut to full attention that is taken too early: at 25 tokens, 3 blocks of 8 leave one out."""
+    pack = Pack([25, 9], block_size=8, top_k=3)
+    q, k, v = pack.tensors()
+    assert all(drops_and_keeps(route(q, k, **pack.options)))
+    torch.testing.assert_close(moba_attention(q, k, v, **pack.options), reference_attention(q, k, v, **pack.options))
+
+
 def test_log_sum_exp_carries_no_gradient():
     """Catches backends that differ in whether a gradient flows through the log-sum-exp."""
     q, k, v = PACK.tensors(requires_grad=True)

@@ -14,7 +14,7 @@ from moba.backends import torch_blocks
 from moba.backends.torch_blocks import moba_torch
 from moba.flops import attended_pairs, attention_flops, causal_pairs
 from moba.reference import reference_attention
-from moba.routing import route
+from moba.routing import BlockLayout, route
 from moba.spec import AttentionSpec
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -43,6 +43,21 @@ def test_chunks_and_steps_equal_reference(pack, partial, step, diagonal):
     with mock.patch.multiple(torch_blocks, **sizes):
         got = with_gradients(moba_torch, *tensors, **pack.options)
     assert_same(got, with_gradients(reference, *tensors, **pack.options))
+
+
+@settings(deadline=None, max_examples=25)
+@given(packs(), st.sampled_from([40, 600, 1 << 19]), st.integers(1, 5))
+def test_steps_hold_every_pick_once(pack, elements, diagonal):
+    """Catches a pick that is lost or doubled, and a block twice in one step: its sums would race on a GPU."""
+    q, k, _ = pack.tensors()
+    options = (pack.block_size, len(q), len(k), pack.options["cu_seqlens"], pack.options["cu_seqlens_k"])
+    layout, selection = BlockLayout.build(*options), route(q, k, **pack.options)
+    slots = []
+    with mock.patch.multiple(torch_blocks, STEP_ELEMENTS=elements, DIAGONAL_QUERIES=diagonal):
+        for step in torch_blocks._steps(selection, layout, 0, len(q), pack.heads[1]) if len(q) else ():
+            assert step.key_Lb[:, 0].unique().numel() == step.key_Lb.shape[0]
+            slots += step.slot_Ln[step.slot_Ln < selection.numel()].tolist()
+    assert sorted(slots) == (selection.transpose(0, 1) >= 0).flatten().nonzero().flatten().tolist()
 
 
 @settings(deadline=None, max_examples=15)
