@@ -82,6 +82,7 @@ def plot_losses(
         axes.set_ylim(low, high)
     if below is not None:
         _gap_axis(below, list(runs))
+    axes.set_xlim(left=0)
     mark_stages(axes, boundaries)
     axes.set_ylabel("loss (nats a token)")
     axes.set_title(title)
@@ -155,6 +156,7 @@ def plot_speed(runs: Mapping[str, Records], path: Path | str, boundaries: Bounda
         axes.set_ylim(0, 1.08 * axes.dataLim.y1)
         axes.grid(alpha=0.3)
     upper.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_count(value)))
+    upper.set_xlim(left=0)
     mark_stages(upper, boundaries)
     mark_stages(lower, [(tokens, "") for tokens, _ in boundaries])
     token_axis(lower)
