@@ -24,7 +24,7 @@ MAY_IMPORT = {
 SOURCES = sorted(path for package in MAY_IMPORT for path in (ROOT / package).rglob("*.py"))
 TEXT_SUFFIXES = {".py", ".yaml", ".md", ".toml", ".sh", ""}
 # What lies below one of these belongs to somebody's machine.
-MACHINE_PATH = re.compile(r"(?<![\w.~$}/-])/(?:root|home|work|mnt|tmp|Users|data\d*|scratch)/[\w.]+")
+MACHINE_PATH = re.compile(r"(?<![\w.~$}/-])/(?:root|home|work|mnt|tmp|Users)/[\w.]+")
 
 
 def imports(path: Path) -> set[str]:
