@@ -1,0 +1,252 @@
+"""Attention forward in Triton: partial results per (row, selected block), then one merge per row.
+
+Two kernels, by block size. *Short* blocks fit on chip as one key tile: a program keeps K and V of the block and
+streams tiles of its list. *Long* blocks (more keys than a tile): a program keeps one tile of its list and streams the
+keys of the block, with the usual online softmax. Both write for each slot of the list a normalised partial output, in
+the input's dtype, and its log2-sum-exp; the merge kernel then finds each row's K slots and adds them up with softmax
+weights. No atomics: the result does not depend on timing.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from moba.backends.triton_lists import Layout, Lists, build_items, gather_rows, load_item, load_rows, store_rows
+from moba.backends.triton_tiles import is_short, padded, tile_for
+
+LOG2_E = 1.4426950408889634
+LN_2 = 0.6931471805599453
+
+
+def attention_forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layout, lists: Lists,
+    block_size: int, softmax_scale: float, workspace_bytes: int,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Output [T, H, D] in q's dtype and log-sum-exp float32 [H, T] (natural log).
+
+    Key/value heads are worked through in groups, as many at a time as keep the partial results within
+    `workspace_bytes` (one at least).
+    """
+    num_tokens, num_heads, head_dim = q.shape
+    num_kv_heads, top_k = k.shape[1], lists.slots.shape[2]
+    short = is_short(block_size, head_dim, q.dtype)
+    tile = tile_for("forward_short" if short else "forward_long", head_dim, block_size, q.dtype)
+    items = build_items(lists, tile.rows * (tile.tiles if short else 1))
+    constants = {
+        "NUM_HEADS": num_heads, "NUM_KV_HEADS": num_kv_heads, "HEAD_DIM": head_dim, "BLOCK_D": padded(head_dim),
+    }  # fmt: skip
+
+    out = torch.empty_like(q)
+    lse = torch.empty(num_heads, num_tokens, dtype=torch.float32, device=q.device)
+    heads_at_once = kv_heads_at_once(num_kv_heads, lists.region * (head_dim * q.element_size() + 4), workspace_bytes)
+    partial = torch.empty(heads_at_once, lists.region, head_dim, dtype=q.dtype, device=q.device)
+    partial_lse = torch.empty(heads_at_once, lists.region, dtype=torch.float32, device=q.device)
+    kernel = forward_short_kernel if short else forward_long_kernel
+    for first in range(0, num_kv_heads, heads_at_once):
+        count = min(heads_at_once, num_kv_heads - first)
+        kernel[(items.max_items, count)](
+            q, k, v, lists.rows, lists.list_start, items.item_start, items.item_block, layout.start_M, layout.length_M,
+            partial, partial_lse, first, lists.num_blocks, items.max_items, lists.region, softmax_scale * LOG2_E,
+            **constants, ROWS=tile.rows, KEYS=tile.keys, ITEM_ROWS=items.item_rows, EXACT=block_size % tile.keys == 0,
+            num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+        merge_rows = 32 if head_dim <= 128 else 16
+        heads = count * (num_heads // num_kv_heads)
+        merge_kernel[(triton.cdiv(num_tokens * heads, merge_rows),)](
+            partial, partial_lse, lists.slots, out, lse, first, heads, num_tokens, lists.region,
+            **constants, TOP_K=top_k, TOP_K_PADDED=triton.next_power_of_2(top_k), ROWS=merge_rows,
+        )  # fmt: skip
+    return out, lse
+
+
+def kv_heads_at_once(num_kv_heads: int, bytes_per_head: int, workspace_bytes: int) -> int:
+    """How many key/value heads to work on together, in groups of even size: at least one, and within the budget if
+    that allows."""
+    most = min(num_kv_heads, max(1, workspace_bytes // max(1, bytes_per_head)))
+    num_groups = triton.cdiv(num_kv_heads, most)
+    return triton.cdiv(num_kv_heads, num_groups)
+
+
+@triton.jit(do_not_specialize=["first_kv_head", "num_blocks", "max_items", "region"])
+def forward_short_kernel(
+    q, k, v, rows, list_start, item_start, item_block, block_start, block_length,
+    partial, partial_lse, first_kv_head, num_blocks, max_items, region, scale_log2,
+    NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, ITEM_ROWS: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """One program: one work item, that is up to ITEM_ROWS rows against one block whose keys fit in one tile."""
+    kv_head = first_kv_head + tl.program_id(1)
+    block, list_begin, begin, end = load_item(
+        tl.program_id(0), kv_head, item_start, item_block, list_start, num_blocks, max_items, ITEM_ROWS
+    )
+    if begin < end:
+        start, length = tl.load(block_start + block), tl.load(block_length + block)
+        key = tl.arange(0, KEYS)
+        stride = NUM_KV_HEADS * HEAD_DIM
+        key_tile = load_rows(k + kv_head * HEAD_DIM, start + key, key < length, stride, HEAD_DIM, BLOCK_D)
+        value_tile = load_rows(v + kv_head * HEAD_DIM, start + key, key < length, stride, HEAD_DIM, BLOCK_D)
+        rows += kv_head.to(tl.int64) * region
+        partial += tl.program_id(1).to(tl.int64) * region * HEAD_DIM
+        partial_lse += tl.program_id(1).to(tl.int64) * region
+
+        # The block's own rows lead the list and need the causal mask; whole tiles of history rows do not.
+        own_end = list_begin + length * (NUM_HEADS // NUM_KV_HEADS)
+        masked_end = tl.minimum(end, begin + tl.cdiv(tl.maximum(own_end - begin, 0), ROWS) * ROWS)
+        for first_slot in range(begin, masked_end, ROWS):
+            _forward_short_tile(
+                q, rows, partial, partial_lse, key_tile, value_tile, first_slot, end, start, length, scale_log2,
+                NUM_HEADS, HEAD_DIM, BLOCK_D, ROWS, KEYS, True,
+            )  # fmt: skip
+        for first_slot in range(masked_end, end, ROWS):
+            _forward_short_tile(
+                q, rows, partial, partial_lse, key_tile, value_tile, first_slot, end, start, length, scale_log2,
+                NUM_HEADS, HEAD_DIM, BLOCK_D, ROWS, KEYS, not EXACT,
+            )  # fmt: skip
+
+
+@triton.jit
+def _forward_short_tile(
+    q, rows, partial, partial_lse, key_tile, value_tile, first_slot, end, start, length, scale_log2,
+    NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Partial results of ROWS slots."""
+    slot = first_slot + tl.arange(0, ROWS)
+    inside = slot < end
+    row = tl.load(rows + slot, mask=inside, other=0)
+    query = gather_rows(q, row, HEAD_DIM, BLOCK_D)
+    score = tl.dot(query, tl.trans(key_tile)) * scale_log2
+    if MASKED:
+        last_key = tl.where(inside, tl.minimum(row // NUM_HEADS - start, length - 1), 0)
+        score = tl.where(tl.arange(0, KEYS)[None, :] <= last_key[:, None], score, float("-inf"))
+    top = tl.max(score, axis=1)
+    weight = tl.exp2(score - top[:, None])
+    total = tl.sum(weight, axis=1)
+    out = tl.dot(weight.to(value_tile.dtype), value_tile) / total[:, None]
+    store_rows(partial, slot, out, inside, HEAD_DIM, HEAD_DIM, BLOCK_D)
+    tl.store(partial_lse + slot, top + tl.log2(total), mask=inside)
+
+
+@triton.jit(do_not_specialize=["first_kv_head", "num_blocks", "max_items", "region"])
+def forward_long_kernel(
+    q, k, v, rows, list_start, item_start, item_block, block_start, block_length,
+    partial, partial_lse, first_kv_head, num_blocks, max_items, region, scale_log2,
+    NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, ITEM_ROWS: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """One program: ROWS rows of one list against all keys of its block, KEYS at a time."""
+    kv_head = first_kv_head + tl.program_id(1)
+    block, _list_begin, begin, end = load_item(
+        tl.program_id(0), kv_head, item_start, item_block, list_start, num_blocks, max_items, ITEM_ROWS
+    )
+    if begin < end:
+        start, length = tl.load(block_start + block), tl.load(block_length + block)
+        stride = NUM_KV_HEADS * HEAD_DIM
+        k += kv_head * HEAD_DIM + start.to(tl.int64) * stride
+        v += kv_head * HEAD_DIM + start.to(tl.int64) * stride
+        slot = begin + tl.arange(0, ROWS)
+        inside = slot < end
+        row = tl.load(rows + kv_head.to(tl.int64) * region + slot, mask=inside, other=0)
+        query = gather_rows(q, row, HEAD_DIM, BLOCK_D)
+
+        top = tl.zeros([ROWS], dtype=tl.float32) - float("inf")
+        total = tl.zeros([ROWS], dtype=tl.float32)
+        out = tl.zeros([ROWS, BLOCK_D], dtype=tl.float32)
+        last_key, full_end, keys_end = key_range(row, inside, start, length, NUM_HEADS, KEYS)
+        for first_key in range(0, full_end, KEYS):
+            top, total, out = _forward_long_tile(
+                k, v, query, top, total, out, first_key, length, last_key, scale_log2, stride,
+                HEAD_DIM, BLOCK_D, KEYS, False,
+            )  # fmt: skip
+        for first_key in range(full_end, keys_end, KEYS):
+            top, total, out = _forward_long_tile(
+                k, v, query, top, total, out, first_key, length, last_key, scale_log2, stride,
+                HEAD_DIM, BLOCK_D, KEYS, True,
+            )  # fmt: skip
+
+        partial += tl.program_id(1).to(tl.int64) * region * HEAD_DIM
+        partial_lse += tl.program_id(1).to(tl.int64) * region
+        store_rows(partial, slot, out / total[:, None], inside, HEAD_DIM, HEAD_DIM, BLOCK_D)
+        tl.store(partial_lse + slot, top + tl.log2(total), mask=inside)
+
+
+@triton.jit
+def key_range(row, inside, start, length, NUM_HEADS: tl.constexpr, KEYS: tl.constexpr):
+    """What a tile of rows sees of a block: each row's last key (the whole block, for history), the end of the keys in
+    tiles that all rows see whole, and the end of the keys that any row sees."""
+    last_key = tl.minimum(row // NUM_HEADS - start, length - 1)
+    full_end = (tl.min(tl.where(inside, last_key, length - 1)) + 1) // KEYS * KEYS
+    keys_end = tl.max(tl.where(inside, last_key, -1)) + 1
+    return tl.where(inside, last_key, 0), full_end, keys_end
+
+
+@triton.jit
+def _forward_long_tile(
+    k, v, query, top, total, out, first_key, length, last_key, scale_log2, stride,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, KEYS: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """The running (maximum, sum, unnormalised output) after KEYS more keys."""
+    key = first_key + tl.arange(0, KEYS)
+    key_tile = load_keys(k, key, length, stride, HEAD_DIM, BLOCK_D, MASKED)
+    score = tl.dot(query, tl.trans(key_tile))
+    if MASKED:
+        score = tl.where(key[None, :] <= last_key[:, None], score, float("-inf"))
+    new_top = tl.maximum(top, tl.max(score, axis=1) * scale_log2)
+    weight = tl.exp2(score * scale_log2 - new_top[:, None])
+    decay = tl.exp2(top - new_top)
+    total = total * decay + tl.sum(weight, axis=1)
+    out = out * decay[:, None]
+    value_tile = load_keys(v, key, length, stride, HEAD_DIM, BLOCK_D, MASKED)
+    out = tl.dot(weight.to(value_tile.dtype), value_tile, out)
+    return new_top, total, out
+
+
+@triton.jit
+def load_keys(base, key, length, stride, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
+    """[KEYS, BLOCK_D] of K or V; unmasked where the caller knows that all keys lie in the block."""
+    if MASKED or HEAD_DIM != BLOCK_D:
+        return load_rows(base, key, key < length, stride, HEAD_DIM, BLOCK_D)
+    return tl.load(base + key[:, None] * stride + tl.arange(0, BLOCK_D)[None, :])
+
+
+@triton.jit(do_not_specialize=["first_kv_head", "num_heads_here", "num_tokens", "region"])
+def merge_kernel(
+    partial, partial_lse, slots, out, lse, first_kv_head, num_heads_here, num_tokens, region,
+    NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    TOP_K: tl.constexpr, TOP_K_PADDED: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """One program: out and lse of ROWS rows, from the partial results in their slots."""
+    token, head, local_head, inside = rows_of_group(
+        tl.program_id(0), first_kv_head, num_heads_here, num_tokens, NUM_HEADS // NUM_KV_HEADS, ROWS
+    )
+    row = token.to(tl.int64) * NUM_HEADS + head
+    base = local_head.to(tl.int64) * region
+    pick = tl.arange(0, TOP_K_PADDED)
+    slot = tl.load(
+        slots + row[:, None] * TOP_K + pick[None, :], mask=inside[:, None] & (pick < TOP_K)[None, :], other=-1
+    )
+    parts_lse = tl.load(partial_lse + base[:, None] + slot, mask=slot >= 0, other=float("-inf"))
+    top = tl.max(parts_lse, axis=1)
+    row_lse = top + tl.log2(tl.sum(tl.exp2(parts_lse - top[:, None]), axis=1))
+
+    total = tl.zeros([ROWS, BLOCK_D], dtype=tl.float32)
+    for i in range(TOP_K):
+        slot_i = tl.load(slots + row * TOP_K + i, mask=inside, other=-1)
+        lse_i = tl.load(partial_lse + base + slot_i, mask=slot_i >= 0, other=float("-inf"))
+        part = load_rows(partial, base + slot_i, slot_i >= 0, HEAD_DIM, HEAD_DIM, BLOCK_D)
+        total += tl.exp2(lse_i - row_lse)[:, None] * part.to(tl.float32)
+    store_rows(out, row, total, inside, HEAD_DIM, HEAD_DIM, BLOCK_D)
+    tl.store(lse + head.to(tl.int64) * num_tokens + token, row_lse * 0.6931471805599453, mask=inside)
+
+
+@triton.jit
+def rows_of_group(program, first_kv_head, num_heads_here, num_tokens, GROUP: tl.constexpr, ROWS: tl.constexpr):
+    """(token, head, key/value head counted from first_kv_head, whether it exists) of ROWS rows of the heads of a head
+    group."""
+    index = program.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    token = index // num_heads_here
+    local = (index - token * num_heads_here).to(tl.int32)
+    inside = token < num_tokens
+    return token.to(tl.int32), first_kv_head * GROUP + local, local // GROUP, inside

@@ -1,0 +1,361 @@
+"""Key-major lists for the Triton kernels: for every (key/value head, block), the query rows that selected it.
+
+The attention kernels work block by block: they keep the keys and values of a block on chip and stream the queries that
+picked it. This module turns the query-major selection into those lists by a counting sort, and cuts the lists into
+work items. Everything is sized from shapes alone, so the host never waits for the device, and the order is fixed, so
+that sums over a list repeat bit by bit.
+
+Terms, used in all triton_*.py files:
+- A *row* is one query of one head: row = token * H + head, the row of q seen as [T * H, D].
+- The heads of a group share one key/value head, so they share its lists: a list holds the rows of all G = H / H_kv of
+  them. K and V are then read once for the group, and their gradients need no sum over heads afterwards.
+- A list is in order of row. The rows of the block itself (its `length` tokens times G heads) therefore come first, and
+  only they need a causal mask; later rows are *history* picks, which see the whole block.
+- A *slot* is a place in the lists of a key/value head: block b owns the slots [list_start[b], list_start[b + 1]).
+  Partial results are written to slots, which makes the writes contiguous; `slots` is the inverse map by which a row
+  finds its K partial results.
+- A *work item* is a stretch of at most `item_rows` slots of one list: what one program takes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+PLACE_TILE = 64
+PLACE_WARPS = 1
+MAX_CHUNKS = 512
+MAX_COUNTERS = 1 << 21  # counters of one key/value head: blocks times chunks
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the blocks of a pack lie, on the device. Blocks are numbered through the pack; M = T // B + N bounds their
+    number."""
+
+    num_blocks: int
+    start_M: torch.Tensor
+    """int32 [M]: first token of the block."""
+    length_M: torch.Tensor
+    """int32 [M]: tokens of the block, at most B; 0 in unused slots at the end."""
+    first_block_T: torch.Tensor
+    """int32 [T]: first block of the token's document."""
+    own_block_T: torch.Tensor
+    """int32 [T]: block that holds the token."""
+
+
+@dataclass(frozen=True)
+class Lists:
+    """The rows that selected each block. `region` = T * G * K slots per key/value head, not all of them used."""
+
+    region: int
+    num_blocks: int
+    rows: torch.Tensor
+    """int32 [H_kv, region]: row held by each slot, list after list."""
+    slots: torch.Tensor
+    """int32 [T, H, K]: slot of each selection within its key/value head's region; -1 where nothing was selected."""
+    list_start: torch.Tensor
+    """int32 [H_kv, M + 1]: first slot of each list."""
+
+
+@dataclass(frozen=True)
+class Items:
+    """Work items: lists cut into stretches of at most `item_rows` slots."""
+
+    item_rows: int
+    max_items: int
+    """Bound on the items of a key/value head, known from shapes."""
+    max_splits: int
+    """Bound on the items of a key/value head whose list has more than one."""
+    item_start: torch.Tensor
+    """int32 [H_kv, M + 1]: items before each list; the last entry counts them all."""
+    split_start: torch.Tensor
+    """int32 [H_kv, M + 1]: the same, counting only items of lists that have more than one."""
+    item_block: torch.Tensor
+    """int32 [H_kv, max_items]: block of each item."""
+
+
+def build_layout(cu_seqlens: torch.Tensor | None, num_tokens: int, block_size: int, device: torch.device) -> Layout:
+    """The block layout of a pack; without cu_seqlens the pack is one document. Three small launches."""
+    if cu_seqlens is None:
+        bounds_N = torch.arange(0, 2 * num_tokens, num_tokens, device=device, dtype=torch.int32)
+    else:
+        bounds_N = cu_seqlens.to(device=device, dtype=torch.int32)
+    num_documents = bounds_N.numel() - 1
+    num_blocks = num_tokens // block_size + num_documents
+    first_block_N = torch.empty_like(bounds_N)
+    scan_documents_kernel[(1,)](bounds_N, first_block_N, num_documents, block_size, TILE=1024)
+
+    def empty(n):
+        return torch.empty(n, dtype=torch.int32, device=device)
+
+    layout = Layout(num_blocks, empty(num_blocks), empty(num_blocks), empty(num_tokens), empty(num_tokens))
+    tile = 256
+    layout_kernel[(triton.cdiv(max(num_tokens, num_blocks), tile),)](
+        bounds_N, first_block_N, layout.start_M, layout.length_M, layout.first_block_T, layout.own_block_T,
+        num_documents, num_tokens, num_blocks, block_size, num_documents.bit_length(), TILE=tile,
+    )  # fmt: skip
+    return layout
+
+
+def build_lists(selection: torch.Tensor, num_blocks: int, num_kv_heads: int) -> Lists:
+    """The lists of a selection int32 [T, H, K] of block numbers, -1 where there is none.
+
+    A counting sort over chunks of tokens: count each chunk's picks of each block; a prefix sum over (block, chunk)
+    gives every chunk a place in every list; each chunk then files its picks in order. One program owns a chunk, so
+    nothing races.
+    """
+    num_tokens, num_heads, top_k = selection.shape
+    group, device = num_heads // num_kv_heads, selection.device
+    region = num_tokens * group * top_k
+    max_chunks = max(8, min(MAX_CHUNKS, MAX_COUNTERS // num_blocks))
+    chunk_tokens = max(16, triton.cdiv(num_tokens, max_chunks))
+    num_chunks = triton.cdiv(num_tokens, chunk_tokens)
+    grid = (num_chunks, num_kv_heads)
+
+    counts = torch.zeros(num_kv_heads, num_chunks, num_blocks, dtype=torch.int32, device=device)
+    shape = (num_tokens, num_blocks, num_chunks, chunk_tokens)
+    constants = {"NUM_HEADS": num_heads, "GROUP": group, "TOP_K": top_k}
+    count_kernel[grid](selection, counts, *shape, **constants, TILE=1024)
+    # By block, then chunk; and through all key/value heads, since a long scan is faster than a few rows of scans; only
+    # differences within a head are used, so that int32 may wrap around.
+    ends = counts.transpose(1, 2).reshape(-1).cumsum(0, dtype=torch.int32)
+    list_start = torch.empty(num_kv_heads, num_blocks + 1, dtype=torch.int32, device=device)
+    tile = 1024
+    cursors_kernel[(triton.cdiv(num_blocks * num_chunks, tile), num_kv_heads)](
+        counts, ends, list_start, num_blocks, num_chunks, TILE=tile
+    )
+    rows = torch.empty(num_kv_heads, region, dtype=torch.int32, device=device)
+    slots = torch.empty_like(selection)
+    place_kernel[grid](
+        selection, counts, rows, slots, region, *shape, **constants, TILE=PLACE_TILE, num_warps=PLACE_WARPS
+    )
+    return Lists(region, num_blocks, rows, slots, list_start)
+
+
+def build_items(lists: Lists, item_rows: int) -> Items:
+    """The lists cut into work items of at most `item_rows` slots. Two launches."""
+    num_kv_heads, num_blocks = lists.list_start.shape[0], lists.num_blocks
+    max_items = lists.region // item_rows + num_blocks
+    max_splits = min(max_items, 2 * lists.region // item_rows)  # ceil(x) < 2x for the x > 1 of a list in several items
+    item_start, split_start = torch.empty_like(lists.list_start), torch.empty_like(lists.list_start)
+    item_block = torch.empty(num_kv_heads, max_items, dtype=torch.int32, device=item_start.device)
+    scan_items_kernel[(num_kv_heads,)](lists.list_start, item_start, split_start, num_blocks, item_rows, TILE=1024)
+    fill_items_kernel[(num_blocks, num_kv_heads)](item_start, item_block, num_blocks, max_items, TILE=32)
+    return Items(item_rows, max_items, max_splits, item_start, split_start, item_block)
+
+
+@triton.jit(do_not_specialize=["num_documents", "block_size"])
+def scan_documents_kernel(bounds, first_block, num_documents, block_size, TILE: tl.constexpr):
+    """first_block[d] = number of blocks of the documents before d, for d up to and including their number."""
+    zero = tl.program_id(0) * 0
+    tl.store(first_block, zero)
+    blocks_before = zero
+    for start in range(0, num_documents, TILE):
+        document = start + tl.arange(0, TILE)
+        inside = document < num_documents
+        begin = tl.load(bounds + document, mask=inside, other=0)
+        end = tl.load(bounds + document + 1, mask=inside, other=0)
+        blocks = (end - begin + block_size - 1) // block_size
+        tl.store(first_block + document + 1, blocks_before + tl.cumsum(blocks), mask=inside)
+        blocks_before += tl.sum(blocks)
+
+
+@triton.jit(do_not_specialize=["num_documents", "num_tokens", "num_blocks", "block_size", "search_steps"])
+def layout_kernel(
+    bounds, first_block, start, length, first_block_of_token, own_block_of_token,
+    num_documents, num_tokens, num_blocks, block_size, search_steps, TILE: tl.constexpr,
+):  # fmt: skip
+    """Fills the tensors of a Layout: entry i of the blocks and entry i of the tokens."""
+    i = tl.program_id(0) * TILE + tl.arange(0, TILE)
+
+    is_token = i < num_tokens
+    document = _find_document(bounds, i, num_documents, search_steps)
+    first = tl.load(first_block + document)
+    position = i - tl.load(bounds + document)
+    tl.store(first_block_of_token + i, first, mask=is_token)
+    tl.store(own_block_of_token + i, first + position // block_size, mask=is_token)
+
+    is_block = i < num_blocks
+    used = i < tl.load(first_block + num_documents)
+    document = _find_document(first_block, i, num_documents, search_steps)
+    begin = tl.load(bounds + document) + (i - tl.load(first_block + document)) * block_size
+    end = tl.minimum(begin + block_size, tl.load(bounds + document + 1))
+    tl.store(start + i, tl.where(used, begin, 0), mask=is_block)
+    tl.store(length + i, tl.where(used, end - begin, 0), mask=is_block)
+
+
+@triton.jit
+def _find_document(bounds, value, num_documents, search_steps):
+    """Document d with bounds[d] <= value < bounds[d + 1]; the last one for values past the end. Skips empty
+    documents."""
+    low = tl.zeros_like(value)
+    high = tl.zeros_like(value) + num_documents
+    for _ in range(search_steps):
+        middle = tl.minimum((low + high) // 2, num_documents - 1)
+        right = (tl.load(bounds + middle + 1) <= value) & (low < high)
+        low = tl.where(right, middle + 1, low)
+        high = tl.where(right, high, tl.minimum(middle, high))
+    return tl.minimum(low, num_documents - 1)
+
+
+@triton.jit
+def _picks(
+    selection, start, end, kv_head, first_token,
+    NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, TOP_K: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """TILE picks of a chunk, counted by (token, head of the group, k): their address in the selection, row and
+    block."""
+    pick = start + tl.arange(0, TILE)
+    token = first_token + pick // (GROUP * TOP_K)
+    row = token * NUM_HEADS + kv_head * GROUP + (pick // TOP_K) % GROUP
+    address = row.to(tl.int64) * TOP_K + pick % TOP_K
+    block = tl.load(selection + address, mask=pick < end, other=-1)
+    return address, row, block, pick < end
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_blocks", "num_chunks", "chunk_tokens"])
+def count_kernel(
+    selection, counts, num_tokens, num_blocks, num_chunks, chunk_tokens,
+    NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, TOP_K: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """counts[kv_head, chunk, block] += picks. Integer atomics: the result does not depend on their order."""
+    chunk, kv_head = tl.program_id(0), tl.program_id(1)
+    first_token = chunk * chunk_tokens
+    num_picks = tl.minimum(chunk_tokens, num_tokens - first_token) * GROUP * TOP_K
+    for start in range(0, num_picks, TILE):
+        _, _, block, _ = _picks(selection, start, num_picks, kv_head, first_token, NUM_HEADS, GROUP, TOP_K, TILE)
+        counter = (kv_head.to(tl.int64) * num_chunks + chunk) * num_blocks + block
+        tl.atomic_add(counts + counter, 1, mask=block >= 0, sem="relaxed")
+
+
+@triton.jit(do_not_specialize=["num_blocks", "num_chunks"])
+def cursors_kernel(counts, ends, list_start, num_blocks, num_chunks, TILE: tl.constexpr):
+    """Turns counts into cursors, each chunk's first slot in each list, in place; and writes where the lists start."""
+    kv_head = tl.program_id(1)
+    counters = num_blocks * num_chunks
+    before = kv_head.to(tl.int64) * counters
+    base = tl.load(ends + before - 1, mask=kv_head > 0, other=0)
+    counter = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    inside = counter < counters
+    chunk, block = counter // num_blocks, counter % num_blocks
+    end = tl.load(ends + before + block * num_chunks + chunk, mask=inside, other=0) - base
+    begin = end - tl.load(counts + before + counter, mask=inside, other=0)
+    tl.store(counts + before + counter, begin, mask=inside)
+    starts = list_start + kv_head * (num_blocks + 1) + block
+    tl.store(starts, begin, mask=inside & (chunk == 0))
+    tl.store(starts + 1, end, mask=inside & (chunk == num_chunks - 1) & (block == num_blocks - 1))
+
+
+@triton.jit(do_not_specialize=["region", "num_tokens", "num_blocks", "num_chunks", "chunk_tokens"])
+def place_kernel(
+    selection, cursors, rows, slots, region, num_tokens, num_blocks, num_chunks, chunk_tokens,
+    NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, TOP_K: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Files the picks of one chunk into the lists, in order. cursors[kv_head, chunk, block] is the next free slot."""
+    chunk, kv_head = tl.program_id(0), tl.program_id(1)
+    first_token = chunk * chunk_tokens
+    num_picks = tl.minimum(chunk_tokens, num_tokens - first_token) * GROUP * TOP_K
+    rows += kv_head.to(tl.int64) * region
+    cursors += (kv_head.to(tl.int64) * num_chunks + chunk) * num_blocks
+    lane = tl.arange(0, TILE)
+    earlier = lane[None, :] < lane[:, None]
+    address, row, block, in_chunk = _picks(selection, 0, num_picks, kv_head, first_token, NUM_HEADS, GROUP, TOP_K, TILE)
+    for start in range(0, num_picks, TILE):
+        # The next picks are on their way while these are filed: a program is a chain of waits for memory.
+        next_address, next_row, next_block, next_in_chunk = _picks(
+            selection, start + TILE, num_picks, kv_head, first_token, NUM_HEADS, GROUP, TOP_K, TILE
+        )
+        picked = block >= 0
+        first_slot = tl.load(cursors + block, mask=picked, other=0)
+        # In one sum: how many picks of this tile are of the same block (low half), and how many of those come earlier.
+        same = block[:, None] == block[None, :]
+        packed = tl.sum(tl.where(same, tl.where(earlier, 65537, 1), 0), axis=1)
+        slot = first_slot + (packed >> 16)
+        tl.store(rows + slot, row, mask=picked)
+        tl.store(slots + address, tl.where(picked, slot, -1), mask=in_chunk)
+        is_last = (packed >> 16) == (packed & 65535) - 1
+        tl.debug_barrier()  # all have read their cursors before the last of each block moves it ...
+        tl.store(cursors + block, slot + 1, mask=picked & is_last)
+        tl.debug_barrier()  # ... and it has moved before the next tile reads it
+        address, row, block, in_chunk = next_address, next_row, next_block, next_in_chunk
+
+
+@triton.jit(do_not_specialize=["num_blocks", "item_rows"])
+def scan_items_kernel(list_start, item_start, split_start, num_blocks, item_rows, TILE: tl.constexpr):
+    """Prefix sums over the lists of one key/value head of their number of items, and of that number where it exceeds
+    one."""
+    first = tl.program_id(0) * (num_blocks + 1)
+    zero = tl.program_id(0) * 0
+    tl.store(item_start + first, zero)
+    tl.store(split_start + first, zero)
+    items_before, splits_before = zero, zero
+    for start in range(0, num_blocks, TILE):
+        block = start + tl.arange(0, TILE)
+        inside = block < num_blocks
+        begin = tl.load(list_start + first + block, mask=inside, other=0)
+        end = tl.load(list_start + first + block + 1, mask=inside, other=0)
+        items = (end - begin + item_rows - 1) // item_rows
+        splits = tl.where(items > 1, items, 0)
+        tl.store(item_start + first + block + 1, items_before + tl.cumsum(items), mask=inside)
+        tl.store(split_start + first + block + 1, splits_before + tl.cumsum(splits), mask=inside)
+        items_before += tl.sum(items)
+        splits_before += tl.sum(splits)
+
+
+@triton.jit(do_not_specialize=["num_blocks", "max_items"])
+def fill_items_kernel(item_start, item_block, num_blocks, max_items, TILE: tl.constexpr):
+    """item_block[kv_head, item] = block, for the items of one list."""
+    block, kv_head = tl.program_id(0), tl.program_id(1)
+    entry = kv_head * (num_blocks + 1) + block
+    begin, end = tl.load(item_start + entry), tl.load(item_start + entry + 1)
+    for start in range(begin, end, TILE):
+        item = start + tl.arange(0, TILE)
+        tl.store(item_block + kv_head.to(tl.int64) * max_items + item, tl.zeros_like(item) + block, mask=item < end)
+
+
+@triton.jit
+def load_item(item, kv_head, item_start, item_block, list_start, num_blocks, max_items, ITEM_ROWS: tl.constexpr):
+    """(block, first slot of its list, the item's first slot, one past its last); an empty stretch if there is no such
+    item."""
+    lists = kv_head * (num_blocks + 1)
+    exists = item < tl.load(item_start + lists + num_blocks)
+    block = tl.load(item_block + kv_head.to(tl.int64) * max_items + item, mask=exists, other=0)
+    list_begin = tl.load(list_start + lists + block)
+    list_end = tl.load(list_start + lists + block + 1)
+    begin = list_begin + (item - tl.load(item_start + lists + block)) * ITEM_ROWS
+    end = tl.minimum(begin + ITEM_ROWS, list_end)
+    return block, list_begin, begin, tl.where(exists, end, begin)
+
+
+@triton.jit
+def load_rows(base, index, mask, stride, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """[N, BLOCK_D]: rows `index` of a matrix with row stride `stride`, zeros where `mask` is false and in padded
+    dimensions."""
+    dim = tl.arange(0, BLOCK_D)
+    address = index.to(tl.int64)[:, None] * stride + dim[None, :]
+    if HEAD_DIM == BLOCK_D:
+        return tl.load(base + address, mask=mask[:, None], other=0.0)
+    return tl.load(base + address, mask=mask[:, None] & (dim < HEAD_DIM)[None, :], other=0.0)
+
+
+@triton.jit
+def gather_rows(base, row, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """[N, BLOCK_D]: rows of a contiguous matrix, all of them valid: places past a list's end hold row 0."""
+    dim = tl.arange(0, BLOCK_D)
+    address = row.to(tl.int64)[:, None] * HEAD_DIM + dim[None, :]
+    if HEAD_DIM == BLOCK_D:
+        return tl.load(base + address)
+    return tl.load(base + address, mask=(dim < HEAD_DIM)[None, :], other=0.0)
+
+
+@triton.jit
+def store_rows(base, index, value, mask, stride, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Writes value [N, BLOCK_D] to rows `index` where `mask`, in the dtype of `base`."""
+    dim = tl.arange(0, BLOCK_D)
+    address = index.to(tl.int64)[:, None] * stride + dim[None, :]
+    value = value.to(base.dtype.element_ty)
+    tl.store(base + address, value, mask=mask[:, None] & (dim < HEAD_DIM)[None, :])

@@ -1,0 +1,73 @@
+"""Tile sizes, warps and pipeline stages of the Triton kernels, by kernel and head size.
+
+The table holds what was fastest on an H100 among the variants in docs/kernels.md. Change an entry to tune for another
+card: every value that fits the card's shared memory gives the same results up to rounding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import triton
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One program's share."""
+
+    rows: int
+    """Query rows of a tile."""
+    keys: int
+    """Keys of a tile (blocks, in the routing kernel)."""
+    warps: int
+    stages: int
+    tiles: int = 1
+    """Row tiles of a work item: how far a list is followed before another program takes over."""
+
+
+# (kernel, padded head size) -> tile
+TILES: dict[tuple[str, int], Tile] = {
+    ("select", 64): Tile(rows=64, keys=64, warps=4, stages=1),
+    ("select", 128): Tile(rows=64, keys=64, warps=4, stages=1),
+    ("select", 256): Tile(rows=64, keys=64, warps=4, stages=2),
+    ("forward_short", 64): Tile(rows=64, keys=128, warps=4, stages=2, tiles=16),
+    ("forward_short", 128): Tile(rows=64, keys=128, warps=4, stages=3, tiles=32),
+    ("forward_short", 256): Tile(rows=64, keys=64, warps=4, stages=2, tiles=8),
+    ("forward_long", 64): Tile(rows=128, keys=128, warps=4, stages=3),
+    ("forward_long", 128): Tile(rows=128, keys=64, warps=8, stages=3),
+    ("forward_long", 256): Tile(rows=64, keys=64, warps=4, stages=2),
+    ("backward_short", 64): Tile(rows=32, keys=128, warps=4, stages=4, tiles=128),
+    ("backward_short", 128): Tile(rows=64, keys=128, warps=8, stages=3, tiles=128),
+    ("backward_short", 256): Tile(rows=32, keys=64, warps=8, stages=1, tiles=256),
+    ("backward_kv", 64): Tile(rows=128, keys=128, warps=8, stages=2),
+    ("backward_kv", 128): Tile(rows=64, keys=64, warps=4, stages=2),
+    ("backward_kv", 256): Tile(rows=32, keys=64, warps=8, stages=1),
+    ("backward_q", 64): Tile(rows=128, keys=128, warps=8, stages=2),
+    ("backward_q", 128): Tile(rows=128, keys=64, warps=8, stages=3),
+    ("backward_q", 256): Tile(rows=64, keys=32, warps=4, stages=2),
+}
+
+
+def padded(head_dim: int) -> int:
+    """The head size the kernels compute with: the next power of two, at least 16."""
+    return max(16, triton.next_power_of_2(head_dim))
+
+
+def tile_for(kernel: str, head_dim: int, width: int, dtype: torch.dtype) -> Tile:
+    """The tile of a kernel. `width` is the block size (for routing: the number of best blocks that a row keeps)."""
+    tile = TILES[kernel, min(256, max(64, padded(head_dim)))]
+    if dtype == torch.float32:
+        # Only the interpreter computes in float32; small tiles show more of the logic on small inputs.
+        tile = Tile(rows=16, keys=16, warps=4, stages=1, tiles=2)
+    if kernel == "select":
+        return replace(tile, rows=min(tile.rows, 64)) if width >= 32 else tile
+    if kernel.endswith("short"):
+        return replace(tile, keys=max(16, triton.next_power_of_2(width)))
+    return tile
+
+
+def is_short(block_size: int, head_dim: int, dtype: torch.dtype) -> bool:
+    """True if a whole block fits on chip as one key tile: then the short kernels are used, else the long ones."""
+    limit = 32 if dtype == torch.float32 else TILES["backward_short", min(256, max(64, padded(head_dim)))].keys
+    return block_size <= limit

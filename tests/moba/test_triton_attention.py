@@ -1,0 +1,256 @@
+"""The fused Triton kernels against the definition, in Triton's interpreter on a CPU (test_triton_gpu.py: on a GPU).
+
+The interpreter runs kernels program by program in numpy: slow, so shapes are small, and float32 tiles are small too,
+so that lists span several tiles and work items. tests/conftest.py switches it on.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="the triton backend needs triton")
+
+from moba.backends import triton_attention as backend
+from moba.backends.triton_attention import moba_triton
+from moba.backends.triton_forward import kv_heads_at_once
+from moba.backends.triton_lists import build_items, build_layout, build_lists
+from moba.backends.triton_routing import block_means, select_blocks
+from moba.checks import BackendUnavailable
+from moba.reference import reference_attention, reference_selection
+
+pytestmark = [
+    pytest.mark.skipif(
+        not backend.INTERPRETED, reason="these run in the interpreter; test_triton_gpu.py runs on a GPU"
+    ),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # the interpreter computes masked lanes too
+]
+
+
+def tensors(num_tokens, heads, head_dim, dtype=torch.float32, seed=0):
+    """q, k, v."""
+    generator = torch.Generator().manual_seed(seed)
+    num_heads, num_kv_heads = heads
+    shapes = [(num_tokens, h, head_dim) for h in (num_heads, num_kv_heads, num_kv_heads)]
+    return [torch.randn(s, generator=generator).to(dtype) for s in shapes]
+
+
+def bounds(values):
+    return None if values is None else torch.tensor(values, dtype=torch.int32)
+
+
+def pack_selection(q, k, cu_seqlens, block_size, top_k):
+    """The kernels' selection in the reference's form: int32 [H, T, K], block numbers within the document, ascending."""
+    layout = build_layout(cu_seqlens, q.shape[0], block_size, q.device)
+    selection = select_blocks(q, k, layout, block_size, top_k)
+    selection = torch.where(selection >= 0, selection - layout.first_block_T[:, None, None], -1)
+    return selection.sort(dim=-1).values.transpose(0, 1)
+
+
+def dropped(selection):
+    """Whether some query left out a past block: else a selection test would show nothing."""
+    return bool(((selection >= 0).sum(-1) <= selection[..., -1]).any())
+
+
+def gradients(function, q, k, v, d_out, d_lse):
+    """(out, lse, dq, dk, dv)"""
+    inputs = [x.detach().clone().requires_grad_() for x in (q, k, v)]
+    out, lse = function(*inputs)
+    return [out, lse, *torch.autograd.grad((out, lse), inputs, (d_out.to(out), d_lse.to(lse)))]
+
+
+# (tokens, (H, H_kv), head size, block size, top_k, cu_seqlens, workspace)
+CASES = {
+    "short blocks, grouped heads": (70, (4, 2), 16, 16, 3, None, None),
+    "pack: empty document, short document, ragged tails": (90, (4, 2), 16, 16, 2, [0, 40, 40, 45, 90], None),
+    "long blocks, odd sizes, one head at a time": (110, (4, 2), 24, 36, 2, [0, 7, 100, 100, 110], 1),
+    "long blocks that key tiles divide": (100, (2, 1), 16, 48, 2, None, None),
+    "blocks smaller than a key tile": (60, (2, 2), 16, 10, 4, None, None),
+    "top_k 1 is block-local": (60, (2, 1), 16, 16, 1, [0, 25, 60], None),
+    "more picks than blocks": (50, (2, 1), 16, 16, 6, None, None),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_matches_reference(case, monkeypatch):
+    """Output, log-sum-exp and all gradients, also those through the log-sum-exp.
+
+    Catches any error of routing, lists, masks, merging, the cutting of lists into items, and the grouping of heads
+    under the workspace budget.
+    """
+    num_tokens, heads, head_dim, block_size, top_k, documents, workspace = CASES[case]
+    if workspace is not None:
+        monkeypatch.setattr(backend, "WORKSPACE_BYTES", workspace)
+    q, k, v = tensors(num_tokens, heads, head_dim)
+    options = {"block_size": block_size, "top_k": top_k, "cu_seqlens": bounds(documents)}
+    d_out, d_lse = torch.randn_like(q), torch.randn(heads[0], num_tokens)
+    got = gradients(lambda *x: moba_triton(*x, **options), q, k, v, d_out, d_lse)
+    want = gradients(
+        lambda *x: reference_attention(*x, **options, return_lse=True), q.double(), k.double(), v.double(), d_out, d_lse
+    )
+    for name, a, b in zip(("out", "lse", "dq", "dk", "dv"), got, want):
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}")
+    if "more picks" not in case:
+        assert dropped(reference_selection(q, k, **options))
+
+
+def test_float16_and_softmax_scale():
+    """Half precision takes the split of the means and half-precision operands; the scale reaches both passes."""
+    q, k, v = tensors(100, (4, 2), 16, torch.float16)
+    options = {"block_size": 32, "top_k": 2, "softmax_scale": 0.4}
+    d_out, d_lse = torch.randn_like(q), torch.randn(4, 100)
+    got = gradients(lambda *x: moba_triton(*x, **options), q, k, v, d_out, d_lse)
+    want = gradients(
+        lambda *x: reference_attention(*x, **options, return_lse=True), q.double(), k.double(), v.double(), d_out, d_lse
+    )
+    for a, b in zip(got, want):
+        assert (a.double() - b).norm() / b.norm() < 2e-3
+
+
+def test_selection_is_the_references():
+    """The blocks of the definition, in a pack, for many blocks a tile and few: a slip of the running choice shows."""
+    q, k, _ = tensors(230, (4, 2), 16, seed=3)
+    for block_size, top_k in ((4, 6), (16, 3)):
+        cu_seqlens = bounds([0, 150, 150, 153, 230])
+        want = reference_selection(q, k, block_size=block_size, top_k=top_k, cu_seqlens=cu_seqlens)
+        assert dropped(want)
+        assert torch.equal(pack_selection(q, k, cu_seqlens, block_size, top_k), want)
+
+
+def test_ties_go_to_the_earlier_block():
+    """Keys of -1, 0, 1 make exact and often equal scores; the reference takes the earliest of equals."""
+    generator = torch.Generator().manual_seed(1)
+    q, k = (torch.randint(-1, 2, (120, h, 16), generator=generator).float() for h in (2, 1))
+    want = reference_selection(q, k, block_size=4, top_k=4)
+    assert dropped(want)
+    assert torch.equal(pack_selection(q, k, None, 4, 4), want)
+    same = torch.ones(40, 1, 16)
+    assert pack_selection(same, same, None, 4, 3)[0, -1].tolist() == [0, 1, 9]
+
+
+def test_split_means_keep_float32_precision():
+    """high + low restores the float32 mean to 2^-20 in float16, where one rounded term is off by 2^-11."""
+    _, k, _ = tensors(96, (1, 1), 16, torch.float16)
+    high, low = block_means(k, build_layout(None, 96, 32, k.device), 32)
+    want = k.double().view(3, 32, 16).mean(1)
+    error = high[0, :3].double() + low[0, :3].double() - want
+    assert error.abs().max() < 2**-20
+    assert (high[0, :3].double() - want).abs().max() > 2**-16
+
+
+@pytest.mark.parametrize("documents", [None, [0, 10, 10, 75, 90]])
+def test_lists_hold_every_pick_once_in_order(documents):
+    """Each list is the rows that picked its block, ascending, the block's own rows first; slots is the inverse map."""
+    q, k, _ = tensors(90, (4, 2), 16)
+    layout = build_layout(bounds(documents), 90, 8, q.device)
+    selection = select_blocks(q, k, layout, 8, 3)
+    lists = build_lists(selection, layout.num_blocks, 2)
+    for kv_head in range(2):
+        for block in range(layout.num_blocks):
+            start, end = lists.list_start[kv_head, block : block + 2].tolist()
+            want = [
+                t * 4 + h
+                for t in range(90)
+                for h in (2 * kv_head, 2 * kv_head + 1)
+                if block in selection[t, h].tolist()
+            ]
+            assert lists.rows[kv_head, start:end].tolist() == want
+            own = 2 * int(layout.length_M[block])
+            first = int(layout.start_M[block])
+            assert [r // 4 for r in want[:own]] == [first + i // 2 for i in range(own)]
+            for i, row in enumerate(want):
+                pick = selection[row // 4, row % 4].tolist().index(block)
+                assert lists.slots[row // 4, row % 4, pick] == start + i
+    assert torch.equal(lists.slots < 0, selection < 0)
+
+
+def test_items_cover_the_lists():
+    """The items of a list tile it without gap or overlap, and the bounds that size the launches hold."""
+    q, k, _ = tensors(90, (4, 2), 16)
+    layout = build_layout(None, 90, 8, q.device)
+    lists = build_lists(select_blocks(q, k, layout, 8, 3), layout.num_blocks, 2)
+    items = build_items(lists, 16)
+    lengths = lists.list_start.diff(dim=1)
+    counts = (lengths + 15) // 16
+    assert torch.equal(items.item_start.diff(dim=1), counts)
+    assert torch.equal(items.split_start.diff(dim=1), torch.where(counts > 1, counts, 0))
+    assert (counts > 1).any() and (counts == 1).any()
+    for kv_head in range(2):
+        want = torch.arange(layout.num_blocks).repeat_interleave(counts[kv_head].long())
+        assert items.item_block[kv_head, : len(want)].tolist() == want.tolist()
+    assert items.item_start[:, -1].max() <= items.max_items and items.split_start[:, -1].max() <= items.max_splits
+
+
+def test_layout_of_a_pack():
+    """Blocks are cut from each document's start; empty documents have none; unused slots have length 0."""
+    layout = build_layout(bounds([0, 10, 10, 13, 29]), 29, 8, torch.device("cpu"))
+    assert layout.num_blocks == 29 // 8 + 4
+    assert layout.start_M.tolist()[:5] == [0, 8, 10, 13, 21] and layout.length_M.tolist() == [8, 2, 3, 8, 8, 0, 0]
+    assert layout.own_block_T.tolist() == [0] * 8 + [1] * 2 + [2] * 3 + [3] * 8 + [4] * 8
+    assert layout.first_block_T.tolist() == [0] * 10 + [2] * 3 + [3] * 16
+
+
+def test_recomputation_gives_the_same_bits():
+    """Under activation checkpointing the forward runs twice: outputs and gradients must be those of one run."""
+    from torch.utils.checkpoint import checkpoint
+
+    q, k, v = tensors(64, (4, 2), 16)
+    d_out, d_lse = torch.randn_like(q), torch.randn(4, 64)
+
+    def plain(*x):
+        return moba_triton(*x, block_size=16, top_k=2)
+
+    one = gradients(plain, q, k, v, d_out, d_lse)
+    two = gradients(lambda *x: checkpoint(plain, *x, use_reentrant=False), q, k, v, d_out, d_lse)
+    assert all(torch.equal(a, b) for a, b in zip(one, two))
+
+
+def test_operators_have_fake_versions():
+    """Shapes and dtypes without running: what torch.compile traces around the operators with."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    q, k, v = tensors(50, (4, 2), 16)
+    real = backend.triton_forward(q, k, v, bounds([0, 20, 50]), 16, 3, 0.25)
+    grads = backend.triton_backward(torch.ones_like(q), None, q, k, v, *real, bounds([0, 20, 50]), 16, 0.25)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fq, fk, fv, cu = (mode.from_tensor(x) for x in (q, k, v, bounds([0, 20, 50])))
+        fake = backend.triton_forward(fq, fk, fv, cu, 16, 3, 0.25)
+        fake_grads = backend.triton_backward(fq, None, fq, fk, fv, *fake, cu, 16, 0.25)
+    for a, b in zip((*real, *grads), (*fake, *fake_grads), strict=True):
+        assert a.shape == b.shape and a.dtype == b.dtype
+
+
+def test_empty_pack():
+    """No tokens at all: empty outputs and gradients, no launch."""
+    q, k, v = tensors(0, (4, 2), 16)
+    out, _, d_q, d_k, _ = gradients(
+        lambda *x: moba_triton(*x, block_size=16, top_k=2, cu_seqlens=bounds([0, 0])), q, k, v, q, torch.zeros(4, 0)
+    )
+    assert out.shape == d_q.shape == (0, 4, 16) and d_k.shape == (0, 2, 16)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"top_k": 65}, "top_k=65"),
+        ({"softmax_scale": -1.0}, "softmax_scale"),
+        ({"cu_seqlens_k": torch.tensor([0, 32], dtype=torch.int32)}, "cu_seqlens_k"),
+        ({"dtype": torch.float64}, "float64"),
+        ({"head_dim": 12}, "head size 12"),
+    ],
+)
+def test_says_what_it_cannot_do(change, message):
+    """Every refusal names the argument and a backend that can."""
+    options = {"block_size": 16, "top_k": 2, **change}
+    q, k, v = tensors(32, (2, 1), options.pop("head_dim", 16), options.pop("dtype", torch.float32))
+    with pytest.raises(BackendUnavailable, match=message) as error:
+        moba_triton(q, k, v, **options)
+    assert "torch" in str(error.value)
+
+
+def test_workspace_groups():
+    """Groups are as large as the budget allows, of even size, and never empty."""
+    assert kv_heads_at_once(8, 100, 10_000) == 8
+    assert kv_heads_at_once(8, 100, 350) == 3
+    assert kv_heads_at_once(8, 100, 1) == 1
+    assert kv_heads_at_once(8, 100, 799) == 4

@@ -1,0 +1,174 @@
+"""The fused Triton kernels on a GPU, in half precision, against dense attention in float64 over the same blocks.
+
+What the interpreter cannot show: tensor cores and their operand layouts, bfloat16, races, host synchronisation, offsets
+past 2**31.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="the triton backend needs triton")
+
+from moba.backends import triton_attention as backend
+from moba.backends.triton_attention import moba_triton
+from moba.backends.triton_lists import build_layout
+from moba.backends.triton_routing import select_blocks
+from moba.routing import route
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+STRESS_SECONDS = 60
+
+
+def tensors(num_tokens, heads, head_dim, dtype=torch.bfloat16, seed=0):
+    """q, k, v and a cotangent of the output."""
+    generator = torch.Generator(device="cuda").manual_seed(seed)
+    shapes = [(num_tokens, h, head_dim) for h in (heads[0], heads[1], heads[1], heads[0])]
+    return [torch.randn(s, generator=generator, device="cuda", dtype=dtype) for s in shapes]
+
+
+def bounds(values):
+    return None if values is None else torch.tensor(values, dtype=torch.int32, device="cuda")
+
+
+def run(q, k, v, d_out, **options):
+    """[out, lse, dq, dk, dv]"""
+    inputs = [x.detach().clone().requires_grad_() for x in (q, k, v)]
+    out, lse = moba_triton(*inputs, **options)
+    return [out, lse, *torch.autograd.grad(out, inputs, d_out)]
+
+
+def dense(q, k, v, d_out, selection, layout):
+    """The same in float64 by a dense mask that allows the selected blocks [T, H, K]."""
+    q, k, v = (x.double().requires_grad_() for x in (q, k, v))
+    group = q.shape[1] // k.shape[1]
+    own = layout.own_block_T.long()
+    picked = torch.zeros(*selection.shape[:2], layout.num_blocks + 1, dtype=torch.bool, device="cuda")
+    picked.scatter_(2, torch.where(selection < 0, layout.num_blocks, selection).long(), True)
+    token = torch.arange(q.shape[0], device="cuda")
+    mask = picked[:, :, own].transpose(0, 1) & (token[None, :] <= token[:, None])
+    scores = torch.einsum("thd,shd->hts", q, k.repeat_interleave(group, 1)) * q.shape[-1] ** -0.5
+    scores = scores.masked_fill(~mask, float("-inf"))
+    out = torch.einsum("hts,shd->thd", scores.softmax(-1), v.repeat_interleave(group, 1))
+    return [out, scores.logsumexp(-1), *torch.autograd.grad(out, (q, k, v), d_out.double())]
+
+
+def check(num_tokens, heads, head_dim, block_size, top_k, documents=None, dtype=torch.bfloat16, seed=0):
+    """Asserts relative errors below 1 % (bfloat16 rounding is 0.2-0.4 %), and equal bits when repeated."""
+    q, k, v, d_out = tensors(num_tokens, heads, head_dim, dtype, seed)
+    options = {"block_size": block_size, "top_k": top_k, "cu_seqlens": bounds(documents)}
+    got = run(q, k, v, d_out, **options)
+    assert all(torch.equal(a, b) for a, b in zip(got, run(q, k, v, d_out, **options))), "not repeatable"
+    layout = build_layout(options["cu_seqlens"], num_tokens, block_size, q.device)
+    selection = select_blocks(q, k, layout, block_size, top_k)
+    want = dense(q, k, v, d_out, selection, layout)
+    for name, a, b in zip(("out", "lse", "dq", "dk", "dv"), got, want):
+        error = ((a.double() - b).norm() / b.norm()).item()
+        assert error < 1e-2, f"{name}: relative error {error:.1e}"
+    mine = torch.where(selection >= 0, selection - layout.first_block_T[:, None, None], -1).sort(-1).values
+    theirs = route(q, k, **options).transpose(0, 1)
+    assert (mine != theirs).any(-1).float().mean() < 1e-3, "selections differ by more than near-ties"
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        (1500, (8, 2), 128, 128, 4),
+        (1536, (4, 4), 64, 128, 3),
+        (1800, (8, 2), 128, 512, 2),
+        (1900, (4, 1), 96, 100, 5),
+        (1111, (4, 2), 256, 64, 4),
+        (1300, (4, 2), 256, 200, 3),
+        (1800, (8, 2), 128, 130, 3, [0, 5, 5, 700, 1000, 1001, 1500, 1800]),
+        (2048, (8, 8), 128, 32, 64),
+        (2000, (4, 2), 128, 128, 1),
+        (1024, (8, 2), 128, 16, 8, None, torch.float16),
+    ],
+    ids=str,
+)
+def test_matches_dense_attention(case):
+    """Every head size, both kernel families, packs, float16 and k from 1 to 64."""
+    check(*case)
+
+
+def test_small_workspace_changes_nothing(monkeypatch):
+    """Working through the heads one at a time gives the same bits as all at once."""
+    q, k, v, d_out = tensors(1000, (8, 4), 128)
+    one = run(q, k, v, d_out, block_size=64, top_k=3)
+    monkeypatch.setattr(backend, "WORKSPACE_BYTES", 1)
+    assert all(torch.equal(a, b) for a, b in zip(one, run(q, k, v, d_out, block_size=64, top_k=3)))
+
+
+@pytest.mark.parametrize("block_size", [64, 512])
+def test_never_waits_for_the_device(block_size):
+    """No host synchronisation in forward or backward, after the kernels are compiled."""
+    q, k, v, d_out = tensors(2000, (8, 2), 128)
+    options = {"block_size": block_size, "top_k": 3, "cu_seqlens": bounds([0, 700, 700, 2000])}
+    run(q, k, v, d_out, **options)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run(q, k, v, d_out, **options)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_compiles_around_the_operators():
+    """torch.compile traces a function that calls the backend, forward and backward, without a graph break."""
+    q, k, v, d_out = tensors(512, (4, 2), 64)
+
+    def loss(q, k, v):
+        return (moba_triton(q * 2, k, v, block_size=64, top_k=2)[0] * d_out).float().sum()
+
+    results = []
+    for function in (loss, torch.compile(loss, fullgraph=True)):
+        inputs = [x.detach().clone().requires_grad_() for x in (q, k, v)]
+        results.append(torch.autograd.grad(function(*inputs), inputs))
+    for a, b in zip(*results):
+        assert (a.double() - b.double()).norm() / a.double().norm() < 1e-2
+
+
+def test_offsets_past_32_bits():
+    """q of more than 2**31 elements: its last queries must match the same tokens computed as a short sequence.
+
+    With top_k = 1 attention is block-local, so the tail of the long sequence equals the tail alone.
+    """
+    if torch.cuda.get_device_properties(0).total_memory < 60 << 30:
+        pytest.skip("needs 60 GiB of device memory")
+    num_tokens, tail = (1 << 31) // (32 * 128) + 4096, 1024
+    q, k, v, _ = tensors(num_tokens, (32, 1), 128)
+    with torch.no_grad():
+        out, lse = moba_triton(q, k, v, block_size=256, top_k=1)
+        want, want_lse = moba_triton(q[-tail:], k[-tail:], v[-tail:], block_size=256, top_k=1)
+    assert q.numel() > 1 << 31
+    assert torch.equal(out[-tail:], want) and torch.equal(lse[:, -tail:], want_lse)
+
+
+@pytest.mark.timeout(STRESS_SECONDS + 240)
+def test_random_shapes():
+    """A minute of random packs, heads, blocks and k: whatever nobody thought of."""
+    rng = random.Random(torch.initial_seed())
+    deadline = time.monotonic() + STRESS_SECONDS
+    while time.monotonic() < deadline:
+        cuts = sorted(rng.randint(0, 1200) for _ in range(rng.randint(0, 6)))
+        documents = [0, *cuts, 1200 + rng.randint(1, 400)]
+        num_kv_heads = rng.choice([1, 2, 3])
+        case = (
+            documents[-1],
+            (num_kv_heads * rng.choice([1, 2, 4]), num_kv_heads),
+            rng.choice([64, 96, 128]),
+            rng.choice([16, 17, 64, 100, 128, 129, 256, 1000]),
+            rng.choice([1, 2, 3, 8, 20]),
+            documents,
+        )
+        try:
+            check(*case, seed=rng.randint(0, 999))
+        except AssertionError as error:
+            raise AssertionError(f"{case}: {error}") from error
