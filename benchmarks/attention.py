@@ -1,0 +1,372 @@
+"""Times MoBA attention against dense attention on one GPU: checks first, then a table, a json file and a figure.
+
+    python benchmarks/attention.py                      # all rows, some minutes on an H100
+    python benchmarks/attention.py --rows 64K --out /tmp/results
+
+What is measured: `triton` and `flash` (the backends of moba), `cudnn` and `fa2` (torch's dense attention). Forward,
+forward+backward, the triton backend's routing (means, gate, top-k, lists) and the peak of allocated memory, inputs
+included. Batch 1, bfloat16, random normal inputs drawn afresh for every row, all in one process. Each time is the
+median over repeats that are queued without waiting, so that launches overlap with the work as they do in training; the
+inputs of every row exceed the L2 cache.
+
+TFLOP/s count attended pairs only: 4 * pairs * H * D forward, three times that with the backward (moba.flops); routing
+counts as time but not as work. Ratios are dense cuDNN's time over the row's, forward+backward, in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import statistics
+import subprocess
+import sys
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from moba.flops import attended_pairs, attention_flops  # noqa: E402
+from moba.reference import reference_attention  # noqa: E402
+from moba.spec import AttentionSpec  # noqa: E402
+
+K = 1024
+TIME_BUDGET_MS = 400.0
+SECONDS_LONG = 2.5
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table."""
+
+    name: str
+    num_tokens: int
+    block_size: int
+    top_k: int
+    asked: float | None = None
+    """Ratio to dense cuDNN that the design aims at."""
+    heads: tuple[int, int] = (32, 8)
+    head_dim: int = 128
+    dense: tuple[str, ...] = ("cudnn", "fa2")
+    flash: bool = True
+    backward: bool = True
+    skewed: bool = False
+    """A few blocks attract most queries, as attention sinks do."""
+    lengths: tuple[int, ...] | None = None
+    """Lengths of packed documents."""
+
+
+def document_lengths(total: int, shortest: int, longest: int, seed: int) -> tuple[int, ...]:
+    """Random document lengths that fill a pack of `total` tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = []
+    while sum(lengths) < total:
+        length = int(torch.randint(shortest, longest + 1, (1,), generator=generator))
+        lengths.append(min(length, total - sum(lengths)))
+    return tuple(lengths)
+
+
+ROWS = [
+    Row("8K 128x8", 8 * K, 128, 8, asked=1.3),
+    Row("16K 128x8", 16 * K, 128, 8),
+    Row("32K 128x8", 32 * K, 128, 8, asked=6),
+    Row("64K 128x8", 64 * K, 128, 8, asked=12),
+    Row("64K 128x8 skewed", 64 * K, 128, 8, dense=("cudnn",), flash=False, skewed=True),
+    Row("128K 128x8", 128 * K, 128, 8, dense=("cudnn",), flash=False),
+    Row("256K 128x8", 256 * K, 128, 8, asked=36, dense=("cudnn",), flash=False),
+    Row("512K 128x8", 512 * K, 128, 8, asked=55, dense=("cudnn",), flash=False),
+    Row("64K 512x3", 64 * K, 512, 3, asked=10, dense=("cudnn",)),
+    Row("64K 512x3 skewed", 64 * K, 512, 3, dense=("cudnn",), flash=False, skewed=True),
+    Row("64K 2048x3", 64 * K, 2048, 3, asked=3.5, dense=("cudnn",)),
+    Row("128K 4096x12", 128 * K, 4096, 12, asked=1, dense=("cudnn",), flash=False),
+    Row("64K 128x8 16/16 d64", 64 * K, 128, 8, asked=12, heads=(16, 16), head_dim=64, dense=("cudnn",)),
+    Row("32K pack 512x3", 32 * K, 512, 3, asked=1, dense=("varlen",), lengths=document_lengths(32 * K, K, 4 * K, 0)),
+    # Its ratio is to four times the dense forward at 512K.
+    Row("1M 4096x12 forward", 1024 * K, 4096, 12, asked=8, dense=(), flash=False, backward=False),
+]
+
+
+@dataclass
+class Result:
+    """Measurements of one implementation on one row; times in ms, None where not measured."""
+
+    row: str
+    implementation: str
+    forward_ms: float | None = None
+    total_ms: float | None = None
+    routing_ms: float | None = None
+    peak_gib: float | None = None
+    tflops: float | None = None
+    ratio_to_cudnn: float | None = None
+    error: str | None = None
+    notes: dict = field(default_factory=dict)
+
+
+# -------------------- implementations
+
+
+def moba(backend: str, row: Row, q, k, v):
+    if backend == "triton":
+        from moba.backends.triton_attention import moba_triton as function
+    else:
+        from moba.backends.flash import moba_flash as function
+    return function(q, k, v, block_size=row.block_size, top_k=row.top_k, cu_seqlens=bounds(row))[0]
+
+
+def dense(backend: SDPBackend, row: Row, q, k, v):
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    with sdpa_kernel([backend]):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)[0].transpose(0, 1)
+
+
+def varlen(row: Row, q, k, v):
+    from moba.backends.varlen import varlen_attention
+
+    cu = bounds(row)
+    return varlen_attention(q, k, v, cu, cu, max(row.lengths), max(row.lengths))
+
+
+IMPLEMENTATIONS = {
+    "triton": functools.partial(moba, "triton"),
+    "flash": functools.partial(moba, "flash"),
+    "cudnn": functools.partial(dense, SDPBackend.CUDNN_ATTENTION),
+    "fa2": functools.partial(dense, SDPBackend.FLASH_ATTENTION),
+    "varlen": varlen,
+}
+
+
+@functools.cache
+def bounds(row: Row) -> torch.Tensor | None:
+    """Document bounds on the device, made once: making them per call would wait for the host."""
+    if row.lengths is None:
+        return None
+    return torch.tensor([0, *row.lengths]).cumsum(0).to("cuda", torch.int32)
+
+
+def inputs(row: Row, seed: int) -> list[torch.Tensor]:
+    """q, k, v and a cotangent of the output."""
+    generator = torch.Generator(device="cuda").manual_seed(seed)
+    shapes = [(row.num_tokens, h, row.head_dim) for h in (row.heads[0], row.heads[1], row.heads[1], row.heads[0])]
+    q, k, v, d_out = (torch.randn(s, generator=generator, device="cuda", dtype=torch.bfloat16) for s in shapes)
+    if row.skewed:
+        direction = torch.randn(row.head_dim, generator=generator, device="cuda", dtype=torch.bfloat16)
+        q += 0.2 * direction
+        for block in (0, 7, row.num_tokens // row.block_size // 3):
+            k[block * row.block_size : (block + 1) * row.block_size] += 0.3 * direction
+    return [q, k, v, d_out]
+
+
+# -------------------- measuring
+
+
+def median_ms(function) -> float:
+    """Median time of a call in steady state: after one warm-up, repeats by time, queued back to back.
+
+    A call of several seconds is its own warm-up, and is timed once.
+    """
+    for attempt in range(2):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        function()
+        end.record()
+        torch.cuda.synchronize()
+        once = start.elapsed_time(end)
+        if once > SECONDS_LONG * 1e3 or (attempt == 1 and once > TIME_BUDGET_MS):
+            return once
+    repeats = max(3, min(50, int(TIME_BUDGET_MS / once)))
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+    events[0].record()
+    for event in events[1:]:
+        function()
+        event.record()
+    torch.cuda.synchronize()
+    return statistics.median(a.elapsed_time(b) for a, b in pairwise(events))
+
+
+def measure(row: Row, implementation: str, seed: int) -> Result:
+    """One row of one implementation. An implementation that cannot do it, or runs out of memory, is reported as
+    such."""
+    result = Result(row.name, implementation)
+    torch.cuda.empty_cache()
+    try:
+        _measure_into(result, row, IMPLEMENTATIONS[implementation], seed)
+    except (ValueError, RuntimeError) as error:  # an out-of-memory error is a RuntimeError
+        result.error = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
+    return result
+
+
+def _measure_into(result: Result, row: Row, function, seed: int) -> None:
+    q, k, v, d_out = inputs(row, seed)
+    with torch.no_grad():
+        result.forward_ms = median_ms(lambda: function(row, q, k, v))
+    if result.implementation == "triton":
+        result.routing_ms = median_ms(lambda: routing(row, q, k))
+        result.notes["picks of the most popular block"] = popularity(row, q, k)
+    for x in (q, k, v):
+        x.requires_grad_(row.backward)
+
+    def both():
+        return torch.autograd.grad(function(row, q, k, v), (q, k, v), d_out)
+
+    torch.cuda.reset_peak_memory_stats()
+    if row.backward:
+        result.total_ms = median_ms(both)
+    else:
+        function(row, q, k, v)
+    result.peak_gib = torch.cuda.max_memory_allocated() / 2**30
+    kind = "moba" if result.implementation in ("triton", "flash") else "full"
+    spec = AttentionSpec(kind, row.block_size, row.top_k)
+    pairs = attended_pairs(spec, row.lengths or [row.num_tokens])
+    flops = attention_flops(pairs, row.heads[0], row.head_dim, backward=row.backward)
+    result.tflops = flops / (result.total_ms if row.backward else result.forward_ms) / 1e9
+
+
+def routing(row: Row, q, k):
+    """The triton backend's way from q and k to its lists."""
+    from moba.backends.triton_lists import build_layout, build_lists
+    from moba.backends.triton_routing import select_blocks
+
+    layout = build_layout(bounds(row), row.num_tokens, row.block_size, q.device)
+    selection = select_blocks(q, k, layout, row.block_size, row.top_k)
+    return build_lists(selection, layout.num_blocks, k.shape[1])
+
+
+def popularity(row: Row, q, k) -> float:
+    """Share of a key/value head's queries that pick its most popular block, the largest over heads."""
+    lengths = routing(row, q, k).list_start.diff(dim=1)
+    return lengths.max().item() / (row.num_tokens * row.heads[0] // row.heads[1])
+
+
+def check() -> None:
+    """Compares outputs and gradients of the triton backend with the float64 definition; raises if they are off."""
+    for block_size, top_k, head_dim in ((128, 4, 128), (128, 4, 64), (256, 3, 128)):
+        row = Row("check", 1300, block_size, top_k, heads=(4, 2), head_dim=head_dim)
+        q, k, v, d_out = inputs(row, seed=block_size)
+        results = []
+        for function, dtype in ((functools.partial(moba, "triton", row), None), (None, torch.float64)):
+            x = [y.to(dtype or y.dtype).clone().requires_grad_() for y in (q, k, v)]
+            out = function(*x) if function else reference_attention(*x, block_size=block_size, top_k=top_k)
+            results.append([out, *torch.autograd.grad(out, x, d_out.to(out))])
+        errors = [((a.double() - b).norm() / b.norm()).item() for a, b in zip(*results)]
+        print(f"check {block_size}x{top_k} d{head_dim}: relative errors", " ".join(f"{e:.1e}" for e in errors))
+        if not max(errors) < 1e-2:
+            raise SystemExit("the triton backend disagrees with the reference: not timing it")
+
+
+# -------------------- reporting
+
+
+def ceilings() -> dict:
+    """What this card reaches: bfloat16 matrix product in TFLOP/s, device copy in GB/s (read + write)."""
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    source = torch.randn(1 << 29, device="cuda")
+    target = torch.empty_like(source)
+    return {
+        "matmul_tflops": 2 * 8192**3 / median_ms(lambda: a @ b) / 1e9,
+        "copy_gb_per_s": 2 * source.numel() * 4 / median_ms(lambda: target.copy_(source)) / 1e6,
+    }
+
+
+def add_ratios(results: list[Result]) -> None:
+    """Fills ratio_to_cudnn: of a row's own dense time; for the forward at 1M of four times that at 512K."""
+    total = {r.row: r.total_ms for r in results if r.implementation in ("cudnn", "varlen")}
+    forward = {r.row: r.forward_ms for r in results if r.implementation == "cudnn"}
+    for r in results:
+        if total.get(r.row) and r.total_ms:
+            r.ratio_to_cudnn = total[r.row] / r.total_ms
+        elif r.row.startswith("1M") and forward.get("512K 128x8") and r.forward_ms:
+            r.ratio_to_cudnn = 4 * forward["512K 128x8"] / r.forward_ms
+
+
+def format_line(r: Result) -> str:
+    def number(x, digits=2):
+        return "-" if x is None else f"{x:.{digits}f}"
+
+    asked = next((row.asked for row in ROWS if row.name == r.row and r.implementation == "triton"), None)
+    cells = (number(r.forward_ms), number(r.total_ms), number(r.routing_ms), number(r.peak_gib, 1), number(r.tflops, 0))
+    ratios = f"{number(r.ratio_to_cudnn):>7}x {number(asked, 1):>6}"
+    return f"{r.row:22s} {r.implementation:8s}" + "".join(f"{c:>10s}" for c in cells) + f" {ratios}  {r.error or ''}"
+
+
+HEADER = (
+    f"{'row':22s} {'':8s}" + "".join(f"{c:>10s}" for c in ("fwd ms", "total ms", "route ms", "peak GiB", "TFLOP/s"))
+) + f" {'ratio':>8} {'asked':>6}"
+
+
+def draw(results: list[Result], path: Path) -> None:
+    """Forward+backward time over length, for the 128x8 rows."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    lengths = {row.name: row.num_tokens for row in ROWS if row.name.endswith("K 128x8")}
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    for implementation in ("triton", "flash", "cudnn", "fa2"):
+        points = [
+            (lengths[r.row], r.total_ms)
+            for r in results
+            if r.implementation == implementation and r.row in lengths and r.total_ms
+        ]
+        if points:
+            axes.loglog(*zip(*sorted(points)), marker="o", label=implementation)
+    axes.set(xlabel="tokens", ylabel="forward + backward, ms", title="block 128, top-k 8, 32/8 heads, d 128, bf16")
+    axes.set_xscale("log", base=2)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=140)
+
+
+def commit() -> str | None:
+    done = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return done.stdout.strip() or None
+
+
+def write(results: list[Result], environment: dict, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    body = {**environment, "results": [asdict(r) for r in results]}
+    (folder / "attention.json").write_text(json.dumps(body, indent=1) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", default="", help="only rows whose name contains this")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder for json and figure")
+    parser.add_argument("--commit", default=commit(), help="recorded in the json; default: git's HEAD")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("benchmarks/attention.py needs a CUDA device")
+    import triton
+
+    check()
+    environment = {
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "commit": arguments.commit,
+        "command": " ".join(["python", *sys.argv]),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "convention": __doc__.split("\n\n", 2)[2],
+        "ceilings": ceilings(),
+    }
+    print(json.dumps({k: v for k, v in environment.items() if k != "convention"}))
+    print(HEADER)
+    results: list[Result] = []
+    for i, row in enumerate(row for row in ROWS if arguments.rows in row.name):
+        for implementation in (*row.dense, *(["flash"] if row.flash else []), "triton"):
+            results.append(measure(row, implementation, seed=i))
+            add_ratios(results)
+            print(format_line(results[-1]), flush=True)
+            write(results, environment, arguments.out)
+    draw(results, arguments.out / "attention.png")
+
+
+if __name__ == "__main__":
+    main()
