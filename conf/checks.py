@@ -102,6 +102,7 @@ def _check_data(config: RunConfig, problems: Problems) -> None:
     if data.validation is not None:
         _check_source("data.validation", data.validation, problems)
     _at_least("data.num_workers", data.num_workers, 0, problems)
+    _at_least("data.interleave", data.interleave, 1, problems)
 
 
 def _check_source(key: str, source: SourceConfig, problems: Problems) -> None:

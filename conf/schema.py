@@ -103,6 +103,9 @@ class DataConfig:
     """Held-out documents for the per-position loss; null = no evaluation."""
     cache_dir: str = "~/.cache/moba-train"
     """Where tokenised copies of raw text are kept (token shards, keyed by content and tokenizer)."""
+    interleave: int = 16
+    """Documents longer than the context that are read side by side, so that a step's sequences come from different
+    ones."""
     num_workers: int = 0
     """Processes for tokenising raw text; 0 = in this one."""
     seed: int | None = None

@@ -20,10 +20,14 @@ STATE_VERSION = 1
 class Loader:
     """Batches from weighted sources. Call set_stage before the first step."""
 
-    def __init__(self, sources: dict[str, Source], *, seed: int, rank: int = 0, world_size: int = 1):
+    def __init__(
+        self, sources: dict[str, Source], *, seed: int, rank: int = 0, world_size: int = 1, interleave: int = 1
+    ):
+        """interleave: long documents that are read side by side (data.interleave)."""
         assert sources and 0 <= rank < world_size, (len(sources), rank, world_size)
         self._sources, self.seed, self._rank, self._world_size = dict(sources), seed, rank, world_size
         self._mixture = Mixture({name: source.lengths for name, source in sources.items()}, seed)
+        self._interleave = interleave
         self._pieces: list[Window] = []  # drawn, not trained on; lives in the packer while there is one
         self._packer: Packer | None = None
         self._num_packs = self._packs_per_micro = 0
@@ -48,7 +52,10 @@ class Loader:
         """
         check_batch(seq_len, batch_tokens, micro_tokens, self._world_size)
         self._mixture.set_mix(mix)
-        self._packer = Packer(seq_len, self._mixture.draw, self._drop_packer())
+        # No more than there are: a document is not read twice at the same time.
+        num_long = sum(int((self._sources[name].lengths > seq_len).sum()) for name, share in mix.items() if share > 0)
+        interleave = max(1, min(self._interleave, num_long))
+        self._packer = Packer(seq_len, self._mixture.draw, self._drop_packer(), interleave)
         self._num_packs, self._packs_per_micro = batch_tokens // seq_len, micro_tokens // seq_len
 
     def next_step(self) -> list[Batch]:
@@ -99,7 +106,7 @@ class Loader:
         self._mixture.draws, self._mixture.counts = state["draws"], dict(state["counts"])
         self._pieces = [Window(*piece) for piece in state["pieces"]]
         if self._packer is not None:
-            self._packer = Packer(self._packer.seq_len, self._mixture.draw, self._pieces)
+            self._packer = Packer(self._packer.seq_len, self._mixture.draw, self._pieces, self._packer.interleave)
 
     def _drop_packer(self) -> list[Window]:
         return self._pieces if self._packer is None else self._packer.pieces

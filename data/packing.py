@@ -2,15 +2,16 @@
 
 A document of n tokens has n - 1 inputs, each labelled with the token after it. A window is a run of inputs of one
 document that is attended within itself; its positions count from 0. A document longer than L gives windows that each
-fill a pack, at once. What is left of it, and short documents, fill the open pack in order; a piece that does not fit is
-cut at the pack's end, and its rest opens the next pack as a window of its own. So every pack is full, and every input
-is used exactly once.
+fill a pack. What is left of it, and short documents, fill the open pack in order; a piece that does not fit is cut at
+the pack's end, and its rest opens the next pack as a window of its own. So every pack is full, and every input is used
+exactly once.
 
 Shapes: T inputs in a batch, N windows in it.
 """
 
 from __future__ import annotations
 
+import zlib
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -59,32 +60,46 @@ class Batch:
 class Packer:
     """Turns a stream of whole documents into packs of `seq_len` inputs.
 
-    draw() gives the next document as a Window over all its inputs. Between packs the packer's only state is `pieces`,
-    what was drawn and not yet put into a pack; a new packer, of any seq_len, given these pieces goes on without losing
-    or repeating an input.
+    draw() gives the next document as a Window over all its inputs. Up to `interleave` documents of at least seq_len
+    inputs are read side by side, a window of one of them at a time, so that the packs of a step do not all come from
+    one book. Between packs the packer's only state is `pieces`, what was drawn and not yet put into a pack; a new
+    packer, of any seq_len, given these pieces goes on without losing or repeating an input.
     """
 
-    def __init__(self, seq_len: int, draw: Callable[[], Window], pieces: Sequence[Window] = ()):
-        self.seq_len, self._draw = seq_len, draw
-        self._waiting = deque(pieces)
+    def __init__(self, seq_len: int, draw: Callable[[], Window], pieces: Sequence[Window] = (), interleave: int = 1):
+        assert seq_len >= 1 and interleave >= 1, (seq_len, interleave)
+        self.seq_len, self.interleave, self._draw = seq_len, interleave, draw
+        self._long = [piece for piece in pieces if piece.length >= seq_len]
+        self._short = deque(piece for piece in pieces if piece.length < seq_len)
         self._open: list[Window] = []
         self._free = seq_len  # inputs that the open pack still takes
 
     @property
     def pieces(self) -> list[Window]:
-        """Windows drawn but not in a pack yet, in the order they are to be packed."""
-        return self._open + list(self._waiting)
+        """Windows drawn but not in a pack yet."""
+        return [*self._open, *self._short, *self._long]
 
     def next_pack(self) -> list[Window]:
         """The windows of the next pack; their lengths sum to seq_len."""
-        while True:
-            piece = self._waiting.popleft() if self._waiting else self._draw()
+        while self._short or len(self._long) < self.interleave:
+            piece = self._short.popleft() if self._short else self._draw()
             if piece.length >= self.seq_len:
-                head, rest = _cut(piece, self.seq_len)
-                self._waiting.extendleft([rest] if rest.length else [])
-                return [head]
-            if piece.length > 0 and (pack := self._add(piece)):
+                self._long.append(piece)
+            elif piece.length > 0 and (pack := self._add(piece)):
                 return pack
+        place = self._choose()
+        head, rest = _cut(self._long[place], self.seq_len)
+        if rest.length >= self.seq_len:
+            self._long[place] = rest
+        else:
+            del self._long[place]
+            self._short.append(rest)
+        return [head]
+
+    def _choose(self) -> int:
+        """Which long document gives the next window: a hash of where they all stand, so that it needs no state, and
+        documents that were begun together do not end together."""
+        return zlib.crc32(repr([tuple(piece) for piece in self._long]).encode()) % len(self._long)
 
     def _add(self, piece: Window) -> list[Window] | None:
         """Put a piece shorter than a pack into the open one; the open pack if that fills it."""

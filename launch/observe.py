@@ -25,17 +25,18 @@ FIGURES = "figures"
 
 
 class HeldOutEvaluator:
-    """The loss by position on held-out documents, at the stage's length and with its attention (train.loop.Evaluator)."""
+    """The loss by position on held-out documents, at the stage's length and with its attention: a
+    train.loop.Evaluator."""
 
     def __init__(self, source: Source, config: RunConfig, schedule: Schedule, world: World):
-        """Looks the documents of every length up now, so that a length nobody reaches is known before training: DataError."""
+        """Finds the documents of every length now: a length that none reaches is a DataError before training."""
         self._world, self._folder = world, Path(config.run.dir) / CURVES
         self._length = config.eval.seq_len
         lengths = {self._length or stage.seq_len for stage in schedule.stages}
         self._documents = {length: held_out_documents(source, length, config.eval.documents) for length in lengths}
 
     def __call__(self, engine: Any, stage: Stage, tokens: int) -> tuple[PositionCurve, dict[str, float]]:
-        """The curve, and routing scalars of the first document; rank 0 also writes both beside the run's other curves."""
+        """The curve, and routing scalars of the first document; rank 0 also writes them into the run directory."""
         length = self._length or stage.seq_len
         with record_routing(engine.module) as routing:
             found = evaluate(

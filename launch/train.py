@@ -1,7 +1,7 @@
 """Trains: `torchrun launch/train.py +exp=quickstart`, or with plain python for one process.
 
-The same command again continues from the newest checkpoint of its run directory. In order: read the configuration, print the
-plan, start the processes, open the data, build the trainer, train.
+The same command again continues from the newest checkpoint of its run directory. In order: read the configuration,
+print the plan, start the processes, open the data, build the trainer, train.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from data.errors import DataError  # noqa: E402
 from data.sources import open_sources, open_validation  # noqa: E402
 from data.tokenizer import load_tokenizer  # noqa: E402
 from launch.config import detect_hardware, load, run_command  # noqa: E402
-from launch.observe import HeldOutEvaluator, draw_figures  # noqa: E402
+from launch.observe import FIGURES, HeldOutEvaluator, draw_figures  # noqa: E402
 from train import checkpoint, distributed  # noqa: E402
 from train.guards import NonFiniteError, RunLocked, lock_run  # noqa: E402
 from train.loop import Observers, Trainer  # noqa: E402
@@ -56,9 +56,7 @@ def main(overrides: list[str]) -> None:
             print(plan, flush=True)
         if _is_finished(config, run_dir):
             if launched.rank == 0:
-                print(
-                    f"\n{run_dir} is finished. Another budget or experiment needs another run.dir (or init.source={run_dir})"
-                )
+                print(f"\n{run_dir} is finished. To go on from its weights: another run.dir with init.source={run_dir}")
             return
         _train(config, vocab_size, plan)
     except MISTAKES as error:
@@ -75,8 +73,8 @@ def _refuse_another_trajectory(config: RunConfig, run_dir: Path) -> None:
     if differences:
         raise ConfigError(
             [
-                f"{run_dir} holds a run that this configuration would change; choose another run.dir, go back to its settings, or "
-                "say run.allow_changes=true. It differs in:",
+                f"{run_dir} holds a run that this configuration would change. Choose another run.dir, go back to its "
+                "settings, or say run.allow_changes=true. It differs in:",
                 *differences,
             ]
         )
@@ -146,8 +144,8 @@ def _watch(observers: Observers, config: RunConfig, run_dir: Path, tracker: Trac
             )
         elif kind == "eval":
             progress.say(
-                f"held out at {record['tokens']:,} tokens: loss {record['loss']:.4f}, trailing {record['trailing_loss']:.4f} "
-                f"({record['documents']} documents of {record['eval_seq_len']} tokens)"
+                f"held out at {record['tokens']:,} tokens: loss {_figure(record['loss'])}, trailing "
+                f"{_figure(record['trailing_loss'])} ({record['documents']} documents of {record['eval_seq_len']} tokens)"
             )
         tracker.log(record)
 
@@ -162,11 +160,16 @@ def _watch(observers: Observers, config: RunConfig, run_dir: Path, tracker: Trac
     observers.curve.append(send_curve)
 
 
+def _figure(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4f}"
+
+
 def _say_goodbye(finished: bool, preemption, run_dir: Path, trainer: Trainer, progress: Progress) -> None:
     progress.close()
     if finished:
         print(
-            f"finished: {trainer.tokens:,} tokens. Figures and curves are in {run_dir}; checkpoint {trainer.last_checkpoint}"
+            f"finished: {trainer.tokens:,} tokens. Figures are in {run_dir / FIGURES}, the model is in "
+            f"{trainer.last_checkpoint}"
         )
     else:
         print(

@@ -1,7 +1,7 @@
 """What one layer's attention is: full or MoBA, and with which blocks. Pure data, no tensors.
 
-A model holds one AttentionSpec per layer (its "plan"). Because MoBA has no parameters, replacing the plan switches a model
-between full and sparse attention without touching a weight.
+A model holds one AttentionSpec per layer (its "plan"). Because MoBA has no parameters, replacing the plan switches a
+model between full and sparse attention without touching a weight.
 """
 
 from __future__ import annotations

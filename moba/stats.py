@@ -75,7 +75,7 @@ def record_routing(model: nn.Module) -> Iterator[list[dict[str, Tensor]]]:
 
 
 def mean_stats(recorded: list[dict[str, Tensor]]) -> dict[str, float]:
-    """Each scalar's mean over layers, on the host; NaN (no picks) is left out, and so is a scalar without any number."""
+    """Each scalar's mean over layers, on the host, without NaN (no picks); one without any number is left out."""
     means = {}
     for name in recorded[0] if recorded else ():
         value = torch.stack([stats[name] for stats in recorded]).nanmean().item()

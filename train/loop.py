@@ -1,8 +1,9 @@
 """The one training loop: a staged run from its first token, or from a checkpoint, to its last.
 
-`Trainer.fit` is the run, to be read top to bottom. Everything that decides the trajectory happens in it or in `train_step`; what is
-handed in from outside (evaluation, figures, wandb, the progress bar) only observes. Progress is counted in tokens, so the state of a
-run is: weights and moments (engine), tokens and steps, the loader's position, the loss sums by position, and the random state.
+`Trainer.fit` is the run, to be read top to bottom. Everything that decides the trajectory happens in it or in
+`train_step`; what is handed in from outside (evaluation, figures, wandb, the progress bar) only observes. Progress is
+counted in tokens, so the state of a run is: weights and moments (engine), tokens and steps, the loader's position, the
+loss sums by position, and the random state.
 
 Host synchronisations: one a log interval in `_log`, besides those of DeepSpeed's step (train/step.py).
 """
@@ -72,9 +73,10 @@ class Trainer:
         *,
         config_yaml: str,
     ):
-        """Builds model, engine and loader, and takes up the newest checkpoint of `config.run.dir` or of `config.init.source`.
+        """Builds model, engine and loader, and takes up the newest checkpoint of `run.dir`, else `init.source`.
 
-        `config_yaml` goes into every checkpoint. Raises CheckpointError, DataError or ValueError for what a user can put right.
+        `config_yaml` goes into every checkpoint. Raises CheckpointError, DataError or ValueError for what a user can
+        put right.
         """
         self.config, self.schedule, self.world, self.observers = config, schedule, world, observers
         self.run_dir = Path(config.run.dir)
@@ -91,7 +93,13 @@ class Trainer:
         model.set_rope(first.rope)
         self.engine = build_engine(model, config, world)
         self.model = self.engine.module
-        self.loader = Loader(sources, seed=config.data.seed, rank=world.rank, world_size=world.world_size)
+        self.loader = Loader(
+            sources,
+            seed=config.data.seed,
+            rank=world.rank,
+            world_size=world.world_size,
+            interleave=config.data.interleave,
+        )
         self.guard = NonFiniteGuard(config.optim.max_bad_steps)
         self.metrics = MetricsLog(self.run_dir / FILE_NAME if world.is_main else None)
         name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else None
@@ -101,7 +109,7 @@ class Trainer:
         self._reset_interval()
         self._start()
 
-    # ------------------------------------------------------------------------------------------------ the run
+    # -------------------- the run
 
     def fit(self, preemption: PreemptionFlag) -> bool:
         """Trains until the schedule ends (returns True) or a signal asked to stop (returns False, saved)."""
@@ -131,7 +139,8 @@ class Trainer:
             if evaluation_due:
                 self._evaluate(stage)
             if ends:
-                self._finish_stage(stage)
+                with self.throughput.paused():
+                    self._finish_stage(stage)
             if checkpoint_due and not result.stop:
                 self._save(stage, ends)
             if result.stop and self.tokens < self.schedule.total_tokens:
@@ -139,7 +148,7 @@ class Trainer:
         return True
 
     def _enter(self, stage: Stage) -> Stage:
-        """Makes `stage` the one in force. The only things that change: attention plan, RoPE, length, batch and data mix."""
+        """Makes `stage` the one in force. All that changes: attention plan, RoPE, length, batch and data mix."""
         if stage is self.stage:
             return stage
         self.model.set_attention(stage.attention)
@@ -182,7 +191,7 @@ class Trainer:
         """True if the step that just ended crossed a multiple of `every` tokens (0 = never)."""
         return every > 0 and self.tokens // every > (self.tokens - stage.batch_tokens) // every
 
-    # ------------------------------------------------------------------------------------------------ watching
+    # -------------------- watching
 
     def _reset_interval(self) -> None:
         """Starts a log interval; the position sums of the interval are reset where they are read."""
@@ -263,7 +272,7 @@ class Trainer:
             for observer in self.observers.record:
                 observer(record)
 
-    # ------------------------------------------------------------------------------------------------ saving and resuming
+    # -------------------- saving and resuming
 
     def _save(self, stage: Stage, ends: bool) -> None:
         """Saves a checkpoint here; all ranks together."""

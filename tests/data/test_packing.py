@@ -1,6 +1,7 @@
 """Packing against a second implementation that moves single tokens, and the shape of a batch."""
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -30,10 +31,10 @@ def naive_packs(num_inputs, seq_len):
     return packs, current
 
 
-def drain(num_inputs, seq_len, pieces=()):
+def drain(num_inputs, seq_len, pieces=(), interleave=1):
     """All packs the packer makes of these documents, and the pieces left; as the naive packer gives them."""
     stream = iter([Window("s", d, 0, n) for d, n in enumerate(num_inputs)])
-    packer, packs = Packer(seq_len, lambda: next(stream), pieces), []
+    packer, packs = Packer(seq_len, lambda: next(stream), pieces, interleave), []
     try:
         while True:
             packs.append(packer.next_pack())
@@ -57,16 +58,16 @@ def test_packs_equal_a_naive_packer(num_inputs, seq_len):
 
 
 @settings(deadline=None, max_examples=100)
-@given(DOCUMENTS, st.integers(1, 20), st.integers(1, 20), st.integers(0, 8))
-def test_change_of_length_loses_nothing(num_inputs, first, second, packs_before):
+@given(DOCUMENTS, st.integers(1, 20), st.integers(1, 20), st.integers(0, 8), st.integers(1, 4))
+def test_change_of_length_loses_nothing(num_inputs, first, second, packs_before, interleave):
     """Catches pieces of the open pack or of a half-used document that are dropped or repeated when the length
     changes."""
     stream = iter([Window("s", d, 0, n) for d, n in enumerate(num_inputs)])
-    packer, seen, lengths = Packer(first, lambda: next(stream)), [], set()
+    packer, seen, lengths = Packer(first, lambda: next(stream), interleave=interleave), [], set()
     try:
         for _ in range(packs_before):
             seen += packer.next_pack()
-        packer = Packer(second, lambda: next(stream), packer.pieces)
+        packer = Packer(second, lambda: next(stream), packer.pieces, interleave)
         while True:
             pack = packer.next_pack()
             lengths.add(sum(w.length for w in pack))
@@ -78,17 +79,30 @@ def test_change_of_length_loses_nothing(num_inputs, first, second, packs_before)
     assert lengths <= {second}
 
 
-def test_a_packer_continued_at_the_same_length_is_the_same():
+@pytest.mark.parametrize("interleave", [1, 3])
+def test_a_packer_continued_at_the_same_length_is_the_same(interleave):
     """Catches a state that is not the whole state: handing the pieces over after every pack must change nothing."""
-    num_inputs = [5, 33, 2, 9, 40, 1, 7]
-    whole, rest = drain(num_inputs, 8)
+    num_inputs = [5, 33, 2, 9, 40, 1, 7, 50, 3, 28]
+    whole, rest = drain(num_inputs, 8, interleave=interleave)
     stream = iter([Window("s", d, 0, n) for d, n in enumerate(num_inputs)])
     pieces, packs = [], []
     for _ in whole:
-        packer = Packer(8, lambda: next(stream), pieces)
+        packer = Packer(8, lambda: next(stream), pieces, interleave)
         packs.append([spelt(w) for w in packer.next_pack()])
         pieces = packer.pieces
     assert packs == whole and pieces and pieces == rest[: len(pieces)]
+
+
+def test_long_documents_are_read_side_by_side():
+    """Catches an interleave that is not one: a step's packs out of one book, or windows of a book out of order."""
+    packs, _ = drain([400] * 12, 10, interleave=4)
+    sources = [pack[0][0][0] for pack in packs]
+    assert all(len(set(sources[i : i + 32])) >= 3 for i in range(0, 256, 32))
+    alone, _ = drain([400] * 12, 10)
+    assert [pack[0][0][0] for pack in alone[:32]] == [0] * 32  # what it is there to avoid
+    for document in set(sources):
+        offsets = [pack[0][0][1] for pack in packs if pack[0][0][0] == document]
+        assert offsets == sorted(offsets)
 
 
 def test_batch_by_hand():
