@@ -145,7 +145,7 @@ def _watch(observers: Observers, config: RunConfig, run_dir: Path, tracker: Trac
         elif kind == "eval":
             progress.say(
                 f"held out at {record['tokens']:,} tokens: loss {_figure(record['loss'])}, trailing "
-                f"{_figure(record['trailing_loss'])} ({record['documents']} documents of {record['eval_seq_len']} tokens)"
+                f"{_figure(record['trailing_loss'])} ({record['documents']} documents of {record['eval_seq_len']})"
             )
         tracker.log(record)
 
