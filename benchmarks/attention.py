@@ -204,6 +204,8 @@ def measure(row: Row, implementation: str, seed: int) -> Result:
 
 def _measure_into(result: Result, row: Row, function, seed: int) -> None:
     q, k, v, d_out = inputs(row, seed)
+    if result.implementation in ("triton", "flash"):
+        warm_up(row, function, q, k, v, d_out)
     with torch.no_grad():
         result.forward_ms = median_ms(lambda: function(row, q, k, v))
     if result.implementation == "triton":
@@ -226,6 +228,14 @@ def _measure_into(result: Result, row: Row, function, seed: int) -> None:
     pairs = attended_pairs(spec, row.lengths or [row.num_tokens])
     flops = attention_flops(pairs, row.heads[0], row.head_dim, backward=row.backward)
     result.tflops = flops / (result.total_ms if row.backward else result.forward_ms) / 1e9
+
+
+def warm_up(row: Row, function, q, k, v, d_out) -> None:
+    """One forward and backward: compiles what this row needs, which must not count as time."""
+    x = [y.detach().requires_grad_(row.backward) for y in (q, k, v)]
+    out = function(row, *x)
+    if row.backward:
+        torch.autograd.grad(out, x, d_out)
 
 
 def routing(row: Row, q, k):

@@ -64,9 +64,9 @@ def _backward_short(inputs, gradients, layout, lists, block_size, softmax_scale,
         backward_short_kernel[(items.max_items, count)](
             *inputs, lists.rows, lists.list_start, items.item_start, items.split_start, items.item_block,
             layout.start_M, layout.length_M, partial, gradients[1], gradients[2], splits,
-            first, lists.num_blocks, items.max_items, items.max_splits, lists.region, block_size,
+            first, lists.num_blocks, items.max_items, items.item_rows, items.max_splits, lists.region, block_size,
             softmax_scale, softmax_scale * LOG2_E, **shape,
-            ROWS=tile.rows, KEYS=tile.keys, ITEM_ROWS=items.item_rows, EXACT=block_size == tile.keys,
+            ROWS=tile.rows, KEYS=tile.keys, EXACT=block_size == tile.keys,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
         _reduce_kv(gradients, splits, items, layout, first, count, block_size, softmax_scale, shape)
@@ -90,9 +90,10 @@ def _backward_long(inputs, gradients, layout, lists, block_size, softmax_scale, 
         backward_kv_kernel[(items.max_items * key_tiles, count)](
             *inputs, lists.rows, lists.list_start, items.item_start, items.split_start, items.item_block,
             layout.start_M, layout.length_M, gradients[1], gradients[2], splits,
-            first, lists.num_blocks, items.max_items, items.max_splits, lists.region, block_size, key_tiles,
+            first, lists.num_blocks, items.max_items, items.item_rows, items.max_splits, lists.region, block_size,
+            key_tiles,
             softmax_scale, softmax_scale * LOG2_E, **shape,
-            ROWS=tile.rows, KEYS=tile.keys, ITEM_ROWS=items.item_rows, EXACT=block_size % tile.keys == 0,
+            ROWS=tile.rows, KEYS=tile.keys, EXACT=block_size % tile.keys == 0,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
         _reduce_kv(gradients, splits, items, layout, first, count, block_size, softmax_scale, shape)
@@ -106,8 +107,9 @@ def _backward_long(inputs, gradients, layout, lists, block_size, softmax_scale, 
         count = min(heads_at_once, num_kv_heads - first)
         backward_q_kernel[(items.max_items, count)](
             *inputs, lists.rows, lists.list_start, items.item_start, items.item_block,
-            layout.start_M, layout.length_M, partial, first, lists.num_blocks, items.max_items, lists.region,
-            softmax_scale * LOG2_E, **shape, ROWS=tile.rows, KEYS=tile.keys, ITEM_ROWS=items.item_rows,
+            layout.start_M, layout.length_M, partial, first, lists.num_blocks, items.max_items, items.item_rows,
+            lists.region,
+            softmax_scale * LOG2_E, **shape, ROWS=tile.rows, KEYS=tile.keys,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
         _merge_q(gradients[0], partial, lists, first, count, softmax_scale, shape)
@@ -121,7 +123,7 @@ def _long_item_rows(tile: Tile, lists: Lists, block_size: int, num_kv_heads: int
     pieces of at least 32 rows per key, which keeps the float32 partial sums under a quarter of the memory that the
     partial dQ take.
     """
-    programs_at_once = 132
+    programs_at_once = 132  # multiprocessors of an H100; only the order of magnitude matters
     top_k = lists.region // group_rows
     even_share = group_rows * top_k * num_kv_heads * triton.cdiv(block_size, tile.keys) / programs_at_once
     whole = group_rows if 3 * group_rows < even_share else 32 * block_size
@@ -181,19 +183,21 @@ def prepare_kernel(
     tl.store(row_lse + row, log_sum * 1.4426950408889634, mask=inside)
 
 
-@triton.jit(do_not_specialize=["first_kv_head", "num_blocks", "max_items", "max_splits", "region", "block_size"])
+@triton.jit(
+    do_not_specialize=["first_kv_head", "num_blocks", "max_items", "item_rows", "max_splits", "region", "block_size"]
+)
 def backward_short_kernel(
     q, k, v, d_out, row_lse, row_delta, rows, list_start, item_start, split_start, item_block,
     block_start, block_length, partial, d_k, d_v, splits,
-    first_kv_head, num_blocks, max_items, max_splits, region, block_size, scale, scale_log2,
+    first_kv_head, num_blocks, max_items, item_rows, max_splits, region, block_size, scale, scale_log2,
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, ITEM_ROWS: tl.constexpr, EXACT: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """One program: one work item against a block of one key tile; dK and dV stay on chip, partial dQ go to the
     slots."""
     kv_head = first_kv_head + tl.program_id(1)
     block, list_begin, begin, end = load_item(
-        tl.program_id(0), kv_head, item_start, item_block, list_start, num_blocks, max_items, ITEM_ROWS
+        tl.program_id(0), kv_head, item_start, item_block, list_start, num_blocks, max_items, item_rows
     )
     if begin < end:
         start, length = tl.load(block_start + block), tl.load(block_length + block)
@@ -279,14 +283,23 @@ def _store_kv(
 
 
 @triton.jit(
-    do_not_specialize=["first_kv_head", "num_blocks", "max_items", "max_splits", "region", "block_size", "key_tiles"]
+    do_not_specialize=[
+        "first_kv_head",
+        "num_blocks",
+        "max_items",
+        "item_rows",
+        "max_splits",
+        "region",
+        "block_size",
+        "key_tiles",
+    ]
 )
 def backward_kv_kernel(
     q, k, v, d_out, row_lse, row_delta, rows, list_start, item_start, split_start, item_block,
     block_start, block_length, d_k, d_v, splits,
-    first_kv_head, num_blocks, max_items, max_splits, region, block_size, key_tiles, scale, scale_log2,
+    first_kv_head, num_blocks, max_items, item_rows, max_splits, region, block_size, key_tiles, scale, scale_log2,
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, ITEM_ROWS: tl.constexpr, EXACT: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """One program: one work item against one key tile of its (long) block. Key tiles of an item run side by side and
     so share their gathers of q and dO through the L2 cache."""
@@ -294,7 +307,7 @@ def backward_kv_kernel(
     first_key = tl.program_id(0) % key_tiles * KEYS
     kv_head = first_kv_head + tl.program_id(1)
     block, list_begin, begin, end = load_item(
-        item, kv_head, item_start, item_block, list_start, num_blocks, max_items, ITEM_ROWS
+        item, kv_head, item_start, item_block, list_start, num_blocks, max_items, item_rows
     )
     start, length = tl.load(block_start + block), tl.load(block_length + block)
     if (begin < end) & (first_key < length):
@@ -356,17 +369,17 @@ def reduce_kv_kernel(
         store_rows(d_v + kv_head * HEAD_DIM, start + key, d_value, key < length, stride, HEAD_DIM, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=["first_kv_head", "num_blocks", "max_items", "region"])
+@triton.jit(do_not_specialize=["first_kv_head", "num_blocks", "max_items", "item_rows", "region"])
 def backward_q_kernel(
     q, k, v, d_out, row_lse, row_delta, rows, list_start, item_start, item_block, block_start, block_length,
-    partial, first_kv_head, num_blocks, max_items, region, scale_log2,
+    partial, first_kv_head, num_blocks, max_items, item_rows, region, scale_log2,
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, ITEM_ROWS: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """One program: the partial dQ of ROWS rows of one list, from all keys of its (long) block."""
     kv_head = first_kv_head + tl.program_id(1)
     block, _list_begin, begin, end = load_item(
-        tl.program_id(0), kv_head, item_start, item_block, list_start, num_blocks, max_items, ITEM_ROWS
+        tl.program_id(0), kv_head, item_start, item_block, list_start, num_blocks, max_items, item_rows
     )
     if begin < end:
         start, length = tl.load(block_start + block), tl.load(block_length + block)

@@ -48,8 +48,9 @@ def attention_forward(
         count = min(heads_at_once, num_kv_heads - first)
         kernel[(items.max_items, count)](
             q, k, v, lists.rows, lists.list_start, items.item_start, items.item_block, layout.start_M, layout.length_M,
-            partial, partial_lse, first, lists.num_blocks, items.max_items, lists.region, softmax_scale * LOG2_E,
-            **constants, ROWS=tile.rows, KEYS=tile.keys, ITEM_ROWS=items.item_rows, EXACT=block_size % tile.keys == 0,
+            partial, partial_lse, first, lists.num_blocks, items.max_items, items.item_rows, lists.region,
+            softmax_scale * LOG2_E,
+            **constants, ROWS=tile.rows, KEYS=tile.keys, EXACT=block_size % tile.keys == 0,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
         merge_rows = 32 if head_dim <= 128 else 16
@@ -69,17 +70,17 @@ def kv_heads_at_once(num_kv_heads: int, bytes_per_head: int, workspace_bytes: in
     return triton.cdiv(num_kv_heads, num_groups)
 
 
-@triton.jit(do_not_specialize=["first_kv_head", "num_blocks", "max_items", "region"])
+@triton.jit(do_not_specialize=["first_kv_head", "num_blocks", "max_items", "item_rows", "region"])
 def forward_short_kernel(
     q, k, v, rows, list_start, item_start, item_block, block_start, block_length,
-    partial, partial_lse, first_kv_head, num_blocks, max_items, region, scale_log2,
+    partial, partial_lse, first_kv_head, num_blocks, max_items, item_rows, region, scale_log2,
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, ITEM_ROWS: tl.constexpr, EXACT: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """One program: one work item, that is up to ITEM_ROWS rows against one block whose keys fit in one tile."""
+    """One program: one work item, that is up to item_rows rows against one block whose keys fit in one tile."""
     kv_head = first_kv_head + tl.program_id(1)
     block, list_begin, begin, end = load_item(
-        tl.program_id(0), kv_head, item_start, item_block, list_start, num_blocks, max_items, ITEM_ROWS
+        tl.program_id(0), kv_head, item_start, item_block, list_start, num_blocks, max_items, item_rows
     )
     if begin < end:
         start, length = tl.load(block_start + block), tl.load(block_length + block)
@@ -129,17 +130,17 @@ def _forward_short_tile(
     tl.store(partial_lse + slot, top + tl.log2(total), mask=inside)
 
 
-@triton.jit(do_not_specialize=["first_kv_head", "num_blocks", "max_items", "region"])
+@triton.jit(do_not_specialize=["first_kv_head", "num_blocks", "max_items", "item_rows", "region"])
 def forward_long_kernel(
     q, k, v, rows, list_start, item_start, item_block, block_start, block_length,
-    partial, partial_lse, first_kv_head, num_blocks, max_items, region, scale_log2,
+    partial, partial_lse, first_kv_head, num_blocks, max_items, item_rows, region, scale_log2,
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, ITEM_ROWS: tl.constexpr, EXACT: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """One program: ROWS rows of one list against all keys of its block, KEYS at a time."""
     kv_head = first_kv_head + tl.program_id(1)
     block, _list_begin, begin, end = load_item(
-        tl.program_id(0), kv_head, item_start, item_block, list_start, num_blocks, max_items, ITEM_ROWS
+        tl.program_id(0), kv_head, item_start, item_block, list_start, num_blocks, max_items, item_rows
     )
     if begin < end:
         start, length = tl.load(block_start + block), tl.load(block_length + block)

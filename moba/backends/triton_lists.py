@@ -318,7 +318,7 @@ def fill_items_kernel(item_start, item_block, num_blocks, max_items, TILE: tl.co
 
 
 @triton.jit
-def load_item(item, kv_head, item_start, item_block, list_start, num_blocks, max_items, ITEM_ROWS: tl.constexpr):
+def load_item(item, kv_head, item_start, item_block, list_start, num_blocks, max_items, item_rows):
     """(block, first slot of its list, the item's first slot, one past its last); an empty stretch if there is no such
     item."""
     lists = kv_head * (num_blocks + 1)
@@ -326,8 +326,8 @@ def load_item(item, kv_head, item_start, item_block, list_start, num_blocks, max
     block = tl.load(item_block + kv_head.to(tl.int64) * max_items + item, mask=exists, other=0)
     list_begin = tl.load(list_start + lists + block)
     list_end = tl.load(list_start + lists + block + 1)
-    begin = list_begin + (item - tl.load(item_start + lists + block)) * ITEM_ROWS
-    end = tl.minimum(begin + ITEM_ROWS, list_end)
+    begin = list_begin + (item - tl.load(item_start + lists + block)) * item_rows
+    end = tl.minimum(begin + item_rows, list_end)
     return block, list_begin, begin, tl.where(exists, end, begin)
 
 
