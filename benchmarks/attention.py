@@ -1,7 +1,7 @@
 """Times MoBA attention against dense attention on one GPU: checks first, then a table, a json file and a figure.
 
     python benchmarks/attention.py                      # all rows, some minutes on an H100
-    python benchmarks/attention.py --rows 64K --out /tmp/results
+    python benchmarks/attention.py --rows 64K --out results
 
 What is measured: `triton` and `flash` (the backends of moba), `cudnn` and `fa2` (torch's dense attention). Forward,
 forward+backward, the triton backend's routing (means, gate, top-k, lists) and the peak of allocated memory, inputs
