@@ -221,7 +221,7 @@ def test_run_command(capsys):
     assert capsys.readouterr() == ("", "")
     assert run_command(seen.append, ["--multirun"], "usage: x") == 2 and "--multirun" in capsys.readouterr().err
     assert run_command(seen.append, ["+exp=quickstart", "--cfg", "job"], "usage: x") == 0
-    assert yaml.safe_load(capsys.readouterr().out)["schedule"]["tokens"] == "400K"
+    assert yaml.safe_load(capsys.readouterr().out)["schedule"]["tokens"] == "300K"
     assert run_command(seen.append, ["--help"], "usage: x") == 0
     assert capsys.readouterr().out == help_text("usage: x") + "\n" and len(seen) == 1
 
