@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from conf.hardware import Hardware
 from conf.numbers import format_count, format_length, format_tokens
-from conf.schema import LRConfig, RopeConfig, RunConfig
+from conf.schema import LRConfig, RopeConfig, RunConfig, SourceConfig
 from moba.spec import AttentionSpec
 from train.schedule import Stage
 from train.sizes import head_dim, num_kv_heads
@@ -17,7 +17,9 @@ def describe_layers(attention: tuple[AttentionSpec, ...]) -> str:
     layers: dict[str, list[int]] = {}
     for index, spec in enumerate(attention):
         layers.setdefault(str(spec), []).append(index)
-    return ", ".join(f"{name} (layers {_ranges(indices)})" for name, indices in layers.items())
+    return ", ".join(
+        f"{name} ({'layer' if len(indices) == 1 else 'layers'} {_ranges(indices)})" for name, indices in layers.items()
+    )
 
 
 def _ranges(indices: list[int]) -> str:
@@ -34,13 +36,17 @@ def _ranges(indices: list[int]) -> str:
 def describe_model(config: RunConfig) -> str:
     """The decoder's shape and options."""
     model = config.model
-    extras = [name for name in ("tie_embeddings", "qkv_bias", "qk_norm") if getattr(model, name)]
-    if model.activation_checkpointing:
-        extras.append("activation checkpointing")
+    options = {
+        "tied embeddings": model.tie_embeddings,
+        "biases on q, k, v": model.qkv_bias,
+        "QK-norm": model.qk_norm,
+        "activation checkpointing": model.activation_checkpointing,
+        "torch.compile": model.compile,
+    }
     return (
         f"{model.name}: {model.num_layers} layers of {model.hidden_size}, {model.num_heads} heads of {head_dim(model)}"
         f" ({num_kv_heads(model)} for keys and values), SwiGLU of {model.ffn_size}"
-        + "".join(f", {extra.replace('_', ' ')}" for extra in extras)
+        + "".join(f", {name}" for name, is_on in options.items() if is_on)
     )
 
 
@@ -97,17 +103,26 @@ def describe_engine(config: RunConfig, hardware: Hardware) -> str:
 def describe_data(
     config: RunConfig, stages: tuple[Stage, ...], documents: Mapping[str, tuple[int, int]]
 ) -> tuple[str, ...]:
-    """Each source with the tokens drawn from it; `documents` gives (documents, tokens) where known, for the epochs."""
+    """Each source with the tokens drawn from it, and the held-out documents; `documents` gives (documents, tokens) where
+    known, for the epochs."""
     lines = []
     for name, source in config.data.sources.items():
         wanted = sum(stage.tokens * stage.mix.get(name, 0.0) for stage in stages)
-        where = source.path or f"hub data set {source.name}" + (f" ({source.subset})" if source.subset else "")
-        line = f"{name}: {where}, trained on {format_count(wanted)} tokens"
+        line = f"{name}: {_where(source)}, {format_count(wanted)} tokens to train on"
         if name in documents:
             count, tokens = documents[name]
             line += f" = {wanted / max(tokens, 1):.3g} epochs of {count:,} documents, {format_count(tokens)} tokens"
         lines.append(line)
+    if config.data.validation is not None:
+        lines.append(f"held out: {_where(config.data.validation)}, up to {config.eval.documents} documents")
     return tuple(lines)
+
+
+def _where(source: SourceConfig) -> str:
+    """Where a source's documents come from."""
+    if source.path == "embedded":
+        return "the shipped books"
+    return source.path or f"hub data set {source.name}" + (f" ({source.subset})" if source.subset else "")
 
 
 def describe_outputs(config: RunConfig) -> tuple[str, ...]:

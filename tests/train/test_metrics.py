@@ -24,7 +24,7 @@ def stage(name="sparse", index=0, start=0):
 def test_describe_plan_names_every_kind_of_layer():
     """Catches a layer-wise hybrid that is logged as if all layers were alike."""
     assert describe_plan((MOBA, MOBA)) == "moba 4x2"
-    assert describe_plan((MOBA, MOBA, FULL)) == "moba 4x2 (layers 0-1), full (layers 2)"
+    assert describe_plan((MOBA, MOBA, FULL)) == "moba 4x2 (layers 0-1), full (layer 2)"
 
 
 @settings(deadline=None, max_examples=50)

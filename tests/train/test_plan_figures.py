@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from conf.hardware import Hardware
-from conf.schema import DeepSpeedConfig, ModelConfig
+from conf.schema import DeepSpeedConfig, ModelConfig, SourceConfig
 from conf.validate import freeze
 from moba.spec import AttentionSpec
 from train.describe import describe_layers
@@ -81,7 +81,18 @@ def test_layers_are_named():
     """Catches an off-by-one in the ranges of layers."""
     moba, full = AttentionSpec("moba", 512, 3), AttentionSpec("full")
     assert describe_layers((moba,) * 4 + (full,) * 2) == "moba 512x3 (layers 0-3), full (layers 4-5)"
-    assert describe_layers((moba, full, moba, moba)) == "moba 512x3 (layers 0, 2-3), full (layers 1)"
+    assert describe_layers((moba, full, moba, moba)) == "moba 512x3 (layers 0, 2-3), full (layer 1)"
+
+
+def test_options_and_held_out_set_are_in_words():
+    """Catches a key's name where words belong, and a run that is evaluated on books its user never asked for."""
+    config = config_of()
+    model = replace(config.model, qk_norm=True, qkv_bias=True)
+    data = replace(config.data, validation=SourceConfig(path="embedded"))
+    text = " ".join(make_plan(replace(config, model=model, data=data), 384).text().split())
+    assert "SwiGLU of 96, tied embeddings, biases on q, k, v, QK-norm" in text
+    assert "held out: the shipped books, up to 16 documents" in text
+    assert "held out" not in make_plan(config, 384).text()
 
 
 def memory_of(stage: int, world_size: int, bf16: bool = True, **engine):
