@@ -18,8 +18,9 @@ import torch
 
 from moba.checks import check_blocks, check_documents, check_tensors
 
-# Work sizes of one chunk. The elements bound memory (64 MiB of float32); the limit on queries keeps the range of
-# blocks that a chunk can see narrow, so that causal and packed batches do not score every query against every block.
+# Work sizes of one chunk. The elements, of scores or of float32 queries, bound memory (64 MiB). On the CPU the limit on
+# queries keeps the range of blocks that a chunk can see narrow, so that causal and packed batches do not score every
+# query against every block. On a GPU, which knows less of that range, each chunk costs some thirty launches.
 SCORE_ELEMENTS = 1 << 24
 MEAN_ELEMENTS = 1 << 24
 CHUNK_QUERIES = 4096
@@ -155,13 +156,15 @@ def layout_means(k: torch.Tensor, layout: BlockLayout) -> torch.Tensor:
 @torch.no_grad()
 def select_blocks(q: torch.Tensor, means_MGD: torch.Tensor, layout: BlockLayout, top_k: int) -> torch.Tensor:
     """`route` from means that are at hand: int32 [H, T, K]. Means of incomplete blocks are never used."""
-    num_queries, num_heads, _ = q.shape
+    num_queries, num_heads, head_dim = q.shape
     selection_HTK = torch.full((num_heads, num_queries, top_k), -1, dtype=torch.int32, device=q.device)
     first_block_T = layout.query_first_block_T
     selection_HTK[:, :, -1] = layout.query_block_T - first_block_T
     if top_k == 1:
         return selection_HTK
-    step = max(1, min(CHUNK_QUERIES, SCORE_ELEMENTS // (num_heads * layout.num_blocks)))
+    step = max(1, SCORE_ELEMENTS // (num_heads * max(layout.num_blocks, head_dim)))
+    if q.device.type == "cpu":
+        step = min(step, CHUNK_QUERIES)
     for start in range(0, num_queries, step):
         stop = min(start + step, num_queries)
         low, high = layout.candidates(start, stop)
