@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moba.attention import attention
@@ -23,8 +24,9 @@ __all__ = ["KVCache", "LayerCache", "MoBAAttention", "RMSNorm", "apply_rope"]
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in x's dtype.
 
-    The quotient is computed in float32 and rounded to x's dtype before the weight is applied: bit for bit what Hugging
-    Face's Llama models do, whose weights are read and written here.
+    The quotient is computed in float32 and rounded to x's dtype before the weight is applied, as in Hugging Face's
+    Llama models, whose weights are read and written here: bit for bit on the CPU; CUDA's fused kernel sums the squares
+    in another order.
     """
 
     def __init__(self, size: int, eps: float = 1e-5):
@@ -33,19 +35,41 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        x32 = x.float()
-        normed = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * normed.to(x.dtype)
+        return self.weight * F.rms_norm(x, self.weight.shape, None, self.eps)
 
 
 def apply_rope(x_THD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
     """x with each pair (i, i + D/2) of every head rotated by the token's angle i: [T, H, D] in x's dtype.
 
-    cos and sin hold the D/2 angles twice, [T, D] (Hugging Face's "rotate half" convention).
+    cos and sin hold the D/2 angles twice, [T, D] (Hugging Face's "rotate half" convention), and get no gradient. With
+    float32 angles the arithmetic is float32, and only the result is rounded to x's dtype.
     """
-    first, second = x_THD.chunk(2, dim=-1)
-    quarter_turn = torch.cat([-second, first], dim=-1)
-    return (x_THD * cos_TD[:, None] + quarter_turn * sin_TD[:, None]).to(x_THD.dtype)
+    return _Rotation.apply(x_THD, cos_TD, sin_TD)
+
+
+class _Rotation(torch.autograd.Function):
+    """The gradient of a rotation is the rotation back: as few passes over memory as forward, where autograd would take
+    three times as many."""
+
+    @staticmethod
+    def forward(ctx, x_THD, cos_TD, sin_TD):
+        ctx.save_for_backward(cos_TD, sin_TD)
+        return _rotate(x_THD, cos_TD, sin_TD)
+
+    @staticmethod
+    def backward(ctx, grad_THD):
+        cos_TD, sin_TD = ctx.saved_tensors
+        return _rotate(grad_THD, cos_TD, -sin_TD), None, None
+
+
+def _rotate(x_THD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
+    half = x_THD.shape[-1] // 2
+    first, second = x_THD[..., :half], x_THD[..., half:]
+    sin_T1D = sin_TD[:, None, :half]
+    out_THD = x_THD * cos_TD[:, None]
+    out_THD[..., :half].addcmul_(second, sin_T1D, value=-1)
+    out_THD[..., half:].addcmul_(first, sin_T1D)
+    return out_THD.to(x_THD.dtype)
 
 
 class MoBAAttention(nn.Module):
@@ -87,17 +111,25 @@ class MoBAAttention(nn.Module):
         i, and cos, sin are those of the positions where it continues. Gradients repeat bit for bit if torch's
         deterministic algorithms are switched on.
         """
+        out_THD = self.attend(*self.project(x_TC, cos_TD, sin_TD), cu_seqlens, cache)
+        return self.o_proj(out_THD.flatten(1))
+
+    def project(self, x_TC: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q [T, H, D] and k, v [T, G, D], normed and rotated: a function of shapes alone, so it can be compiled."""
         q_THD = self.q_proj(x_TC).unflatten(-1, (-1, self.head_dim))
         k_TGD = self.k_proj(x_TC).unflatten(-1, (-1, self.head_dim))
         v_TGD = self.v_proj(x_TC).unflatten(-1, (-1, self.head_dim))
         if self.q_norm is not None:
             q_THD, k_TGD = self.q_norm(q_THD), self.k_norm(k_TGD)
-        q_THD, k_TGD = apply_rope(q_THD, cos_TD, sin_TD), apply_rope(k_TGD, cos_TD, sin_TD)
-        if self.observer is not None and cache is None:
-            self.observer(self, q_THD, k_TGD, cu_seqlens)
+        return apply_rope(q_THD, cos_TD, sin_TD), apply_rope(k_TGD, cos_TD, sin_TD), v_TGD
+
+    def attend(
+        self, q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, cu_seqlens: Tensor | None, cache: LayerCache | None = None
+    ) -> Tensor:
+        """[T, H, D]: attention as `spec` says; what depends on the documents, the spec or the cache happens here."""
         if cache is not None:
-            out_THD = cache.attend(q_THD, k_TGD, v_TGD, self.spec, cu_seqlens)
-        else:
-            deterministic = torch.are_deterministic_algorithms_enabled()
-            out_THD = attention(q_THD, k_TGD, v_TGD, self.spec, cu_seqlens=cu_seqlens, deterministic=deterministic)
-        return self.o_proj(out_THD.flatten(1))
+            return cache.attend(q_THD, k_TGD, v_TGD, self.spec, cu_seqlens)
+        if self.observer is not None:
+            self.observer(self, q_THD, k_TGD, cu_seqlens)
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        return attention(q_THD, k_TGD, v_TGD, self.spec, cu_seqlens=cu_seqlens, deterministic=deterministic)

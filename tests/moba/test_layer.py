@@ -87,6 +87,53 @@ def test_rms_norm_equals_transformers(dtype):
     assert torch.equal(ours(x), theirs(x)) and ours(x).dtype == dtype
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("shape", [(300, 768), (300, 12, 64)])
+def test_fused_rms_norm_rounds_where_transformers_does(shape):
+    """Catches a CUDA kernel that rounds at another place (a quarter of the elements would differ), or has no gradient
+    without a weight."""
+    ours, theirs = (norm(shape[-1], 1e-5).bfloat16().cuda() for norm in (RMSNorm, LlamaRMSNorm))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        ours.weight.copy_(torch.randn(shape[-1]))
+        theirs.weight.copy_(ours.weight)
+    x, upstream = ((torch.randn(shape) * 4).bfloat16().cuda() for _ in range(2))
+    outs, grads = [], []
+    for norm in (ours, theirs):
+        x_norm = x.clone().requires_grad_()
+        outs.append(norm(x_norm))
+        outs[-1].backward(upstream)
+        grads.append((x_norm.grad, norm.weight.grad))
+    assert (outs[0] != outs[1]).float().mean() < 1e-3
+    for got, want in [outs, *zip(*grads)]:
+        assert (got.float() - want.float()).norm() < 0.01 * want.float().norm()
+
+
+def definition_of_rope(x, cos, sin):
+    """Hugging Face's formula."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos[:, None] + torch.cat([-second, first], dim=-1) * sin[:, None]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_rope_equals_its_definition_and_so_does_its_gradient(dtype):
+    """Catches a wrong sign or half in either direction, and angles or products rounded to bf16 before the sum."""
+    angle_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    cos, sin = rope_of([70, 20], angle_dtype)
+    torch.manual_seed(0)
+    x, upstream = (torch.randn(90, 3, HEAD_DIM).to(dtype) for _ in range(2))
+    exact, x = x.double().requires_grad_(), x.requires_grad_()
+    want = definition_of_rope(exact, cos.double(), sin.double())
+    got = apply_rope(x, cos, sin)
+    got.backward(upstream)
+    want.backward(upstream.double())
+    assert got.dtype == x.grad.dtype == dtype and not torch.allclose(want, exact)
+    rounding = {torch.float64: 1e-15, torch.float32: 2**-24, torch.bfloat16: 2**-8}[dtype]  # half a unit of the result
+    for a, b in ((got, want), (x.grad, exact.grad)):
+        torch.testing.assert_close(a.double(), b, rtol=rounding, atol=1e-14 if dtype == torch.float64 else 1e-6)
+
+
 def test_rope_keeps_lengths_and_relative_angles():
     """Catches a rotation that is none, or that depends on more than the distance between two tokens."""
     q, k = torch.randn(2, 1, HEAD_DIM, dtype=torch.float64).unbind(0)
