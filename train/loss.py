@@ -1,8 +1,8 @@
 """Next-token cross-entropy that never holds the logits of all tokens.
 
 At 32K tokens and a vocabulary of 128K the float32 logits would take 17 GB. Here a tile of tokens has logits at a
-time: the forward pass keeps one log-sum-exp a token, the backward pass computes each tile's logits again. The result
-is one loss a token, so that the loss by position (train/position_loss.py) needs no second pass.
+time, in the forward pass and again in the backward pass, which keeps nothing of them between. The result is one loss
+a token, so that the loss by position (train/position_loss.py) needs no second pass.
 
 Shape suffixes: T tokens, C width of the residual stream, V rows of the output matrix.
 """
@@ -10,6 +10,7 @@ Shape suffixes: T tokens, C width of the residual stream, V rows of the output m
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from data.packing import IGNORED
@@ -41,37 +42,32 @@ class _TiledCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden_TC, weight_VC, labels_T, tile):
         wide = torch.promote_types(hidden_TC.dtype, torch.float32)
         loss_T = torch.zeros(labels_T.shape, dtype=wide, device=labels_T.device)
-        lse_T = torch.zeros_like(loss_T)
         with torch.autocast(hidden_TC.device.type, enabled=False):
             for rows in _tiles(labels_T, tile):
                 logits = _matmul_wide(hidden_TC[rows], weight_VC.t())
-                valid = labels_T[rows] != IGNORED
-                target = torch.where(valid, labels_T[rows], 0)[:, None]
-                picked = logits.gather(1, target).squeeze(1)
-                peak = logits.amax(1)
-                lse = logits.sub_(peak[:, None]).exp_().sum(1).log_().add_(peak)
-                lse_T[rows] = lse
-                loss_T[rows] = torch.where(valid, lse - picked, 0.0)
-        ctx.save_for_backward(hidden_TC, weight_VC, labels_T, lse_T)
+                loss_T[rows] = F.cross_entropy(logits, labels_T[rows], ignore_index=IGNORED, reduction="none")
+        ctx.save_for_backward(hidden_TC, weight_VC, labels_T)
         ctx.tile = tile
         return loss_T.float()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_T):
-        hidden_TC, weight_VC, labels_T, lse_T = ctx.saved_tensors
+        hidden_TC, weight_VC, labels_T = ctx.saved_tensors
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        wide = torch.promote_types(hidden_TC.dtype, torch.float32)
         grad_hidden = torch.zeros_like(hidden_TC) if needs_hidden else None
         # Float32 even for a bf16 weight: a sum over tiles in bf16 would lose the small terms.
-        grad_weight = torch.zeros_like(weight_VC, dtype=lse_T.dtype) if needs_weight else None
+        grad_weight = torch.zeros_like(weight_VC, dtype=wide) if needs_weight else None
         with torch.autocast(hidden_TC.device.type, enabled=False):
             for rows in _tiles(labels_T, ctx.tile):
                 valid = labels_T[rows] != IGNORED
                 target = torch.where(valid, labels_T[rows], 0)[:, None]
-                scale = torch.where(valid, grad_T[rows].to(lse_T.dtype), 0.0)[:, None]
-                dlogits = _matmul_wide(hidden_TC[rows], weight_VC.t()).sub_(lse_T[rows, None]).exp_()
-                dlogits.scatter_add_(1, target, dlogits.new_full((1, 1), -1.0).expand_as(target)).mul_(scale)
-                dlogits = dlogits.to(hidden_TC.dtype)
+                scale = torch.where(valid, grad_T[rows].to(wide), 0.0)[:, None]
+                dlogits = torch.softmax(_matmul_wide(hidden_TC[rows], weight_VC.t()), 1)
+                dlogits.scatter_add_(1, target, dlogits.new_full((1, 1), -1.0).expand_as(target))
+                # One pass scales and rounds.
+                dlogits = torch.mul(dlogits, scale, out=torch.empty_like(dlogits, dtype=hidden_TC.dtype))
                 if needs_hidden:
                     grad_hidden[rows] = torch.mm(dlogits, weight_VC)
                 if needs_weight:
