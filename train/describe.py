@@ -103,8 +103,10 @@ def describe_engine(config: RunConfig, hardware: Hardware) -> str:
 def describe_data(
     config: RunConfig, stages: tuple[Stage, ...], documents: Mapping[str, tuple[int, int]]
 ) -> tuple[str, ...]:
-    """Each source with the tokens drawn from it, and the held-out documents; `documents` gives (documents, tokens) where
-    known, for the epochs."""
+    """Each source with the tokens drawn from it, and the held-out documents.
+
+    `documents` gives (documents, tokens) of a source where known, for the epochs.
+    """
     lines = []
     for name, source in config.data.sources.items():
         wanted = sum(stage.tokens * stage.mix.get(name, 0.0) for stage in stages)
