@@ -75,14 +75,14 @@ def _states(parameters: int, engine: DeepSpeedConfig, bf16: bool, world_size: in
 def activation_bytes_per_token(model: ModelConfig, attention: tuple[AttentionSpec, ...], bf16: bool) -> int:
     """Bytes a token keeps for the backward pass, plus the working set of the layer being computed.
 
-    A layer keeps its input, both normed inputs (with float32 copies in bf16), rotated q and k, v, the attention's
-    output and four FFN-wide tensors. With checkpointing only its input, and one layer at a time all of that. Sparse
-    attention works on a gathered copy of each query and a partial output (float32) for each of its blocks.
+    A layer keeps the residual stream before each norm, both normed inputs before and after their weight, rotated q and
+    k, v, the attention's output and four FFN-wide tensors (compiled, fewer). With checkpointing only its input, and one
+    layer at a time all of that. Sparse attention works on a gathered copy of each query and a partial output (float32)
+    for each of its blocks.
     """
     width = 2 if bf16 else 4
     q_size, kv_size = model.num_heads * head_dim(model), num_kv_heads(model) * head_dim(model)
-    layer = width * (4 * model.hidden_size + 2 * q_size + 2 * kv_size + 4 * model.ffn_size)
-    layer += 2 * 4 * model.hidden_size if bf16 else 0
+    layer = width * (6 * model.hidden_size + 2 * q_size + 2 * kv_size + 4 * model.ffn_size)
     kept = model.num_layers * (width * model.hidden_size if model.activation_checkpointing else layer)
     blocks = max((spec.top_k for spec in attention if spec.kind == "moba"), default=1)
     working = layer + blocks * q_size * (width + 4)

@@ -9,6 +9,7 @@ Shape suffixes: T tokens of a pack, C hidden size, V vocabulary rows.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -42,7 +43,11 @@ class MLP(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Attention and MLP, each behind a norm and added to the residual stream."""
+    """Attention and MLP, each behind a norm and added to the residual stream.
+
+    With `compile`, what stands before attention and what stands after it are compiled; attention itself is not, since
+    it depends on the documents. So a change of spec, RoPE or number of documents compiles nothing.
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -59,11 +64,32 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = MLP(config.hidden_size, config.ffn_size)
 
+        self.compiled = config.compile
+
     def forward(
         self, x_TC: Tensor, cos_TD: Tensor, sin_TD: Tensor, cu_seqlens: Tensor, cache: LayerCache | None = None
     ) -> Tensor:
-        x_TC = x_TC + self.self_attn(self.input_layernorm(x_TC), cos_TD, sin_TD, cu_seqlens, cache)
-        return x_TC + self.mlp(self.post_attention_layernorm(x_TC))
+        before, after = (_compiled(f) if self.compiled else f for f in (_before_attention, _after_attention))
+        out_THD = self.self_attn.attend(*before(self, x_TC, cos_TD, sin_TD), cu_seqlens, cache)
+        return after(self, x_TC, out_THD)
+
+
+# Functions, not methods, so that each is compiled once for all layers, whose weights become its arguments.
+
+
+def _before_attention(layer: DecoderLayer, x_TC: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> tuple[Tensor, ...]:
+    return layer.self_attn.project(layer.input_layernorm(x_TC), cos_TD, sin_TD)
+
+
+def _after_attention(layer: DecoderLayer, x_TC: Tensor, out_THD: Tensor) -> Tensor:
+    x_TC = x_TC + layer.self_attn.o_proj(out_THD.flatten(1))
+    return x_TC + layer.mlp(layer.post_attention_layernorm(x_TC))
+
+
+@functools.cache
+def _compiled(function: Callable) -> Callable:
+    """The function, compiled at its first call, and again with a symbolic T when T first changes."""
+    return torch.compile(function)
 
 
 class Backbone(nn.Module):
@@ -119,9 +145,6 @@ class Decoder(nn.Module):
         self.model = Backbone(config, vocab_size)
         tied = self.model.embed_tokens.weight if config.tie_embeddings else None
         self.lm_head = OutputProjection(config.hidden_size, vocab_size, config.loss_tile, tied)
-        if config.compile:
-            for layer in self.model.layers:
-                layer.compile()
 
     @property
     def attention(self) -> tuple[AttentionSpec, ...]:

@@ -1,6 +1,7 @@
 """train/model.py against transformers' Llama, Qwen2 and Qwen3 on the same weights, and what a switch may not touch."""
 
 import copy
+import functools
 import math
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+import train.model
 from conf.schema import ModelConfig, RopeConfig
 from data.packing import IGNORED
 from moba.layer import KVCache
@@ -215,6 +217,60 @@ def test_activation_checkpointing_gives_the_same_bits(spec):
         assert len(calls) == (2 if recompute else 1)
         grads.append([losses, *(p.grad for p in model.parameters())])
     assert all(torch.equal(a, b) for a, b in zip(*grads))
+
+
+def losses_and_gradients(model, pack):
+    model.zero_grad()
+    losses = model(*pack)
+    losses.sum().backward()
+    return [losses.detach(), *(p.grad for p in model.parameters())]
+
+
+def test_compiled_layers_equal_eager_and_are_compiled_once(monkeypatch):
+    """Catches a graph broken by attention, and compiling again for a layer, document count, spec, RoPE, recomputation
+    or third length. Traced as for a GPU, but run by aot_eager: no compiler is needed."""
+    from torch._dynamo.utils import counters
+
+    compile_once = functools.cache(lambda function: torch.compile(function, backend="aot_eager"))
+    monkeypatch.setattr(train.model, "_compiled", compile_once)
+    torch._dynamo.reset()
+    counters.clear()
+    models = [make_model(num_layers=2, qk_norm=True, tie_embeddings=True, compile=c) for c in (False, True)]
+    moba, half = AttentionSpec("moba", block_size=8, top_k=2), RopeConfig(scaling="linear", factor=2.0)
+    for lengths, plan, rope, recompute, num_graphs in [
+        ([40, 24], [moba, moba], None, False, 2),
+        ([10, 0, 20, 34], [moba, FULL], half, True, 2),
+        ([61, 35], [moba, moba], None, True, 4),  # another length: T is symbolic from here on
+        ([17, 60], [FULL, FULL], half, False, 4),
+    ]:
+        results = []
+        for model in models:
+            model.set_attention(plan)
+            model.set_rope(rope)
+            model.model.activation_checkpointing = recompute
+            results.append(losses_and_gradients(model, make_pack(lengths)))
+        for eager, compiled in zip(*results):
+            torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5)
+        assert counters["stats"]["unique_graphs"] == num_graphs
+    assert not counters["graph_break"]
+    torch._dynamo.reset()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("spec", [FULL, AttentionSpec("moba", block_size=64, top_k=2)], ids=str)
+def test_compiled_kernels_equal_eager_on_a_gpu(spec):
+    """Catches kernels generated in bf16 that lose precision, forward or backward, and outputs whose strides attention
+    cannot take. Fused, bf16 is rounded less often, so losses move by rounding."""
+    pytest.importorskip("triton")
+    pack = [x.cuda() for x in make_pack([300, 212])]
+    results = []
+    for compiled in (False, True):
+        model = make_model(num_layers=2, hidden_size=128, head_dim=32, compile=compiled).cuda().bfloat16()
+        model.set_attention([spec] * 2)
+        results.append([x.float() for x in losses_and_gradients(model, pack)])
+    for eager, compiled in zip(*results):
+        assert (compiled - eager).norm() < 0.05 * eager.norm()
 
 
 def test_tied_output_is_the_embedding():
