@@ -131,21 +131,26 @@ def test_equals_our_decoder(family, changes, plan):
         assert difference(logits, our_logits(plan[::-1])) > 1e-2
 
 
-def test_gradients_equal_our_attention_without_padding():
-    """Catches a backward pass that loses rows in packing and unpacking, or a padded row that leaks into another."""
+@pytest.mark.parametrize("dense", [True, False])
+def test_gradients_of_a_padded_batch_equal_those_of_its_rows(dense):
+    """Catches a backward pass that loses something on the way through packing and unpacking (dense: against
+    transformers' own attention), or padding that leaks into it."""
     ids, mask, positions = padded_batch([LENGTH, 50], "left")
+    batches = {"padded": [(ids, mask, positions)], "alone": [(ids[:1], None, None), (ids[1:, -50:], None, None)]}
     grads = []
-    for batches in ([(ids, mask, positions)], [(ids[:1], None, None), (ids[1:, -50:], None, None)]):
-        model = moba_model()
+    for which, parts in batches.items():
+        model = hf_model(attention="sdpa")
+        if which == "padded" or not dense:
+            configure(model, block_size=8, top_k=100 if dense else 2)
         with torch.enable_grad():
-            for batch_ids, batch_mask, batch_positions in batches:
-                logits = model(batch_ids, attention_mask=batch_mask, position_ids=batch_positions).logits
-                real = torch.ones_like(batch_ids) if batch_mask is None else batch_mask
+            for part_ids, part_mask, part_positions in parts:
+                logits = model(part_ids, attention_mask=part_mask, position_ids=part_positions).logits
+                real = torch.ones_like(part_ids) if part_mask is None else part_mask
                 (logits.logsumexp(-1) * real).sum().backward()
-        grads.append([p.grad for p in model.parameters()])
-    for padded, alone in zip(*grads):
-        torch.testing.assert_close(padded, alone, **CLOSE)
-    assert grads[0][1].abs().max() > 0
+        grads.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    for name, grad in grads[0].items():
+        assert grad.abs().max() > 0, name
+        torch.testing.assert_close(grad, grads[1][name], **CLOSE)
 
 
 # -------------------- padding and packing
