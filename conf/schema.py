@@ -49,6 +49,8 @@ class ModelConfig:
     """RoPE base; a stage may override it (schedule.stages.*.rope.theta)."""
     rope_scaling: dict[str, Any] | None = None
     """The model's own RoPE scaling in Hugging Face's `rope_scaling` format (llama3, linear, yarn); null = none."""
+    pretrained_length: int | None = None
+    """Longest context of the model that the weights come from; null = none. Only handed on by launch/export.py."""
     init_std: float = 0.02
     """Standard deviation of the initial weights; output projections use init_std / sqrt(2 * num_layers)."""
     activation_checkpointing: bool = False
@@ -56,7 +58,8 @@ class ModelConfig:
     loss_tile: Any = field(default="2K", metadata=LENGTH)
     """Tokens whose logits exist at a time in the cross-entropy."""
     compile: bool = False
-    """torch.compile the decoder layers."""
+    """torch.compile what stands before and after attention in each layer. Needs triton on a GPU, a C++ compiler on a
+    CPU; not with ZeRO 3. The first steps, and the first of another length, take longer."""
 
 
 @dataclass(frozen=True)

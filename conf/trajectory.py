@@ -26,6 +26,7 @@ EXEMPT = (
     "eval.*",
     "checkpoint.*",
     "model.name",
+    "model.pretrained_length",
     "model.activation_checkpointing",
     "model.loss_tile",
     "model.compile",

@@ -42,13 +42,16 @@ from train.engine_state import MASTER, MOMENTS, Slot
 __all__ = [
     "CheckpointError",
     "Saved",
+    "TensorFiles",
     "clean_stale",
+    "compare_parameters",
     "find",
     "iter_weights",
     "load_engine",
     "load_weights",
     "newest",
     "read",
+    "read_index",
     "save",
     "verify",
     "verify_together",
@@ -242,12 +245,19 @@ def read(checkpoint: Path) -> Saved:
     return Saved(checkpoint, meta["tokens"], meta["state"], load_file(checkpoint / TENSORS), config_yaml, meta)
 
 
-class _TensorFiles:
-    """Ranges of the tensors behind an index file, read without loading whole files."""
+def read_index(directory: Path, index_file: str = MODEL_INDEX) -> dict[str, str]:
+    """Returns tensor name -> file name, as an index file says."""
+    return json.loads((directory / index_file).read_text(encoding="utf-8"))["weight_map"]
 
-    def __init__(self, directory: Path, index_file: str, stack: ExitStack) -> None:
-        self._directory = directory
-        self._files: dict[str, str] = json.loads((directory / index_file).read_text(encoding="utf-8"))["weight_map"]
+
+class TensorFiles:
+    """Ranges of the tensors in a directory's safetensors files, read without loading whole files.
+
+    `weight_map` says which tensor is in which file; files stay open until `stack` closes.
+    """
+
+    def __init__(self, directory: Path, weight_map: dict[str, str], stack: ExitStack) -> None:
+        self._directory, self._files = directory, weight_map
         self._open: dict[str, Any] = {}
         self._stack = stack
 
@@ -271,12 +281,12 @@ def load_engine(engine: Any, checkpoint: Path, *, optimizer: bool = True) -> Non
     """
     verify_together(checkpoint)
     meta = read(checkpoint).meta
-    _compare({slot.name: slot.shape for slot in engine_state.slots(engine)}, meta["parameters"], checkpoint)
+    compare_parameters({slot.name: slot.shape for slot in engine_state.slots(engine)}, meta["parameters"], checkpoint)
     step = meta["optimizer_step"] if optimizer else 0
     with ExitStack() as stack:
-        files = {MASTER: _TensorFiles(checkpoint, MODEL_INDEX, stack)}
+        files = {MASTER: TensorFiles(checkpoint, read_index(checkpoint, MODEL_INDEX), stack)}
         if step:
-            files |= dict.fromkeys(MOMENTS, _TensorFiles(checkpoint, OPTIMIZER_INDEX, stack))
+            files |= dict.fromkeys(MOMENTS, TensorFiles(checkpoint, read_index(checkpoint, OPTIMIZER_INDEX), stack))
 
         def elements(key: str, slot: Slot) -> torch.Tensor:
             return files[key].elements(_tensor_name(slot, key), slot.shape, slot.start, slot.size)
@@ -285,7 +295,7 @@ def load_engine(engine: Any, checkpoint: Path, *, optimizer: bool = True) -> Non
     barrier()
 
 
-def _compare(model: dict[str, Any], saved: dict[str, Any], source: Path) -> None:
+def compare_parameters(model: dict[str, Any], saved: dict[str, Any], source: Path) -> None:
     """Raises CheckpointError listing how a model's parameters (name -> shape) differ from the saved ones."""
     problems = [f"{name} is not in the checkpoint" for name in model if name not in saved]
     problems += [f"{name} is not in the model" for name in saved if name not in model]
@@ -301,8 +311,7 @@ def _compare(model: dict[str, Any], saved: dict[str, Any], source: Path) -> None
 
 def iter_weights(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
     """Yields (name, tensor), one in memory at a time, of a directory with a model.safetensors.index.json."""
-    index = json.loads((directory / MODEL_INDEX).read_text(encoding="utf-8"))["weight_map"]
-    for file in sorted(set(index.values())):
+    for file in sorted(set(read_index(directory).values())):
         with safe_open(directory / file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 - not a dict
                 yield name, tensors.get_tensor(name)
@@ -320,7 +329,7 @@ def load_weights(model: nn.Module, source: Path) -> Path:
     verify(checkpoint, [f for f in checkpoint_dir.manifest(checkpoint) if f.startswith("model") or f == STATE])
     meta = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
     parameters = dict(model.named_parameters())
-    _compare({name: p.shape for name, p in parameters.items()}, meta["parameters"], checkpoint)
+    compare_parameters({name: p.shape for name, p in parameters.items()}, meta["parameters"], checkpoint)
     for name, tensor in iter_weights(checkpoint):
         parameters[name].copy_(tensor)
     return checkpoint
