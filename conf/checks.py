@@ -303,6 +303,13 @@ def _check_engine(config: RunConfig, problems: Problems) -> None:
         problems.add("deepspeed.offload_optimizer", True, "needs ZeRO 1, 2 or 3, such as deepspeed=zero1_offload")
     if engine.offload_params and engine.zero_stage != 3:
         problems.add("deepspeed.offload_params", True, "needs ZeRO 3: deepspeed=zero3_offload")
+    if config.model.compile and engine.zero_stage == 3:
+        problems.add(
+            "model.compile",
+            True,
+            "not with deepspeed.zero_stage=3, which gathers weights inside the compiled code and compiles it again and"
+            " again; use deepspeed=zero2, or model.compile=false",
+        )
 
 
 def _check_rest(config: RunConfig, problems: Problems) -> None:

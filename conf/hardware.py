@@ -63,6 +63,8 @@ def check_device(config: RunConfig, hardware: Hardware, problems: Problems) -> N
             problems.add(key, backend, "triton is not installed; use flash or auto, or pip install triton")
     if device == "cpu":
         return
+    if config.model.compile and not hardware.has_triton:
+        problems.add("model.compile", True, "triton is not installed; use model.compile=false, or pip install triton")
     if hardware.local_world_size > hardware.num_gpus:
         problems.add(
             "nproc_per_node",

@@ -51,7 +51,8 @@ def load_trained(source: Path | str, device: str = "auto") -> TrainedModel:
     checkpoint = find(Path(source).expanduser())
     saved = read(checkpoint)
     config = freeze(yaml.safe_load(saved.config_yaml))
-    model = Decoder(config.model, embedding_rows(config.model, load_tokenizer(config.data.tokenizer).vocab_size))
+    plain = replace(config.model, compile=False)  # the machine that evaluates may have no compiler
+    model = Decoder(plain, embedding_rows(config.model, load_tokenizer(config.data.tokenizer).vocab_size))
     load_weights(model, checkpoint)
     is_bf16 = target.type == "cuda" and resolve_precision(config.deepspeed, target) == "bf16"
     model.to(device=target, dtype=torch.bfloat16 if is_bf16 else torch.float32).eval()

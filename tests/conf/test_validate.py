@@ -168,6 +168,7 @@ CASES = [
     ([("deepspeed", {"zero_stage": 0, "offload_optimizer": True})], ["offload_optimizer=true", "zero1_offload"]),
     ([("deepspeed", {"zero_stage": 2, "offload_params": True})], ["offload_params=true", "zero3_offload"]),
     ([("deepspeed.precision", "fp16")], ["deepspeed.precision=fp16", "bf16, fp32"]),
+    ([("model.compile", True), ("deepspeed.zero_stage", 3)], ["model.compile=true", "zero_stage=3", "deepspeed=zero2"]),
     ([("run.device", "gpu")], ["run.device=gpu", "cuda, cpu"]),
     ([("logging.wandb", "yes")], ["logging.wandb=yes", "offline"]),
     ([("checkpoint.keep", 0)], ["checkpoint.keep=0", "at least 1"]),
@@ -223,6 +224,11 @@ def test_an_unreadable_quantity_is_one_problem():
             [(f"{STAGES}.sparse.attention.backend", "triton")],
             Hardware(num_gpus=1, has_triton=False),
             ["backend=triton", "not installed", "flash"],
+        ),
+        (
+            [("model.compile", True)],
+            Hardware(num_gpus=1, has_triton=False),
+            ["model.compile=true", "triton", "model.compile=false"],
         ),
         ([("deepspeed.zero_stage", 0)], GPU, ["deepspeed.zero_stage=0", "zero1", "fp32"]),
         (
