@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from conf.numbers import format_count
-from evals.figures import CONFIDENCE, Boundaries, length_axis, mark_stages, save, token_axis
+from evals.figures import Boundaries, interval, length_axis, mark_stages, save, token_axis
 from train.position_loss import PositionCurve
 
 Records = Sequence[Mapping[str, Any]]
@@ -110,11 +110,11 @@ def plot_positions(runs: Mapping[str, ScoredCurve], path: Path | str) -> None:
         }
         trailing = run.curve.trailing
         text = f"{label}: trailing {trailing.value:.3f}" if np.isfinite(trailing.value) else label
-        axes.errorbar(centres, run.curve.mean, yerr=_interval(run.curve.se), label=text, **style)
+        axes.errorbar(centres, run.curve.mean, yerr=interval(run.curve.se), label=text, **style)
         if below is not None and i < len(runs) - 1 and np.array_equal(run.curve.edges, reference.curve.edges):
             gap, se, paired = position_gap(run, reference)
             note = f"{label}, {'same documents' if paired else 'documents differ'}"
-            below.errorbar(centres, gap, yerr=_interval(se), label=note, **style)
+            below.errorbar(centres, gap, yerr=interval(se), label=note, **style)
     if below is not None:
         _gap_axis(below, list(runs))
         below.legend(fontsize="small")
@@ -184,11 +184,6 @@ def _gap_axis(axes: Any, labels: list[str]) -> None:
     what = labels[0] if len(labels) == 2 else "run"
     axes.set_ylabel(f"gap: {what} - {labels[-1]}")
     axes.grid(alpha=0.3)
-
-
-def _interval(se: np.ndarray) -> np.ndarray:
-    """Half-width of the 95 % interval, 0 (no bar) where the error is unknown."""
-    return np.nan_to_num(CONFIDENCE * se, nan=0.0)
 
 
 def _finish(figure: Figure, axes: Any, path: Path | str) -> None:

@@ -15,6 +15,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
+from conf.numbers import format_count
 from train.position_loss import PositionCurve
 
 CONFIDENCE = 1.96  # standard errors on each side of a 95 % interval
@@ -35,7 +36,7 @@ def plot_curves(curves: Mapping[str, PositionCurve], path: Path | str, title: st
         axes.errorbar(
             centres,
             curve.mean,
-            yerr=_interval(curve.se),
+            yerr=interval(curve.se),
             color=color,
             marker="o",
             markersize=3.5,
@@ -73,7 +74,7 @@ def plot_heatmap(
     """Draws loss by visible tokens (upwards) and training tokens (to the right), a column a curve.
 
     `curves` are (tokens seen at its end, curve) in order; a column reaches back to the end of the one before. Lengths
-    may change on the way. Colours span the 2nd to 98th percentile of the losses, or the first steps would wash out
+    may change on the way. Colours span the 2nd to 90th percentile of the losses, or the first steps would wash out
     the rest.
     """
     assert curves
@@ -135,7 +136,7 @@ def plot_history(
     save(figure, path)
 
 
-def _interval(se: np.ndarray) -> np.ndarray:
+def interval(se: np.ndarray) -> np.ndarray:
     """Half-width of the 95 % interval; 0, which draws no bar, where the standard error is unknown."""
     return np.nan_to_num(CONFIDENCE * se, nan=0.0)
 
@@ -154,22 +155,16 @@ def _trailing_text(curve: PositionCurve) -> str:
 
 
 def length_axis(axis, longest: int) -> None:
-    """Ticks at eighths of the length, written in binary K where they are whole."""
+    """Ticks at eighths of the length, all in binary K where they are whole in it, else all in tokens."""
     step = max(1, longest // 8)
+    unit, suffix = (1024, "K") if step % 1024 == 0 else (1, "")
     axis.set_ticks(np.arange(0, longest + 1, step))
-    axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x / 1024:g}K" if x and x % 512 == 0 else f"{x:.0f}"))
+    axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x / unit:g}{suffix if x else ''}"))
 
 
 def token_axis(axes) -> None:
     """Training tokens along x, in decimal units."""
-
-    def text(tokens, _):
-        for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
-            if abs(tokens) >= size:
-                return f"{tokens / size:g}{unit}"
-        return f"{tokens:g}"
-
-    axes.xaxis.set_major_formatter(FuncFormatter(text))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda tokens, _: format_count(tokens)))
     axes.set_xlabel("training tokens")
 
 

@@ -19,6 +19,7 @@ import numpy as np
 
 from conf.numbers import format_count, format_length
 from evals.comparison import ScoredCurve, column, plot_losses, plot_positions, plot_speed
+from evals.figures import CONFIDENCE
 from train.metrics import FILE_NAME, read_metrics
 from train.position_loss import PositionCurve
 from train.progress import clock
@@ -204,7 +205,7 @@ def _run_row(run: Run) -> tuple[str, ...]:
     last = run.train[-1]
     held_out = run.evaluations[-1] if run.evaluations else {}
     error = held_out.get("trailing_se")
-    spread = f" +- {1.96 * error:.3f}" if error is not None else ""
+    spread = f" +- {CONFIDENCE * error:.3f}" if error is not None else ""
     count = run.device.get("num_devices", 1)
     return (
         run.name,

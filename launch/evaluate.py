@@ -19,6 +19,7 @@ from conf.numbers import format_length, parse_length  # noqa: E402
 from data.errors import DataError  # noqa: E402
 from data.sources import open_validation  # noqa: E402
 from data.validation import held_out_documents  # noqa: E402
+from evals.figures import CONFIDENCE  # noqa: E402
 from evals.loading import TrainedModel, attention_plan, load_trained  # noqa: E402
 from evals.position_loss import evaluate  # noqa: E402
 from launch.cli import UsageError, exits_on, key_values  # noqa: E402
@@ -73,8 +74,8 @@ def position_loss(trained: TrainedModel, values: dict[str, str]) -> None:
     info = {"tokens": trained.tokens, "stage": trained.stage.name, "attention": attention}
     path = found.save(folder, stem, checkpoint=trained.checkpoint.name, **info)
     value, se, _, _ = found.curve.trailing
-    error = f" +- {1.96 * se:.4f} (95 %, documents as clusters)" if se == se else " (one document: no error estimate)"
-    print(f"trailing loss {value:.4f}{error}\nwrote {path}")
+    known = f"+- {CONFIDENCE * se:.4f} (95 %, documents as clusters)"
+    print(f"trailing loss {value:.4f} {known if se == se else '(one document: no error estimate)'}\nwrote {path}")
 
 
 EVALS = {"position_loss": position_loss}

@@ -7,9 +7,10 @@ import threading
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from data.packing import Batch
-from evals.figures import plot_curves, plot_heatmap, plot_history
+from evals.figures import length_axis, plot_curves, plot_heatmap, plot_history
 from evals.position_loss import evaluate, load_curves
 from train.position_loss import PositionCurve, PositionLoss
 
@@ -170,3 +171,14 @@ def test_figures_say_what_is_drawn(tmp_path, monkeypatch):
     assert axes.get_legend().get_texts()[0].get_text() == "run: trailing 3.000 +- 1.132 (3 x 64 tokens)"
     note = drawn[0].get_supxlabel()
     assert all(word in note for word in ("95 %", "clusters", "trailing loss", "full length"))
+
+
+@pytest.mark.parametrize(
+    ("longest", "labels"), [(32768, ["0", "4K", "8K"]), (8192, ["0", "1K", "2K"]), (2048, ["0", "256", "512"])]
+)
+def test_lengths_on_an_axis_are_in_one_unit(longest, labels):
+    """Catches an axis that reads 256, 0.5K, 768, 1K."""
+    axis = Figure().add_subplot().xaxis
+    length_axis(axis, longest)
+    assert [axis.get_major_formatter()(tick) for tick in axis.get_ticklocs()[:3]] == labels
+    assert axis.get_ticklocs()[-1] == longest
