@@ -20,6 +20,17 @@ MODEL_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 LR_KINDS = ("cosine", "wsd", "linear", "constant")
 PRECISIONS = ("auto", "bf16", "fp32")
 DEVICES = ("auto", "cuda", "cpu")
+# What deepspeed.extra must not say, because other keys say it: there would be two answers.
+OWN_KEYS = {
+    "optimizer": "optim.*",
+    "scheduler": "optim.lr.*",
+    "train_batch_size": "schedule.batch_tokens",
+    "train_micro_batch_size_per_gpu": "schedule.micro_tokens",
+    "gradient_accumulation_steps": "schedule.micro_tokens",
+    "bf16": "deepspeed.precision",
+    "fp16": "deepspeed.precision",
+    "torch_autocast": "deepspeed.precision",
+}
 WANDB_MODES = ("auto", "online", "offline", "disabled")
 
 
@@ -294,6 +305,9 @@ def _check_lr(key: str, lr: LRConfig, span: int | None, problems: Problems) -> N
 def _check_engine(config: RunConfig, problems: Problems) -> None:
     engine = config.deepspeed
     _one_of("deepspeed.precision", engine.precision, PRECISIONS, problems)
+    for key, value in engine.extra.items():
+        if key in OWN_KEYS:
+            problems.add(f"deepspeed.extra.{key}", value, f"decided by {OWN_KEYS[key]}; use that")
     if engine.zero_stage not in (0, 1, 2, 3):
         problems.add("deepspeed.zero_stage", engine.zero_stage, "choose 0, 1, 2 or 3 (deepspeed=zero1 and so on)")
         return

@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -32,7 +33,8 @@ from conf.validate import ConfigError, Hardware, freeze
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 NAMED = (("schedule", "stages"), ("data", "sources"))
-EXIT_USER_ERROR = 2
+EXIT_USER_ERROR, EXIT_INTERRUPTED = 2, 130
+PATIENCE_SECONDS = 30.0
 
 
 def compose(overrides: list[str]) -> dict[str, Any]:
@@ -93,8 +95,11 @@ def detect_hardware(world_size: int = 1, local_world_size: int = 1) -> Hardware:
 def run_command(main: Callable[[list[str]], None], arguments: list[str], usage: str, *, quiet: bool = False) -> int:
     """Runs main(overrides), or `--help` or `--cfg job` in its place; returns the exit code, 2 for a user's mistake.
 
-    A ConfigError is printed as a list, without a traceback; any other exception is a bug and passes through. Nothing
-    is printed here if `quiet`: of several processes one speaks for all.
+    A ConfigError is printed as a list, without a traceback; any other exception but Ctrl-C is a bug and passes through.
+
+    `quiet` is for all processes but one, which speaks for them: torchrun ends the others as soon as the first exits, so
+    with a mistake they wait to be ended, lest the speaker be ended before it has spoken. One that is still there after
+    PATIENCE_SECONDS has met a mistake of its own (a data folder that only other hosts have) and says so.
     """
     flags = [text for text in arguments if text.startswith("-")]
     say = (lambda *_, **__: None) if quiet else print
@@ -108,8 +113,13 @@ def run_command(main: Callable[[list[str]], None], arguments: list[str], usage: 
         else:
             main(arguments)
     except ConfigError as error:
-        say(error_text(error), file=sys.stderr, flush=True)
+        if quiet:
+            time.sleep(PATIENCE_SECONDS)
+        print(error_text(error), file=sys.stderr, flush=True)
         return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        say("interrupted", file=sys.stderr, flush=True)
+        return EXIT_INTERRUPTED
     return 0
 
 
@@ -117,7 +127,7 @@ def error_text(error: ConfigError) -> str:
     """What a user sees of a ConfigError."""
     count = len(error.problems)
     title = "1 problem" if count == 1 else f"{count} problems"
-    return f"{title} in the configuration:\n" + "\n".join(f"  - {problem}" for problem in error.problems)
+    return f"{title}:\n" + "\n".join(f"  - {problem}" for problem in error.problems)
 
 
 def help_text(usage: str) -> str:

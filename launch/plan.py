@@ -18,6 +18,7 @@ from data.errors import DataError  # noqa: E402
 from data.tokenizer import load_tokenizer  # noqa: E402
 from launch.config import detect_hardware, load, run_command  # noqa: E402
 from train.plan import make_plan  # noqa: E402
+from train.rope import check_stages  # noqa: E402
 from train.sizes import embedding_rows  # noqa: E402
 
 USAGE = """\
@@ -31,6 +32,7 @@ def main(arguments: list[str]) -> None:
     """Prints the plan of a command line. ConfigError for the user's mistakes."""
     overrides, hardware = split_machine(arguments)
     config = load(overrides, hardware)
+    check_stages(config)
     try:
         vocab_size = embedding_rows(config.model, load_tokenizer(config.data.tokenizer).vocab_size)
     except DataError as error:

@@ -6,7 +6,10 @@ print the plan, start the processes, open the data, build the trainer, train.
 
 from __future__ import annotations
 
+import errno
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -21,15 +24,18 @@ from conf.trajectory import to_dict, trajectory_diff  # noqa: E402
 from conf.validate import freeze  # noqa: E402
 from data.errors import DataError  # noqa: E402
 from data.sources import open_sources, open_validation  # noqa: E402
-from data.tokenizer import load_tokenizer  # noqa: E402
+from data.tokenizer import Tokenizer, load_tokenizer  # noqa: E402
 from launch.config import detect_hardware, load, run_command  # noqa: E402
 from launch.observe import FIGURES, HeldOutEvaluator, draw_figures  # noqa: E402
-from train import checkpoint, distributed  # noqa: E402
+from moba.attention import BackendUnavailable  # noqa: E402
+from train import checkpoint, checkpoint_dir, distributed  # noqa: E402
 from train.guards import NonFiniteError, RunLocked, lock_run  # noqa: E402
-from train.loop import Observers, Trainer  # noqa: E402
+from train.loop import Observers, Trainer, read_checked  # noqa: E402
+from train.metrics import MetricsError  # noqa: E402
 from train.plan import make_plan  # noqa: E402
 from train.position_loss import PositionCurve  # noqa: E402
 from train.progress import Progress  # noqa: E402
+from train.rope import check_stages  # noqa: E402
 from train.schedule import build_schedule  # noqa: E402
 from train.sizes import embedding_rows  # noqa: E402
 from train.tracking import Tracker  # noqa: E402
@@ -39,7 +45,20 @@ usage: torchrun [--nproc_per_node=N] launch/train.py +exp=<name> [group=choice .
 
 Trains, or continues the run in run.dir. Plain python in place of torchrun starts one process."""
 
-MISTAKES = (DataError, checkpoint.CheckpointError, RunLocked, NonFiniteError)
+# What a user can put right; anything else is a bug and keeps its traceback. ConfigError is one too.
+MISTAKES = (
+    BackendUnavailable,
+    DataError,
+    MetricsError,
+    NonFiniteError,
+    RunLocked,
+    checkpoint.CheckpointError,
+)
+# Of the system's errors: no room, no permission, or not the kind of file it has to be.
+FILE_ERRORS = {
+    getattr(errno, name)
+    for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "EEXIST", "ENOTDIR", "EISDIR")
+}
 
 
 def main(overrides: list[str]) -> None:
@@ -47,45 +66,55 @@ def main(overrides: list[str]) -> None:
     launched = distributed.launched()
     hardware = detect_hardware(launched.world_size, launched.local_world_size)
     config = load(overrides, hardware)
-    try:
-        vocab_size = embedding_rows(config.model, load_tokenizer(config.data.tokenizer).vocab_size)
+    check_stages(config)
+    with _mistakes_in_words():
+        tokenizer = load_tokenizer(config.data.tokenizer)
         run_dir = Path(config.run.dir)
-        _refuse_another_trajectory(config, run_dir)
-        plan = make_plan(config, vocab_size, hardware).text()
+        plan = make_plan(config, embedding_rows(config.model, tokenizer.vocab_size), hardware).text()
+        saved = _saved_run(run_dir)
+        if saved is not None and not config.run.allow_changes:
+            _refuse_another_trajectory(config, saved)
         if launched.rank == 0:
             print(plan, flush=True)
-        if _is_finished(config, run_dir):
+        if saved is not None and saved.state["watched"] and saved.tokens >= config.schedule.tokens:
             if launched.rank == 0:
                 print(f"\n{run_dir} is finished. To go on from its weights: another run.dir with init.source={run_dir}")
             return
-        _train(config, vocab_size, plan)
+        _train(config, tokenizer, plan)
+
+
+@contextmanager
+def _mistakes_in_words() -> Iterator[None]:
+    """Turns what a user can put right into a ConfigError."""
+    try:
+        yield
     except MISTAKES as error:
         raise ConfigError([str(error)]) from error
+    except OSError as error:
+        if error.errno not in FILE_ERRORS:
+            raise
+        raise ConfigError([f"{error}. The run stopped here; its checkpoints are as they were"]) from error
 
 
-def _refuse_another_trajectory(config: RunConfig, run_dir: Path) -> None:
-    """ConfigError if the run directory holds a run whose losses this configuration would change."""
+def _saved_run(run_dir: Path) -> checkpoint.Saved | None:
+    """The newest checkpoint of the run in this directory, or None if it has none."""
+    checkpoint_dir.refuse_incomplete(run_dir)
     newest = checkpoint.newest(run_dir)
-    if newest is None or config.run.allow_changes:
-        return
-    saved = freeze(yaml.safe_load(checkpoint.read(newest).config_yaml))
-    differences = trajectory_diff(saved, config)
+    return None if newest is None else read_checked(newest)
+
+
+def _refuse_another_trajectory(config: RunConfig, saved: checkpoint.Saved) -> None:
+    """ConfigError if this configuration would change the losses of the run that was saved."""
+    differences = trajectory_diff(freeze(yaml.safe_load(saved.config_yaml)), config)
     if differences:
-        raise ConfigError(
-            [
-                f"{run_dir} holds a run that this configuration would change. Choose another run.dir, go back to its "
-                "settings, or say run.allow_changes=true. It differs in:",
-                *differences,
-            ]
+        problem = (
+            f"{config.run.dir} holds a run that this configuration would change. Choose another run.dir, go back to "
+            "its settings, or say run.allow_changes=true. It differs in:"
         )
+        raise ConfigError(["\n      ".join([problem, *differences])])
 
 
-def _is_finished(config: RunConfig, run_dir: Path) -> bool:
-    newest = checkpoint.newest(run_dir)
-    return newest is not None and checkpoint.read(newest).tokens >= build_schedule(config).total_tokens
-
-
-def _train(config: RunConfig, vocab_size: int, plan: str) -> None:
+def _train(config: RunConfig, tokenizer: Tokenizer, plan: str) -> None:
     world = distributed.init(config.run.device)
     run_dir, schedule = Path(config.run.dir), build_schedule(config)
     lock = lock_run(run_dir, world)
@@ -107,7 +136,7 @@ def _train(config: RunConfig, vocab_size: int, plan: str) -> None:
     observers = Observers(say=say)
     if held_out is not None:
         observers.evaluate = HeldOutEvaluator(held_out, config, schedule, world)
-    trainer = Trainer(config, schedule, sources, vocab_size, world, observers, config_yaml=config_yaml)
+    trainer = Trainer(config, schedule, sources, tokenizer, world, observers, config_yaml=config_yaml)
     tracker = None
     if world.is_main:
         tracker = Tracker(
@@ -121,10 +150,14 @@ def _train(config: RunConfig, vocab_size: int, plan: str) -> None:
         progress = Progress(schedule.total_tokens, tokens=trainer.tokens, bar=config.logging.progress)
         _watch(observers, config, run_dir, tracker, progress)
     preemption = distributed.PreemptionFlag().install()
-    finished = trainer.fit(preemption)
-    preemption.uninstall()
+    try:
+        finished = trainer.fit(preemption)
+    finally:
+        preemption.uninstall()
+        if world.is_main:
+            progress.close()
     if world.is_main:
-        _say_goodbye(finished, preemption, run_dir, trainer, progress)
+        _say_goodbye(finished, preemption, config, trainer)
         tracker.finish()
         lock.release()
     distributed.shutdown()
@@ -164,18 +197,15 @@ def _figure(value: float | None) -> str:
     return "not finite" if value is None else f"{value:.4f}"
 
 
-def _say_goodbye(finished: bool, preemption, run_dir: Path, trainer: Trainer, progress: Progress) -> None:
-    progress.close()
-    if finished:
-        print(
-            f"finished: {trainer.tokens:,} tokens. Figures are in {run_dir / FIGURES}, the model is in "
-            f"{trainer.last_checkpoint}"
-        )
-    else:
+def _say_goodbye(finished: bool, preemption, config: RunConfig, trainer: Trainer) -> None:
+    if not finished:
         print(
             f"stopped by {preemption.received or 'a signal to another process'} at {trainer.tokens:,} tokens, saved in "
             f"{trainer.last_checkpoint}. The same command again goes on from there"
         )
+        return
+    figures = f" Figures are in {trainer.run_dir / FIGURES}." if config.logging.figures else ""
+    print(f"finished: {trainer.tokens:,} tokens. The model is in {trainer.last_checkpoint}.{figures}")
 
 
 if __name__ == "__main__":

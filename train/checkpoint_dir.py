@@ -40,6 +40,17 @@ def newest(run_dir: Path) -> Path | None:
     return next(reversed(checkpoints(run_dir)), None)
 
 
+def refuse_incomplete(run_dir: Path) -> None:
+    """Raises CheckpointError if something was lost from a checkpoint newer than the newest complete one.
+
+    They are made whole, so this is damage: going on from an older one unasked would train its tokens again.
+    """
+    for path in sorted((run_dir / "checkpoints").glob("tokens_*"), reverse=True):
+        if _is_complete(path):
+            return
+        verify(path)
+
+
 def find(source: Path) -> Path:
     """Returns the checkpoint that `source` names: itself, or the newest of a run directory. Raises CheckpointError."""
     if (source / MANIFEST).exists():

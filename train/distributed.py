@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from conf.build import ConfigError
+
 SIGNALS_TO_FORCE = 3
 
 
@@ -54,7 +56,7 @@ def init(device: str = "auto") -> World:
     """Returns this process's World, with torch.distributed (nccl on CUDA, gloo on CPU) and DeepSpeed's communication
     ready.
 
-    `device` is "auto", "cpu" or "cuda". Raises ValueError for a device that is not there. Without torchrun's
+    `device` is "auto", "cpu" or "cuda". Raises ConfigError for a device that is not there. Without torchrun's
     variables it is a group of one process that opens no port.
     """
     kind = _device_kind(device)
@@ -62,9 +64,11 @@ def init(device: str = "auto") -> World:
     target = torch.device("cpu")
     if kind == "cuda":
         if local_rank >= torch.cuda.device_count():
-            raise ValueError(
-                f"local rank {local_rank} has no GPU of its own: torch sees {torch.cuda.device_count()} on this host. "
-                "Start at most that many processes a host (torchrun --nproc_per_node)"
+            raise ConfigError(
+                [
+                    f"local rank {local_rank} has no GPU of its own: torch sees {torch.cuda.device_count()} on this "
+                    "host. Start at most that many processes a host (torchrun --nproc_per_node)"
+                ]
             )
         target = torch.device("cuda", local_rank)
         torch.cuda.set_device(target)
@@ -76,10 +80,10 @@ def init(device: str = "auto") -> World:
 
 def _device_kind(device: str) -> str:
     if device not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"run.device={device!r}: choose one of auto, cpu, cuda")
+        raise ConfigError([f"run.device={device!r}: choose one of auto, cpu, cuda"])
     has_cuda = torch.cuda.is_available()
     if device == "cuda" and not has_cuda:
-        raise ValueError("run.device=cuda: torch sees no CUDA device here; use run.device=cpu or auto")
+        raise ConfigError(["run.device=cuda: torch sees no CUDA device here; use run.device=cpu or auto"])
     return "cuda" if has_cuda and device != "cpu" else "cpu"
 
 

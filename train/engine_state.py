@@ -25,6 +25,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from conf.build import ConfigError
+
 MASTER = "master"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 GATHER_ELEMENTS = 2**26  # 256 MiB of device memory while a large parameter is collected
@@ -58,7 +60,7 @@ def slots(engine: Any) -> list[Slot]:
     stage = engine.zero_optimization_stage()
     locate = _locate_plain if stage == 0 else _locate_zero3 if stage == 3 else _locate_zero12
     if getattr(engine.optimizer, "swap_optimizer", False):
-        raise ValueError("deepspeed.extra: checkpoints do not cover optimizer state on NVMe; offload to host memory")
+        raise ConfigError(["deepspeed.extra: checkpoints do not cover optimizer state on NVMe; offload to host memory"])
     return [locate(engine, name, param) for name, param in engine.module.named_parameters()]
 
 

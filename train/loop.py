@@ -21,7 +21,8 @@ from conf.schema import RunConfig
 from data.loader import Loader
 from data.packing import Batch
 from data.sources import Source
-from train import checkpoint
+from data.tokenizer import Tokenizer
+from train import checkpoint, engine_state
 from train.distributed import PreemptionFlag, World, all_reduce_sum
 from train.guards import NonFiniteGuard
 from train.metrics import FILE_NAME, MetricsLog, stage_columns
@@ -30,6 +31,7 @@ from train.optim import build_engine
 from train.position_loss import PositionCurve, PositionLoss
 from train.rng import load_rng, seed_rank
 from train.schedule import Schedule, Stage
+from train.sizes import embedding_rows
 from train.step import StepResult, train_step
 from train.throughput import Throughput, Work
 
@@ -59,6 +61,12 @@ class Observers:
     """Gets lines for people."""
 
 
+def read_checked(path: Path) -> checkpoint.Saved:
+    """A checkpoint without its weights and moments, the files it comes from verified. Raises CheckpointError."""
+    checkpoint.verify(path, (checkpoint.STATE, checkpoint.CONFIG, checkpoint.TENSORS))
+    return checkpoint.read(path)
+
+
 class Trainer:
     """A run. Build it on every rank, then call `fit`."""
 
@@ -67,7 +75,7 @@ class Trainer:
         config: RunConfig,
         schedule: Schedule,
         sources: dict[str, Source],
-        vocab_size: int,
+        tokenizer: Tokenizer,
         world: World,
         observers: Observers,
         *,
@@ -81,17 +89,20 @@ class Trainer:
         self.config, self.schedule, self.world, self.observers = config, schedule, world, observers
         self.run_dir = Path(config.run.dir)
         self._config_yaml = config_yaml
+        self._tokenizer = {"name": tokenizer.name, "fingerprint": tokenizer.fingerprint}
         self.tokens = self.step = 0
         self.stage: Stage | None = None
         self.last_checkpoint: Path | None = None
         seed_rank(config.run.seed)
         torch.use_deterministic_algorithms(config.run.deterministic, warn_only=True)
+        vocab_size = embedding_rows(config.model, tokenizer.vocab_size)
         model = Decoder(config.model, vocab_size)
         model.init_weights(config.run.seed)
         first = schedule.stages[0]
         model.set_attention(first.attention)
         model.set_rope(first.rope)
         self.engine = build_engine(model, config, world)
+        engine_state.slots(self.engine)  # refuses now what no checkpoint could hold
         self.model = self.engine.module
         self.loader = Loader(
             sources,
@@ -105,7 +116,9 @@ class Trainer:
         name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else None
         self.throughput = Throughput(config.model, vocab_size, num_devices=world.world_size, device_name=name)
         self._stage_loss: PositionLoss | None = None
-        self._saved_stage_loss: dict[str, Any] | None = None
+        self._interval_loss: PositionLoss | None = None
+        self._saved: checkpoint.Saved | None = None  # until its sums are taken up
+        self._watch_missing = False
         self._reset_interval()
         self._start()
 
@@ -116,6 +129,9 @@ class Trainer:
         config = self.config
         self._emit(self.metrics.write("run", self.tokens, **self.throughput.describe()))
         self.throughput.take()  # starts the clock
+        if self._watch_missing:
+            last = self._enter(self.schedule.lookup(min(self.tokens, self.schedule.total_tokens) - 1))
+            self._watch(last, ends=self.tokens >= last.end)
         while self.tokens < self.schedule.total_tokens:
             stage = self._enter(self.schedule.lookup(self.tokens))
             batches = self.loader.next_step()
@@ -129,21 +145,17 @@ class Trainer:
             )
             self._after_step(stage, batches, result)
 
-            ends = self.tokens == stage.end
-            evaluation_due = ends or self._due(config.eval.every_tokens, stage)
-            checkpoint_due = ends or result.stop or self._due(config.checkpoint.every_tokens, stage)
-            if evaluation_due or checkpoint_due or self._due(config.logging.every_tokens or 1, stage):
+            ends = self.tokens >= stage.end
+            watch_due = ends or self._due(config.eval.every_tokens, stage)
+            save_due = ends or self._due(config.checkpoint.every_tokens, stage)
+            if watch_due or save_due or self._due(config.logging.every_tokens or 1, stage):
                 self._log(stage)
-            if result.stop:  # whoever asked may not wait for an evaluation
-                self._save(stage, ends)
-            if evaluation_due:
-                self._evaluate(stage)
-            if ends:
-                with self.throughput.paused():
-                    self._finish_stage(stage)
-            if checkpoint_due and not result.stop:
-                self._save(stage, ends)
-            if result.stop and self.tokens < self.schedule.total_tokens:
+            # Whoever asked to stop may not wait for an evaluation: the next start makes up for it.
+            if watch_due and not result.stop:
+                self._watch(stage, ends)
+            if save_due or result.stop:
+                self._save(stage, ends, watched=not (watch_due and result.stop))
+            if result.stop:
                 return False
         return True
 
@@ -161,9 +173,7 @@ class Trainer:
         )
         self._stage_loss = PositionLoss(stage.seq_len, self.world.device)
         self._interval_loss = PositionLoss(stage.seq_len, self.world.device)
-        saved, self._saved_stage_loss = self._saved_stage_loss, None
-        if saved is not None and stage.start < self.tokens and saved["max_length"] == stage.seq_len:
-            self._stage_loss.load_state_dict(saved)
+        self._take_up_sums(stage)
         self.stage = stage
         line = self.metrics.stage(stage)
         if line is not None:
@@ -179,9 +189,7 @@ class Trainer:
         self.step += 1
         for batch in batches:
             self.throughput.add(stage.attention, batch.lengths)
-        if result.skipped:
-            self._interval_skipped += 1
-        else:
+        if not result.skipped:
             self._interval_sum += result.loss_sum
             self._interval_tokens += result.num_tokens
         self._grad_norm = result.grad_norm
@@ -194,9 +202,11 @@ class Trainer:
     # -------------------- watching
 
     def _reset_interval(self) -> None:
-        """Starts a log interval; the position sums of the interval are reset where they are read."""
+        """Starts a log interval."""
         self._interval_sum = torch.zeros((), dtype=torch.float64, device=self.world.device)
-        self._interval_tokens = self._interval_skipped = 0
+        self._interval_tokens = 0
+        if self._interval_loss is not None:
+            self._interval_loss.reset()
 
     def _log(self, stage: Stage) -> None:
         """Writes the line of the log interval that ends here."""
@@ -220,7 +230,6 @@ class Trainer:
             eta_seconds=self.throughput.eta_seconds(self.schedule.stages, self.tokens, rates["tokens_per_second"]),
         )
         self._reset_interval()
-        self._interval_loss.reset()
         self._emit(record)
 
     def _peak_memory(self) -> float | None:
@@ -229,29 +238,35 @@ class Trainer:
             return None
         return torch.cuda.max_memory_allocated(self.world.device) / 2**30
 
+    def _watch(self, stage: Stage, ends: bool) -> None:
+        """Evaluates, and at the end of a stage writes its training losses by position."""
+        with self.throughput.paused():
+            self._evaluate(stage)
+            if ends:
+                self._finish_stage(stage)
+
     def _evaluate(self, stage: Stage) -> None:
         if self.observers.evaluate is None:
             return
-        with self.throughput.paused():
-            self.engine.eval()
-            found = self.observers.evaluate(self.engine, stage, self.tokens)
-            self.engine.train()
-            if found is None:
-                return
-            curve, scalars = found
-            record = self.metrics.write(
-                "eval",
-                self.tokens,
-                **stage_columns(stage),
-                eval_seq_len=curve.max_length,
-                loss=float((curve.mean * curve.count).sum() / curve.count.sum()),
-                trailing_loss=curve.trailing.value,
-                trailing_se=curve.trailing.se,
-                documents=int(curve.trailing.clusters),
-                **scalars,
-            )
-            self._emit(record)
-            self._show_curve("eval", curve)
+        self.engine.eval()
+        found = self.observers.evaluate(self.engine, stage, self.tokens)
+        self.engine.train()
+        if found is None:
+            return
+        curve, scalars = found
+        record = self.metrics.write(
+            "eval",
+            self.tokens,
+            **stage_columns(stage),
+            eval_seq_len=curve.max_length,
+            loss=float((curve.mean * curve.count).sum() / curve.count.sum()),
+            trailing_loss=curve.trailing.value,
+            trailing_se=curve.trailing.se,
+            documents=int(curve.trailing.clusters),
+            **scalars,
+        )
+        self._emit(record)
+        self._show_curve("eval", curve)
 
     def _finish_stage(self, stage: Stage) -> None:
         """Writes the training losses by position of a stage that ended here."""
@@ -274,24 +289,29 @@ class Trainer:
 
     # -------------------- saving and resuming
 
-    def _save(self, stage: Stage, ends: bool) -> None:
-        """Saves a checkpoint here; all ranks together."""
-        total = self._stage_loss.all_reduce()
+    def _save(self, stage: Stage, ends: bool, watched: bool) -> None:
+        """Saves a checkpoint here; all ranks together. Not `watched`: what `_watch` does here is still to be done."""
+        sums = {"stage": self._stage_loss.all_reduce(), "interval": self._interval_loss.all_reduce()}
         state = {
             "step": self.step,
             "stage": stage.name,
+            "watched": watched,
+            "tokenizer": self._tokenizer,
             "loader": self.loader.state_dict(),
             "guard": self.guard.state_dict(),
-            "max_length": total.max_length,
-            "num_buckets": total.num_buckets,
+            "interval_tokens": self._interval_tokens,
+            "max_length": sums["stage"].max_length,
+            "num_buckets": sums["stage"].num_buckets,
         }
+        tensors = {name: total.state_dict()["state"] for name, total in sums.items()}
+        tensors["interval_sum"] = all_reduce_sum(self._interval_sum.clone())
         with self.throughput.paused():
             self.last_checkpoint = checkpoint.save(
                 self.run_dir,
                 self.engine,
                 tokens=self.tokens,
                 state=state,
-                tensors={"stage": total.state_dict()["state"]},
+                tensors=tensors,
                 config_yaml=self._config_yaml,
                 stage_end=ends and self.config.checkpoint.keep_stage_ends,
                 keep=self.config.checkpoint.keep,
@@ -304,29 +324,55 @@ class Trainer:
             self._resume(newest)
         elif self.config.init.source is not None:
             self._start_from(Path(self.config.init.source).expanduser())
-        self.metrics.cut_back(self.tokens)
+        self.metrics.cut_back(self.tokens, evaluated=not self._watch_missing)
         if self.observers.evaluate is not None and self.world.is_main:
             self.observers.evaluate.forget_after(self.tokens)
 
     def _resume(self, path: Path) -> None:
         checkpoint.load_engine(self.engine, path)
-        saved = checkpoint.read(path)
+        self._saved = saved = checkpoint.read(path)
         self.tokens, self.step, self.last_checkpoint = saved.tokens, saved.state["step"], path
+        self._watch_missing = not saved.state["watched"]
         self.loader.load_state_dict(saved.state["loader"])
         self.guard.load_state_dict(saved.state["guard"])
         load_rng(path, seed=self.config.run.seed)
-        # Sums over all ranks: rank 0 goes on with them, the others from zero.
-        sums = saved.tensors["stage"] if self.world.is_main else torch.zeros_like(saved.tensors["stage"])
-        self._saved_stage_loss = {key: saved.state[key] for key in ("max_length", "num_buckets")} | {"state": sums}
         self.observers.say(f"continuing from {path}: {self.tokens:,} of {self.schedule.total_tokens:,} tokens")
 
+    def _take_up_sums(self, stage: Stage) -> None:
+        """Goes on with a checkpoint's sums, if it was saved within this stage.
+
+        They are sums over all ranks: rank 0 goes on with them, the others from zero.
+        """
+        saved, self._saved = self._saved, None
+        if saved is None or self.tokens == stage.start or saved.state["stage"] != stage.name:
+            return
+        if saved.state["max_length"] != stage.seq_len:  # changed by hand (run.allow_changes)
+            return
+        self._interval_tokens = saved.state["interval_tokens"]
+        if self.world.is_main:
+            shape = {key: saved.state[key] for key in ("max_length", "num_buckets")}
+            self._stage_loss.load_state_dict(shape | {"state": saved.tensors["stage"]})
+            self._interval_loss.load_state_dict(shape | {"state": saved.tensors["interval"]})
+            self._interval_sum.copy_(saved.tensors["interval_sum"])
+
     def _start_from(self, source: Path) -> None:
-        """Takes weights, and what init.* asks for besides, from a run or a checkpoint."""
+        """Takes weights from a Hugging Face model; or from a run or a checkpoint, with what init.* asks for besides."""
+        if hf.is_model(source):
+            path = hf.load_engine(self.engine, self.config.model, source)
+            self.observers.say(f"starting from {path}: weights")
+            return
         path = checkpoint.find(source)
+        saved = read_checked(path)
+        theirs = saved.state["tokenizer"]
+        if theirs["fingerprint"] != self._tokenizer["fingerprint"]:
+            raise checkpoint.CheckpointError(
+                f"init.source={source} was trained with another tokenizer, {theirs['name']!r}; here data.tokenizer is "
+                f"{self._tokenizer['name']!r}, whose tokens have other numbers"
+            )
         checkpoint.load_engine(self.engine, path, optimizer=self.config.init.optimizer)
         taken = ["weights"] + ["optimizer state"] * self.config.init.optimizer
         if self.config.init.data:
-            self.loader.load_state_dict(checkpoint.read(path).state["loader"])
+            self.loader.load_state_dict(saved.state["loader"])
             load_rng(path, seed=self.config.run.seed)
             taken.append("data position")
         self.observers.say(f"starting from {path}: {', '.join(taken)}")

@@ -24,6 +24,10 @@ from train.describe import describe_layers
 FILE_NAME = "metrics.jsonl"
 
 
+class MetricsError(ValueError):
+    """A metrics.jsonl that cannot be read; the message names the line."""
+
+
 class MetricsLog:
     """Appends lines to a metrics.jsonl; each survives a kill of the process once `write` has returned."""
 
@@ -34,18 +38,24 @@ class MetricsLog:
         self._wall_before = 0.0
         self._began = time.monotonic()
 
-    def cut_back(self, tokens: int) -> None:
+    def cut_back(self, tokens: int, *, evaluated: bool = True) -> None:
         """Forgets what lies beyond the checkpoint at `tokens` that a run continues from; 0 (no checkpoint) forgets all.
 
-        Kept lines stay byte for byte; a last line that a kill tore is dropped. ValueError names any other unreadable
-        line, and then nothing was changed.
+        Not `evaluated`: the evaluation at `tokens` itself is forgotten too, since it will be made again. Kept lines
+        stay byte for byte; a last line that a kill tore is dropped. MetricsError names any other unreadable line, and
+        then nothing was changed.
         """
         self._stages.clear()
         self._wall_before = 0.0
         if self.path is None or not self.path.exists():
             return
         lines = list(_lines(self.path))
-        kept = [(line, record) for line, record in lines if tokens > 0 and record["tokens"] <= tokens]
+        last_eval = tokens if evaluated else tokens - 1
+        kept = [
+            (line, record)
+            for line, record in lines
+            if tokens > 0 and record["tokens"] <= (last_eval if record["kind"] == "eval" else tokens)
+        ]
         for _, record in kept:
             self._wall_before = record.get("wall_seconds", self._wall_before)
             if record["kind"] == "stage":
@@ -94,7 +104,7 @@ def describe_plan(plan: Sequence[AttentionSpec]) -> str:
 
 
 def read_metrics(path: Path | str) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl, in order, without a torn last line; ValueError names another unreadable line."""
+    """The records of a metrics.jsonl, in order, without a torn last line; MetricsError names another unreadable one."""
     return [record for _, record in _lines(Path(path))]
 
 
@@ -110,7 +120,7 @@ def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
         if complete:
             yield line, record
         elif number < len(lines):
-            raise ValueError(f"{path}, line {number}: not a metrics line: {line[:80]!r}; remove it to go on")
+            raise MetricsError(f"{path}, line {number}: not a metrics line: {line[:80]!r}; remove it to go on")
 
 
 def _strict(value: Any) -> Any:

@@ -14,20 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from conf.build import ConfigError
 from conf.schema import DeepSpeedConfig, RunConfig
 from train.distributed import World
-
-# What DeepSpeed's configuration must not say, because this project says it: there would be two answers.
-OWN_KEYS = {
-    "optimizer": "optim.*",
-    "scheduler": "optim.lr.*",
-    "train_batch_size": "schedule.batch_tokens",
-    "train_micro_batch_size_per_gpu": "schedule.micro_tokens",
-    "gradient_accumulation_steps": "schedule.micro_tokens",
-    "bf16": "deepspeed.precision",
-    "fp16": "deepspeed.precision",
-    "torch_autocast": "deepspeed.precision",
-}
 
 
 def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -39,33 +28,32 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
 
 
 def resolve_precision(config: DeepSpeedConfig, device: torch.device) -> str:
-    """Returns "bf16" or "fp32". Raises ValueError for bf16 with stage 0.
+    """Returns "bf16" or "fp32". Raises ConfigError for bf16 with stage 0.
 
     Stage 0 with bf16 is DeepSpeed's FP16_UnfusedOptimizer, which steps the optimizer once when it is built: weight
     decay is applied before training and AdamW's step count is one ahead.
     """
     if config.precision not in ("auto", "bf16", "fp32"):
-        raise ValueError(f"deepspeed.precision={config.precision!r}: choose one of auto, bf16, fp32")
+        raise ConfigError([f"deepspeed.precision={config.precision!r}: choose one of auto, bf16, fp32"])
     precision = config.precision
     if precision == "auto":
         precision = "bf16" if device.type == "cuda" else "fp32"
     if precision == "bf16" and config.zero_stage == 0:
-        raise ValueError(
-            "deepspeed.zero_stage=0 with bf16: DeepSpeed applies weight decay once before the first step there; "
-            "use deepspeed.zero_stage=1 (deepspeed=zero1), or deepspeed.precision=fp32"
+        raise ConfigError(
+            [
+                "deepspeed.zero_stage=0 with bf16: DeepSpeed applies weight decay once before the first step there; "
+                "use deepspeed.zero_stage=1 (deepspeed=zero1), or deepspeed.precision=fp32"
+            ]
         )
     return precision
 
 
 def deepspeed_config(config: RunConfig, world: World) -> dict[str, Any]:
-    """Returns DeepSpeed's configuration for a run; `deepspeed.extra` is merged last, key by key. Raises ValueError.
+    """Returns DeepSpeed's configuration for a run; `deepspeed.extra` is merged last, key by key. Raises ConfigError.
 
     Batch sizes are 1: the engine only needs them to divide, and losses are scaled and boundaries set by train/step.py.
     """
     ds = config.deepspeed
-    clash = [f"deepspeed.extra.{key} (use {OWN_KEYS[key]})" for key in ds.extra if key in OWN_KEYS]
-    if clash:
-        raise ValueError(f"{', '.join(clash)}: decided by this project's own configuration")
     zero: dict[str, Any] = {"stage": ds.zero_stage}
     pin = world.device.type == "cuda"
     if ds.offload_optimizer:

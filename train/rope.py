@@ -15,7 +15,8 @@ import math
 
 import torch
 
-from conf.schema import ModelConfig, RopeConfig
+from conf.build import ConfigError
+from conf.schema import ModelConfig, RopeConfig, RunConfig
 from train.sizes import head_dim
 
 _REFUSED = {
@@ -83,6 +84,18 @@ class Rope:
     def __str__(self) -> str:
         """Base and scalings in the order applied, for the plan: `theta 500000, then llama3 x8, then linear x4`."""
         return self._text
+
+
+def check_stages(config: RunConfig) -> None:
+    """Raises ConfigError for what Rope would refuse in any stage: a run shall not learn of it at a late switch."""
+    problems = []
+    for name, stage in config.schedule.stages.items():
+        try:
+            Rope(config.model, stage.rope)
+        except ValueError as error:
+            problems.append(f"schedule.stages.{name}: {error}")
+    if problems:
+        raise ConfigError(problems)
 
 
 def check_rope_scaling(scaling: dict | None, rope_theta: float) -> dict:

@@ -169,6 +169,8 @@ CASES = [
     ([("deepspeed", {"zero_stage": 2, "offload_params": True})], ["offload_params=true", "zero3_offload"]),
     ([("deepspeed.precision", "fp16")], ["deepspeed.precision=fp16", "bf16, fp32"]),
     ([("model.compile", True), ("deepspeed.zero_stage", 3)], ["model.compile=true", "zero_stage=3", "deepspeed=zero2"]),
+    ([("deepspeed.extra", {"optimizer": {"type": "Adam"}})], ["deepspeed.extra.optimizer={type: Adam}", "optim.*"]),
+    ([("deepspeed.extra", {"fp16": {}, "steps_per_print": 1})], ["deepspeed.extra.fp16={}", "deepspeed.precision"]),
     ([("run.device", "gpu")], ["run.device=gpu", "cuda, cpu"]),
     ([("logging.wandb", "yes")], ["logging.wandb=yes", "offline"]),
     ([("checkpoint.keep", 0)], ["checkpoint.keep=0", "at least 1"]),

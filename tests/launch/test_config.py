@@ -7,7 +7,17 @@ import pytest
 import yaml
 
 from conf.validate import ConfigError, freeze, to_dict
-from launch.config import CONF, choices_of, compose, composed_yaml, error_text, help_text, load, run_command
+from launch.config import (
+    CONF,
+    PATIENCE_SECONDS,
+    choices_of,
+    compose,
+    composed_yaml,
+    error_text,
+    help_text,
+    load,
+    run_command,
+)
 
 GROUPS = ("model", "data", "schedule", "optim", "deepspeed", "logging")
 
@@ -39,6 +49,8 @@ def test_every_choice_composes(group):
         overrides = ["+exp=quickstart", f"{group}={choice}", *extra]
         if choice == "custom":
             assert "schedule.stages={}" in problem_of(*overrides)
+        elif choice == "from_source":
+            assert "model=from_source: from which?" in problem_of(*overrides)
         else:
             load(overrides)
 
@@ -216,14 +228,31 @@ def test_run_command(capsys):
     assert run_command(seen.append, ["+exp=quickstart"], "usage: x") == 0 and seen == [["+exp=quickstart"]]
     assert run_command(lambda overrides: load(overrides), ["+exp=nope"], "usage: x") == 2
     out, err = capsys.readouterr()
-    assert out == "" and err.startswith("1 problem in the configuration:\n  - +exp=nope")
-    assert run_command(lambda overrides: load(overrides), ["+exp=nope"], "usage: x", quiet=True) == 2
+    assert out == "" and err.startswith("1 problem:\n  - +exp=nope")
+    assert run_command(lambda overrides: load(overrides), ["--help"], "usage: x", quiet=True) == 0
     assert capsys.readouterr() == ("", "")
     assert run_command(seen.append, ["--multirun"], "usage: x") == 2 and "--multirun" in capsys.readouterr().err
     assert run_command(seen.append, ["+exp=quickstart", "--cfg", "job"], "usage: x") == 0
     assert yaml.safe_load(capsys.readouterr().out)["schedule"]["tokens"] == "300K"
     assert run_command(seen.append, ["--help"], "usage: x") == 0
     assert capsys.readouterr().out == help_text("usage: x") + "\n" and len(seen) == 1
+
+
+def test_only_a_process_that_nobody_ends_speaks_for_itself(capsys, monkeypatch):
+    """Catches a rank that exits before rank 0 has spoken (torchrun would end rank 0), or that never speaks at all."""
+    order = []
+    monkeypatch.setattr("launch.config.time.sleep", lambda seconds: order.append((seconds, capsys.readouterr())))
+    assert run_command(lambda overrides: load(overrides), ["+exp=nope"], "usage: x", quiet=True) == 2
+    assert order == [(PATIENCE_SECONDS, ("", ""))] and "+exp=nope" in capsys.readouterr().err
+
+
+def test_ctrl_c_is_no_traceback(capsys):
+    """Catches a traceback for whoever stops a command before it trains."""
+
+    def main(overrides):
+        raise KeyboardInterrupt
+
+    assert run_command(main, ["+exp=quickstart"], "usage: x") == 130 and capsys.readouterr().err == "interrupted\n"
 
 
 def test_help_lists_every_choice():

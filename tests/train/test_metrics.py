@@ -67,6 +67,20 @@ def test_cut_back_keeps_what_the_checkpoint_knows_byte_for_byte(tmp_path):
     assert [record["tokens"] for record in read_metrics(path)] == [0, 100, 200, 200, 300]
 
 
+def test_an_evaluation_that_will_be_made_again_is_forgotten(tmp_path):
+    """Catches an evaluation that stands there twice, and one that takes the training line of its step with it."""
+    path = tmp_path / "metrics.jsonl"
+    log = MetricsLog(path)
+    for tokens in (100, 200):
+        log.write("train", tokens, loss=1.0)
+        log.write("eval", tokens, loss=2.0)
+    log.cut_back(200)
+    assert [(record["kind"], record["tokens"]) for record in read_metrics(path)][-1] == ("eval", 200)
+    log.cut_back(200, evaluated=False)
+    kept = [(record["kind"], record["tokens"]) for record in read_metrics(path)]
+    assert kept == [("train", 100), ("eval", 100), ("train", 200)]
+
+
 def test_a_stage_that_began_beyond_the_checkpoint_is_written_again(tmp_path):
     """Catches a stage boundary that is lost or doubled when a kill falls around the switch."""
     path = tmp_path / "metrics.jsonl"
