@@ -34,6 +34,10 @@ class Problems:
         """Record that `key` = `value` will not do; `hint` says what would."""
         self.lines.append(f"{key}={show(value)}: {hint}")
 
+    def about(self, key: str) -> bool:
+        """True if `key` itself was found wrong: what only follows from that needs no line of its own."""
+        return any(line.startswith(f"{key}=") for line in self.lines)
+
     def raise_if_any(self) -> None:
         """Raise ConfigError if anything was recorded, each line once."""
         if self.lines:

@@ -127,7 +127,8 @@ def _stage_tokens(key: str, value: Any, total: int | None, problems: Problems) -
         problems.add(key, value, 'a stage needs a budget, such as "27B" or "90%"')
         return None
     if is_share(value) and total is None:
-        problems.add(key, value, "a share of what? Set schedule.tokens, or give the stage a number of tokens")
+        if not problems.about("schedule.tokens"):
+            problems.add(key, value, "a share of what? Set schedule.tokens, or give the stage a number of tokens")
         return None
     tokens = quantity(parse_share, key, value, problems, total or 0)
     if tokens == 0:

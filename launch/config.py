@@ -4,7 +4,7 @@ The grammar is Hydra's (groups, +exp=..., key=value, ~key, quoting), composed th
 directory is changed, and every mistake becomes a ConfigError. It is more forgiving in three places. A key needs no `+`
 for being absent from the YAML files (conf/schema.py says which keys there are). All wrong keys are reported at once. A
 value that Hydra's grammar cannot read (~/books/*.txt, a name with a comma) is text. Only a new *name*, of a stage or
-a source, needs its `+`: otherwise a slip of the pen would make a stage.
+a source, needs its `+`, once: otherwise a slip of the pen would make a stage.
 """
 
 from __future__ import annotations
@@ -197,27 +197,28 @@ def _refuse_unreadable(overrides: list[str]) -> None:
             problems.append(f"{text}: {key} is a section; set its keys, such as {key}.<key>=<value>")
         elif key.partition("@")[0] not in groups:
             hint = suggestion(key, sorted({*groups, *sections}))
-            problems.append(f"{text}: unknown key; {hint} Keys are written section.key=value")
+            problems.append(f"{text}: unknown key ({hint}); keys are written section.key=value")
     if problems:
         raise ConfigError(problems)
 
 
 def _refuse_new_names(values: list[str], choices: list[str]) -> None:
-    """ConfigError for stages and sources that are set without `+` although the chosen files have none of that name."""
-    named = []
+    """ConfigError for stages and sources that are set without `+` although neither the chosen files nor a `+` on the
+    same command line has one of that name."""
+    named, added = [], []
     for text in values:
-        section, kind, name = [*text.partition("=")[0].split("."), "", ""][:3]
+        section, kind, name = [*text.lstrip("+").partition("=")[0].split("."), "", ""][:3]
         if (section, kind) in NAMED and name:
-            named.append((f"{section}.{kind}", name, text))
+            (added if text.startswith("+") else named).append((f"{section}.{kind}", name, text))
     if not named:
         return
     base, _ = _hydra(choices)
     problems = []
     for path, name, text in named:
-        known = list((OmegaConf.select(base, path) or {}).keys())
+        known = [*(OmegaConf.select(base, path) or {}), *(other for at, other, _ in added if at == path)]
         if name not in known:
-            hint = f"no {path.rpartition('.')[2].removesuffix('s')} is called {name}; {suggestion(name, known)}"
-            problems.append(f"{text}: {hint} A new one takes a plus: +{text}")
+            hint = f"no {path.rpartition('.')[2].removesuffix('s')} is called {name} ({suggestion(name, known)})"
+            problems.append(f"{text}: {hint}; a new one takes a plus: +{text}")
     if problems:
         raise ConfigError(problems)
 

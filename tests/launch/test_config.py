@@ -203,6 +203,24 @@ def test_wrong_keys_come_together():
     assert text.startswith("4 problems") and text.count("\n  - ") == 4
 
 
+def test_an_unreadable_budget_is_one_problem():
+    """Catches a mistake in schedule.tokens that is reported once more for each stage that is a share of it."""
+    assert problem_of("+exp=quickstart", "schedule.tokens=abc").startswith("schedule.tokens=abc: not a quantity")
+
+
+def test_a_new_name_needs_its_plus_once():
+    """Catches a stage made on the command line that wants a `+` before each of its keys, and one that wants none."""
+    stage = [
+        "+schedule.stages.late.tokens=1M",
+        "schedule.stages.late.seq_len=4K",
+        "schedule.stages.late.rope.theta=5e5",
+    ]
+    late = load(stage).schedule.stages["late"]
+    assert (late.tokens, late.seq_len, late.rope.theta) == (1_015_808, 4096, 5e5)
+    problem = problem_of(stage[0], "schedule.stages.lat.seq_len=4K")
+    assert "no stage is called lat (did you mean late?); a new one takes a plus" in problem
+
+
 def test_own_experiments(tmp_path):
     """Catches experiments that must live inside the package."""
     (tmp_path / "exp").mkdir()
