@@ -30,6 +30,7 @@ from conf.build import Problems, build, suggestion
 from conf.schema import RunConfig
 from conf.trajectory import to_dict
 from conf.validate import ConfigError, Hardware, freeze
+from launch.init_source import with_source
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 NAMED = (("schedule", "stages"), ("data", "sources"))
@@ -55,8 +56,9 @@ def compose(overrides: list[str]) -> dict[str, Any]:
 
 
 def load(overrides: list[str], hardware: Hardware | None = None) -> RunConfig:
-    """The checked RunConfig of these overrides. ConfigError lists everything that is wrong."""
-    return freeze(compose(overrides), hardware)
+    """The checked RunConfig of these overrides, with what it takes from init.source. ConfigError lists everything that
+    is wrong."""
+    return freeze(with_source(compose(overrides), overrides), hardware)
 
 
 def composed_yaml(overrides: list[str]) -> str:

@@ -22,7 +22,7 @@ from data.loader import Loader
 from data.packing import Batch
 from data.sources import Source
 from data.tokenizer import Tokenizer
-from train import checkpoint, engine_state
+from train import checkpoint, engine_state, hf
 from train.distributed import PreemptionFlag, World, all_reduce_sum
 from train.guards import NonFiniteGuard
 from train.metrics import FILE_NAME, MetricsLog, stage_columns

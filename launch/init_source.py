@@ -1,0 +1,119 @@
+"""What a configuration takes from init.source: with model=from_source its shape and tokenizer, otherwise nothing, but
+then they are held against a Hugging Face model's own before anything is allocated.
+
+model=from_source works with a Hugging Face directory or hub id, a run and a checkpoint. Training on another model's
+weights with a tokenizer they do not know would run, and be worthless; so that is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from conf.build import ConfigError, Problems, build
+from conf.schema import ModelConfig
+from conf.validate import freeze
+
+FROM_SOURCE = "from_source"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+
+
+def with_source(plain: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """The composed configuration `plain`, with what it takes from init.source filled in.
+
+    A model or tokenizer set on the command line (`overrides`) is kept. ConfigError if the source has another, or
+    cannot be used; a source that is not there is left to the start of the run, unless it is needed here.
+    """
+    source = (plain.get("init") or {}).get("source")
+    takes = (plain.get("model") or {}).get("name") == FROM_SOURCE
+    if takes and source is None:
+        raise ConfigError(["model=from_source: from which? Set init.source=<Hugging Face model, run or checkpoint>"])
+    if source is None or not (takes or (Path(source).expanduser() / "config.json").is_file()):
+        return plain
+    from train import hf
+
+    if not hf.is_model(source):
+        return _with_run(plain, source, overrides)
+    directory = hf.locate(source, weights=False)
+    shape = hf.read_shape(directory)
+    given = plain["model"] if takes else _complete(plain["model"])
+    problems = _differences(given, shape)
+    problems += [
+        f"init.{key}=true: a Hugging Face model has weights alone; only runs of this project have more"
+        for key in ("optimizer", "data")
+        if plain["init"].get(key)
+    ]
+    tokenizer = str(source) if Path(source).expanduser().is_dir() else str(directory)
+    has_tokenizer = any((directory / file).is_file() for file in TOKENIZER_FILES)
+    filled = _filled(plain, shape, tokenizer if has_tokenizer and takes else None, overrides)
+    if has_tokenizer:
+        problems += _tokenizer_problems(filled.get("data", {}).get("tokenizer", "bytes"), tokenizer)
+    if problems:
+        raise ConfigError(problems)
+    return filled
+
+
+def _with_run(plain: dict[str, Any], source: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """The shape and the tokenizer of a run or checkpoint of this project."""
+    from train import checkpoint
+
+    try:
+        found = checkpoint.find(Path(source).expanduser())
+    except checkpoint.CheckpointError as error:
+        raise ConfigError([f"init.source={source}: {error}; nor is it a Hugging Face model"]) from error
+    saved = freeze(yaml.safe_load(checkpoint.read(found).config_yaml))
+    problems = _differences(plain["model"], saved.model)
+    if problems:
+        raise ConfigError(problems)
+    return _filled(plain, saved.model, saved.data.tokenizer, overrides)
+
+
+def _complete(given: dict[str, Any]) -> dict[str, Any]:
+    """A model section with the defaults of what it leaves out."""
+    return asdict(ModelConfig()) | given
+
+
+def _differences(given: dict[str, Any], shape: ModelConfig) -> list[str]:
+    from train import hf
+
+    problems = Problems()
+    built = build(ModelConfig, given, problems)
+    problems.raise_if_any()
+    try:
+        lines = hf.differences({key: getattr(built, key) for key in given}, shape)
+    except ValueError as error:
+        lines = [str(error)]
+    hint = "the model section does not fit init.source; model=from_source takes it from there"
+    return [*lines, hint] if lines else []
+
+
+def _filled(
+    plain: dict[str, Any], shape: ModelConfig, tokenizer: str | None, overrides: Sequence[str]
+) -> dict[str, Any]:
+    """`plain` with the shape, and with the tokenizer unless there is none or the command line sets one."""
+    from train import hf
+
+    taken = {name: getattr(shape, name) for name in (*hf.SHAPE, "pretrained_length")}
+    name = shape.name if plain["model"].get("name") == FROM_SOURCE else plain["model"].get("name", shape.name)
+    filled = plain | {"model": plain["model"] | taken | {"name": name}}
+    if tokenizer is not None and not any(text.lstrip("+").startswith("data.tokenizer=") for text in overrides):
+        filled["data"] = (plain.get("data") or {}) | {"tokenizer": tokenizer}
+    return filled
+
+
+def _tokenizer_problems(given: str, own: str) -> list[str]:
+    """What is wrong if `given` makes other ids of a text than the source's tokenizer does."""
+    if given == own:
+        return []
+    from data.errors import DataError
+    from data.tokenizer import load_tokenizer
+
+    try:
+        is_same = load_tokenizer(given).fingerprint == load_tokenizer(own).fingerprint
+    except DataError as error:
+        return [str(error)]
+    return [] if is_same else [f"data.tokenizer={given}: init.source has one of its own; use data.tokenizer={own}"]

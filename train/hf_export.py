@@ -1,0 +1,155 @@
+"""Hugging Face checkpoints out: a model of ours as a plain Llama, Qwen2 or Qwen3 that transformers loads.
+
+The weights keep their names; config.json says the rest: the RoPE of the stage in force in the layout that every
+transformers reads, and under `moba` the attention of each layer, which plain transformers ignores.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from conf.build import ConfigError
+from conf.schema import ModelConfig, RopeConfig
+from moba.spec import AttentionSpec
+from train.checkpoint import MODEL_INDEX, TensorFiles, read_index
+from train.hf import FAMILIES, SINGLE_FILE
+from train.rope import Rope, check_rope_scaling
+from train.sizes import head_dim, num_kv_heads
+
+SHARD_BYTES = 4 * 2**30
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16"}
+
+
+def config_json(
+    model: ModelConfig,
+    *,
+    num_embeddings: int,
+    rope: RopeConfig,
+    attention: Sequence[AttentionSpec],
+    max_length: int,
+    dtype: str,
+    bos_id: int | None,
+    eos_id: int,
+) -> dict[str, Any]:
+    """The content of config.json for `model` under a stage's RoPE and attention.
+
+    `max_length` tokens is the longest document trained on. ConfigError if transformers has no such architecture or no
+    such RoPE.
+    """
+    kind = _family(model)
+    theta, scaling = merged_rope(model, rope)
+    config = {
+        "architectures": [FAMILIES[kind].architecture],
+        "model_type": kind,
+        "torch_dtype": _DTYPE_NAMES[dtype],
+        "vocab_size": num_embeddings,
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.ffn_size,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_heads,
+        "num_key_value_heads": num_kv_heads(model),
+        "head_dim": head_dim(model),
+        "hidden_act": "silu",
+        "rms_norm_eps": model.norm_eps,
+        "initializer_range": model.init_std,
+        "tie_word_embeddings": model.tie_embeddings,
+        "max_position_embeddings": max(max_length, model.pretrained_length or 0),
+        "rope_theta": theta,
+        "rope_scaling": scaling,
+        "bos_token_id": bos_id,
+        "eos_token_id": eos_id,
+        "use_cache": True,
+        "moba": {"plan": [_plan_entry(spec) for spec in attention]},
+    }
+    if kind in ("llama", "qwen3"):
+        config["attention_bias"] = False
+    return config
+
+
+def _plan_entry(spec: AttentionSpec) -> list[Any]:
+    """[kind, block_size, top_k], as moba.transformers reads it."""
+    return ["full", None, None] if spec.kind == "full" else [spec.kind, spec.block_size, spec.top_k]
+
+
+def _family(model: ModelConfig) -> str:
+    """The model_type whose architecture has exactly `model`'s options."""
+    for kind, family in FAMILIES.items():
+        if (family.qkv_bias, family.qk_norm) == (model.qkv_bias, model.qk_norm):
+            return kind
+    raise ConfigError(
+        [
+            "model.qkv_bias=true with model.qk_norm=true: no plain architecture of transformers has both, so this "
+            "model cannot be exported"
+        ]
+    )
+
+
+def merged_rope(model: ModelConfig, stage: RopeConfig) -> tuple[float, dict[str, Any] | None]:
+    """`(rope_theta, rope_scaling)` that alone give the angles of `model` in a stage.
+
+    ConfigError if a model's own scaling and the stage's do not make one that transformers has.
+    """
+    theta = model.rope_theta if stage.theta is None else stage.theta
+    own = check_rope_scaling(model.rope_scaling, model.rope_theta)
+    if stage.scaling == "none":
+        return theta, None if own["rope_type"] == "default" else own
+    on_top = {"rope_type": stage.scaling, "factor": stage.factor}
+    if stage.scaling == "yarn":
+        on_top["original_max_position_embeddings"] = stage.original_length
+    if own["rope_type"] == "default":
+        return theta, on_top
+    if own["rope_type"] == stage.scaling == "linear":
+        return theta, on_top | {"factor": own["factor"] * stage.factor}
+    raise ConfigError(
+        [
+            f"the RoPE of this stage ({Rope(model, stage)}) is not to be had in transformers, which applies one "
+            "scaling; a stage that changes rope.theta instead can be exported"
+        ]
+    )
+
+
+def write_weights(checkpoint: Path, to: Path, shapes: dict[str, Sequence[int]], dtype: str) -> list[str]:
+    """Writes the weights of one of our checkpoints (name -> shape) into `to`; returns the file names.
+
+    One file, or several of SHARD_BYTES with an index; one of them is in memory at a time.
+    """
+    size = DTYPES[dtype].itemsize
+    groups = _groups({name: size * torch.Size(shape).numel() for name, shape in shapes.items()})
+    total = len(groups)
+    names = [f"model-{i:05d}-of-{total:05d}.safetensors" for i in range(1, total + 1)] if total > 1 else [SINGLE_FILE]
+    with ExitStack() as stack:
+        tensors = TensorFiles(checkpoint, read_index(checkpoint), stack)
+        for file, group in zip(names, groups):
+            content = {}
+            for name in group:
+                shape = torch.Size(shapes[name])
+                whole = tensors.elements(name, tuple(shape), 0, shape.numel()).reshape(shape)
+                content[name] = whole.to(DTYPES[dtype]).contiguous()
+            save_file(content, to / file, metadata={"format": "pt"})
+    if total > 1:
+        files = {name: file for file, group in zip(names, groups) for name in group}
+        sizes = sum(size * torch.Size(shape).numel() for shape in shapes.values())
+        index = {"metadata": {"total_size": sizes}, "weight_map": files}
+        (to / MODEL_INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return names
+
+
+def _groups(sizes: dict[str, int]) -> list[list[str]]:
+    """Names in order, cut where a group would exceed SHARD_BYTES."""
+    groups: list[list[str]] = [[]]
+    filled = 0
+    for name, size in sizes.items():
+        if groups[-1] and filled + size > SHARD_BYTES:
+            groups.append([])
+            filled = 0
+        groups[-1].append(name)
+        filled += size
+    return groups
