@@ -1,4 +1,4 @@
-"""README.md and .ci/run: the commands a newcomer copies exist, compose, and are the ones that CI runs."""
+"""README.md, docs/ and .ci/run: the commands a newcomer copies exist, compose, and are the ones that CI runs."""
 
 import os
 import re
@@ -17,9 +17,9 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 CI = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
 
 
-def readme_commands() -> list[str]:
-    """Lines of the README's bash blocks."""
-    blocks = re.findall(r"^```bash\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+def bash_lines(text: str) -> list[str]:
+    """Lines of the bash blocks of a page."""
+    blocks = re.findall(r"^```bash\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
     return [line for block in blocks for line in block.splitlines() if line.strip()]
 
 
@@ -27,8 +27,10 @@ def ci_commands() -> list[str]:
     return [line.strip() for line in CI.splitlines() if line.strip() and not line.lstrip().startswith("#")]
 
 
-COMMANDS = readme_commands()
-CONFIGURED = [line for line in COMMANDS if "launch/train.py" in line or "launch/plan.py" in line]
+PAGES = [ROOT / "docs" / name for name in ("data.md", "runs.md")]
+COMMANDS = bash_lines(README)
+OF_PAGES = [line for page in PAGES for line in bash_lines(page.read_text(encoding="utf-8"))]
+CONFIGURED = [line for line in COMMANDS + OF_PAGES if "launch/train.py" in line or "launch/plan.py" in line]
 
 
 def test_ci_runs_the_readmes_install_quickstart_and_tests():
@@ -58,11 +60,15 @@ def test_configured_commands_compose(command):
     overrides = [word for word in words[script + 1 :] if word.split("=")[0] not in ("num_gpus", "gpu_memory")]
     config = load(overrides)
     assert config.schedule.stages
-    assert len(CONFIGURED) >= 5
+    assert len(CONFIGURED) >= 12
 
 
 def test_scripts_and_files_of_the_readme_exist():
-    """Catches a command or link that points nowhere."""
+    """Catches a command or link that points nowhere, and a page for users that the README does not lead to."""
+    assert [page.name for page in PAGES if f"](docs/{page.name})" not in README] == []
+    for page in (ROOT / "docs").glob("*.md"):
+        links = re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8"))
+        assert [link for link in links if "://" not in link and not (page.parent / link).exists()] == []
     named = set(re.findall(r"\b(?:launch|train|conf|docs|tests)/[\w./]*\w\.(?:py|md|yaml)", README))
     named |= {target for target in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in target}
     assert len(named) >= 8
