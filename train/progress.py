@@ -5,6 +5,7 @@ Log files and CI get about a line for every tenth of the run, or every half a mi
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -36,7 +37,7 @@ class Progress:
         self._tenth = 10 * tokens // total_tokens
         self._said_at = -PLAIN_SECONDS
         self._bar: tqdm | None = None
-        if enabled and bar and self._stream.isatty():
+        if enabled and bar and _is_screen(self._stream):
             self._bar = tqdm(
                 total=total_tokens,
                 initial=tokens,
@@ -78,6 +79,11 @@ class Progress:
             self._bar.write(line, file=self._stream)
         else:
             print(line, file=self._stream, flush=True)
+
+
+def _is_screen(stream: TextIO) -> bool:
+    """True for a terminal whose size is known: tqdm draws nothing on one of no lines (`script`, some containers)."""
+    return stream.isatty() and os.get_terminal_size(stream.fileno()).lines > 0
 
 
 def describe(record: Mapping[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """train/progress.py: readable on a terminal and in a log file alike."""
 
 import io
+import os
 import re
 
 import pytest
@@ -13,6 +14,20 @@ class Terminal(io.StringIO):
 
     def isatty(self):
         return True
+
+    def fileno(self):
+        return 1
+
+
+@pytest.fixture
+def lines_of_terminal(monkeypatch):
+    """Sets how many lines the terminal says it has; 30 to begin with."""
+
+    def set_lines(lines):
+        monkeypatch.setattr("train.progress.os.get_terminal_size", lambda fd: os.terminal_size((100, lines)))
+
+    set_lines(30)
+    return set_lines
 
 
 def record(tokens, **values):
@@ -64,7 +79,7 @@ def test_a_resumed_run_does_not_repeat_the_tenths_behind_it():
     assert [line.split("%")[0].strip() for line in stream.getvalue().splitlines()] == ["51", "60"]
 
 
-def test_a_terminal_gets_a_bar_and_keeps_what_was_said():
+def test_a_terminal_gets_a_bar_and_keeps_what_was_said(lines_of_terminal):
     """Catches a bar that eats the lines between, or stays on the screen after the run."""
     text = run(Terminal())
     assert "%|" in text and "loss 2.500" in text and "ETA" in text
@@ -72,7 +87,14 @@ def test_a_terminal_gets_a_bar_and_keeps_what_was_said():
     assert text.endswith("done\n") and text.count("\n") < 10
 
 
-def test_progress_can_be_plain_or_silent():
+def test_a_terminal_without_a_size_gets_plain_lines(lines_of_terminal):
+    """Catches a run that shows nothing at all under `script` or in a container: tqdm draws on no lines."""
+    lines_of_terminal(0)
+    text = run(Terminal())
+    assert "%|" not in text and len(text.splitlines()) > 10
+
+
+def test_progress_can_be_plain_or_silent(lines_of_terminal):
     """Catches logging.progress=false that still draws a bar, and output from ranks other than 0."""
     assert "%|" not in run(Terminal(), bar=False)
     assert run(Terminal(), enabled=False) == ""
