@@ -255,6 +255,7 @@ def test_a_model_of_another_shape_lists_all_differences(llama):
     """Catches a message that names one difference at a time, or a RoPE that is silently replaced."""
     shape = hf.read_shape(llama)
     assert hf.differences(vars(shape), shape) == []
+    assert hf.differences({"norm_eps": 9.999999747378752e-06}, shape) == [] != hf.differences({"norm_eps": 1e-6}, shape)
     assert hf.differences({"hidden_size": 64, "head_dim": None, "rope_scaling": {"rope_type": "default"}}, shape) == []
     other = ModelConfig(hidden_size=32, num_kv_heads=2, ffn_size=96, vocab_size=384, rope_theta=5e5, norm_eps=1e-5)
     with pytest.raises(ConfigError) as error:
