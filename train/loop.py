@@ -131,7 +131,9 @@ class Trainer:
         self.throughput.take()  # starts the clock
         if self._watch_missing:
             last = self._enter(self.schedule.lookup(min(self.tokens, self.schedule.total_tokens) - 1))
-            self._watch(last, ends=self.tokens >= last.end)
+            ends = self.tokens >= last.end
+            self._watch(last, ends)
+            self._save(last, ends, watched=True)
         while self.tokens < self.schedule.total_tokens:
             stage = self._enter(self.schedule.lookup(self.tokens))
             batches = self.loader.next_step()
