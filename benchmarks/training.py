@@ -30,7 +30,8 @@ KEYS = {
     "to": "folder of the results",
     "tokens": "budget of each run (default 12M)",
     "batch_tokens": "tokens a step (default 64K)",
-    "experiments": "which, comma-separated; the first one is killed and resumed (default moba_32k,full_32k)",
+    "experiments": "which, comma-separated (default moba_32k,full_32k)",
+    "kill": "true (default): kill the first one with SIGKILL on the way and start it again",
     "commit": "commit of the code, where this is no git checkout",
 }
 SKIP_INTERVALS = 3
@@ -47,15 +48,19 @@ def main() -> None:
     tokens, batch = values.get("tokens", "12M"), values.get("batch_tokens", "64K")
     shared = [text for text in overrides if ":" not in text.partition("=")[0]]
     common = [f"schedule.tokens={tokens}", f"schedule.batch_tokens={batch}", *shared]
-    results = {"commit": values.get("commit") or _commit(), "command": " ".join(arguments), "runs": {}}
-    folders = []
+    results = {
+        "commit": values.get("commit") or _commit(),
+        "command": " ".join(a for a in arguments if not a.startswith(("to=", "data.cache_dir=", "commit="))),
+        "runs": {},
+    }
+    folders, kill = [], values.get("kill", "true") == "true"
     for index, experiment in enumerate(values.get("experiments", "moba_32k,full_32k").split(",")):
         folder = to / "runs" / experiment
         shutil.rmtree(folder, ignore_errors=True)
         own = [text.partition(":")[2] for text in overrides if text.startswith(f"{experiment}:")]
         command = [sys.executable, str(ROOT / "launch" / "train.py"), f"+exp={experiment}", f"run.dir={folder}"]
         command += common + own
-        killed_at = _run_and_kill(command, folder) if index == 0 else None
+        killed_at = _run_and_kill(command, folder) if index == 0 and kill else None
         subprocess.run(command, check=True)
         folders.append(folder)
         results["runs"][experiment] = _summary(folder) | {"killed_at_tokens": killed_at}
