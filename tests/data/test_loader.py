@@ -46,7 +46,9 @@ class Ranks:
     """All ranks of a run in one process; step() gives every rank's micro-batches."""
 
     def __init__(self, sources, seed, num_ranks):
-        self.loaders = [Loader(sources, seed=seed, rank=r, world_size=num_ranks, interleave=2) for r in range(num_ranks)]
+        self.loaders = [
+            Loader(sources, seed=seed, rank=r, world_size=num_ranks, interleave=2) for r in range(num_ranks)
+        ]
 
     def set_stage(self, stage, packs_per_micro):
         seq_len, packs = stage
