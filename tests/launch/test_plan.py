@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from launch.config import choices_of, load
-from launch.plan import split_machine
+from launch.config import choices_of, load, run_command
+from launch.plan import USAGE, main, split_machine
 from train.plan import make_plan
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -67,12 +67,17 @@ def test_the_command(tmp_path):
         (["+exp=moba_32k", "model.vocab_size=100"], ["model.vocab_size=100", "32768"]),
     ],
 )
-def test_mistakes_exit_with_2_and_no_traceback(tmp_path, arguments, words):
-    """Catches a traceback, a zero exit code, and an error on stdout."""
-    result = run_plan(tmp_path, *arguments)
-    assert result.returncode == 2 and result.stdout == ""
-    assert "Traceback" not in result.stderr
-    assert all(word in result.stderr for word in words), result.stderr
+def test_mistakes_exit_with_2(capsys, arguments, words):
+    """Catches an exception that gets through, a zero exit code, and an error on stdout."""
+    assert run_command(main, arguments, USAGE) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and all(word in err for word in words), err
+
+
+def test_the_command_exits_with_2_and_no_traceback(tmp_path):
+    """Catches an exit code that is lost on the way to the shell."""
+    result = run_plan(tmp_path, "+exp=moba_32k", "modl=tiny")
+    assert (result.returncode, result.stdout) == (2, "") and result.stderr.startswith("1 problem")
 
 
 def test_the_machine_is_not_part_of_the_run():
