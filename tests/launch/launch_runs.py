@@ -7,10 +7,13 @@ ends it as it ends any process.
 
 Moments are changes of the run directory: a file opened for writing or flushed, a rename, a file or folder made or
 removed, each seen by an audit hook right before it happens. An `Act` says at which one a signal is sent.
+
+At the end of the file: what a run left behind, compared with another's.
 """
 
 from __future__ import annotations
 
+import hashlib
 import multiprocessing
 import os
 import runpy
@@ -24,10 +27,36 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from safetensors.numpy import load_file
+
+from train.metrics import read_metrics
+
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "launch" / "train.py"
 FORK_PATH = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
 SECONDS = 240.0
+
+# The small run. Steps of 512 tokens up to the switch, then of 1024; checkpoints at 1536, 3072, 4096, 5120, 6144, 7168;
+# evaluations at 2048, 4096, 6144, 7168.
+SWITCH, END = 4096, 7168
+TINY = [
+    "+exp=quickstart",
+    *(f"model.{key}" for key in ("hidden_size=32", "num_layers=2", "num_heads=2", "num_kv_heads=1", "head_dim=16")),
+    "model.ffn_size=64",
+    *(f"schedule.{key}" for key in ("tokens=6K", "seq_len=256", "batch_tokens=512", "block_size=16", "top_k=3")),
+    "schedule.stages.sparse.tokens=60%",
+    *(f"schedule.stages.full.{key}" for key in ("tokens=40%", "seq_len=512", "batch_tokens=1K", "rope.theta=20000")),
+    "checkpoint.every_tokens=1.5K",
+    "eval.every_tokens=2K",
+    "eval.documents=3",
+    "logging.wandb=disabled",
+    "logging.figures=false",
+]
+# Columns that tell the time.
+CLOCKS = {"wall_seconds", "seconds", "tokens_per_second", "tflops", "eta_seconds"}
+LINE = "open metrics.jsonl$"
+SAVE = "checkpoints/.saving_tokens_{:015d}"
 
 
 @dataclass(frozen=True)
@@ -80,7 +109,7 @@ class Launcher:
     def __init__(self, folder: Path):
         self._folder, self._count = folder, 0
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["launch_runs", "warm_train"])
+        self._context.set_forkserver_preload(["warm_train", "launch_runs"])
 
     def start(
         self,
@@ -182,12 +211,86 @@ def finish_real(process: subprocess.Popen) -> Finished:
     return Finished(process.returncode, out, err)
 
 
-def kill_real(process: subprocess.Popen, when: Callable[[], bool]) -> Finished:
-    """How it ended, killed with all its processes once `when` is true (or by itself, before that)."""
+def kill_real(process: subprocess.Popen, when: Callable[[], bool], run_dir: Path | None = None) -> Finished:
+    """How it ended, killed once `when` is true: the whole of it, or with `run_dir` the one rank that holds its lock."""
     deadline = time.monotonic() + SECONDS
     while not when() and process.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    if process.poll() is None:
+    if run_dir is not None:
+        os.kill(int((run_dir / ".lock").read_text().split()[1]), signal.SIGKILL)
+    elif process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
     return finish_real(process)
+
+
+# What runs left behind
+
+
+def course(run_dir: Path, *, without: set[str] = frozenset()) -> list[dict]:
+    """What a run wrote down while it trained, in order, without what depends on the clock or tells of starts."""
+    records = [record for record in read_metrics(run_dir / "metrics.jsonl") if record["kind"] != "run"]
+    return [{key: value for key, value in record.items() if key not in CLOCKS | without} for record in records]
+
+
+def train_losses(run_dir: Path) -> dict[int, float]:
+    return {record["tokens"]: record["loss"] for record in course(run_dir) if record["kind"] == "train"}
+
+
+def end_of(run_dir: Path) -> Path:
+    return run_dir / "checkpoints" / f"tokens_{END:015d}"
+
+
+def newest(run_dir: Path) -> Path:
+    """The newest checkpoint of a run of any length."""
+    return max((run_dir / "checkpoints").glob("tokens_*"))
+
+
+def weights_of(run_dir: Path) -> dict[str, str]:
+    """Digest of each tensor of weights and moments at the end, whatever files they are in."""
+    digests = {}
+    for file in sorted(newest(run_dir).glob("*-of-*.safetensors")):
+        for name, tensor in load_file(file).items():
+            digests[name] = hashlib.sha256(tensor.tobytes()).hexdigest()
+    return digests
+
+
+def assert_close_course(run_dir: Path, other: Path, *, beyond: int = 0) -> None:
+    """The same lines from `beyond` tokens on, up to rounding, which is far below the step from one line to the next."""
+    ours, theirs = ([r for r in course(path) if r["tokens"] > beyond] for path in (run_dir, other))
+    assert [(r["kind"], r["tokens"]) for r in ours] == [(r["kind"], r["tokens"]) for r in theirs]
+    for key in ("loss", "trailing_loss", "grad_norm", "lr"):
+        numbers = [[r[key] for r in records if r.get(key) is not None] for records in (ours, theirs)]
+        assert len(numbers[0]) == len(numbers[1]) > 2
+        np.testing.assert_allclose(*numbers, rtol=2e-5, err_msg=key)
+    losses = list(train_losses(other).values())
+    assert min(abs(np.diff(losses))) > 10 * 2e-5 * max(losses), "otherwise other data might look alike"
+
+
+def assert_same_run(run_dir: Path, other: Path) -> None:
+    """Every line, every evaluation, and every byte of weights, moments and state at the end."""
+    assert course(run_dir) == course(other)
+    for file in ("model", "optimizer"):
+        name = f"{file}-00001-of-00001.safetensors"
+        assert (end_of(run_dir) / name).read_bytes() == (end_of(other) / name).read_bytes(), name
+    for name in ("state.json", "position_loss.safetensors", "rng-rank00000.safetensors"):
+        assert (end_of(run_dir) / name).read_bytes() == (end_of(other) / name).read_bytes(), name
+    curves = sorted(path.name for path in (other / "position_loss").glob("*.npz"))
+    assert sorted(path.name for path in (run_dir / "position_loss").glob("*.npz")) == curves
+    for name in curves:
+        with np.load(run_dir / "position_loss" / name) as ours, np.load(other / "position_loss" / name) as theirs:
+            assert all(np.array_equal(ours[key], theirs[key], equal_nan=ours[key].dtype.kind == "f") for key in theirs)
+
+
+def assert_refused(ended: Finished, *words: str) -> None:
+    """One message with these words on stderr, exit code 2, no traceback."""
+    assert ended.code == 2 and "Traceback" not in ended.err + ended.out, ended
+    assert all(word in ended.err for word in words), (words, ended)
+
+
+def assert_tidy(run_dir: Path) -> None:
+    """Nothing half-written is left, and `latest` names the newest checkpoint."""
+    folder = run_dir / "checkpoints"
+    names = sorted(path.name for path in folder.iterdir())
+    assert [name for name in names if name.startswith(".")] == []
+    assert (folder / "latest").read_text().strip() == max(name for name in names if name.startswith("tokens_"))

@@ -1,16 +1,15 @@
-"""The main job end to end: launch/train.py run, killed at exact and at random moments, stopped, resumed and refused.
+"""The main job end to end: launch/train.py run, killed at exact and at random moments, stopped, and resumed.
 
-One small run, two stages of different attention, length, batch and RoPE, is compared with itself under all that may
-happen to it. Its course in tokens: steps of 512 up to the switch at 4096, then of 1024; checkpoints at 1536, 3072,
-4096, 5120, 6144, 7168; evaluations at 2048, 4096, 6144, 7168.
+One small run, two stages of different attention, length, batch and RoPE (launch_runs.py), is compared with itself under
+all that may happen to it. What it refuses is in test_train_refusals.py.
 """
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import json
-import os
 import random
-import resource
 import shutil
 import signal
 import time
@@ -23,120 +22,27 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from launch_runs import FORK_PATH, Act, Finished, Launcher, finish_real, kill_real, start_real
+from launch_runs import (
+    END,
+    LINE,
+    SAVE,
+    SWITCH,
+    Act,
+    assert_close_course,
+    assert_same_run,
+    assert_tidy,
+    course,
+    end_of,
+    finish_real,
+    kill_real,
+    newest,
+    start_real,
+    train_losses,
+    weights_of,
+)
 
 from train.loop import Trainer
 from train.metrics import read_metrics
-
-SWITCH, END = 4096, 7168
-TINY = [
-    "+exp=quickstart",
-    *(f"model.{key}" for key in ("hidden_size=32", "num_layers=2", "num_heads=2", "num_kv_heads=1", "head_dim=16")),
-    "model.ffn_size=64",
-    *(f"schedule.{key}" for key in ("tokens=6K", "seq_len=256", "batch_tokens=512", "block_size=16", "top_k=3")),
-    "schedule.stages.sparse.tokens=60%",
-    *(f"schedule.stages.full.{key}" for key in ("tokens=40%", "seq_len=512", "batch_tokens=1K", "rope.theta=20000")),
-    "checkpoint.every_tokens=1.5K",
-    "eval.every_tokens=2K",
-    "eval.documents=3",
-    "logging.wandb=disabled",
-    "logging.figures=false",
-]
-# Columns that tell the time.
-CLOCKS = {"wall_seconds", "seconds", "tokens_per_second", "tflops", "eta_seconds"}
-LINE = "open metrics.jsonl$"
-SAVE = "checkpoints/.saving_tokens_{:015d}"
-
-
-@pytest.fixture(scope="session")
-def house(tmp_path_factory) -> SimpleNamespace:
-    """Where everything lies: a corpus of long and short documents, and a cache of its tokens."""
-    root = tmp_path_factory.mktemp("train")
-    words = "the river of stone in long light walked a night sparse attention and full moba".split()
-    rng = random.Random(0)
-    (root / "books").mkdir()
-    for number, length in enumerate([700, 600, 500, 400, 300, 200, 60, 30, 8, 3]):
-        text = " ".join(rng.choice(words) for _ in range(length))
-        (root / "books" / f"{number}.txt").write_text(text)
-    data = ["data=files", f"data.path={root}/books", f"data.cache_dir={root}/cache"]
-    return SimpleNamespace(root=root, data=[*data, f"data.validation.path={root}/books"], runs=root / "runs")
-
-
-@pytest.fixture(scope="session")
-def launcher(house) -> Launcher:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", FORK_PATH)
-        launcher = Launcher(house.root / "streams")
-        ended = launcher.run(["model=nope"])  # starts the server, which imports from that path
-    assert ended.code == 2 and "+exp=" not in ended.out, ended
-    return launcher
-
-
-@pytest.fixture(scope="session")
-def command(house):
-    """run name, more overrides -> the arguments of launch/train.py."""
-
-    def arguments(name: str, *more: str) -> list[str]:
-        return [*TINY, *house.data, f"run.dir={house.runs / name}", *more]
-
-    return arguments
-
-
-@pytest.fixture(scope="session")
-def whole(house, command) -> Path:
-    """The run directory of the uninterrupted run, made by the real command with all its outputs."""
-    house.runs.mkdir(exist_ok=True)
-    ended = finish_real(start_real(command("whole", "logging.figures=true", "logging.wandb=offline"), house.root))
-    assert ended.code == 0 and "Traceback" not in ended.err, ended
-    (house.root / "whole.txt").write_text(ended.out)
-    return house.runs / "whole"
-
-
-# -------------------- what runs left behind
-
-
-def course(run_dir: Path, *, without: set[str] = frozenset()) -> list[dict]:
-    """What a run wrote down while it trained, in order, without what depends on the clock or tells of starts."""
-    records = [record for record in read_metrics(run_dir / "metrics.jsonl") if record["kind"] != "run"]
-    return [{key: value for key, value in record.items() if key not in CLOCKS | without} for record in records]
-
-
-def train_losses(run_dir: Path) -> dict[int, float]:
-    return {record["tokens"]: record["loss"] for record in course(run_dir) if record["kind"] == "train"}
-
-
-def end_of(run_dir: Path) -> Path:
-    return run_dir / "checkpoints" / f"tokens_{END:015d}"
-
-
-def assert_same_run(run_dir: Path, other: Path) -> None:
-    """Every line, every evaluation, and every byte of weights, moments and state at the end."""
-    assert course(run_dir) == course(other)
-    for file in ("model", "optimizer"):
-        name = f"{file}-00001-of-00001.safetensors"
-        assert (end_of(run_dir) / name).read_bytes() == (end_of(other) / name).read_bytes(), name
-    for name in ("state.json", "position_loss.safetensors", "rng-rank00000.safetensors"):
-        assert (end_of(run_dir) / name).read_bytes() == (end_of(other) / name).read_bytes(), name
-    curves = sorted(path.name for path in (other / "position_loss").glob("*.npz"))
-    assert sorted(path.name for path in (run_dir / "position_loss").glob("*.npz")) == curves
-    for name in curves:
-        with np.load(run_dir / "position_loss" / name) as ours, np.load(other / "position_loss" / name) as theirs:
-            assert all(np.array_equal(ours[key], theirs[key], equal_nan=ours[key].dtype.kind == "f") for key in theirs)
-
-
-def assert_refused(ended: Finished, *words: str) -> None:
-    """One message with these words on stderr, exit code 2, no traceback."""
-    assert ended.code == 2 and "Traceback" not in ended.err + ended.out, ended
-    assert all(word in ended.err for word in words), (words, ended)
-
-
-def assert_tidy(run_dir: Path) -> None:
-    """Nothing half-written is left, and `latest` names the newest checkpoint."""
-    folder = run_dir / "checkpoints"
-    names = sorted(path.name for path in folder.iterdir())
-    assert [name for name in names if name.startswith(".")] == []
-    assert (folder / "latest").read_text().strip() == max(name for name in names if name.startswith("tokens_"))
-
 
 # -------------------- the run as a user starts it
 
@@ -299,3 +205,162 @@ def test_a_stop_within_a_log_interval_leaves_its_line_whole(launcher, command, h
     assert ended.code == 0, ended
     ours, theirs = (course(house.runs / name, without={"attended_share"}) for name in ("rare-stopped", "rare"))
     assert ours == theirs and [r["tokens"] for r in ours if r["kind"] == "train"][:2] == [1536, 2048]
+
+
+# -------------------- another number of ranks
+
+
+def test_ranks_may_come_and_go(launcher, command, house, whole):
+    """Catches data, sums or weights that depend on the number of ranks: a run of two under torchrun is killed and goes
+    on alone, and one alone is killed and goes on as two. Each part has the uninterrupted run's losses."""
+    run_dir = house.runs / "two-one"
+    metrics = run_dir / "metrics.jsonl"
+    two = start_real(command("two-one"), house.root, num_ranks=2)
+    ended = kill_real(two, lambda: metrics.exists() and metrics.read_bytes().count(b'"train"') >= 4, run_dir)
+    assert ended.code > 0 and "finished:" not in ended.out, ended
+    assert read_metrics(metrics)[0]["num_devices"] == 2
+    ended = launcher.run(command("two-one"))
+    assert ended.code == 0 and "continuing from" in ended.out, ended
+    assert_close_course(run_dir, whole)
+
+    ended = launcher.run(command("one-two"), act=Act(LINE, 9))
+    assert ended.code == -signal.SIGKILL, ended
+    ended = finish_real(start_real(command("one-two"), house.root, num_ranks=2))
+    # Now and then torch aborts a rank in its teardown, after all work was done: what was written counts.
+    assert "continuing from" in ended.out and f"finished: {END:,} tokens" in ended.out, ended
+    assert_close_course(house.runs / "one-two", whole)
+
+
+def test_two_ranks_repeat_bit_for_bit(launcher, command, house, whole):
+    """Catches sums over ranks that are resumed in another order, and state that only rank 0 saves."""
+    for ended in launcher.run_ranks(command("two"), 2):
+        assert ended.code == 0, ended
+    first, _ = launcher.run_ranks(command("two-killed"), 2, act=Act(f"os.rename {SAVE.format(SWITCH)}"))
+    assert first.code == -signal.SIGKILL, first
+    for ended in launcher.run_ranks(command("two-killed"), 2):
+        assert ended.code == 0, ended
+    assert course(house.runs / "two-killed") == course(house.runs / "two")
+    assert_close_course(house.runs / "two", whole)
+    ours, theirs = (weights_of(house.runs / name) for name in ("two-killed", "two"))
+    assert ours == theirs
+
+
+# -------------------- what a switch and an evaluation must not touch
+
+
+def record_switches(path: Path) -> None:
+    """Makes the run write down a digest of all that its engine holds before and after each stage is entered."""
+    from train import engine_state
+    from train.loop import Trainer
+
+    enter = Trainer._enter
+
+    def digest(trainer: Trainer) -> list[str]:
+        keys = (engine_state.MASTER, *engine_state.MOMENTS)
+        held = [engine_state.gather(trainer.engine, s, k, 0) for s in engine_state.slots(trainer.engine) for k in keys]
+        held += [parameter.detach() for parameter in trainer.model.parameters()]
+        return [hashlib.sha256(tensor.numpy().tobytes()).hexdigest() for tensor in held]
+
+    def recorded(trainer: Trainer, stage):
+        if stage is trainer.stage:
+            return enter(trainer, stage)
+        before = digest(trainer), engine_state.step_count(trainer.engine), str(trainer.model.attention)
+        entered = enter(trainer, stage)
+        after = digest(trainer), engine_state.step_count(trainer.engine), str(trainer.model.attention)
+        with open(path, "a") as file:
+            file.write(json.dumps([stage.name, before, after]) + "\n")
+        return entered
+
+    Trainer._enter = recorded
+
+
+def test_a_switch_touches_no_parameter_and_no_optimizer_state(launcher, command, house, whole):
+    """Catches a switch that resets moments, casts weights or counts a step: from MoBA to full attention and back."""
+    path = house.root / "switches.jsonl"
+    back = ["+schedule.stages.back.tokens=1K", "schedule.stages.full.tokens=20%", "logging.every_tokens=1M"]
+    ended = launcher.run(command("switches", *back), prepare=partial(record_switches, path))
+    assert ended.code == 0, ended
+    switches = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [name for name, *_ in switches] == ["sparse", "full", "back"]
+    digests = []
+    for name, (held, steps, plan), (held_after, steps_after, plan_after) in switches:
+        assert held == held_after and steps == steps_after, name
+        assert plan != plan_after or name == "sparse", "the attention did change"
+        digests.append(held)
+    assert len(set(digests[1])) > 20 and digests[0] != digests[1] != digests[2], "there was something to disturb"
+
+
+def test_moba_that_attends_to_all_blocks_is_full_attention(launcher, command, house):
+    """Catches a sparse path that loses or repeats pairs where nothing is to be left out."""
+    short = ["schedule.tokens=2K", "data.validation=null", "schedule.stages.full.rope.theta=null"]
+    for name, attention in (("dense-moba", ["top_k=16", "backend=torch"]), ("dense-full", ["kind=full"])):
+        stage = [f"schedule.stages.sparse.attention.{setting}" for setting in attention]
+        ended = launcher.run(command(name, *short, *stage))
+        assert ended.code == 0, ended
+    ours, theirs = (train_losses(house.runs / name) for name in ("dense-moba", "dense-full"))
+    assert list(ours) == list(theirs) and len(ours) >= 4
+    np.testing.assert_allclose(list(ours.values()), list(theirs.values()), rtol=1e-5)
+    sparse = read_metrics(house.runs / "dense-moba" / "metrics.jsonl")
+    assert {r["attention"] for r in sparse if r["kind"] == "stage"} == {"moba 16x16", "full"}
+
+
+def test_evaluations_only_observe(launcher, command, house, whole):
+    """Catches an evaluation that moves weights, random state, data or the log's intervals."""
+    ended = launcher.run(command("unwatched", "data.validation=null"))
+    assert ended.code == 0, ended
+    without = course(house.runs / "unwatched")
+    assert without == [record for record in course(whole) if record["kind"] != "eval"]
+    assert weights_of(house.runs / "unwatched") == weights_of(whole)
+
+
+# -------------------- a new run from another's weights
+
+CONSTANT = ["optim.lr.kind=constant", "optim.lr.warmup_tokens=0", "~schedule.stages.full", "data.validation=null"]
+CONSTANT += ["schedule.stages.sparse.tokens=100%"]
+
+
+def test_two_chained_runs_are_one(launcher, command, house):
+    """Catches anything that init.optimizer and init.data leave behind: with both, at a constant rate, the second run
+    goes on where the first ended; without, it has the weights alone."""
+    two_steps = ["schedule.tokens=2K", *CONSTANT]
+    chain = [f"init.source={house.runs / 'first'}"]
+    for name, arguments in (
+        ("one", ["schedule.tokens=4K", *CONSTANT]),
+        ("first", two_steps),
+        ("second", [*two_steps, *chain, "init.optimizer=true", "init.data=true"]),
+        ("weights", [*two_steps, *chain]),
+    ):
+        ended = launcher.run(command(name, *arguments))
+        assert ended.code == 0, ended
+        if name in ("second", "weights"):
+            taken = "weights, optimizer state, data position" if name == "second" else "weights"
+            assert f"starting from {house.runs}/first/checkpoints/tokens_000000000002048: {taken}\n" in ended.out
+    one, first, second, weights = (
+        {r["tokens"]: (r["loss"], r["grad_norm"]) for r in course(house.runs / name) if r["kind"] == "train"}
+        for name in ("one", "first", "second", "weights")
+    )
+    assert len(one) == 8 and len(first) == len(second) == len(weights) == 4
+    assert one == first | {2048 + tokens: pair for tokens, pair in second.items()}
+    ours, theirs = (newest(house.runs / name) for name in ("second", "one"))
+    for file in ("model-00001-of-00001.safetensors", "optimizer-00001-of-00001.safetensors"):
+        assert (ours / file).read_bytes() == (theirs / file).read_bytes()
+    assert weights[512][0] < first[512][0] - 0.2, "the same first batch, better weights"
+    assert set(weights.values()).isdisjoint(second.values())
+    assert json.loads((newest(house.runs / "weights") / "state.json").read_text())["optimizer_step"] == 4
+
+
+# -------------------- cadence
+
+
+@settings(deadline=None, max_examples=200)
+@given(steps=st.lists(st.integers(1, 50), min_size=1, max_size=30), every=st.integers(0, 120))
+def test_what_is_due_is_due_once_for_each_multiple_passed(steps, every):
+    """Catches a cadence that drifts, or misses multiples that lie within a step."""
+    tokens, due_at = 0, []
+    for step in steps:
+        tokens += step
+        if Trainer._due(SimpleNamespace(tokens=tokens), every, SimpleNamespace(batch_tokens=step)):
+            due_at.append(tokens)
+    ends = list(itertools.accumulate(steps))
+    multiples = range(every, tokens + 1, every) if every else ()
+    assert due_at == sorted({min(end for end in ends if end >= multiple) for multiple in multiples})

@@ -1,4 +1,4 @@
-"""Imported once by the server that test runs are forked from: all that a run imports, on one thread, without a network."""
+"""Imported once by the server that test runs are forked from: all that a run imports; one thread, no network."""
 
 import os
 
