@@ -95,7 +95,7 @@ class DataConfig:
     """Where tokens come from."""
 
     tokenizer: str = "bytes"
-    """`bytes`, `bpe-32k` (shipped), a tokenizer.json, or a Hugging Face tokenizer directory."""
+    """`bytes`, `bpe-4k` or `bpe-32k` (shipped), a tokenizer.json, or a Hugging Face tokenizer directory."""
     path: str | None = None
     """Short for data.sources.main.path, with data=files."""
     name: str | None = None
