@@ -67,7 +67,7 @@ def main(overrides: list[str]) -> None:
     hardware = detect_hardware(launched.world_size, launched.local_world_size)
     config = load(overrides, hardware)
     check_stages(config)
-    with _mistakes_in_words():
+    with _mistakes_in_words(config):
         tokenizer = load_tokenizer(config.data.tokenizer)
         run_dir = Path(config.run.dir)
         plan = make_plan(config, embedding_rows(config.model, tokenizer.vocab_size), hardware).text()
@@ -84,7 +84,7 @@ def main(overrides: list[str]) -> None:
 
 
 @contextmanager
-def _mistakes_in_words() -> Iterator[None]:
+def _mistakes_in_words(config: RunConfig) -> Iterator[None]:
     """Turns what a user can put right into a ConfigError."""
     try:
         yield
@@ -93,7 +93,8 @@ def _mistakes_in_words() -> Iterator[None]:
     except OSError as error:
         if error.errno not in FILE_ERRORS:
             raise
-        raise ConfigError([f"{error}. The run stopped here; its checkpoints are as they were"]) from error
+        places = f"The run writes into {config.run.dir} and {config.data.cache_dir}"
+        raise ConfigError([f"{error}. {places}. The checkpoints that were saved are as they were"]) from error
 
 
 def _saved_run(run_dir: Path) -> checkpoint.Saved | None:

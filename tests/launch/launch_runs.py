@@ -132,7 +132,10 @@ class Launcher:
         return self.start(arguments, **options).wait()
 
     def run_ranks(self, arguments: Sequence[str], num_ranks: int, *, act: Act | None = None) -> list[Finished]:
-        """How each rank of a run of several ended. They see the world as torchrun's workers do; `act` is rank 0's."""
+        """How each rank of a run of several ended. They see the world as torchrun's workers do; `act` is rank 0's.
+
+        As torchrun does, ends the others where one failed.
+        """
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -142,7 +145,12 @@ class Launcher:
         for rank in range(num_ranks):
             world = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             started.append(self.start(arguments, environment=world, act=None if rank else act))
-        return [run.wait() for run in started]
+        ended = [started[0].wait()]
+        for run in started[1:]:
+            if ended[0].code:
+                run.process.terminate()
+            ended.append(run.wait())
+        return ended
 
 
 def _run(arguments, folder, act, prepare, environment) -> None:
