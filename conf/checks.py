@@ -328,6 +328,8 @@ def _check_engine(config: RunConfig, problems: Problems) -> None:
 
 def _check_rest(config: RunConfig, problems: Problems) -> None:
     _one_of("run.device", config.run.device, DEVICES, problems)
+    _at_least("run.seed", config.run.seed, 0, problems)
+    _at_least("data.seed", config.data.seed, 0, problems)
     _one_of("logging.wandb", config.logging.wandb, WANDB_MODES, problems)
     _at_least("eval.documents", config.eval.documents, 1, problems)
     if config.eval.seq_len is not None:

@@ -93,10 +93,10 @@ def draw_figures(run_dir: Path) -> dict[str, Path]:
         drawn["heat_map"] = folder / "loss_by_position_over_training.png"
         plot_heatmap(evaluations, drawn["heat_map"], boundaries)
     ends = {record["end"]: record["stage"] for record in records if record["kind"] == "stage"}
-    at_ends = {f"{ends[at]}, held out": curve for at, curve in evaluations if at in ends}
+    by_stage = {f"{ends[at]}, held out at its end": curve for at, curve in evaluations if at in ends}
     for path in sorted((run_dir / CURVES).glob("train_*.npz")):
-        at_ends[f"{path.stem.split('_', 2)[2]}, training"] = PositionCurve.from_npz(path)
-    if at_ends:
+        by_stage[f"{path.stem.split('_', 2)[2]}, training, all of it"] = PositionCurve.from_npz(path)
+    if by_stage:
         drawn["loss_by_position"] = folder / "loss_by_position.png"
-        plot_curves(at_ends, drawn["loss_by_position"], "Loss by position at the end of each stage")
+        plot_curves(by_stage, drawn["loss_by_position"], "Loss by position, by stage")
     return drawn

@@ -174,6 +174,8 @@ CASES = [
     ([("run.device", "gpu")], ["run.device=gpu", "cuda, cpu"]),
     ([("logging.wandb", "yes")], ["logging.wandb=yes", "offline"]),
     ([("checkpoint.keep", 0)], ["checkpoint.keep=0", "at least 1"]),
+    ([("run.seed", -1)], ["run.seed=-1", "at least 0"]),
+    ([("data.interleave", 0)], ["data.interleave=0", "at least 1"]),
     ([("checkpoint.every_tokens", "often")], ["checkpoint.every_tokens=often", "27B"]),
     ([("init.optimizer", True)], ["init.optimizer=true", "init.source"]),
 ]
