@@ -86,12 +86,13 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 def build_engine(model: nn.Module, config: RunConfig, world: World) -> Any:
     """Returns the DeepSpeed engine around `model`, which it moves to the device (and casts to bf16 where that is
-    asked for).
+    asked for). Raises ConfigError for what DeepSpeed does not take.
 
     Every rank must hold the same weights, whatever the stage; ZeRO partitions them afterwards. Needs
     `distributed.init` first.
     """
     import deepspeed  # after distributed.init, which decides what it finds
+    from pydantic import ValidationError  # with which DeepSpeed reads its configuration
 
     optim = config.optim
     optimizer = torch.optim.AdamW(
@@ -102,8 +103,14 @@ def build_engine(model: nn.Module, config: RunConfig, world: World) -> Any:
         fused=world.device.type == "cuda",
     )
     # Its bf16 optimizer prints a dozen lines of memory usage while it is built.
-    with contextlib.redirect_stdout(io.StringIO()):
-        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(config, world))
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(config, world))
+    except ValidationError as error:
+        wrong = [(".".join(map(str, one["loc"])), one["input"], one["msg"]) for one in error.errors()]
+        raise ConfigError(
+            [f"deepspeed.extra: DeepSpeed does not take {k}={v}: {why}" for k, v, why in wrong]
+        ) from error
     return engine
 
 

@@ -219,17 +219,23 @@ def finish_real(process: subprocess.Popen) -> Finished:
     return Finished(process.returncode, out, err)
 
 
-def kill_real(process: subprocess.Popen, when: Callable[[], bool], run_dir: Path | None = None) -> Finished:
-    """How it ended, killed once `when` is true: the whole of it, or with `run_dir` the one rank that holds its lock."""
+def wait_until(when: Callable[[], bool], process: subprocess.Popen) -> None:
+    """Returns once `when` is true or the process has ended."""
     deadline = time.monotonic() + SECONDS
     while not when() and process.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    if run_dir is not None:
-        os.kill(int((run_dir / ".lock").read_text().split()[1]), signal.SIGKILL)
-    elif process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
-    return finish_real(process)
+
+
+def has_lines(run_dir: Path, num_lines: int) -> bool:
+    """True once so many steps were written down."""
+    path = run_dir / "metrics.jsonl"
+    return path.exists() and path.read_bytes().count(b'"kind": "train"') >= num_lines
+
+
+def rank_0(run_dir: Path) -> int:
+    """The process id of the rank that holds the lock of a run directory."""
+    return int((run_dir / ".lock").read_text().split()[1])
 
 
 # What runs left behind

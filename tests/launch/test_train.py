@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import os
 import random
 import shutil
 import signal
@@ -34,10 +35,12 @@ from launch_runs import (
     course,
     end_of,
     finish_real,
-    kill_real,
+    has_lines,
     newest,
+    rank_0,
     start_real,
     train_losses,
+    wait_until,
     weights_of,
 )
 
@@ -150,16 +153,12 @@ def test_kills_before_any_change_of_the_run_directory_change_nothing(launcher, c
 
 def test_kill_9_from_outside_at_a_random_time(command, house, whole):
     """Catches what only a real process with real timing shows, such as a line that is torn."""
-    arguments, metrics = command("outside"), house.runs / "outside" / "metrics.jsonl"
-    wait = random.uniform(0, 1.5)
-    begun: list[float] = []
-
-    def due() -> bool:
-        if not begun and metrics.exists() and b'"train"' in metrics.read_bytes():
-            begun.append(time.monotonic())
-        return bool(begun) and time.monotonic() > begun[0] + wait
-
-    ended = kill_real(start_real(arguments, house.root), due)
+    arguments, wait = command("outside"), random.uniform(0, 1.5)
+    process = start_real(arguments, house.root)
+    wait_until(lambda: has_lines(house.runs / "outside", 1), process)
+    time.sleep(wait)
+    process.kill()
+    ended = finish_real(process)
     assert ended.code in (-signal.SIGKILL, 0), (wait, ended)
     ended = finish_real(start_real(arguments, house.root))
     assert ended.code == 0, (wait, ended)
@@ -181,6 +180,8 @@ def test_signals_save_and_the_same_command_goes_on(launcher, command, house, who
         assert "The same command again goes on" in ended.out and course(run_dir)[-1]["tokens"] == at
         assert course(run_dir)[-1]["kind"] == "train", "an evaluation that is due has to wait"
 
+    ended = launcher.run(command("stopped"), act=Act("os.mkdir ", 1, signal.SIGINT))
+    assert (ended.code, ended.err) == (130, "interrupted\n"), "there is nothing to save yet"
     stopped(Act(LINE, 10, signal.SIGTERM), SWITCH, "SIGTERM")
     for act in (Act("open position_loss/train_0"), Act(f"os.rename {SAVE.format(SWITCH)}")):
         ended = launcher.run(command("stopped"), act=act)
@@ -211,24 +212,32 @@ def test_a_stop_within_a_log_interval_leaves_its_line_whole(launcher, command, h
 
 
 def test_ranks_may_come_and_go(launcher, command, house, whole):
-    """Catches data, sums or weights that depend on the number of ranks: a run of two under torchrun is killed and goes
-    on alone, and one alone is killed and goes on as two. Each part has the uninterrupted run's losses."""
+    """Catches data, sums or weights that depend on the number of ranks: a run of two under torchrun has a rank killed
+    and goes on alone; one alone is killed, goes on as two under torchrun, and is stopped by SIGTERM. Each part has
+    the uninterrupted run's losses."""
     run_dir = house.runs / "two-one"
-    metrics = run_dir / "metrics.jsonl"
-    two = start_real(command("two-one"), house.root, num_ranks=2)
-    ended = kill_real(two, lambda: metrics.exists() and metrics.read_bytes().count(b'"train"') >= 4, run_dir)
+    process = start_real(command("two-one"), house.root, num_ranks=2)
+    wait_until(lambda: has_lines(run_dir, 4), process)
+    os.kill(rank_0(run_dir), signal.SIGKILL)
+    ended = finish_real(process)
     assert ended.code > 0 and "finished:" not in ended.out, ended
-    assert read_metrics(metrics)[0]["num_devices"] == 2
+    assert read_metrics(run_dir / "metrics.jsonl")[0]["num_devices"] == 2
     ended = launcher.run(command("two-one"))
     assert ended.code == 0 and "continuing from" in ended.out, ended
     assert_close_course(run_dir, whole)
 
     ended = launcher.run(command("one-two"), act=Act(LINE, 9))
     assert ended.code == -signal.SIGKILL, ended
-    ended = finish_real(start_real(command("one-two"), house.root, num_ranks=2))
-    # Now and then torch aborts a rank in its teardown, after all work was done: what was written counts.
-    assert "continuing from" in ended.out and f"finished: {END:,} tokens" in ended.out, ended
-    assert_close_course(house.runs / "one-two", whole)
+    run_dir = house.runs / "one-two"
+    before = len(train_losses(run_dir))
+    process = start_real(command("one-two"), house.root, num_ranks=2)
+    wait_until(lambda: has_lines(run_dir, before + 1), process)
+    process.send_signal(signal.SIGTERM)
+    ended = finish_real(process)
+    assert "continuing from" in ended.out and "The same command again goes on from there" in ended.out, ended
+    for ended in launcher.run_ranks(command("one-two"), 2):
+        assert ended.code == 0, ended
+    assert_close_course(run_dir, whole)
 
 
 def test_two_ranks_repeat_bit_for_bit(launcher, command, house, whole):

@@ -240,6 +240,10 @@ MISSING = {
     ),
     "cuda": (["run.device=cuda"], ["run.device=cuda", "no CUDA device"]),
     "engine": (["deepspeed.extra={bf16: {enabled: true}}"], ["deepspeed.extra.bf16", "deepspeed.precision"]),
+    "engine-section": (
+        ["deepspeed.extra={zero_optimization: {nonsense: 1, reduce_bucket_size: big}}"],
+        ["2 problems:", "deepspeed.extra", "nonsense=1", "reduce_bucket_size=big"],
+    ),
     "rope": (
         ["model.rope_scaling={rope_type: yarn, factor: 2, original_max_position_embeddings: 128}"]
         + [f"schedule.stages.full.rope.{setting}" for setting in ("scaling=yarn", "factor=2", "original_length=256")],
