@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import errno
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 # Python puts launch/ itself first, where `train` would be this file.
 sys.path[:] = [str(ROOT)] + [p for p in sys.path if Path(p or ".").resolve() != ROOT / "launch"]
 
+from train import distributed  # noqa: E402 - first: it decides what torch reads when it is imported
+
+# isort: split
 import yaml  # noqa: E402
 
 from conf.build import ConfigError  # noqa: E402
@@ -28,11 +32,11 @@ from data.tokenizer import Tokenizer, load_tokenizer  # noqa: E402
 from launch.config import detect_hardware, load, run_command  # noqa: E402
 from launch.observe import FIGURES, HeldOutEvaluator, draw_figures  # noqa: E402
 from moba.attention import BackendUnavailable  # noqa: E402
-from train import checkpoint, checkpoint_dir, distributed  # noqa: E402
+from train import checkpoint, checkpoint_dir  # noqa: E402
 from train.guards import NonFiniteError, RunLocked, lock_run  # noqa: E402
 from train.loop import Observers, Trainer, read_checked  # noqa: E402
 from train.metrics import MetricsError  # noqa: E402
-from train.plan import make_plan  # noqa: E402
+from train.plan import Plan, make_plan  # noqa: E402
 from train.position_loss import PositionCurve  # noqa: E402
 from train.progress import Progress  # noqa: E402
 from train.rope import check_stages  # noqa: E402
@@ -70,12 +74,12 @@ def main(overrides: list[str]) -> None:
     with _mistakes_in_words(config):
         tokenizer = load_tokenizer(config.data.tokenizer)
         run_dir = Path(config.run.dir)
-        plan = make_plan(config, embedding_rows(config.model, tokenizer.vocab_size), hardware).text()
+        plan = partial(make_plan, config, embedding_rows(config.model, tokenizer.vocab_size), hardware)
         saved = _saved_run(run_dir)
         if saved is not None and not config.run.allow_changes:
             _refuse_another_trajectory(config, saved)
         if launched.rank == 0:
-            print(plan, flush=True)
+            print(plan().text(), flush=True)
         if saved is not None and saved.state["watched"] and saved.tokens >= config.schedule.tokens:
             if launched.rank == 0:
                 print(f"\n{run_dir} is finished. To go on from its weights: another run.dir with init.source={run_dir}")
@@ -115,15 +119,12 @@ def _refuse_another_trajectory(config: RunConfig, saved: checkpoint.Saved) -> No
         raise ConfigError(["\n      ".join([problem, *differences])])
 
 
-def _train(config: RunConfig, tokenizer: Tokenizer, plan: str) -> None:
+def _train(config: RunConfig, tokenizer: Tokenizer, plan: Callable[..., Plan]) -> None:
     world = distributed.init(config.run.device)
     run_dir, schedule = Path(config.run.dir), build_schedule(config)
     lock = lock_run(run_dir, world)
-    config_yaml = yaml.safe_dump(to_dict(config), sort_keys=False)
     if world.is_main:
         checkpoint.clean_stale(run_dir)
-        (run_dir / "config.yaml").write_text(config_yaml, encoding="utf-8")
-        (run_dir / "plan.txt").write_text(plan + "\n", encoding="utf-8")
 
     progress = None
 
@@ -134,12 +135,17 @@ def _train(config: RunConfig, tokenizer: Tokenizer, plan: str) -> None:
     opening = {"rank_zero": world.is_main, "barrier": distributed.barrier, "log": say}
     sources = open_sources(config.data, **opening)
     held_out = open_validation(config.data, **opening)
+    known = plan(documents={name: (source.num_documents, source.num_tokens) for name, source in sources.items()})
+    say("\n".join(known.data[: len(sources)]))
     observers = Observers(say=say)
     if held_out is not None:
         observers.evaluate = HeldOutEvaluator(held_out, config, schedule, world)
+    config_yaml = yaml.safe_dump(to_dict(config), sort_keys=False)
     trainer = Trainer(config, schedule, sources, tokenizer, world, observers, config_yaml=config_yaml)
     tracker = None
     if world.is_main:
+        (run_dir / "config.yaml").write_text(config_yaml, encoding="utf-8")
+        (run_dir / "plan.txt").write_text(known.text() + "\n", encoding="utf-8")
         tracker = Tracker(
             run_dir,
             config.logging,

@@ -14,6 +14,10 @@ import warnings
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+# Before torch loads OpenMP: threads that wait for each other give their core away instead of spinning. On a CPU that
+# something else uses too, spinning makes a run ten times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import torch
 import torch.distributed as dist
 
