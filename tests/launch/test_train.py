@@ -20,6 +20,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
@@ -43,6 +44,7 @@ from launch_runs import (
     wait_until,
     weights_of,
 )
+from safetensors.torch import load_file
 
 from train.loop import Trainer
 from train.metrics import read_metrics
@@ -163,6 +165,35 @@ def test_kill_9_from_outside_at_a_random_time(command, house, whole):
     ended = finish_real(start_real(arguments, house.root))
     assert ended.code == 0, (wait, ended)
     assert_same_run(house.runs / "outside", whole)
+
+
+def draw_random_numbers() -> None:
+    """Makes each micro-batch draw from every generator, as dropout would."""
+    from train.loop import Trainer
+
+    count = Trainer._count
+
+    def drawn(trainer, losses, batch) -> None:
+        torch.rand(3), np.random.standard_normal(3), random.gauss(0, 1)
+        count(trainer, losses, batch)
+
+    Trainer._count = drawn
+
+
+def test_random_numbers_go_on_where_they_were(launcher, command, house):
+    """Catches generators that start again after a resume. No part of the model draws any today."""
+    short = ["schedule.tokens=2K", "data.validation=null"]
+    acts = {"drawn": [None], "drawn-killed": [Act(f"os.rename {SAVE.format(2560)}"), None]}
+    for name, starts in acts.items():
+        for act in starts:
+            ended = launcher.run(command(name, *short), act=act, prepare=draw_random_numbers)
+            assert ended.code == (0 if act is None else -signal.SIGKILL), ended
+    assert "continuing from" in ended.out
+    states = [load_file(newest(house.runs / name) / "rng-rank00000.safetensors") for name in acts]
+    saved = load_file(min((house.runs / "drawn" / "checkpoints").glob("tokens_*")) / "rng-rank00000.safetensors")
+    for key, state in states[0].items():
+        assert torch.equal(state, states[1][key]), key
+    assert not torch.equal(states[0]["torch"], saved["torch"]), "numbers were drawn between the checkpoints"
 
 
 # -------------------- SIGTERM and Ctrl-C
