@@ -201,7 +201,8 @@ def _change(event: str, args: tuple, run_dir: str) -> str | None:
 def start_real(arguments: Sequence[str], cwd: Path, num_ranks: int | None = None) -> subprocess.Popen:
     """The command as a user starts it, from a folder of their own: plain python, or torchrun with `num_ranks`."""
     ours = ("PYTHONPATH", "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    environment = {key: value for key, value in os.environ.items() if key not in ours} | {"OMP_NUM_THREADS": "1"}
+    environment = {key: value for key, value in os.environ.items() if key not in ours}
+    environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, str(SCRIPT), *arguments]
     if num_ranks is not None:
         command[1:1] = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_ranks}"]

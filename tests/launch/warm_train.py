@@ -3,6 +3,7 @@
 import os
 
 os.environ |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "MPLBACKEND": "agg", "HF_HUB_OFFLINE": "1"}
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # bits are compared, and a GPU cannot be shared with a fork
 
 import datasets  # noqa: F401
 import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401 - imports torch's compiler, which takes seconds
