@@ -15,7 +15,8 @@ from conf.schema import AttentionConfig, LRConfig, RopeConfig, RunConfig, Source
 
 ATTENTION_KINDS = ("moba", "full")
 BACKENDS = ("auto", "reference", "torch", "flash", "triton")
-ROPE_SCALINGS = ("none", "linear", "yarn")
+ROPE_SCALINGS = ("none", "linear", "ntk", "yarn", "llama3")
+NEED_ORIGINAL_LENGTH = ("yarn", "llama3")
 MODEL_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 LR_KINDS = ("cosine", "wsd", "linear", "constant")
 PRECISIONS = ("auto", "bf16", "fp32")
@@ -52,6 +53,10 @@ def _one_of(key: str, value: str, choices: tuple[str, ...], problems: Problems) 
     if value not in choices:
         problems.add(key, value, f"choose one of {', '.join(choices)}")
     return value in choices
+
+
+def _either(choices: tuple[str, ...]) -> str:
+    return f"{', '.join(choices[:-1])} or {choices[-1]}"
 
 
 def _at_least(key: str, value: float | None, least: float, problems: Problems, open_end: bool = False) -> bool:
@@ -151,6 +156,10 @@ def _check_schedule(config: RunConfig, problems: Problems) -> None:
         _check_mix(f"{key}.mix", stage.mix, list(config.data.sources), problems)
         if stage.lr is not None:
             _check_lr(f"{key}.lr", stage.lr, stage.tokens, problems)
+    name, first = next(iter(schedule.stages.items()), (None, None))
+    if first is not None and first.reset_optimizer and config.init.optimizer:
+        hint = "the first stage would throw away the moments that init.optimizer=true takes; set one of them"
+        problems.add(f"schedule.stages.{name}.reset_optimizer", True, hint)
 
 
 def _check_batch(key: str, stage: StageConfig, micro_tokens: int | None, problems: Problems) -> None:
@@ -242,17 +251,19 @@ def _check_rope(key: str, rope: RopeConfig, problems: Problems) -> None:
         _at_least(f"{key}.theta", rope.theta, 0, problems, open_end=True)
     if not _one_of(f"{key}.scaling", rope.scaling, ROPE_SCALINGS, problems):
         return
-    _at_least(f"{key}.factor", rope.factor, 1, problems)
+    if _at_least(f"{key}.factor", rope.factor, 1, problems) and rope.factor == 1 and rope.scaling != "none":
+        problems.add(f"{key}.factor", rope.factor, f"{rope.scaling} by 1 changes nothing; set how much longer: 4")
     if rope.scaling == "none" and rope.factor != 1:
-        problems.add(f"{key}.factor", rope.factor, f"has no effect without {key}.scaling=linear or yarn")
-    if rope.scaling == "yarn" and rope.original_length is None:
-        problems.add(
-            f"{key}.original_length", None, "yarn needs the length the model was trained at before, such as 8K"
-        )
+        problems.add(f"{key}.factor", rope.factor, f"has no effect without {key}.scaling={_either(ROPE_SCALINGS[1:])}")
+    needed = rope.scaling in NEED_ORIGINAL_LENGTH
+    if needed and rope.original_length is None:
+        hint = f"{rope.scaling} needs the length the model was trained at before, such as 8K"
+        problems.add(f"{key}.original_length", None, hint)
     if rope.original_length is not None:
         _at_least(f"{key}.original_length", rope.original_length, 1, problems)
-        if rope.scaling != "yarn":
-            problems.add(f"{key}.original_length", rope.original_length, f"has no effect without {key}.scaling=yarn")
+        if not needed:
+            hint = f"has no effect without {key}.scaling={_either(NEED_ORIGINAL_LENGTH)}"
+            problems.add(f"{key}.original_length", rope.original_length, hint)
 
 
 def _check_mix(key: str, mix: dict[str, float] | None, sources: list[str], problems: Problems) -> None:

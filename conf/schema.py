@@ -142,13 +142,15 @@ class RopeConfig:
     """What a stage changes about rotary position embedding, on top of the model's own."""
 
     theta: float | None = None
-    """RoPE base; null = model.rope_theta."""
+    """RoPE base; null = model.rope_theta. The model's own scaling is then computed from this base."""
     scaling: str = "none"
-    """`none`, `linear` (position interpolation: positions divided by factor) or `yarn`."""
+    """What is put on top of the model's own scaling: `none`, `linear` (position interpolation: positions divided by
+    factor), `ntk` (the base times factor**(head_dim / (head_dim - 2))), `yarn` or `llama3` (with Llama 3.1's band:
+    waves that turn once or less within original_length are slowed by factor, those of four turns or more kept)."""
     factor: float = 1.0
-    """Extension factor of the scaling."""
+    """Extension factor of the scaling, counted from the model as it is: a later stage repeats or raises it."""
     original_length: Any = field(default=None, metadata=LENGTH)
-    """YaRN: the length the model was trained at before; required for yarn."""
+    """yarn and llama3, which need it: the length the model was trained at before."""
 
 
 @dataclass(frozen=True)
@@ -169,6 +171,22 @@ class LRConfig:
 
 
 @dataclass(frozen=True)
+class StageLRConfig(LRConfig):
+    """A stage's own learning rate, over the stage's tokens: it warms up again. What is null is as in optim.lr."""
+
+    kind: str | None = None
+    """null = optim.lr.kind."""
+    peak: float | None = None
+    """null = optim.lr.peak."""
+    min_ratio: float | None = None
+    """null = optim.lr.min_ratio."""
+    warmup_tokens: Any = field(default=None, metadata=SHARE)
+    """Tokens of linear warm-up, or a share of the stage's ("5%"); null = as optim.lr.warmup_tokens is written."""
+    decay_tokens: Any = field(default=None, metadata=SHARE)
+    """wsd: tokens of the final decay, or a share of the stage's; null = as optim.lr.decay_tokens is written."""
+
+
+@dataclass(frozen=True)
 class StageConfig:
     """One stretch of training with fixed attention, length, RoPE and data mix."""
 
@@ -184,9 +202,11 @@ class StageConfig:
     """RoPE changes of this stage."""
     mix: dict[str, float] | None = None
     """Source name -> share of tokens (normalised; a source left out gets none); null = the sources' own weights."""
-    lr: LRConfig | None = None
+    lr: StageLRConfig | None = None
     """A learning-rate schedule of this stage's own; null = the run's (optim.lr), which spans all stages without their
-    own."""
+    own. `{}` is optim.lr again from its warm-up."""
+    reset_optimizer: bool = False
+    """Begin the stage with fresh AdamW moments and step count instead of those of the stage before."""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -18,7 +18,16 @@ from conf.build import ConfigError, Problems, build, parse_quantities, quantity,
 from conf.checks import check
 from conf.hardware import Hardware
 from conf.numbers import format_tokens, is_share, parse_share
-from conf.schema import AttentionConfig, DataConfig, LRConfig, ModelConfig, RunConfig, ScheduleConfig, SourceConfig
+from conf.schema import (
+    AttentionConfig,
+    DataConfig,
+    LRConfig,
+    ModelConfig,
+    RunConfig,
+    ScheduleConfig,
+    SourceConfig,
+    StageConfig,
+)
 from conf.trajectory import to_dict, trajectory_diff
 
 __all__ = ["ConfigError", "Hardware", "freeze", "to_dict", "trajectory_diff"]
@@ -150,7 +159,7 @@ def _fill_shares(config: RunConfig, problems: Problems) -> RunConfig:
     stages = {
         name: stage
         if stage.lr is None
-        else replace(stage, lr=_fill_lr(f"schedule.stages.{name}.lr", stage.lr, stage.tokens or 0, problems))
+        else replace(stage, lr=_fill_stage_lr(f"schedule.stages.{name}.lr", stage, config.optim.lr, problems))
         for name, stage in schedule.stages.items()
     }
     span = sum(stage.tokens or 0 for stage in schedule.stages.values() if stage.lr is None)
@@ -170,6 +179,14 @@ def _fill_shares(config: RunConfig, problems: Problems) -> RunConfig:
         data=replace(config.data, sources=sources),
         **sections,
     )
+
+
+def _fill_stage_lr(key: str, stage: StageConfig, run: LRConfig, problems: Problems) -> LRConfig:
+    """The stage's own learning rate with what it leaves open as in `run`, a share of the run's now one of the
+    stage's."""
+    own = stage.lr
+    inherited = {f.name: getattr(run, f.name) for f in fields(own) if getattr(own, f.name) is None}
+    return _fill_lr(key, replace(own, **inherited), stage.tokens or 0, problems)
 
 
 def _fill_lr(key: str, lr: LRConfig, span: int, problems: Problems) -> LRConfig:

@@ -94,6 +94,17 @@ def expected_epochs(lengths: Mapping[str, np.ndarray], mix: Mapping[str, float],
     return {name: num_tokens * share / total / int(np.sum(lengths[name] - 1)) for name, share in mix.items()}
 
 
+def long_share(lengths: Mapping[str, np.ndarray], mix: Mapping[str, float], length: int) -> float:
+    """Share of the tokens trained on with this mix that come from documents of at least `length` inputs."""
+    shares = {name: _tokens_of_long(lengths[name], length) for name, share in mix.items() if share > 0}
+    return sum(mix[name] * share for name, share in shares.items()) / sum(mix.values())
+
+
+def _tokens_of_long(lengths: np.ndarray, length: int) -> float:
+    inputs = lengths - 1
+    return float(inputs[inputs >= length].sum() / max(inputs.sum(), 1))
+
+
 def _philox(purpose: str, seed: int, counter: int = 0) -> np.random.Philox:
     key = hashlib.sha256(f"{purpose}|{seed}".encode()).digest()[:16]
     return np.random.Philox(key=int.from_bytes(key, "little"), counter=counter)

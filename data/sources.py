@@ -89,6 +89,38 @@ def open_validation(
     return _open(config, {"validation": source}, rank_zero, barrier, log)["validation"]
 
 
+def known_lengths(config: DataConfig) -> dict[str, np.ndarray]:
+    """Source name -> int64 tokens of each document, of those sources that are tokenised already; for the plan.
+
+    Reads indices only, writes nothing and asks no network. Raises DataError for shards of another tokenizer.
+    """
+    tokenizer = load_tokenizer(config.tokenizer)
+    known = {}
+    for name, source in config.sources.items():
+        directory = shard_directory(source)
+        prepared = directory is None
+        if directory is None:
+            directory = _cached_text(source, config, tokenizer)
+        if directory is not None and (directory / META).exists():
+            shards = TokenShards(directory)
+            _check_tokenizer(name, shards, tokenizer)
+            opened = Source(name, shards, _selection(name, source, shards, prefix=not prepared, log=lambda line: None))
+            known[name] = opened.lengths
+    return known
+
+
+def _cached_text(source: SourceConfig, config: DataConfig, tokenizer: Tokenizer) -> Path | None:
+    """Where the source's token shards are if a run has tokenised it; None if its text is not there or was not read."""
+    cache = Path(config.cache_dir).expanduser()
+    try:
+        if source.name is None and not _content_memo(_text_files(source), cache).exists():
+            return None
+        origin, _ = text_origin("", source, cache, lambda line: None)
+    except DataError:
+        return None
+    return _cache_directory(origin, source, config, tokenizer)
+
+
 def _open(config: DataConfig, sources: dict[str, SourceConfig], rank_zero, barrier, log) -> dict[str, Source]:
     tokenizer = load_tokenizer(config.tokenizer)
     opened: dict[str, Source] = {}
@@ -126,8 +158,7 @@ def prepare_text(name: str, source: SourceConfig, config: DataConfig, tokenizer:
     """The cache directory with the source's token shards, written first if `make` and it is not there."""
     cache = Path(config.cache_dir).expanduser()
     origin, documents = text_origin(name, source, cache, log)
-    key = json.dumps([origin, tokenizer.fingerprint, source.max_tokens], sort_keys=True)
-    directory = cache / hashlib.sha256(key.encode()).hexdigest()[:24]
+    directory = _cache_directory(origin, source, config, tokenizer)
     if not (directory / META).exists():
         if not make:
             raise DataError(
@@ -148,6 +179,15 @@ def prepare_text(name: str, source: SourceConfig, config: DataConfig, tokenizer:
     return directory
 
 
+def _cache_directory(origin: dict, source: SourceConfig, config: DataConfig, tokenizer: Tokenizer) -> Path:
+    key = json.dumps([origin, tokenizer.fingerprint, source.max_tokens], sort_keys=True)
+    return Path(config.cache_dir).expanduser() / hashlib.sha256(key.encode()).hexdigest()[:24]
+
+
+def _text_files(source: SourceConfig) -> list[Path]:
+    return [SHIPPED_TEXT[source.path]] if source.path in SHIPPED_TEXT else find_files(source.path)
+
+
 def text_origin(name: str, source: SourceConfig, cache: Path | None, log) -> tuple[dict, Callable]:
     """(what identifies the source's text, a function that gives its (id, text) pairs).
 
@@ -164,7 +204,7 @@ def text_origin(name: str, source: SourceConfig, cache: Path | None, log) -> tup
             raise DataError(f"source {name!r}: streaming=true needs max_tokens (how much of {source.name} to take)")
         hub = {key: asdict(source)[key] for key in ("name", "subset", "split")}
         return hub | fields, lambda: read_hub(source, log)
-    files = [SHIPPED_TEXT[source.path]] if source.path in SHIPPED_TEXT else find_files(source.path)
+    files = _text_files(source)
     return {"content": _cached_content_hash(files, cache)} | fields, lambda: read_files(files, source)
 
 
@@ -173,12 +213,17 @@ def _cached_content_hash(files: list[Path], cache: Path | None) -> str:
     read."""
     if cache is None:
         return content_hash(files)
-    stats = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-    memo = cache / "content" / hashlib.sha256(json.dumps(stats).encode()).hexdigest()[:24]
+    memo = _content_memo(files, cache)
     if not memo.exists():
         memo.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(memo, content_hash(files).encode())
     return memo.read_text()
+
+
+def _content_memo(files: list[Path], cache: Path) -> Path:
+    """The file that remembers the content hash of `files` as they are now."""
+    stats = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    return cache / "content" / hashlib.sha256(json.dumps(stats).encode()).hexdigest()[:24]
 
 
 def _check_tokenizer(name: str, shards: TokenShards, tokenizer: Tokenizer) -> None:
@@ -217,4 +262,4 @@ def _title(source: SourceConfig) -> str:
     return source.path or f"{source.name} ({source.split})"
 
 
-__all__ = ["DataError", "Source", "open_sources", "open_validation"]
+__all__ = ["DataError", "Source", "known_lengths", "open_sources", "open_validation"]

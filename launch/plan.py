@@ -1,4 +1,7 @@
-"""Prints what a run will do, and stops: `python launch/plan.py +exp=moba_32k`. Reads no data and allocates nothing."""
+"""Prints what a run will do, and stops: `python launch/plan.py +exp=moba_32k`.
+
+Allocates nothing, and reads of the data only how long the documents are, where they are tokenised already.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from conf.build import ConfigError, Problems, quantity  # noqa: E402
 from conf.hardware import Hardware  # noqa: E402
 from conf.numbers import parse_memory  # noqa: E402
 from data.errors import DataError  # noqa: E402
+from data.sources import known_lengths  # noqa: E402
 from data.tokenizer import load_tokenizer  # noqa: E402
 from launch.config import detect_hardware, load, run_command  # noqa: E402
 from train.plan import make_plan  # noqa: E402
@@ -35,9 +39,10 @@ def main(arguments: list[str]) -> None:
     check_stages(config)
     try:
         vocab_size = embedding_rows(config.model, load_tokenizer(config.data.tokenizer).vocab_size)
+        lengths = known_lengths(config.data)
     except DataError as error:
         raise ConfigError([str(error)]) from error
-    print(make_plan(config, vocab_size, hardware).text())
+    print(make_plan(config, vocab_size, hardware, lengths).text())
 
 
 def split_machine(arguments: list[str]) -> tuple[list[str], Hardware]:

@@ -135,8 +135,8 @@ def _train(config: RunConfig, tokenizer: Tokenizer, plan: Callable[..., Plan]) -
     opening = {"rank_zero": world.is_main, "barrier": distributed.barrier, "log": say}
     sources = open_sources(config.data, **opening)
     held_out = open_validation(config.data, **opening)
-    known = plan(documents={name: (source.num_documents, source.num_tokens) for name, source in sources.items()})
-    say("\n".join(known.data[: len(sources)]))
+    known = plan(lengths={name: source.lengths for name, source in sources.items()})
+    say("\n".join(known.data))
     observers = Observers(say=say)
     if held_out is not None:
         observers.evaluate = HeldOutEvaluator(held_out, config, schedule, world)

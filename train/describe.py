@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
+
 from conf.hardware import Hardware
 from conf.numbers import format_count, format_length, format_tokens
 from conf.schema import LRConfig, RopeConfig, RunConfig, SourceConfig
+from data.mixture import long_share
 from moba.spec import AttentionSpec
 from train.schedule import Stage
-from train.sizes import head_dim, num_kv_heads
+from train.sizes import head_dim, ntk_theta, num_kv_heads
+
+FEW_LONG = 0.05  # of a stage's tokens
 
 
 def describe_layers(attention: tuple[AttentionSpec, ...]) -> str:
@@ -56,10 +61,13 @@ def describe_rope(rope: RopeConfig, config: RunConfig) -> str:
     text = f"theta {theta:g}"
     own = config.model.rope_scaling
     if own is not None:
-        text += f", the model's own {own.get('rope_type', own.get('type'))} scaling"
+        times = f" x{own['factor']:g}" if "factor" in own else ""
+        text += f", the model's own {own.get('rope_type', own.get('type'))}{times}"
     if rope.scaling != "none":
         text += f"{', then' if own is not None else ','} {rope.scaling} x{rope.factor:g}"
-        text += f" from {format_length(rope.original_length)}" if rope.scaling == "yarn" else ""
+        text += f" from {format_length(rope.original_length)}" if rope.original_length else ""
+    if rope.scaling == "ntk":
+        text += f" (theta {ntk_theta(theta, rope.factor, head_dim(config.model)):.4g})"
     return text
 
 
@@ -71,6 +79,14 @@ def describe_lr(config: RunConfig) -> str:
         parts.append(_one_lr(config.optim.lr) + (" over the stages without their own" if own else ""))
     parts += [f"{name}: {_one_lr(config.schedule.stages[name].lr)}" for name in own]
     return "; ".join(parts)
+
+
+def describe_stage_lr(config: RunConfig, name: str) -> str:
+    """The learning rate of one stage, and whether it begins with the stage."""
+    own = config.schedule.stages[name].lr
+    if own is not None:
+        return f"of its own, {_one_lr(own)}"
+    return "as the run's" if len(config.schedule.stages) > 1 else _one_lr(config.optim.lr)
 
 
 def _one_lr(lr: LRConfig) -> str:
@@ -100,24 +116,36 @@ def describe_engine(config: RunConfig, hardware: Hardware) -> str:
     )
 
 
-def describe_data(
-    config: RunConfig, stages: tuple[Stage, ...], documents: Mapping[str, tuple[int, int]]
-) -> tuple[str, ...]:
-    """Each source with the tokens drawn from it, and the held-out documents.
+def describe_data(config: RunConfig, stages: tuple[Stage, ...], lengths: Mapping[str, np.ndarray]) -> tuple[str, ...]:
+    """Each source with the tokens drawn from it, the documents that reach each stage's length, and those held out.
 
-    `documents` gives (documents, tokens) of a source where known, for the epochs.
+    `lengths` gives the tokens of each document of a source where they are known, for the epochs.
     """
     lines = []
     for name, source in config.data.sources.items():
         wanted = sum(stage.tokens * stage.mix.get(name, 0.0) for stage in stages)
         line = f"{name}: {_where(source)}, {format_count(wanted)} tokens to train on"
-        if name in documents:
-            count, tokens = documents[name]
+        if name in lengths:
+            count, tokens = len(lengths[name]), int(lengths[name].sum())
             line += f" = {wanted / max(tokens, 1):.3g} epochs of {count:,} documents, {format_count(tokens)} tokens"
         lines.append(line)
+    lines += dict.fromkeys(_describe_reach(stage, lengths) for stage in stages)
     if config.data.validation is not None:
         lines.append(f"held out: {_where(config.data.validation)}, up to {config.eval.documents} documents")
     return tuple(lines)
+
+
+def reach(stage: Stage, lengths: Mapping[str, np.ndarray]) -> float | None:
+    """Share of a stage's tokens that come from documents of at least its length; None if a source is not known."""
+    return long_share(lengths, stage.mix, stage.seq_len) if set(stage.mix) <= set(lengths) else None
+
+
+def _describe_reach(stage: Stage, lengths: Mapping[str, np.ndarray]) -> str:
+    share, length = reach(stage, lengths), format_length(stage.seq_len)
+    if share is None:
+        return "how many tokens come from documents that reach a stage's length is known once they are tokenised"
+    text = f"{stage.name}: {share:.1%} of the tokens come from documents that reach {length}"
+    return text if share >= FEW_LONG else f"{text}. Warning: the trailing loss of this stage means next to nothing"
 
 
 def _where(source: SourceConfig) -> str:

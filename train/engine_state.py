@@ -162,6 +162,15 @@ def restore(engine: Any, read: Callable[[str, Slot], torch.Tensor], *, step: int
     _refresh_weights(engine)
 
 
+@torch.no_grad()
+def reset_moments(engine: Any) -> None:
+    """Makes the optimizer one that has taken no step; the weights stay as they are."""
+    for state in _adamw(engine).state.values():
+        for key in MOMENTS:
+            state[key].zero_()
+        state["step"].zero_()
+
+
 def _held(engine: Any) -> Iterator[Slot]:
     return (slot for slot in slots(engine) if slot.size)
 

@@ -20,8 +20,8 @@ from conf.schema import ModelConfig, RopeConfig
 from moba.spec import AttentionSpec
 from train.checkpoint import MODEL_INDEX, TensorFiles, read_index
 from train.hf import FAMILIES, SINGLE_FILE
-from train.rope import Rope, check_rope_scaling
-from train.sizes import head_dim, num_kv_heads
+from train.rope import Rope, check_rope_scaling, stage_scaling
+from train.sizes import head_dim, ntk_theta, num_kv_heads
 
 SHARD_BYTES = 4 * 2**30
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -99,11 +99,12 @@ def merged_rope(model: ModelConfig, stage: RopeConfig) -> tuple[float, dict[str,
     """
     theta = model.rope_theta if stage.theta is None else stage.theta
     own = check_rope_scaling(model.rope_scaling, model.rope_theta)
-    if stage.scaling == "none":
+    is_even = own["rope_type"] in ("default", "linear")  # all frequencies alike, so another base commutes with it
+    if stage.scaling == "ntk" and is_even:
+        theta = ntk_theta(theta, stage.factor, head_dim(model))
+    if stage.scaling == "none" or (stage.scaling == "ntk" and is_even):
         return theta, None if own["rope_type"] == "default" else own
-    on_top = {"rope_type": stage.scaling, "factor": stage.factor}
-    if stage.scaling == "yarn":
-        on_top["original_max_position_embeddings"] = stage.original_length
+    on_top = stage_scaling(stage)
     if own["rope_type"] == "default":
         return theta, on_top
     if own["rope_type"] == stage.scaling == "linear":

@@ -162,9 +162,12 @@ class Trainer:
         return True
 
     def _enter(self, stage: Stage) -> Stage:
-        """Makes `stage` the one in force. All that changes: attention plan, RoPE, length, batch and data mix."""
+        """Makes `stage` the one in force. All that changes: attention plan, RoPE, length, batch and data mix; and the
+        optimizer's moments, where the stage asks for it, at its very beginning."""
         if stage is self.stage:
             return stage
+        if stage.reset_optimizer and self.tokens == stage.start:
+            engine_state.reset_moments(self.engine)
         self.model.set_attention(stage.attention)
         self.model.set_rope(stage.rope)
         self.loader.set_stage(

@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from conf.hardware import Hardware
 from conf.numbers import format_length, format_memory
 from conf.schema import RunConfig
@@ -24,6 +26,8 @@ from train.describe import (
     describe_model,
     describe_outputs,
     describe_rope,
+    describe_stage_lr,
+    reach,
     uses_bf16,
 )
 from train.memory import VERDICT_SHARE, Memory, estimate_memory
@@ -51,9 +55,14 @@ class StagePlan:
     dense: bool
     """MoBA layers whose blocks cover the whole context: they compute full attention."""
     rope: str
+    lr: str
+    """Its schedule in words."""
+    reset_optimizer: bool
     lr_first: float
     lr_last: float
     mix: dict[str, float]
+    long_share: float | None
+    """Share of the tokens that come from documents of at least seq_len inputs; None where lengths are not known yet."""
     flops: float
     """Training FLOPs with attended pairs."""
     dense_flops: float
@@ -94,16 +103,18 @@ def make_plan(
     config: RunConfig,
     vocab_size: int,
     hardware: Hardware | None = None,
-    documents: Mapping[str, tuple[int, int]] | None = None,
+    lengths: Mapping[str, np.ndarray] | None = None,
 ) -> Plan:
     """The plan of a frozen configuration for a model with `vocab_size` embedding rows (train.sizes.embedding_rows).
 
     `hardware` says how many processes share the work and how much memory a GPU has; without it, one GPU of unknown
-    size. `documents` gives (documents, tokens) of each source, where they are known already.
+    size. `lengths` gives the tokens of each document of each source (data.sources.Source.lengths), where they are known
+    already.
     """
     hardware = hardware or Hardware(num_gpus=1)
     schedule = build_schedule(config)
-    stages = tuple(_stage_plan(config, stage, schedule, vocab_size, hardware) for stage in schedule.stages)
+    lengths = lengths or {}
+    stages = tuple(_stage_plan(config, stage, schedule, vocab_size, hardware, lengths) for stage in schedule.stages)
     memory, verdict = _memory(config, schedule.stages, vocab_size, hardware)
     return Plan(
         name=config.run.name,
@@ -119,16 +130,23 @@ def make_plan(
         world_size=hardware.world_size,
         memory=memory,
         verdict=verdict,
-        data=describe_data(config, schedule.stages, documents or {}),
+        data=describe_data(config, schedule.stages, lengths),
         outputs=describe_outputs(config),
         notice=config.run.notice,
     )
 
 
-def _stage_plan(config: RunConfig, stage: Stage, schedule: Schedule, vocab_size: int, hardware: Hardware) -> StagePlan:
-    model, lengths = config.model, [stage.seq_len]
-    attended = sum(attended_pairs(spec, lengths) for spec in stage.attention)
-    causal = causal_pairs(lengths) * model.num_layers
+def _stage_plan(
+    config: RunConfig,
+    stage: Stage,
+    schedule: Schedule,
+    vocab_size: int,
+    hardware: Hardware,
+    lengths: Mapping[str, np.ndarray],
+) -> StagePlan:
+    model, whole = config.model, [stage.seq_len]
+    attended = sum(attended_pairs(spec, whole) for spec in stage.attention)
+    causal = causal_pairs(whole) * model.num_layers
     matmul = matmul_flops_per_token(model, vocab_size) * stage.tokens
 
     def total_flops(pairs: int) -> float:
@@ -146,9 +164,12 @@ def _stage_plan(config: RunConfig, stage: Stage, schedule: Schedule, vocab_size:
         attended_share=attended / causal,
         dense=any(spec.kind == "moba" and spec.is_dense_at(stage.seq_len) for spec in stage.attention),
         rope=describe_rope(stage.rope, config),
+        lr=describe_stage_lr(config, stage.name),
+        reset_optimizer=stage.reset_optimizer,
         lr_first=schedule.learning_rate(stage.start),
         lr_last=schedule.learning_rate(stage.end - stage.batch_tokens),
         mix=stage.mix,
+        long_share=reach(stage, lengths),
         flops=total_flops(attended),
         dense_flops=total_flops(causal),
     )
@@ -228,8 +249,8 @@ def _lines(plan: Plan) -> list[str]:
         *_stage_table(plan.stages),
         "",
     ]
-    for stage in plan.stages:
-        lines += _stage_details(stage)
+    for index, stage in enumerate(plan.stages):
+        lines += _stage_details(stage, later=index > 0)
     flops, dense = sum(s.flops for s in plan.stages), sum(s.dense_flops for s in plan.stages)
     lines += [
         "",
@@ -282,13 +303,17 @@ def _stage_table(stages: tuple[StagePlan, ...]) -> list[str]:
     return ["  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
 
 
-def _stage_details(stage: StagePlan) -> list[str]:
+def _stage_details(stage: StagePlan, later: bool) -> list[str]:
     lines = textwrap.wrap(
         f"{stage.name}: attention {stage.attention}; RoPE {stage.rope}",
         WIDTH,
         initial_indent="  ",
         subsequent_indent="    ",
     )
+    sequences = stage.batch_tokens // stage.seq_len
+    plural = "" if sequences == 1 else "s"
+    moments = "; fresh optimizer moments" if stage.reset_optimizer else "; optimizer moments kept" if later else ""
+    lines.append(f"    {sequences:,} sequence{plural} a step; rate {stage.lr}{moments}")
     if len(stage.mix) > 1:
         lines.append("    mix " + ", ".join(f"{name} {share:.1%}" for name, share in stage.mix.items()))
     if stage.dense:

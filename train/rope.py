@@ -2,8 +2,8 @@
 long-context stages use.
 
 A model may have a scaling of its own (`model.rope_scaling`, in Hugging Face's format: default, linear, yarn, llama3).
-A stage of training may change the base and put `linear` (position interpolation) or `yarn` on top. The order is
-always: base, the model's own scaling, then the stage's. No parameters: swapping the Rope of a model touches no
+A stage of training may change the base and put `linear` (position interpolation), `ntk`, `yarn` or `llama3` on top. The
+order is always: base, the model's own scaling, then the stage's. No parameters: swapping the Rope of a model touches no
 weight.
 
 Shape suffixes: T tokens, D head size (the frequencies appear twice, for the two halves of a head).
@@ -16,12 +16,13 @@ import math
 import torch
 
 from conf.build import ConfigError
+from conf.checks import NEED_ORIGINAL_LENGTH, ROPE_SCALINGS
 from conf.schema import ModelConfig, RopeConfig, RunConfig
-from train.sizes import head_dim
+from train.sizes import head_dim, ntk_theta
 
 _REFUSED = {
     "dynamic": "its frequencies depend on the length at hand, so a position has no fixed angle to train; "
-    "linear, yarn or a larger rope_theta do the same job",
+    "a stage's rope.scaling=ntk is the same formula at a fixed length",
     "longrope": "its per-frequency factors switch with the length at hand",
     "proportional": "it rotates only a part of each head",
     "axial": "it is for images",
@@ -36,6 +37,8 @@ _KEYS = {
         ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
     ),
 }
+# The band of Llama 3.1, in turns within the old context, which a stage's llama3 scaling takes.
+LLAMA3_BAND = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
 
 class Rope:
@@ -54,20 +57,21 @@ class Rope:
         if theta <= 1:
             raise ValueError(f"rope theta={theta:g}: must be greater than 1, such as 10000")
         own = check_rope_scaling(model.rope_scaling, model.rope_theta)
-        _check_stage(stage, own["rope_type"])
+        _check_stage(stage, own["rope_type"], size)
 
         # Float32 step by step, as Hugging Face's models compute it: weights come from there and go back there.
-        inv_freq = 1.0 / theta ** (torch.arange(0, size, 2, dtype=torch.float32) / size)
-        inv_freq, own_factor = _scale(inv_freq, theta, own)
-        on_top = {"rope_type": "default"}
-        if stage.scaling != "none":
-            on_top = {"rope_type": stage.scaling, "factor": stage.factor}
-            on_top["original_max_position_embeddings"] = stage.original_length
+        plain = _frequencies(theta, size)
+        inv_freq, own_factor = _scale(plain, theta, own)
+        on_top = stage_scaling(stage)
+        if stage.scaling == "ntk":
+            # What the model's own scaling does to each frequency (nothing: a ratio of exactly 1) stays as it is.
+            inv_freq = inv_freq / plain * _frequencies(ntk_theta(theta, stage.factor, size), size)
         inv_freq, stage_factor = _scale(inv_freq, theta, on_top)
         self.inv_freq = inv_freq
         self.attention_factor = own_factor * stage_factor
         parts = [f"theta {theta:g}"]
-        parts += [f"{s['rope_type']} x{s['factor']:g}" for s in (own, on_top) if s["rope_type"] != "default"]
+        parts += [f"{own['rope_type']} x{own['factor']:g}"] if own["rope_type"] != "default" else []
+        parts += [f"{stage.scaling} x{stage.factor:g}"] if stage.scaling != "none" else []
         self._text = ", then ".join(parts)
 
     def cos_sin(self, positions_T: torch.Tensor, dtype: torch.dtype, device: torch.device | str):
@@ -84,6 +88,21 @@ class Rope:
     def __str__(self) -> str:
         """Base and scalings in the order applied, for the plan: `theta 500000, then llama3 x8, then linear x4`."""
         return self._text
+
+
+def stage_scaling(stage: RopeConfig) -> dict:
+    """A stage's scaling in Hugging Face's format; `default` for none, and for ntk, which is another base."""
+    if stage.scaling in ("none", "ntk"):
+        return {"rope_type": "default"}
+    scaling = {"rope_type": stage.scaling, "factor": stage.factor}
+    if stage.scaling != "linear":
+        scaling["original_max_position_embeddings"] = stage.original_length
+    return scaling | (LLAMA3_BAND if stage.scaling == "llama3" else {})
+
+
+def _frequencies(theta: float, size: int) -> torch.Tensor:
+    """float32 [size / 2], radians a token, without any scaling."""
+    return 1.0 / theta ** (torch.arange(0, size, 2, dtype=torch.float32) / size)
 
 
 def check_stages(config: RunConfig) -> None:
@@ -136,19 +155,23 @@ def check_rope_scaling(scaling: dict | None, rope_theta: float) -> dict:
     return {"rope_type": kind, **scaling}
 
 
-def _check_stage(stage: RopeConfig, own_kind: str) -> None:
+def _check_stage(stage: RopeConfig, own_kind: str, size: int) -> None:
     """ValueError if a stage's scaling is unknown, incomplete, without effect, or does not compose with the model's
     own."""
-    if stage.scaling not in ("none", "linear", "yarn"):
-        raise ValueError(f"rope.scaling={stage.scaling}: choose one of none, linear, yarn")
+    if stage.scaling not in ROPE_SCALINGS:
+        raise ValueError(f"rope.scaling={stage.scaling}: choose one of {', '.join(ROPE_SCALINGS)}")
     if stage.scaling == "none" and stage.factor != 1:
-        raise ValueError(f"rope.factor={stage.factor:g} has no effect with rope.scaling=none: choose linear or yarn")
+        raise ValueError(f"rope.factor={stage.factor:g} has no effect with rope.scaling=none: choose a scaling")
     if stage.factor < 1:
         raise ValueError(f"rope.factor={stage.factor:g}: an extension factor is at least 1")
-    if stage.scaling == "yarn" and not stage.original_length:
-        raise ValueError("rope.scaling=yarn needs rope.original_length, the length the model was trained at before")
+    if stage.scaling in NEED_ORIGINAL_LENGTH and not stage.original_length:
+        raise ValueError(
+            f"rope.scaling={stage.scaling} needs rope.original_length, the length the model was trained at before"
+        )
     if stage.scaling == "yarn" and own_kind == "yarn":
         raise ValueError("rope.scaling=yarn on a model that has yarn: raise model.rope_scaling.factor, or use linear")
+    if stage.scaling == "ntk" and size < 4:
+        raise ValueError(f"rope.scaling=ntk with model.head_dim={size}: one frequency cannot be both kept and slowed")
 
 
 def _scale(inv_freq: torch.Tensor, theta: float, scaling: dict) -> tuple[torch.Tensor, float]:

@@ -40,6 +40,8 @@ class Stage:
     """Tokens of the span of `lr` that lie before this stage."""
     lr_span: int
     """Tokens over which `lr` goes from warm-up to its end."""
+    reset_optimizer: bool
+    """The moments and the step count begin anew."""
 
     @property
     def tokens(self) -> int:
@@ -134,6 +136,7 @@ def build_schedule(config: RunConfig) -> Schedule:
                 lr=stage.lr if own else config.optim.lr,
                 lr_before=0 if own else shared_before,
                 lr_span=stage.tokens if own else shared_span,
+                reset_optimizer=stage.reset_optimizer,
             )
         )
         start += stage.tokens

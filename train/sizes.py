@@ -77,3 +77,11 @@ def embedding_rows(config: ModelConfig, tokenizer_size: int) -> int:
         hint = f"the tokenizer has {tokenizer_size} ids; use null, or at least {padded_vocab_size(tokenizer_size)}"
         raise ConfigError([f"model.vocab_size={config.vocab_size}: {hint}"])
     return config.vocab_size
+
+
+def ntk_theta(theta: float, factor: float, head_size: int) -> float:
+    """The base of NTK-aware scaling: the slowest frequency is divided by `factor` exactly, the fastest kept.
+
+    The formula of transformers' `dynamic` scaling (bloc97) at `factor` times the model's length.
+    """
+    return theta * factor ** (head_size / (head_size - 2))

@@ -143,8 +143,9 @@ CASES = [
     ([(f"{STAGES}.full.attention", {"kind": "full", "full_last": 2})], ["full_last=2", "kind=moba"]),
     ([(f"{STAGES}.full.attention", {"kind": "full", "backend": "triton"})], ["backend=triton", "auto"]),
     ([(f"{STAGES}.full.attention.backend", "cuda")], ["attention.backend=cuda", "flash, triton"]),
-    ([(f"{STAGES}.full.rope", {"scaling": "ntk"})], ["rope.scaling=ntk", "linear, yarn"]),
-    ([(f"{STAGES}.full.rope", {"scaling": "yarn", "factor": 4})], ["rope.original_length=null", "such as 8K"]),
+    ([(f"{STAGES}.full.rope", {"scaling": "dynamic"})], ["rope.scaling=dynamic", "linear, ntk, yarn, llama3"]),
+    ([(f"{STAGES}.full.rope", {"scaling": "ntk"})], ["rope.factor=1.0", "changes nothing"]),
+    ([(f"{STAGES}.full.rope", {"scaling": "llama3", "factor": 4})], ["rope.original_length=null", "such as 8K"]),
     ([(f"{STAGES}.full.rope", {"scaling": "linear", "factor": 0.5})], ["rope.factor=0.5", "at least 1"]),
     ([(f"{STAGES}.full.rope", {"factor": 4})], ["rope.factor=4", "no effect", "scaling=linear"]),
     ([(f"{STAGES}.full.rope", {"scaling": "linear", "original_length": "8K"})], ["original_length=8192", "yarn"]),
@@ -178,6 +179,10 @@ CASES = [
     ([("data.interleave", 0)], ["data.interleave=0", "at least 1"]),
     ([("checkpoint.every_tokens", "often")], ["checkpoint.every_tokens=often", "27B"]),
     ([("init.optimizer", True)], ["init.optimizer=true", "init.source"]),
+    (
+        [("init", {"source": "x", "optimizer": True}), (f"{STAGES}.sparse.reset_optimizer", True)],
+        [f"{STAGES}.sparse.reset_optimizer=true", "init.optimizer=true"],
+    ),
 ]
 
 
@@ -197,7 +202,7 @@ def test_all_mistakes_come_at_once():
             ("model.ffn_size", "wide"),
             ("schedule.tokenz", 5),
             (f"{STAGES}.sparse.attention.top_k", 0),
-            (f"{STAGES}.full.rope", {"scaling": "yarn"}),
+            (f"{STAGES}.full.rope", {"scaling": "yarn", "factor": 2}),
             ("optim.lr", {"peak": -1}),
             ("checkpoint.every_tokens", "often"),
             ("run.device", "tpu"),
@@ -288,6 +293,7 @@ def test_freezing_twice_changes_nothing():
         changed(
             ("optim", {"lr": {"peak": 1e-05, "min_ratio": 1 / 3}, "eps": 1e-08}),
             (f"{STAGES}.full.lr", {"kind": "wsd"}),
+            (f"{STAGES}.full.reset_optimizer", True),
             (f"{STAGES}.full.attention", {"num_blocks": 16}),
             (f"{STAGES}.full.mix", {"books": 2}),
             ("model.rope_scaling", {"rope_type": "llama3", "factor": 8.0}),

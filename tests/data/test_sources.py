@@ -13,7 +13,7 @@ import pytest
 from conf.schema import DataConfig, SourceConfig
 from data import sources as sources_module
 from data.errors import DataError
-from data.sources import open_sources, open_validation
+from data.sources import known_lengths, open_sources, open_validation
 from data.tokenizer import load_tokenizer
 from data.validation import held_out_documents
 
@@ -96,6 +96,31 @@ def test_cache_goes_by_content(tmp_path, config_of, monkeypatch):
     changed = open_sources(config_of(path=str(path)))["main"]
     bpe = open_sources(config_of(path=str(path), tokenizer="bpe-4k"))["main"]
     assert len(calls) == 3 and len({first.fingerprint, changed.fingerprint, bpe.fingerprint}) == 3
+
+
+def test_lengths_are_known_once_a_run_has_tokenised(tmp_path, config_of):
+    """Catches a plan that tokenises, writes or asks the network, and one that shows lengths of another text, tokenizer
+    or selection."""
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(jsonl())
+    sources = {
+        "all": SourceConfig(path=str(file)),
+        "first": SourceConfig(path=str(file), max_tokens=1),
+        "missing": SourceConfig(path=str(tmp_path / "nowhere")),
+        "hub": SourceConfig(name="nobody/knows", streaming=True),
+    }
+    config = replace(config_of(), sources=sources)
+    assert known_lengths(config) == {} and [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+    here = replace(config, sources={name: sources[name] for name in ("all", "first")})
+    opened = open_sources(here)
+    known = known_lengths(config)
+    assert {name: lengths.tolist() for name, lengths in known.items()} == {
+        name: source.lengths.tolist() for name, source in opened.items()
+    }
+    assert len(known["all"]) == 3 and len(known["first"]) == 1
+    assert known_lengths(replace(config, tokenizer="bpe-4k")) == {}
+    file.write_bytes(jsonl(TEXTS[:2]))
+    assert known_lengths(config) == {}
 
 
 def test_ready_shards_with_selections(tmp_path, config_of):

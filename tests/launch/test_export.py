@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -240,6 +241,18 @@ def test_what_transformers_has_not_is_refused():
         hf_export.merged_rope(scaled, RopeConfig(scaling="linear", factor=2.0))
     linear = ModelConfig(rope_scaling={"rope_type": "linear", "factor": 2.0})
     assert hf_export.merged_rope(linear, RopeConfig(scaling="linear", factor=3.0))[1]["factor"] == 6.0
+    with pytest.raises(ConfigError, match="llama3 x8, then ntk x2"):
+        hf_export.merged_rope(scaled, RopeConfig(scaling="ntk", factor=2.0))
+    for model in (ModelConfig(), linear):
+        for stage in (
+            RopeConfig(scaling="ntk", factor=4.0),
+            RopeConfig(theta=5e5, scaling="ntk", factor=4.0),
+            RopeConfig(scaling="llama3", factor=4.0, original_length=2048),
+        ):
+            if stage.scaling == "ntk" or model is not linear:
+                theta, scaling = hf_export.merged_rope(model, stage)
+                merged = Rope(replace(model, rope_theta=theta, rope_scaling=scaling))
+                torch.testing.assert_close(merged.inv_freq, Rope(model, stage).inv_freq, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize(

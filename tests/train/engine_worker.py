@@ -1,6 +1,7 @@
 """Runs engines in one or several processes and reports what they did, for test_step.py and test_checkpoint.py.
 
-first DIRECTORY     each engine: steps 0 to 5 with a checkpoint at step 3; then steps that go wrong; then step 6
+first DIRECTORY     each engine: steps 0 to 5 with a checkpoint at step 3; then steps that go wrong; then step 6; then
+                    steps 7 and 8 with the optimizer reset
 second DIRECTORY    each engine, in a new process: steps 3 to 6, continued from the checkpoints of `first`
 """
 
@@ -105,6 +106,20 @@ def observed_step(engine: Any, world: World) -> tuple[dict[str, Any], StepResult
     return record, result, seen
 
 
+def reset(engine: Any, world: World) -> dict[str, Any]:
+    """Two more steps from fresh moments, and what the reset left."""
+    before = snapshot(engine)
+    engine_state.reset_moments(engine)
+    after = snapshot(engine)
+    moments = [t for i, t in enumerate(after) if i % 3 and t is not None]
+    return {
+        "step_count": engine_state.step_count(engine),
+        "weights_kept": same(before[::3], after[::3]) and not same(before, after) if world.is_main else True,
+        "moments_are_zero": all(not t.any() for t in moments),
+        "steps": steps(engine, range(LAST + 1, LAST + 3), world),
+    }
+
+
 def full_disk(engine: Any, directory: Path, world: World) -> dict[str, Any]:
     """Saving where the last rank may write no file longer than 4 KB."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -145,6 +160,7 @@ def first(directory: Path, world: World) -> dict[str, Any]:
         mine["observed_sum"] = sum(gather_objects(float(torch.cat(seen).double().sum())))
         if name == "z1":
             mine["full_disk"] = full_disk(engine, run_dir, world)
+        mine["reset"] = reset(engine, world)
         report[name] = mine
         engine.destroy()
     flag = torch.tensor(world.rank == world.world_size - 1)

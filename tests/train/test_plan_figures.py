@@ -3,12 +3,13 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from conf.hardware import Hardware
 from conf.schema import DeepSpeedConfig, ModelConfig, SourceConfig
-from conf.validate import freeze
+from conf.validate import freeze, to_dict
 from moba.spec import AttentionSpec
 from train.describe import describe_layers
 from train.memory import estimate_memory
@@ -67,14 +68,48 @@ def test_dense_at_this_length_is_said():
 def test_text_says_what_a_stage_changes():
     """Catches RoPE, mix, learning rate or batches that a reader can't find."""
     config = config_of(rope={"scaling": "yarn", "factor": 4, "original_length": "8K", "theta": 5e5}, mix={"a": 1})
-    plan = make_plan(config, 384, Hardware(world_size=2), {"a": (10, 4096)})
+    plan = make_plan(config, 384, Hardware(world_size=2), {"a": np.full(8, 512)})
     text = plan.text()
     assert "theta 500000, yarn x4 from 8K" in text
     assert "cosine, peak 0.0003" in text and "2 CPU processes, ZeRO 1, fp32" in text
-    assert "10 epochs of 10 documents" in text
+    assert "10 epochs of 8 documents" in text
     assert [stage.micro_batches for stage in plan.stages] == [2, 2]
     assert plan.total_steps == sum(stage.steps for stage in plan.stages) == 40
     assert json.loads(json.dumps(plan.to_dict()))["stages"][0]["steps"] == 32
+
+
+def test_text_says_what_an_extension_changes():
+    """Catches an extension whose rate, moments or own RoPE scaling a reader can't find, and a length that no document
+    reaches without a warning."""
+    own = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    own["original_max_position_embeddings"] = 64
+    long = {"tokens": "8K", "seq_len": 1024, "reset_optimizer": True, "lr": {"kind": "constant", "peak": 1e-5}}
+    values = to_dict(config_of())
+    values["model"]["rope_scaling"] = own
+    values["schedule"]["tokens"] = None
+    values["schedule"]["stages"] |= {
+        "long": long | {"rope": {"scaling": "linear", "factor": 4}},
+        "ntk": {"tokens": "8K", "rope": {"scaling": "ntk", "factor": 4}},
+    }
+    config = freeze(values)
+    unknown = make_plan(config, 384)
+    assert {stage.long_share for stage in unknown.stages} == {None}
+    assert unknown.text().count("is known once they are tokenised") == 1
+
+    lengths = np.array([11] * 970 + [301])  # 9700 inputs in short documents, 300 in a long one
+    plan = make_plan(config, 384, lengths={"a": lengths})
+    assert [stage.long_share for stage in plan.stages] == [0.03, 0.03, 0.0, 0.03]
+    assert make_plan(config, 384, lengths={"a": lengths[-10:]}).stages[0].long_share == pytest.approx(300 / 390)
+    text = " ".join(plan.text().split())
+    for words in (
+        "theta 10000, the model's own llama3 x8, then linear x4",
+        "then ntk x4 (theta 4.876e+04)",
+        "1 sequence a step; rate of its own, constant, peak 1e-05, warm-up 409 tokens; fresh optimizer moments",
+        "4 sequences a step; rate as the run's; optimizer moments kept",
+        "long: 0.0% of the tokens come from documents that reach 1K. Warning",
+        "full: 3.0% of the tokens come from documents that reach 256. Warning",
+    ):
+        assert words in text, words
 
 
 def test_layers_are_named():

@@ -100,12 +100,49 @@ def test_interpolation_divides_positions_after_the_models_own_scaling(scaling):
         assert torch.equal(a, b)
 
 
-def test_stage_yarn_equals_a_model_with_yarn():
-    """Catches a stage's yarn that differs from transformers' yarn on a model without scaling."""
-    stage = Rope(model_config(), RopeConfig(scaling="yarn", factor=4.0, original_length=4096))
-    theirs = LlamaRotaryEmbedding(llama_config(YARN))
-    torch.testing.assert_close(stage.inv_freq, theirs.inv_freq, rtol=1e-6, atol=0)
-    assert stage.attention_factor == pytest.approx(theirs.attention_scaling)
+STAGES = {
+    "linear": (RopeConfig(scaling="linear", factor=3.0), {"rope_type": "linear", "factor": 3.0}),
+    "yarn": (RopeConfig(scaling="yarn", factor=4.0, original_length=4096), YARN),
+    "llama3": (RopeConfig(scaling="llama3", factor=8.0, original_length=8192), LLAMA3),
+}
+
+
+@pytest.mark.parametrize("stage,scaling", STAGES.values(), ids=STAGES)
+def test_a_stages_scaling_equals_a_model_with_it(stage, scaling):
+    """Catches a stage's scaling that differs from transformers' on a model without any."""
+    for head_dim in (16, 128):
+        rope = Rope(model_config(head_dim=head_dim), stage)
+        theirs = LlamaRotaryEmbedding(llama_config(scaling, head_dim=head_dim))
+        torch.testing.assert_close(rope.inv_freq, theirs.inv_freq, rtol=1e-6, atol=0)
+        assert rope.attention_factor == pytest.approx(theirs.attention_scaling)
+        assert not torch.equal(rope.inv_freq, Rope(model_config(head_dim=head_dim)).inv_freq)
+
+
+@pytest.mark.parametrize("factor", [1.0, 4.0, 32.0])
+def test_ntk_is_transformers_dynamic_scaling_at_a_fixed_length(factor):
+    """Catches a wrong exponent or base: at `factor` times the model's length, with transformers' own factor 1, their
+    frequencies are ours bit for bit; the slowest is divided by factor, the fastest kept."""
+    for head_dim in (16, 64):
+        config = llama_config({"rope_type": "dynamic", "factor": 1.0}, theta=10000.0, head_dim=head_dim)
+        config.max_position_embeddings = 2048
+        theirs, _ = ROPE_INIT_FUNCTIONS["dynamic"](config, seq_len=int(2048 * factor))
+        plain = Rope(model_config(theta=10000.0, head_dim=head_dim))
+        ours = Rope(model_config(theta=10000.0, head_dim=head_dim), RopeConfig(scaling="ntk", factor=factor))
+        assert torch.equal(ours.inv_freq, theirs)
+        assert ours.inv_freq[0] == plain.inv_freq[0] == 1 and ours.attention_factor == 1
+        assert (plain.inv_freq[-1] / ours.inv_freq[-1]).item() == pytest.approx(factor, rel=1e-5)
+
+
+@pytest.mark.parametrize("scaling", [LLAMA3, YARN, {"rope_type": "linear", "factor": 2.0}], ids=str)
+def test_ntk_slows_what_the_models_own_scaling_left(scaling):
+    """Catches bands of the own scaling that move with the new base: each frequency is slowed by the same power of the
+    factor as on a model without scaling."""
+    ntk = RopeConfig(scaling="ntk", factor=8.0)
+    own, both = Rope(model_config(scaling)), Rope(model_config(scaling), ntk)
+    plain, alone = Rope(model_config()), Rope(model_config(), ntk)
+    torch.testing.assert_close(both.inv_freq / own.inv_freq, alone.inv_freq / plain.inv_freq, rtol=1e-5, atol=0)
+    assert both.attention_factor == own.attention_factor
+    assert not torch.allclose(both.inv_freq, alone.inv_freq)
 
 
 def test_text_names_the_order():
@@ -117,7 +154,7 @@ def test_text_names_the_order():
 @pytest.mark.parametrize(
     "scaling,words",
     [
-        ({"rope_type": "dynamic", "factor": 2.0}, ["dynamic", "depend on the length"]),
+        ({"rope_type": "dynamic", "factor": 2.0}, ["dynamic", "depend on the length", "rope.scaling=ntk"]),
         ({"rope_type": "longrope"}, ["longrope", "refused"]),
         ({"rope_type": "ntk"}, ["ntk", "unknown", "llama3"]),
         ({"rope_type": "linear"}, ["lacks factor"]),
@@ -139,7 +176,8 @@ def test_refusals_of_the_models_scaling(scaling, words):
 @pytest.mark.parametrize(
     "stage,model,words",
     [
-        (RopeConfig(scaling="ntk"), None, ["rope.scaling=ntk", "linear"]),
+        (RopeConfig(scaling="dynamic"), None, ["rope.scaling=dynamic", "ntk"]),
+        (RopeConfig(scaling="llama3", factor=2.0), None, ["rope.scaling=llama3", "original_length"]),
         (RopeConfig(factor=2.0), None, ["rope.factor=2", "no effect"]),
         (RopeConfig(scaling="linear", factor=0.5), None, ["rope.factor=0.5"]),
         (RopeConfig(scaling="yarn", factor=2.0), None, ["original_length"]),

@@ -110,6 +110,18 @@ def test_shared_rate_spans_the_stages_without_their_own():
     assert rates == pytest.approx([7 / 8, 6 / 8, 5 / 8, 4 / 8, 7.0, 7.0, 3 / 8, 2 / 8, 1 / 8, 0.0])
 
 
+def test_a_stage_inherits_what_its_rate_leaves_open():
+    """Catches a stage's rate that falls back to defaults, or warms up for the run's share instead of its own."""
+    lr = {"kind": "wsd", "peak": 1.0, "min_ratio": 0.5, "warmup_tokens": "25%", "decay_tokens": "50%"}
+    stages = {"a": {"tokens": 8 * K}, "b": {"tokens": 16 * K, "lr": {"peak": 2.0}}, "c": {"tokens": 4 * K, "lr": {}}}
+    schedule = schedule_of(stages, optim={"lr": lr})
+    again = [schedule.learning_rate(tokens) for tokens in range(8 * K, 24 * K, K)]
+    assert again[:5] == [0.5, 1.0, 1.5, 2.0, 2.0] and again[7] == 2.0 and again[-1] == 1.0
+    assert again[11] == pytest.approx(1.5)
+    assert [schedule.learning_rate(tokens) for tokens in (24 * K, 27 * K)] == [1.0, 0.5]
+    assert schedule.learning_rate(7 * K) == 0.5, "the run's own rate spans the stage without one"
+
+
 def test_first_step_trains_and_last_step_has_the_final_rate():
     """Catches a first step at rate 0 and a run that never reaches its floor."""
     lr = {"kind": "cosine", "peak": 1.0, "min_ratio": 0.1, "warmup_tokens": 4 * K}
