@@ -1,7 +1,9 @@
-"""Held-out documents for the loss by position: one document a batch, from its beginning, all of the same length.
+"""Held-out documents for the loss by position: one document a batch, from its beginning.
 
-This is the "fixed" cohort: every document is long enough for the whole length, so each position averages the same
-documents and the curve shows what context does, not which documents are long.
+Two cohorts, never mixed. "fixed": every document is long enough for the whole length, so each position averages the
+same documents and the curve shows what context does, not which documents are long. "available" (MoBA paper, appendix
+A.1): every document counts in the buckets that it fills, so more documents are used, and which ones changes with the
+position.
 """
 
 from __future__ import annotations
@@ -15,15 +17,17 @@ from data.errors import DataError
 from data.packing import Batch, Window, make_batch
 from data.sources import Source
 
-COHORT = "fixed"
+COHORTS = ("fixed", "available")
 
 
 class HeldOut(Sequence):
     """(document id, Batch) pairs; the tokens are read when an item is asked for, so ranks may share them out by
     index."""
 
-    def __init__(self, source: Source, seq_len: int, documents: Sequence[int]):
-        self._source, self.seq_len, self._documents = source, seq_len, list(documents)
+    def __init__(self, source: Source, seq_len: int, documents: Sequence[int], lengths: Sequence[int]):
+        """lengths: predictions of each document, from its start."""
+        self._source, self.seq_len = source, seq_len
+        self._documents, self._lengths = list(documents), list(lengths)
         names = source.ids
         self.ids = [names[d] for d in self._documents]
 
@@ -31,25 +35,31 @@ class HeldOut(Sequence):
         return len(self._documents)
 
     def __getitem__(self, index: int) -> tuple[str, Batch]:
-        document = self._documents[index]
-        window = Window(self._source.name, document, 0, self.seq_len)
+        window = Window(self._source.name, self._documents[index], 0, self._lengths[index])
         return self.ids[index], make_batch([window], lambda w: self._source.tokens(w.document, 0, w.length + 1))
 
 
-def held_out_documents(source: Source, seq_len: int, limit: int) -> HeldOut:
+def held_out_documents(source: Source, seq_len: int, limit: int, edges: np.ndarray | None = None) -> HeldOut:
     """Up to `limit` documents of at least seq_len + 1 tokens, each cut to its first seq_len + 1: seq_len predictions.
+
+    With `edges` (int64 [B + 1], of buckets from 0 to seq_len) the available cohort: up to `limit` documents that fill
+    the first bucket, each cut to the last bucket that it fills.
 
     Where there are more, the choice goes by a hash of the id: a fixed sample of the whole source, and mostly the same
     documents at every length. Raises DataError if no document is long enough.
     """
-    long_enough = np.flatnonzero(source.lengths > seq_len).tolist()
+    shortest = seq_len if edges is None else int(edges[1])
+    long_enough = np.flatnonzero(source.lengths > shortest).tolist()
     if not long_enough:
         raise DataError(
-            f"validation: 0 of {source.num_documents} documents have the {seq_len + 1:,} tokens that an evaluation at "
+            f"validation: 0 of {source.num_documents} documents have the {shortest + 1:,} tokens that an evaluation at "
             f"length {seq_len:,} "
             f"needs; the longest has {int(source.lengths.max()):,}. Set eval.seq_len lower, or give data.validation "
             "longer documents"
         )
     names = source.ids
     by_hash = sorted(long_enough, key=lambda d: hashlib.sha256(names[d].encode()).digest())
-    return HeldOut(source, seq_len, sorted(by_hash[:limit]))
+    chosen = sorted(by_hash[:limit])
+    stops = np.array([0, seq_len]) if edges is None else edges
+    filled = np.searchsorted(stops, source.lengths[chosen] - 1, side="right") - 1
+    return HeldOut(source, seq_len, chosen, stops[filled].tolist())

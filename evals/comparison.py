@@ -7,27 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from conf.numbers import format_count
-from evals.figures import Boundaries, interval, length_axis, mark_stages, save, token_axis
-from train.position_loss import PositionCurve
+from evals.figures import Boundaries, interval, length_axis, mark_dense, mark_stages, save, token_axis
+from evals.paired import difference
+from evals.position_loss import Evaluation
 
 Records = Sequence[Mapping[str, Any]]
 SMOOTHING = 40  # a smoothed value is the mean of about a fortieth of the points
-
-
-class ScoredCurve(NamedTuple):
-    """A held-out loss-by-position curve and, where they were kept, the losses of each document behind it."""
-
-    curve: PositionCurve
-    document_keys: Sequence[str] = ()
-    document_loss: np.ndarray | None = None
-    """[documents, buckets] mean losses, rows in the order of document_keys."""
 
 
 def column(records: Records, name: str) -> np.ndarray:
@@ -90,17 +82,19 @@ def plot_losses(
     _finish(figure, axes, path)
 
 
-def plot_positions(runs: Mapping[str, ScoredCurve], path: Path | str) -> None:
+def plot_positions(runs: Mapping[str, Evaluation], path: Path | str, dense_up_to: int | None = None) -> None:
     """Draws held-out loss by position; with two runs or more also each run's gap to the last one, bucket by bucket.
 
-    Where both runs were evaluated on the same documents the gap's interval is that of the documents' own differences,
-    far narrower than the two curves suggest; otherwise it adds both curves' errors. Runs of another bucket layout have
-    no gap drawn.
+    Where both runs were evaluated on the same documents the gap is that of the documents' own differences (evals/
+    paired.py), far sharper than the two curves suggest; otherwise it adds both curves' errors. Bars are 95 % intervals
+    of one bucket, the shaded band holds all buckets at once. Runs of other buckets, or that share one document only,
+    have no gap drawn. `dense_up_to`: block size x top k, marked.
     """
     figure, axes, below = _panels(len(runs) > 1)
     reference = list(runs.values())[-1]
     for i, (label, run) in enumerate(runs.items()):
-        centres = (run.curve.edges[:-1] + run.curve.edges[1:]) / 2
+        curve = run.curve
+        centres = (curve.edges[:-1] + curve.edges[1:]) / 2
         style: dict[str, Any] = {
             "color": f"C{i % 10}",
             "marker": "o",
@@ -108,35 +102,37 @@ def plot_positions(runs: Mapping[str, ScoredCurve], path: Path | str) -> None:
             "linewidth": 1.3,
             "capsize": 2,
         }
-        trailing = run.curve.trailing
-        text = f"{label}: trailing {trailing.value:.3f}" if np.isfinite(trailing.value) else label
-        axes.errorbar(centres, run.curve.mean, yerr=interval(run.curve.se), label=text, **style)
-        if below is not None and i < len(runs) - 1 and np.array_equal(run.curve.edges, reference.curve.edges):
-            gap, se, paired = position_gap(run, reference)
-            note = f"{label}, {'same documents' if paired else 'documents differ'}"
-            below.errorbar(centres, gap, yerr=interval(se), label=note, **style)
+        text = f"{label}: trailing {curve.trailing.value:.3f}" if np.isfinite(curve.trailing.value) else label
+        axes.errorbar(centres, curve.mean, yerr=interval(curve.se, curve.clusters), label=text, **style)
+        gap = _gap(run, reference) if below is not None and i < len(runs) - 1 else None
+        if gap is not None:
+            same = f"{gap.num_documents} same documents" if gap.paired else "documents differ"
+            mean, band = gap.by_bucket.mean, np.nan_to_num(gap.band())
+            below.errorbar(centres, mean, yerr=np.nan_to_num(gap.interval()), label=f"{label}, {same}", **style)
+            below.fill_between(centres, mean - band, mean + band, color=style["color"], alpha=0.15, linewidth=0)
+    longest = max(run.curve.max_length for run in runs.values())
+    mark_dense(axes, dense_up_to, longest)
     if below is not None:
         _gap_axis(below, list(runs))
-        below.legend(fontsize="small")
-    longest = max(run.curve.max_length for run in runs.values())
+        below.axvline(dense_up_to or np.nan, color="0.4", linestyle=":", linewidth=1.2)
+        if below.get_legend_handles_labels()[0]:
+            below.legend(fontsize="small")
     length_axis((below or axes).xaxis, longest)
     (below or axes).set_xlabel("visible tokens of the own document")
     axes.set_ylabel("loss (nats a token)")
-    axes.set_title("Held-out loss by position (bars: 95 % intervals, documents as clusters)")
+    axes.set_title(
+        "Held-out loss by position\n(bars: 95 % interval of a bucket, band: of all at once; documents as clusters)",
+        fontsize="medium",
+    )
     _finish(figure, axes, path)
 
 
-def position_gap(run: ScoredCurve, reference: ScoredCurve) -> tuple[np.ndarray, np.ndarray, bool]:
-    """`(gap, se, paired)`: [B] run minus reference, its standard error, and whether it pairs equal documents."""
-    shared = [key for key in run.document_keys if key in set(reference.document_keys)]
-    if run.document_loss is None or reference.document_loss is None or len(shared) < 2:
-        gap = run.curve.mean - reference.curve.mean
-        return gap, np.hypot(run.curve.se, reference.curve.se), False
-    rows = [
-        scored.document_loss[[list(scored.document_keys).index(key) for key in shared]] for scored in (run, reference)
-    ]
-    difference = rows[0] - rows[1]
-    return difference.mean(axis=0), difference.std(axis=0, ddof=1) / np.sqrt(len(shared)), True
+def _gap(run: Evaluation, reference: Evaluation) -> Any:
+    """The Difference of two runs, or None where they cannot be compared."""
+    try:
+        return difference(run, reference)
+    except ValueError:
+        return None
 
 
 def plot_speed(runs: Mapping[str, Records], path: Path | str, boundaries: Boundaries = ()) -> None:

@@ -15,17 +15,24 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from conf.numbers import format_count
+from conf.numbers import format_count, format_length
+from evals.statistics import half_width
 from train.position_loss import PositionCurve
 
-CONFIDENCE = 1.96  # standard errors on each side of a 95 % interval
 Boundaries = Sequence[tuple[int, str]]  # (tokens at which a stage starts, its name)
 
 
-def plot_curves(curves: Mapping[str, PositionCurve], path: Path | str, title: str = "Loss by position") -> None:
+def plot_curves(
+    curves: Mapping[str, PositionCurve],
+    path: Path | str,
+    title: str = "Loss by position",
+    *,
+    dense_up_to: int | None = None,
+) -> None:
     """Draws bucket means with 95 % intervals, one line a curve, and each curve's trailing loss as a star.
 
     Curves may have different lengths. Where an interval is missing, fewer than two documents were counted.
+    `dense_up_to`: position up to which the sparse attention drops nothing (block size x top k), marked.
     """
     assert curves
     figure = Figure(figsize=(8, 5), layout="constrained")
@@ -36,7 +43,7 @@ def plot_curves(curves: Mapping[str, PositionCurve], path: Path | str, title: st
         axes.errorbar(
             centres,
             curve.mean,
-            yerr=interval(curve.se),
+            yerr=interval(curve.se, curve.clusters),
             color=color,
             marker="o",
             markersize=3.5,
@@ -50,6 +57,7 @@ def plot_curves(curves: Mapping[str, PositionCurve], path: Path | str, title: st
     shortest_bucket, longest_bucket = (f(_bucket_size(c) for c in curves.values()) for f in (min, max))
     size = f"{shortest_bucket}" if shortest_bucket == longest_bucket else f"{shortest_bucket} to {longest_bucket}"
     axes.axvspan(longest - longest_bucket, longest, color="0.92", zorder=0)
+    mark_dense(axes, dense_up_to, longest)
     axes.set_xlim(0, longest * 1.01)
     length_axis(axes.xaxis, longest)
     axes.set_xlabel(f"visible tokens of the own document (buckets of {size} tokens)")
@@ -58,8 +66,8 @@ def plot_curves(curves: Mapping[str, PositionCurve], path: Path | str, title: st
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     figure.supxlabel(
-        "Bars and +-: 95 % intervals, documents or windows as clusters. Star: trailing loss, the last bucket (shaded)\n"
-        "of only those documents or windows that reach the full length. A bucket's mean (dot) counts all its tokens.",
+        "Bars and +-: 95 % intervals, documents or windows as clusters. Star: trailing loss, the last bucket\n"
+        "(shaded) of only those that reach the full length. A bucket's mean (dot) counts all its tokens.",
         fontsize="x-small",
     )
     save(figure, path)
@@ -136,9 +144,16 @@ def plot_history(
     save(figure, path)
 
 
-def interval(se: np.ndarray) -> np.ndarray:
+def interval(se: np.ndarray, clusters: np.ndarray) -> np.ndarray:
     """Half-width of the 95 % interval; 0, which draws no bar, where the standard error is unknown."""
-    return np.nan_to_num(CONFIDENCE * se, nan=0.0)
+    return np.nan_to_num(half_width(se, clusters), nan=0.0)
+
+
+def mark_dense(axes, dense_up_to: int | None, longest: int) -> None:
+    """A dotted line at block size x top k, up to which sparse attention is full attention."""
+    if dense_up_to is not None and dense_up_to < longest:
+        label = f"B k = {format_length(dense_up_to)}: full attention to its left"
+        axes.axvline(dense_up_to, color="0.4", linestyle=":", linewidth=1.2, label=label)
 
 
 def _bucket_size(curve: PositionCurve) -> int:
@@ -146,12 +161,12 @@ def _bucket_size(curve: PositionCurve) -> int:
 
 
 def _trailing_text(curve: PositionCurve) -> str:
-    """`trailing 1.234 +- 0.056 (16 x 32768 tokens)`: the 95 % interval, and how many documents or windows."""
+    """`trailing 1.234 +- 0.056 (16 clusters)`: the 95 % interval, and how many documents or windows it rests on."""
     value, se, _, clusters = curve.trailing
     if not np.isfinite(value):
         return f"no document reaches {curve.max_length}"
-    error = f" +- {CONFIDENCE * se:.3f}" if np.isfinite(se) else ""
-    return f"trailing {value:.3f}{error} ({clusters:.0f} x {curve.max_length} tokens)"
+    error = f" +- {half_width(se, clusters):.3f}" if np.isfinite(se) else ""
+    return f"trailing {value:.3f}{error} ({clusters:.0f} clusters)"
 
 
 def length_axis(axis, longest: int) -> None:

@@ -42,12 +42,13 @@ class TrainedModel:
     device: torch.device
 
 
-def load_trained(source: Path | str, device: str = "auto") -> TrainedModel:
+def load_trained(source: Path | str, device: str | torch.device = "auto") -> TrainedModel:
     """The model of a checkpoint directory, or of the newest checkpoint of a run directory.
 
-    `device` is "auto", "cpu" or "cuda". Raises CheckpointError, DataError or ValueError for what a user can put right.
+    `device` is "auto", "cpu", "cuda" or a torch device. Raises CheckpointError, DataError or ValueError for what a user
+    can put right.
     """
-    target = resolve_device(device)
+    target = device if isinstance(device, torch.device) else resolve_device(device)
     checkpoint = find(Path(source).expanduser())
     saved = read(checkpoint)
     config = freeze(yaml.safe_load(saved.config_yaml))

@@ -1,12 +1,16 @@
-"""Loss by position on held-out documents: one document a forward pass, from its start, at full length.
+"""Loss by position on held-out documents: one document a forward pass, from its start, nothing packed.
 
-The cohort is fixed: only documents of at least `seq_len + 1` tokens, cut to those, so that every bucket is measured
-on the same documents and the curve shows what context gives, not which documents are long. Nothing is packed: in a
-packed stream the late positions see little of their own document. Documents are the clusters of the standard errors.
+Which documents: a cohort of data.validation. In the fixed one every bucket is measured on the same documents, so the
+curve shows what context gives, not which documents are long. In a packed stream the late positions would see little of
+their own document. Documents, or groups of them that belong together, are the clusters of the standard errors.
 
 An evaluation also keeps each document's mean in each bucket, under a key made from its tokens: two models evaluated
-on the same documents can then be compared document by document, which resolves far smaller differences than two
-separate curves.
+on the same documents can then be compared document by document (evals/paired.py), which resolves far smaller
+differences than two separate curves.
+
+Sums are whole numbers of 2^-32 nats, whose order does not matter: one process and many agree bit for bit.
+
+Shapes: T positions, N documents, B buckets.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,11 +26,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from data.packing import Batch
+from data.packing import IGNORED, Batch
 from evals.figures import plot_curves
-from train.position_loss import PositionCurve, PositionLoss, Trailing, bucket_of
+from evals.statistics import clustered_mean
+from train.position_loss import PositionCurve, Trailing, bucket_edges, default_num_buckets
 
-FORMAT = 1
+FORMAT = 2
+FIXED_POINT = 2.0**32
+LARGEST = 1e6
+"""Nats; a loss beyond counts as not finite (the sums are 64 bits wide)."""
 LossFn = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -35,28 +43,33 @@ class Evaluation:
     """What one model scores on one set of documents."""
 
     curve: PositionCurve
-    """Loss by position; every bucket rests on all documents."""
+    """Loss by position, its errors clustered as `document_clusters` says."""
     document_ids: list[str]
     """[N] names."""
     document_keys: list[str]
     """[N] hash of the evaluated tokens: equal keys in two evaluations are the same text in the same tokens."""
+    document_clusters: list[str]
+    """[N] which cluster each belongs to."""
     document_loss: np.ndarray
-    """float64 [N, B] mean loss of each document in each bucket, nats a token."""
+    """float64 [N, B] mean loss of each document in each bucket, nats a token; NaN where it does not fill it."""
     num_non_finite: int
-    """Tokens whose loss was infinite or NaN, which are left out of every mean."""
+    """Tokens whose loss was infinite, NaN or beyond LARGEST, which are left out of every mean."""
+    cohort: str = "fixed"
 
     def save(self, folder: Path | str, stem: str, **info: Any) -> Path:
         """Writes `stem`.npz, .json and .png into `folder` (made if missing) and returns the path of the json.
 
-        `info` goes into the json as it is: tokens seen, attention, what else tells evaluations apart.
+        `info` goes into the json as it is: tokens seen, attention, what else tells evaluations apart. Its
+        `dense_up_to`, if there, is a line in the figure.
         """
         base = Path(folder) / stem
         base.parent.mkdir(parents=True, exist_ok=True)
-        table = {"document_ids": self.document_ids, "document_keys": self.document_keys}
+        table = {name: getattr(self, name) for name in ("document_ids", "document_keys", "document_clusters")}
         np.savez_compressed(
             base.with_name(f"{stem}.npz"), **self.curve.arrays(), document_loss=self.document_loss, **table
         )
-        plot_curves({stem: self.curve}, base.with_name(f"{stem}.png"))
+        label = ", ".join(str(info[key]) for key in ("run", "attention") if key in info) or stem
+        plot_curves({label: self.curve}, base.with_name(f"{stem}.png"), dense_up_to=info.get("dense_up_to"))
         path = base.with_name(f"{stem}.json")
         path.write_text(json.dumps({**info, **self.summary()}, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         return path
@@ -64,20 +77,30 @@ class Evaluation:
     def summary(self) -> dict[str, Any]:
         """The evaluation without its per-position arrays, as plain JSON values (null for NaN)."""
         curve = self.curve
+        cohorts = {
+            "fixed": f"fixed: documents of at least {curve.max_length + 1} tokens, cut to those",
+            "available": f"available: in each bucket the documents that fill it, up to {curve.max_length} tokens",
+        }
+        rows = zip(self.document_ids, self.document_keys, self.document_clusters)
+        with np.errstate(invalid="ignore"):
+            spread = np.ma.masked_invalid(self.document_loss).std(axis=0, ddof=1).filled(np.nan)
         return {
             "format": FORMAT,
-            "unit": "nats a token; standard errors with documents as clusters",
-            "cohort": f"fixed: documents of at least {curve.max_length + 1} tokens, cut to those",
+            "unit": "nats a token",
+            "cohort": cohorts[self.cohort],
             "num_documents": len(self.document_ids),
+            "num_clusters": len(set(self.document_clusters)),
             "seq_len": curve.max_length,
-            "trailing": dict(zip(Trailing._fields, _plain(curve.trailing))),
+            "trailing": dict(zip(Trailing._fields, plain(curve.trailing))),
             "edges": curve.edges.tolist(),
-            "mean": _plain(curve.mean),
-            "se": _plain(curve.se),
-            "num_tokens": _plain(curve.count),
+            "mean": plain(curve.mean),
+            "se": plain(curve.se),
+            "num_tokens": plain(curve.count),
+            "clusters": plain(curve.clusters),
+            "sd_of_documents": plain(spread),
             "num_non_finite": self.num_non_finite,
-            "documents": [{"id": i, "key": k} for i, k in zip(self.document_ids, self.document_keys)],
-            "document_loss": [_plain(row) for row in self.document_loss],
+            "documents": [{"id": i, "key": k, "cluster": c} for i, k, c in rows],
+            "document_loss": [plain(row) for row in self.document_loss],
         }
 
 
@@ -89,46 +112,78 @@ def evaluate(
     seq_len: int,
     device: torch.device | str,
     num_buckets: int | None = None,
+    cohort: str = "fixed",
+    cluster_of: Callable[[str], str] = str,
     rank: int = 0,
     world_size: int = 1,
     reduce: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor,
+    watch: Callable[[Iterable[int]], Iterable[int]] = iter,
 ) -> Evaluation:
     """Scores each document once and returns the Evaluation of all of them, on every rank.
 
     `loss_fn(tokens, positions, cu_seqlens, labels)` returns float `[T]` losses (a Decoder or an engine around one).
-    `documents` are (id, batch of seq_len predictions), as of data.validation; every rank is given all of them and takes
-    each world_size-th; `reduce` sums a float64 tensor over ranks. All ranks run the same number of forward passes, as
-    sharded parameters need: a rank left over repeats a document without counting it.
+    `documents` are (id, batch of one document), as of data.validation for this cohort and these buckets; every rank is
+    given all of them and takes each world_size-th; `reduce` sums an int64 tensor over ranks. All ranks run the same
+    number of forward passes, as sharded parameters need: a rank left over repeats a document without counting it.
+    `cluster_of(id)` names a document's cluster; `watch` wraps the loop (a progress bar).
     """
-    tracker = PositionLoss(seq_len, device, num_buckets)
-    table = torch.zeros(len(documents), tracker.num_buckets, dtype=torch.float64, device=device)
-    non_finite = torch.zeros(1, dtype=torch.float64, device=device)
-    for start in range(0, len(documents), world_size):
+    num_buckets = num_buckets or default_num_buckets(seq_len)
+    edges_E = torch.from_numpy(bucket_edges(num_buckets, seq_len)).to(device)
+    by_position = torch.zeros(2, seq_len, dtype=torch.int64, device=device)
+    # Of each document and bucket: sum, tokens counted, tokens there (without labels too, but not if not finite).
+    table = torch.zeros(3, len(documents), num_buckets, dtype=torch.int64, device=device)
+    non_finite = torch.zeros(1, dtype=torch.int64, device=device)
+    for start in watch(range(0, len(documents), world_size)):
         index = start + rank
         batch = documents[index if index < len(documents) else 0][1].to(device)
-        assert batch.cu_seqlens.numel() == 2 and batch.tokens.numel() == seq_len, (batch.tokens.numel(), seq_len)
-        losses = loss_fn(batch.tokens, batch.positions, batch.cu_seqlens, batch.labels)
+        assert batch.cu_seqlens.numel() == 2 and batch.tokens.numel() <= seq_len, (batch.tokens.numel(), seq_len)
+        losses_T = loss_fn(batch.tokens, batch.positions, batch.cu_seqlens, batch.labels)
         if index < len(documents):
-            tracker.add(losses, batch.positions, batch.labels, batch.cu_seqlens)
-            table[index] = _bucket_means(losses, batch.positions, tracker)
-            non_finite += (~losses.isfinite()).sum()
-    names = [(name, _key(batch)) for name, batch in documents]
+            good_T = losses_T.abs() <= LARGEST  # false for NaN too
+            counted_T = good_T & (batch.labels != IGNORED)
+            fixed_T = (torch.where(counted_T, losses_T, 0).double() * FIXED_POINT).round().long()
+            values_3T = torch.stack((fixed_T, counted_T.long(), good_T.long()))
+            bucket_T = torch.searchsorted(edges_E, batch.positions, right=True) - 1
+            by_position.index_add_(1, batch.positions, values_3T[:2])
+            table[:, index].index_add_(1, bucket_T, values_3T)
+            non_finite += (~good_T).sum()
+    table, by_position = (reduce(x).cpu().numpy() for x in (table, by_position))
+    names = [(name, _key(batch), batch.tokens.numel()) for name, batch in documents]
+    clusters = [cluster_of(name) for name, _, _ in names]
+    sums_NB, counts_NB = table[0] / FIXED_POINT, table[1]
+    is_full_N = np.array([length == seq_len for _, _, length in names])
     return Evaluation(
-        curve=tracker.all_reduce(reduce=reduce).curve(),
-        document_ids=[name for name, _ in names],
-        document_keys=[key for _, key in names],
-        document_loss=reduce(table).cpu().numpy(),
+        curve=_curve(sums_NB, counts_NB, is_full_N, by_position, clusters, seq_len),
+        document_ids=[name for name, _, _ in names],
+        document_keys=[key for _, key, _ in names],
+        document_clusters=clusters,
+        document_loss=_divide(np.where(table[2] == np.diff(edges_E.cpu()), sums_NB, np.nan), counts_NB),
         num_non_finite=int(reduce(non_finite).item()),
+        cohort=cohort,
     )
 
 
-def _bucket_means(losses_T: torch.Tensor, positions_T: torch.Tensor, tracker: PositionLoss) -> torch.Tensor:
-    """float64 `[B]`: one document's mean loss in each bucket; NaN where a loss is not finite."""
-    buckets = bucket_of(positions_T, tracker.num_buckets, tracker.max_length)
-    sums = torch.zeros(tracker.num_buckets, dtype=torch.float64, device=losses_T.device)
-    sums.index_add_(0, buckets, losses_T.double())
-    means = sums / torch.bincount(buckets, minlength=tracker.num_buckets)
-    return torch.where(means.isfinite(), means, torch.nan)
+def _curve(sums_NB, counts_NB, is_full_N, by_position_2T, clusters: list[str], seq_len: int) -> PositionCurve:
+    """The curve of all documents; its trailing value is of those with the full length."""
+    found = clustered_mean(sums_NB, counts_NB, clusters)
+    trailing = clustered_mean(sums_NB[:, -1] * is_full_N, counts_NB[:, -1] * is_full_N, clusters)
+    return PositionCurve(
+        max_length=seq_len,
+        edges=bucket_edges(sums_NB.shape[1], seq_len),
+        mean=found.mean,
+        se=found.se,
+        count=found.count,
+        clusters=found.clusters,
+        trailing=Trailing(*map(float, trailing)),
+        position_mean=_divide(by_position_2T[0] / FIXED_POINT, by_position_2T[1]),
+        position_count=by_position_2T[1].astype(np.float64),
+    )
+
+
+def _divide(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """sums / counts, NaN where nothing was counted."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return sums / counts
 
 
 def _key(batch: Batch) -> str:
@@ -137,11 +192,21 @@ def _key(batch: Batch) -> str:
     return hashlib.sha256(tokens.astype("<i8").tobytes()).hexdigest()[:16]
 
 
-def _plain(values: Sequence[float]) -> list[float | None]:
+def plain(values: Iterable[float]) -> list[float | None]:
     """Floats for JSON, which has no NaN."""
     return [float(x) if math.isfinite(x) else None for x in values]
 
 
-def load_curves(paths: Mapping[str, Path | str]) -> dict[str, PositionCurve]:
-    """The curves of saved evaluations (.npz), by label, for `evals.figures.plot_curves`."""
-    return {label: PositionCurve.from_npz(path) for label, path in paths.items()}
+def load_evaluation(path: Path | str) -> Evaluation:
+    """A saved evaluation, from its .json or the .npz beside it. ValueError if either is missing or of no evaluation."""
+    base = Path(path)
+    try:
+        record = json.loads(base.with_suffix(".json").read_text(encoding="utf-8"))
+        with np.load(base.with_suffix(".npz")) as fields:
+            keys, ids, loss = (fields[f"document_{name}"] for name in ("keys", "ids", "loss"))
+            clusters = fields.get("document_clusters", ids)
+        curve = PositionCurve.from_npz(base.with_suffix(".npz"))
+        lists = [[str(x) for x in column] for column in (ids, keys, clusters)]
+        return Evaluation(curve, *lists, loss, record["num_non_finite"], record["cohort"].partition(":")[0])
+    except (OSError, KeyError, ValueError) as error:
+        raise ValueError(f"{base} is no saved loss-by-position evaluation (.json with its .npz): {error}") from error

@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 
 from conf.numbers import format_count, format_length
-from evals.comparison import ScoredCurve, column, plot_losses, plot_positions, plot_speed
-from evals.figures import CONFIDENCE
+from evals.comparison import column, plot_losses, plot_positions, plot_speed
+from evals.position_loss import Evaluation, load_evaluation
+from evals.statistics import half_width
 from train.metrics import FILE_NAME, read_metrics
-from train.position_loss import PositionCurve
 from train.progress import clock
 
 END_SHARE = 0.05  # "at the end" is the mean over this part of a run's or a stage's tokens
@@ -43,8 +43,8 @@ class Run:
     stages: list[dict[str, Any]]
     train: list[dict[str, Any]]
     evaluations: list[dict[str, Any]]
-    held_out: ScoredCurve | None
-    """The newest evaluation's curve."""
+    held_out: Evaluation | None
+    """The newest evaluation."""
 
 
 def read_run(folder: Path | str, name: str | None = None) -> Run:
@@ -71,23 +71,19 @@ def read_run(folder: Path | str, name: str | None = None) -> Run:
         stages=kinds["stage"],
         train=kinds["train"],
         evaluations=list(evaluations.values()),
-        held_out=_newest_curve(folder / "position_loss"),
+        held_out=newest_evaluation(folder / "position_loss"),
     )
 
 
-def _newest_curve(folder: Path) -> ScoredCurve | None:
-    """The held-out curve of most tokens: those with a .json beside them are evaluations, the others training losses."""
+def newest_evaluation(folder: Path) -> Evaluation | None:
+    """The held-out evaluation of most tokens: those with a .json beside them are evaluations, the others training
+    losses."""
     found = []
     for path in folder.glob("*.npz"):
         beside = path.with_suffix(".json")
         if beside.exists():
             found.append((json.loads(beside.read_text(encoding="utf-8")).get("tokens", 0), path))
-    if not found:
-        return None
-    path = max(found)[1]
-    with np.load(path) as fields:
-        documents = [str(key) for key in fields["document_keys"]], fields["document_loss"]
-    return ScoredCurve(PositionCurve.from_npz(path), *documents)
+    return load_evaluation(max(found)[1]) if found else None
 
 
 def unique_names(folders: Sequence[Path]) -> list[str]:
@@ -205,7 +201,7 @@ def _run_row(run: Run) -> tuple[str, ...]:
     last = run.train[-1]
     held_out = run.evaluations[-1] if run.evaluations else {}
     error = held_out.get("trailing_se")
-    spread = f" +- {CONFIDENCE * error:.3f}" if error is not None else ""
+    spread = f" +- {half_width(error, held_out['documents']):.3f}" if error is not None else ""
     count = run.device.get("num_devices", 1)
     return (
         run.name,

@@ -14,6 +14,7 @@ import difflib
 import functools
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 
 
 class UsageError(Exception):
@@ -50,6 +51,14 @@ def key_values(
     return values
 
 
+def split_paths(argv: Sequence[str]) -> tuple[list[Path], list[str]]:
+    """(paths, arguments) of a command that takes both. A directory may well be called lr=3e-4, so what exists is a
+    path, and an argument only what looks like one and does not."""
+    is_path = [not (text.startswith("-") or "=" in text) or Path(text).expanduser().exists() for text in argv]
+    paths = [Path(text).expanduser() for text, own in zip(argv, is_path) if own]
+    return paths, [text for text, own in zip(argv, is_path) if not own]
+
+
 def usage(allowed: Mapping[str, str], about: str) -> str:
     """The text of --help."""
     width = max(map(len, allowed)) + 2
@@ -57,9 +66,9 @@ def usage(allowed: Mapping[str, str], about: str) -> str:
     return "\n".join([about.strip(), "", "arguments, as key=value:", *lines] if about else lines)
 
 
-def exits_on(*errors: type[Exception]) -> Callable:
+def exits_on(*errors: type[Exception], speaks: Callable[[], bool] = lambda: True) -> Callable:
     """Decorator for a command's main(): UsageError and these errors become one message on stderr and exit code 2,
-    Ctrl-C 130."""
+    Ctrl-C 130. `speaks`: whether this process prints it (one of several does)."""
 
     def decorate(main: Callable) -> Callable:
         @functools.wraps(main)
@@ -67,7 +76,8 @@ def exits_on(*errors: type[Exception]) -> Callable:
             try:
                 return main(*args, **kwargs)
             except (UsageError, *errors) as error:
-                print(f"error: {error}", file=sys.stderr)
+                if speaks():
+                    print(f"error: {error}", file=sys.stderr)
                 raise SystemExit(2) from None
             except KeyboardInterrupt:
                 print("interrupted", file=sys.stderr)

@@ -2,80 +2,224 @@
 
     python launch/evaluate.py run=runs/quickstart evals=[position_loss]
     python launch/evaluate.py run=runs/moba_32k attention=full seq_len=32K documents=64
+    torchrun --nproc_per_node=8 launch/evaluate.py run=runs/moba_32k data=held_out.parquet id_field=package
 
-position_loss: the loss by position on the held-out documents of the run's own data. The same weights can be measured
-under another attention, and on documents of another length.
+position_loss: the loss by position on held-out documents, those of the run's own data unless others are named. The
+same weights can be measured under another attention, and on documents of another length; launch/compare.py puts two
+results beside each other. Several processes share the documents, and give the same bits as one.
 """
 
 from __future__ import annotations
 
+import re
 import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:] = [str(ROOT)] + [p for p in sys.path if Path(p or ".").resolve() != ROOT / "launch"]
 
+from train import distributed  # noqa: E402 - first: it decides what torch reads when it is imported
+
+# isort: split
+import torch  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
 from conf.numbers import format_length, parse_length  # noqa: E402
+from conf.schema import SourceConfig  # noqa: E402
 from data.errors import DataError  # noqa: E402
 from data.sources import open_validation  # noqa: E402
-from data.validation import held_out_documents  # noqa: E402
-from evals.figures import CONFIDENCE  # noqa: E402
+from data.validation import COHORTS, HeldOut, held_out_documents  # noqa: E402
 from evals.loading import TrainedModel, attention_plan, load_trained  # noqa: E402
 from evals.position_loss import evaluate  # noqa: E402
+from evals.results import Stopwatch, provenance  # noqa: E402
+from evals.statistics import half_width  # noqa: E402
 from launch.cli import UsageError, exits_on, key_values  # noqa: E402
 from train.checkpoint import CheckpointError  # noqa: E402
-from train.metrics import describe_plan  # noqa: E402
+from train.position_loss import bucket_edges, default_num_buckets  # noqa: E402
+from train.tracking import Tracker  # noqa: E402
 
 KEYS = {
     "run": "run directory (its newest checkpoint), or one checkpoint's directory",
-    "evals": "which: [position_loss] (default: all)",
+    "evals": "which: [position_loss] (default: position_loss)",
     "attention": "stage (as trained, default), full, or <block size>x<top_k> such as 512x3",
     "seq_len": "length of the held-out documents (default: eval.seq_len of the run, else its stage's length)",
     "documents": "held-out documents at most (default: eval.documents of the run)",
+    "data": "held-out documents instead of the run's: embedded, a file, a glob or a directory",
+    "id_field": "column of data= that names a document (default: id)",
+    "cluster": "regular expression; ids with the same match are one cluster of the errors (default: the whole id)",
+    "cohort": "position_loss: fixed (default: documents of full length) or available (each bucket: all that fill it)",
+    "bucket": "position_loss: tokens a bucket, a divisor of the length (default: 2K; a sixteenth below 32K)",
     "device": "auto (default), cpu or cuda",
+    "wandb": "disabled (default), auto, online or offline: also send the results there, as a run of their own",
     "to": "folder of the results (default: evals/ in the run directory)",
 }
 
 
-@exits_on(CheckpointError, DataError, ValueError, OSError)
+@dataclass
+class Job:
+    """What every eval is given."""
+
+    trained: TrainedModel
+    values: dict[str, str]
+    rank: int
+    world_size: int
+    reduce: Callable[[torch.Tensor], torch.Tensor]
+    tracker: Tracker | None
+
+    @property
+    def folder(self) -> Path:
+        """Where results go."""
+        return _folder(self.trained, self.values)
+
+    def say(self, line: str) -> None:
+        """Prints on rank 0."""
+        if self.rank == 0:
+            print(line, flush=True)
+
+    def watch(self, what: str) -> Callable[[Iterable], Iterable]:
+        """A progress bar around a loop, on rank 0 and a terminal."""
+        return lambda items: tqdm(items, desc=what, leave=False, disable=True if self.rank else None)
+
+    def log(self, name: str, numbers: dict[str, float], figure: Path) -> None:
+        """Sends numbers and a figure to wandb, if asked for."""
+        if self.tracker is not None:
+            self.tracker.log({"kind": name, "tokens": self.trained.tokens, **numbers})
+            self.tracker.image(f"figures/{name}", figure, self.trained.tokens)
+
+    def integer(self, key: str, default: int) -> int:
+        """The whole number given for a key, at least 1."""
+        text = self.values.get(key, str(default))
+        if not text.isdecimal() or int(text) < 1:
+            raise UsageError(f"{key}={text}: must be a whole number of at least 1")
+        return int(text)
+
+    @property
+    def seq_len(self) -> int:
+        """Length of the held-out documents."""
+        if "seq_len" in self.values:
+            return parse_length(self.values["seq_len"])
+        return self.trained.config.eval.seq_len or self.trained.stage.seq_len
+
+    def held_out(self, edges=None) -> HeldOut:
+        """The documents to measure on, of the cohort that `edges` means to data.validation."""
+        config = self.trained.config.data
+        if "data" in self.values:
+            config = replace(config, validation=_given_source(self.values))
+        elif "id_field" in self.values:
+            raise UsageError("id_field is for documents named by data=")
+        barrier = distributed.barrier if self.world_size > 1 else None
+        source = open_validation(config, rank_zero=self.rank == 0, barrier=barrier, log=self.say)
+        if source is None:
+            raise UsageError(f"{self.trained.checkpoint} was trained without held-out documents; name some: data=...")
+        limit = self.integer("documents", self.trained.config.eval.documents)
+        return held_out_documents(source, self.seq_len, limit, edges)
+
+    def cluster_of(self, document_id: str) -> str:
+        """The cluster of a document."""
+        found = re.match(self.values["cluster"], document_id) if "cluster" in self.values else None
+        return found[found.re.groups and 1] if found else document_id
+
+
+def _given_source(values: dict[str, str]) -> SourceConfig:
+    return SourceConfig(path=str(Path(values["data"]).expanduser()), id_field=values.get("id_field", "id"))
+
+
+def _folder(trained: TrainedModel, values: dict[str, str]) -> Path:
+    return Path(values["to"]).expanduser() if "to" in values else trained.checkpoint.parents[1] / "evals"
+
+
+@exits_on(CheckpointError, DataError, ValueError, OSError, speaks=lambda: distributed.launched().rank == 0)
 def main(argv: list[str] | None = None) -> None:
     """The command; see the module's text."""
     values = key_values(sys.argv[1:] if argv is None else argv, KEYS, about=__doc__, required=["run"])
-    chosen = [name.strip() for name in values.get("evals", ",".join(EVALS)).strip("[]").split(",")]
+    chosen = _choices(values)
+    launched = distributed.launched()
+    device, reduce = values.get("device", "auto"), lambda tensor: tensor
+    if launched.world_size > 1:
+        device, reduce = distributed.init(device).device, distributed.all_reduce_sum
+    trained = load_trained(values["run"], device)
+    trained.model.set_attention(attention_plan(values.get("attention", "stage"), trained))
+    tracker = _tracker(trained, values) if launched.rank == 0 else None
+    job = Job(trained, values, launched.rank, launched.world_size, reduce, tracker)
+    for name in chosen:
+        EVALS[name](job)
+    if tracker is not None:
+        tracker.finish()
+    if launched.world_size > 1:
+        distributed.shutdown()
+
+
+def _choices(values: dict[str, str]) -> list[str]:
+    """The evals asked for; UsageError for what can be seen to be wrong before anything is loaded."""
+    chosen = [name.strip() for name in values.get("evals", "position_loss").strip("[]").split(",")]
     unknown = [name for name in chosen if name not in EVALS]
     if unknown:
         raise UsageError(f"evals={','.join(unknown)}: choose from {', '.join(EVALS)}")
-    trained = load_trained(values["run"], values.get("device", "auto"))
-    trained.model.set_attention(attention_plan(values.get("attention", "stage"), trained))
-    for name in chosen:
-        EVALS[name](trained, values)
+    modes = ("disabled", "auto", "online", "offline")
+    for key, choices in (("cohort", COHORTS), ("wandb", modes)):
+        if key in values and values[key] not in choices:
+            raise UsageError(f"{key}={values[key]}: choose one of {', '.join(choices)}")
+    try:
+        re.compile(values.get("cluster", ""))
+    except re.error as error:
+        raise UsageError(f"cluster={values['cluster']}: not a regular expression ({error})") from error
+    return chosen
 
 
-def position_loss(trained: TrainedModel, values: dict[str, str]) -> None:
-    """Writes evals/position_loss_<tokens>_<length>_<attention>.json, .npz and .png, and prints the trailing loss."""
-    config = trained.config
-    seq_len = config.eval.seq_len or trained.stage.seq_len
-    if "seq_len" in values:
-        seq_len = parse_length(values["seq_len"])
-    limit = values.get("documents", str(config.eval.documents))
-    if not limit.isdecimal() or int(limit) < 1:
-        raise UsageError(f"documents={limit}: must be a whole number of at least 1")
-    source = open_validation(config.data, log=print)
-    if source is None:
-        raise UsageError(f"{trained.checkpoint} was trained without held-out documents (data.validation)")
-    documents = held_out_documents(source, seq_len, int(limit))
-    attention = describe_plan(trained.model.attention)
-    print(f"position_loss: {len(documents)} documents of {format_length(seq_len)} tokens, {attention}", flush=True)
-    found = evaluate(trained.model, documents, seq_len=seq_len, device=trained.device)
+def _tracker(trained: TrainedModel, values: dict[str, str]) -> Tracker | None:
+    if values.get("wandb", "disabled") == "disabled":
+        return None
+    folder = _folder(trained, values)
+    folder.mkdir(parents=True, exist_ok=True)
+    logging = replace(trained.config.logging, wandb=values["wandb"])
+    name = f"{trained.config.run.name} evals"
+    return Tracker(folder, logging, name=name, config={"evaluate": values, "run": trained.config.run.name}, fresh=True)
 
-    folder = Path(values["to"]).expanduser() if "to" in values else trained.checkpoint.parents[1] / "evals"
-    kind = values.get("attention", "stage")
-    stem = f"position_loss_{trained.tokens:015d}_{format_length(seq_len)}_{kind}"
-    info = {"tokens": trained.tokens, "stage": trained.stage.name, "attention": attention}
-    path = found.save(folder, stem, checkpoint=trained.checkpoint.name, **info)
-    value, se, _, _ = found.curve.trailing
-    known = f"+- {CONFIDENCE * se:.4f} (95 %, documents as clusters)"
-    print(f"trailing loss {value:.4f} {known if se == se else '(one document: no error estimate)'}\nwrote {path}")
+
+def position_loss(job: Job) -> None:
+    """Writes position_loss_<tokens>_<length>_<attention>[_available] as .json, .npz and .png; prints the trailing
+    loss."""
+    watch, seq_len = Stopwatch(), job.seq_len
+    num_buckets, cohort = _num_buckets(job, seq_len), job.values.get("cohort", "fixed")
+    documents = job.held_out(bucket_edges(num_buckets, seq_len) if cohort == "available" else None)
+    model = job.trained.model
+    info = provenance(job.trained, watch, world_size=job.world_size)
+    job.say(f"position_loss: {len(documents)} documents, {format_length(seq_len)} tokens, {info['attention']}")
+    found = evaluate(
+        model,
+        documents,
+        seq_len=seq_len,
+        device=job.trained.device,
+        num_buckets=num_buckets,
+        cohort=cohort,
+        cluster_of=job.cluster_of,
+        rank=job.rank,
+        world_size=job.world_size,
+        reduce=job.reduce,
+        watch=job.watch("position_loss"),
+    )
+    if job.rank:
+        return
+    kind = job.values.get("attention", "stage") + ("_available" if cohort == "available" else "")
+    stem = f"position_loss_{job.trained.tokens:015d}_{format_length(seq_len)}_{kind}"
+    info["seconds"] = watch.seconds
+    path = found.save(job.folder, stem, **info)
+    value, se, _, clusters = found.curve.trailing
+    error = f"+- {half_width(se, clusters):.4f} (95 %, {clusters:.0f} clusters)"
+    known = error if se == se else "(one cluster: no error estimate)"
+    job.log("position_loss", {"trailing_loss": value, "trailing_se": se}, path.with_suffix(".png"))
+    job.say(f"trailing loss {value:.4f} {known}, {info['seconds']:.0f} s\nwrote {path}")
+
+
+def _num_buckets(job: Job, seq_len: int) -> int:
+    if "bucket" not in job.values:
+        return default_num_buckets(seq_len)
+    bucket = parse_length(job.values["bucket"])
+    if bucket < 1 or seq_len % bucket:
+        raise UsageError(f"bucket={job.values['bucket']}: must divide the length, {format_length(seq_len)}")
+    return seq_len // bucket
 
 
 EVALS = {"position_loss": position_loss}

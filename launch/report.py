@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:] = [str(ROOT)] + [p for p in sys.path if Path(p or ".").resolve() != ROOT / "launch"]
 
 from evals.report import ReportError, unique_names, write_report  # noqa: E402
-from launch.cli import UsageError, exits_on, key_values  # noqa: E402
+from launch.cli import UsageError, exits_on, key_values, split_paths  # noqa: E402
 
 KEYS = {"to": "folder of the report (default: one run's own directory; for several, report_<names> beside the first)"}
 
@@ -23,18 +23,12 @@ KEYS = {"to": "folder of the report (default: one run's own directory; for sever
 @exits_on(ReportError, OSError)
 def main(argv: list[str] | None = None) -> None:
     """The command; see the module's text."""
-    argv = sys.argv[1:] if argv is None else argv
-    # A directory may well be called lr=3e-4, so only what is no directory is read as an argument.
-    folders = [Path(text).expanduser() for text in argv if not _is_argument(text)]
-    values = key_values([text for text in argv if _is_argument(text)], KEYS, about=__doc__)
+    folders, arguments = split_paths(sys.argv[1:] if argv is None else argv)
+    values = key_values(arguments, KEYS, about=__doc__)
     if not folders:
         raise UsageError("name at least one run directory: python launch/report.py runs/a runs/b (--help explains)")
     to = Path(values["to"]).expanduser() if "to" in values else _default_folder(folders)
     print(f"report: {write_report(folders, to)}")
-
-
-def _is_argument(text: str) -> bool:
-    return (text.startswith("-") or "=" in text) and not Path(text).expanduser().is_dir()
 
 
 def _default_folder(folders: list[Path]) -> Path:

@@ -32,15 +32,17 @@ class Tracker:
         config: Mapping[str, Any],
         stages: Sequence[str] = (),
         warn: Callable[[str], None] = print,
+        fresh: bool = False,
     ) -> None:
         """Opens the run.
 
         run_dir: where the offline files (`wandb/`) and the run's id are kept. config: plain nested dicts, shown as the
         run's configuration. stages: names in order; records name a stage and wandb plots its number. warn: gets at most
-        one line for what goes wrong, and one that says where the run can be seen.
+        one line for what goes wrong, and one that says where the run can be seen. fresh: a new wandb run, not the
+        directory's own.
         """
         self._run_dir = Path(run_dir)
-        self._warn = warn
+        self._warn, self._fresh = warn, fresh
         self._stages = {stage: index for index, stage in enumerate(stages)}
         self._run: Any = None
         if logging.wandb == "disabled":
@@ -130,7 +132,7 @@ class Tracker:
             project=logging.project,
             entity=logging.entity,
             name=name,
-            id=run_id(self._run_dir),
+            id=None if self._fresh else run_id(self._run_dir),
             resume="allow",
             dir=str(self._run_dir),
             mode=mode,

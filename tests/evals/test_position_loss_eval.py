@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from data.packing import Batch
 from evals.figures import length_axis, plot_curves, plot_heatmap, plot_history
-from evals.position_loss import evaluate, load_curves
+from evals.position_loss import evaluate, load_evaluation
 from train.position_loss import PositionCurve, PositionLoss
 
 LENGTH = 64
@@ -89,9 +89,9 @@ def test_ranks_together_equal_one(count, world_size):
         thread.join()
     assert set(calls) == {-(-count // world_size)}
     for result in results:
-        for name in ("mean", "se", "count", "clusters", "trailing"):
-            np.testing.assert_allclose(getattr(result.curve, name), getattr(alone.curve, name), rtol=1e-12)
-        np.testing.assert_allclose(result.document_loss, alone.document_loss, rtol=1e-12)
+        for name, value in alone.curve.arrays().items():
+            np.testing.assert_array_equal(result.curve.arrays()[name], value, err_msg=name)
+        np.testing.assert_array_equal(result.document_loss, alone.document_loss)
 
 
 def test_keys_name_the_tokens():
@@ -126,9 +126,10 @@ def test_save_writes_json_npz_and_png(tmp_path):
     record = json.loads(path.read_text(), parse_constant=lambda text: pytest.fail(text))
     assert record["tokens"] == 1000 and record["seq_len"] == LENGTH and record["num_documents"] == 1
     assert record["trailing"]["value"] == result.curve.trailing.value and record["trailing"]["se"] is None
-    back = load_curves({"x": path.with_suffix(".npz")})["x"]
+    back = load_evaluation(path)
     for name, value in result.curve.arrays().items():
-        np.testing.assert_array_equal(back.arrays()[name], value)
+        np.testing.assert_array_equal(back.curve.arrays()[name], value)
+    assert back.document_clusters == result.document_clusters == ["doc-0"]
     with np.load(path.with_suffix(".npz")) as fields:
         np.testing.assert_array_equal(fields["document_loss"], result.document_loss)
         assert fields["document_keys"].tolist() == result.document_keys
@@ -168,7 +169,7 @@ def test_figures_say_what_is_drawn(tmp_path, monkeypatch):
     axes = drawn[0].axes[0]
     assert axes.get_xlabel() == "visible tokens of the own document (buckets of 4 tokens)"
     assert "nats" in axes.get_ylabel()
-    assert axes.get_legend().get_texts()[0].get_text() == "run: trailing 3.000 +- 1.132 (3 x 64 tokens)"
+    assert axes.get_legend().get_texts()[0].get_text() == "run: trailing 3.000 +- 2.484 (3 clusters)"
     note = drawn[0].get_supxlabel()
     assert all(word in note for word in ("95 %", "clusters", "trailing loss", "full length"))
 
@@ -182,3 +183,42 @@ def test_lengths_on_an_axis_are_in_one_unit(longest, labels):
     length_axis(axis, longest)
     assert [axis.get_major_formatter()(tick) for tick in axis.get_ticklocs()[:3]] == labels
     assert axis.get_ticklocs()[-1] == longest
+
+
+def test_available_cohort_uses_what_documents_fill():
+    """Catches short documents in buckets they do not fill, a trailing loss that counts them, ignored labels taken for
+    losses of zero, and documents of one cluster taken for independent."""
+    rng = np.random.default_rng(5)
+    lengths, documents = [64, 16, 64, 36, 64], []
+    for i, length in enumerate(lengths):
+        tokens = torch.from_numpy(rng.integers(0, 1000, length + 1))
+        cu_seqlens = torch.tensor([0, length], dtype=torch.int32)
+        documents.append((f"c{i % 2}/{i}", Batch(tokens[:-1], tokens[1:], torch.arange(length), cu_seqlens)))
+    documents[0][1].labels[3:5] = -100
+
+    def loss(tokens, positions, cu_seqlens, labels):
+        return torch.where(labels == -100, 0.0, tokens / 1000.0 + positions)
+
+    found = evaluate(
+        loss,
+        documents,
+        seq_len=64,
+        device="cpu",
+        num_buckets=16,
+        cohort="available",
+        cluster_of=lambda name: name.split("/")[0],
+    )
+    rows = [[[] for _ in range(16)] for _ in documents]
+    for row, (_, batch) in zip(rows, documents):
+        for position, (token, label) in enumerate(zip(batch.tokens.tolist(), batch.labels.tolist())):
+            if label != -100:
+                row[position // 4].append(token / 1000 + position)
+    for bucket in range(16):
+        values = [x for row in rows for x in row[bucket]]
+        assert found.curve.mean[bucket] == pytest.approx(np.mean(values), rel=1e-6)
+        assert found.curve.count[bucket] == len(values)
+    assert found.curve.clusters.tolist() == [2] * 9 + [1] * 7
+    assert found.curve.trailing.value == pytest.approx(np.mean([x for i in (0, 2, 4) for x in rows[i][15]]), rel=1e-6)
+    assert np.isnan(found.document_loss[1, 4:]).all() and np.isfinite(found.document_loss[1, :4]).all()
+    assert found.document_loss[0, 0] == pytest.approx(np.mean(rows[0][0])) and len(rows[0][0]) == 3
+    assert found.summary()["cohort"].startswith("available") and found.num_non_finite == 0

@@ -57,7 +57,7 @@ def make_run(folder: Path, attentions, *, loss=3.0, evaluate=True, name="x<b>"):
                 skipped_steps=0,
             )
     if evaluate:
-        log.write("eval", start + 4000, loss=loss, trailing_loss=loss - 0.25, trailing_se=0.125)
+        log.write("eval", start + 4000, loss=loss, trailing_loss=loss - 0.25, trailing_se=0.125, documents=3)
         save_curve(folder, start + 4000, loss)
     return folder
 
@@ -80,7 +80,8 @@ def save_curve(folder: Path, tokens: int, loss: float):
     stem = folder / "position_loss" / f"eval_{tokens:015}"
     keys, rows = ["a", "b"], loss * np.ones((2, 16))
     np.savez_compressed(f"{stem}.npz", **curve.arrays(), document_ids=keys, document_keys=keys, document_loss=rows)
-    Path(f"{stem}.json").write_text(json.dumps({"tokens": tokens}))
+    record = {"tokens": tokens, "num_non_finite": 0, "cohort": "fixed: documents of full length"}
+    Path(f"{stem}.json").write_text(json.dumps(record))
 
 
 class Page(HTMLParser):
@@ -117,7 +118,7 @@ def test_two_runs_give_one_page_with_everything_in_it(tmp_path, capsys):
     assert "x&lt;b&gt;" in text and "how FLOPs are &lt;counted&gt;" in text
     cells = {row[0]: dict(zip(page.rows[0], row)) for row in page.rows if row[0] in ("a", "b")}
     assert cells["a"]["tokens"] == "8K" and cells["b"]["tokens"] == "4K"
-    assert cells["a"]["loss at the end"] == "3.000" and cells["b"]["held-out trailing"] == "2.250 +- 0.245"
+    assert cells["a"]["loss at the end"] == "3.000" and cells["b"]["held-out trailing"] == "2.250 +- 0.538"
     assert cells["a"]["device"] == "2 x x<b>"
     head = next(row for row in page.rows if row[0] == "stage")
     stages = {row[0]: dict(zip(head, row)) for row in page.rows if ":" in row[0]}
