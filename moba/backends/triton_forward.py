@@ -13,7 +13,18 @@ import torch
 import triton
 import triton.language as tl
 
-from moba.backends.triton_lists import Layout, Lists, build_items, gather_rows, load_item, load_rows, store_rows
+from moba.backends.triton_lists import (
+    Layout,
+    Lists,
+    build_items,
+    gather_rows,
+    last_visible_key,
+    load_item,
+    load_rows,
+    split_tiles,
+    store_rows,
+    store_slots,
+)
 from moba.backends.triton_tiles import is_short, padded, tile_for
 
 LOG2_E = 1.4426950408889634
@@ -89,45 +100,52 @@ def forward_short_kernel(
         key_tile = load_rows(k + kv_head * HEAD_DIM, start + key, key < length, stride, HEAD_DIM, BLOCK_D)
         value_tile = load_rows(v + kv_head * HEAD_DIM, start + key, key < length, stride, HEAD_DIM, BLOCK_D)
         rows += kv_head.to(tl.int64) * region
-        partial += tl.program_id(1).to(tl.int64) * region * HEAD_DIM
-        partial_lse += tl.program_id(1).to(tl.int64) * region
+        partial += (tl.program_id(1).to(tl.int64) * region + begin) * HEAD_DIM
+        partial_lse += tl.program_id(1).to(tl.int64) * region + begin
 
         # The block's own rows lead the list and need the causal mask; whole tiles of history rows do not.
         own_end = list_begin + length * (NUM_HEADS // NUM_KV_HEADS)
-        masked_end = tl.minimum(end, begin + tl.cdiv(tl.maximum(own_end - begin, 0), ROWS) * ROWS)
-        for first_slot in range(begin, masked_end, ROWS):
+        masked_end, full_end = split_tiles(begin, end, own_end, ROWS)
+        for first_slot in range(masked_end, full_end, ROWS):
             _forward_short_tile(
-                q, rows, partial, partial_lse, key_tile, value_tile, first_slot, end, start, length, scale_log2,
-                NUM_HEADS, HEAD_DIM, BLOCK_D, ROWS, KEYS, True,
+                q, rows, partial, partial_lse, key_tile, value_tile, first_slot, begin, list_begin, end, length,
+                scale_log2, NUM_HEADS // NUM_KV_HEADS, HEAD_DIM, BLOCK_D, ROWS, KEYS, not EXACT,
             )  # fmt: skip
-        for first_slot in range(masked_end, end, ROWS):
+        # The tiles with own rows, and the rest that fills no tile.
+        for first in range(begin, masked_end + (end - full_end), ROWS):
+            first_slot = tl.where(first < masked_end, first, first - masked_end + full_end)
             _forward_short_tile(
-                q, rows, partial, partial_lse, key_tile, value_tile, first_slot, end, start, length, scale_log2,
-                NUM_HEADS, HEAD_DIM, BLOCK_D, ROWS, KEYS, not EXACT,
+                q, rows, partial, partial_lse, key_tile, value_tile, first_slot, begin, list_begin, end, length,
+                scale_log2, NUM_HEADS // NUM_KV_HEADS, HEAD_DIM, BLOCK_D, ROWS, KEYS, True,
             )  # fmt: skip
 
 
 @triton.jit
 def _forward_short_tile(
-    q, rows, partial, partial_lse, key_tile, value_tile, first_slot, end, start, length, scale_log2,
-    NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, MASKED: tl.constexpr,
+    q, rows, partial, partial_lse, key_tile, value_tile, first_slot, begin, list_begin, end, length, scale_log2,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Partial results of ROWS slots."""
-    slot = first_slot + tl.arange(0, ROWS)
-    inside = slot < end
-    row = tl.load(rows + slot, mask=inside, other=0)
+    """Partial results of ROWS slots, written behind those of the work item's first, `begin`; without MASKED all of them
+    exist and see all KEYS keys."""
+    place = tl.arange(0, ROWS)
+    valid_place = tl.minimum(place, end - 1 - first_slot) if MASKED else place
+    row = tl.load(rows + first_slot + valid_place)
     query = gather_rows(q, row, HEAD_DIM, BLOCK_D)
-    score = tl.dot(query, tl.trans(key_tile)) * scale_log2
+    score = tl.dot(query, tl.trans(key_tile))
     if MASKED:
-        last_key = tl.where(inside, tl.minimum(row // NUM_HEADS - start, length - 1), 0)
+        last_key = last_visible_key(first_slot + place, list_begin, length, GROUP)
         score = tl.where(tl.arange(0, KEYS)[None, :] <= last_key[:, None], score, float("-inf"))
-    top = tl.max(score, axis=1)
-    weight = tl.exp2(score - top[:, None])
+    top = tl.max(score, axis=1) * scale_log2
+    weight = tl.exp2(score * scale_log2 - top[:, None])
     total = tl.sum(weight, axis=1)
-    out = tl.dot(weight.to(value_tile.dtype), value_tile) / total[:, None]
-    store_rows(partial, slot, out, inside, HEAD_DIM, HEAD_DIM, BLOCK_D)
-    tl.store(partial_lse + slot, top + tl.log2(total), mask=inside)
+    out = tl.dot(weight.to(value_tile.dtype), value_tile) * (1.0 / total)[:, None]
+    store_slots(partial, first_slot - begin, end - begin, out, ROWS, HEAD_DIM, BLOCK_D, MASKED)
+    part_lse = top + tl.log2(total)
+    if MASKED:
+        tl.store(partial_lse + (first_slot - begin) + place, part_lse, mask=first_slot + place < end)
+    else:
+        tl.store(partial_lse + (first_slot - begin) + place, part_lse)
 
 
 @triton.jit(do_not_specialize=["first_kv_head", "num_blocks", "max_items", "item_rows", "region"])
@@ -139,7 +157,7 @@ def forward_long_kernel(
 ):  # fmt: skip
     """One program: ROWS rows of one list against all keys of its block, KEYS at a time."""
     kv_head = first_kv_head + tl.program_id(1)
-    block, _list_begin, begin, end = load_item(
+    block, list_begin, begin, end = load_item(
         tl.program_id(0), kv_head, item_start, item_block, list_start, num_blocks, max_items, item_rows
     )
     if begin < end:
@@ -155,7 +173,7 @@ def forward_long_kernel(
         top = tl.zeros([ROWS], dtype=tl.float32) - float("inf")
         total = tl.zeros([ROWS], dtype=tl.float32)
         out = tl.zeros([ROWS, BLOCK_D], dtype=tl.float32)
-        last_key, full_end, keys_end = key_range(row, inside, start, length, NUM_HEADS, KEYS)
+        last_key, full_end, keys_end = key_range(slot, end, list_begin, length, NUM_HEADS // NUM_KV_HEADS, KEYS)
         for first_key in range(0, full_end, KEYS):
             top, total, out = _forward_long_tile(
                 k, v, query, top, total, out, first_key, length, last_key, scale_log2, stride,
@@ -169,15 +187,16 @@ def forward_long_kernel(
 
         partial += tl.program_id(1).to(tl.int64) * region * HEAD_DIM
         partial_lse += tl.program_id(1).to(tl.int64) * region
-        store_rows(partial, slot, out / total[:, None], inside, HEAD_DIM, HEAD_DIM, BLOCK_D)
+        store_rows(partial, slot, out * (1.0 / total)[:, None], inside, HEAD_DIM, HEAD_DIM, BLOCK_D)
         tl.store(partial_lse + slot, top + tl.log2(total), mask=inside)
 
 
 @triton.jit
-def key_range(row, inside, start, length, NUM_HEADS: tl.constexpr, KEYS: tl.constexpr):
-    """What a tile of rows sees of a block: each row's last key (the whole block, for history), the end of the keys in
-    tiles that all rows see whole, and the end of the keys that any row sees."""
-    last_key = tl.minimum(row // NUM_HEADS - start, length - 1)
+def key_range(slot, end, list_begin, length, GROUP: tl.constexpr, KEYS: tl.constexpr):
+    """What a tile of slots sees of a block: each one's last key, the end of the keys in tiles that all see whole, and
+    the end of the keys that any sees."""
+    inside = slot < end
+    last_key = last_visible_key(slot, list_begin, length, GROUP)
     full_end = (tl.min(tl.where(inside, last_key, length - 1)) + 1) // KEYS * KEYS
     keys_end = tl.max(tl.where(inside, last_key, -1)) + 1
     return tl.where(inside, last_key, 0), full_end, keys_end

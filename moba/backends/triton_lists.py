@@ -332,6 +332,21 @@ def load_item(item, kv_head, item_start, item_block, list_start, num_blocks, max
 
 
 @triton.jit
+def split_tiles(begin, end, own_end, ROWS: tl.constexpr):
+    """Ends of a work item's two stretches of whole tiles: those with own rows, which need the causal mask, and those of
+    history rows, which need no mask at all. What is left is shorter than a tile."""
+    masked_end = tl.minimum(end, begin + tl.cdiv(tl.maximum(own_end - begin, 0), ROWS) * ROWS)
+    return masked_end, masked_end + (end - masked_end) // ROWS * ROWS
+
+
+@triton.jit
+def last_visible_key(slot, list_begin, length, GROUP: tl.constexpr):
+    """Last key of its block that the row in a slot sees: its own position for the block's own rows, which lead the list
+    GROUP to a token; the whole block for history rows."""
+    return tl.minimum((slot - list_begin) // GROUP, length - 1)
+
+
+@triton.jit
 def load_rows(base, index, mask, stride, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     """[N, BLOCK_D]: rows `index` of a matrix with row stride `stride`, zeros where `mask` is false and in padded
     dimensions."""
@@ -359,3 +374,20 @@ def store_rows(base, index, value, mask, stride, HEAD_DIM: tl.constexpr, BLOCK_D
     address = index.to(tl.int64)[:, None] * stride + dim[None, :]
     value = value.to(base.dtype.element_ty)
     tl.store(base + address, value, mask=mask[:, None] & (dim < HEAD_DIM)[None, :])
+
+
+@triton.jit
+def store_slots(
+    base, first, end, value, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, TAIL: tl.constexpr
+):
+    """Writes value [ROWS, BLOCK_D] to the slots from `first` on; with TAIL, which costs more, only to those before
+    `end`. Slots count from `base` and stay within a work item, so that int32 holds their addresses."""
+    place, dim = tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
+    address = base + first * HEAD_DIM + place[:, None] * HEAD_DIM + dim[None, :]
+    value = value.to(base.dtype.element_ty)
+    if TAIL:
+        tl.store(address, value, mask=(first + place < end)[:, None] & (dim < HEAD_DIM)[None, :])
+    elif HEAD_DIM == BLOCK_D:
+        tl.store(address, value)
+    else:
+        tl.store(address, value, mask=(dim < HEAD_DIM)[None, :])
