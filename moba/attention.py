@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from moba.checks import BackendUnavailable, check_blocks, check_documents, check_scale, check_tensors
+from moba.gates import select
 from moba.reference import reference_attention
 from moba.spec import BACKENDS, AttentionSpec
 
@@ -48,6 +49,7 @@ def moba_attention(
     backend: str = "auto",
     return_lse: bool = False,
     deterministic: bool = False,
+    gate: str = "mean",
 ) -> Output:
     """MoBA attention [T, H, D] in q's dtype; with `return_lse` also the log-sum-exp [H, T] (natural, no gradient).
 
@@ -63,8 +65,9 @@ def moba_attention(
 
     `backend`: "triton" (fused, CUDA), "flash" (flash-attn or torch's flash kernels, CUDA), "torch" (block-sparse, any
     device), "reference" (dense masks, for tests) or "auto": the fastest that can do it, logged once. `deterministic`
-    asks for bitwise repeatable gradients; "torch" always has them. Raises ValueError for bad arguments,
-    BackendUnavailable (a ValueError) if the backend that was named cannot do it.
+    asks for bitwise repeatable gradients; "torch" always has them. `gate`: "mean", or a control in its place
+    ("local", "random", "oracle": moba/gates.py), for which "torch" and "flash" are there. Raises ValueError for bad
+    arguments, BackendUnavailable (a ValueError) if the backend that was named cannot do it.
     """
     check_blocks(block_size, top_k)
     _check(q, k, v, cu_seqlens, cu_seqlens_k, softmax_scale, backend)
@@ -74,6 +77,9 @@ def moba_attention(
     longest = _longest(cu_seqlens if cu_seqlens_k is None else cu_seqlens_k, k.shape[0])
     if backend == "auto" and block_size * top_k >= longest:
         return full_attention(q, k, v, **documents, **options, return_lse=return_lse)
+
+    if gate != "mean":
+        options["selection"] = select(gate, q, k, block_size, top_k, **documents, softmax_scale=softmax_scale)
 
     def run(name: str):
         return _run_moba(name, q, k, v, block_size=block_size, top_k=top_k, **documents, **options)
@@ -144,7 +150,7 @@ def attention(
     }
     if spec.kind == "full":
         return full_attention(q, k, v, **options)
-    return moba_attention(q, k, v, block_size=spec.block_size, top_k=spec.top_k, **options)
+    return moba_attention(q, k, v, block_size=spec.block_size, top_k=spec.top_k, gate=spec.gate, **options)
 
 
 # -------------------- backends
@@ -152,6 +158,8 @@ def attention(
 
 def _run_moba(name: str, q, k, v, *, deterministic: bool, **arguments) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, lse) by the backend of that name; raises BackendUnavailable."""
+    if "selection" in arguments and name in ("reference", "triton"):
+        raise BackendUnavailable(f"backend={name!r} knows MoBA's own gate alone: use 'torch' or 'flash' for another")
     if name == "reference":
         return reference_attention(q, k, v, return_lse=True, **arguments)
     if name == "torch":

@@ -113,13 +113,13 @@ class LayerCache:
     def _attend_one(self, q: Tensor, sequence: SequenceCache, spec: AttentionSpec) -> Tensor:
         num_new, length = q.shape[0], sequence.length
         decoding = num_new == 1 and length > 1
-        if decoding and spec.kind == "moba" and self.decode == "moba":
+        if decoding and spec.kind == "moba" and self.decode == "moba" and spec.gate == "mean":
             return decode_moba(q, sequence, spec.block_size, spec.top_k)
         bounds = {
             "cu_seqlens": _document(num_new, q.device),
             "cu_seqlens_k": _document(length, q.device),
         }
-        if decoding:
+        if decoding and self.decode == "full":
             return full_attention(q, sequence.k, sequence.v, **bounds)
         return attention(q, sequence.k, sequence.v, spec, **bounds)
 

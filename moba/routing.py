@@ -11,6 +11,7 @@ pack, B tokens of a block, C queries of a chunk, K = top_k.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -156,23 +157,42 @@ def layout_means(k: torch.Tensor, layout: BlockLayout) -> torch.Tensor:
 @torch.no_grad()
 def select_blocks(q: torch.Tensor, means_MGD: torch.Tensor, layout: BlockLayout, top_k: int) -> torch.Tensor:
     """`route` from means that are at hand: int32 [H, T, K]. Means of incomplete blocks are never used."""
-    num_queries, num_heads, head_dim = q.shape
-    selection_HTK = torch.full((num_heads, num_queries, top_k), -1, dtype=torch.int32, device=q.device)
+    num_heads, head_dim = q.shape[1:]
+
+    def score(queries: slice, blocks: slice) -> torch.Tensor:
+        return gate_scores(q[queries], means_MGD[blocks])
+
+    step = max(1, SCORE_ELEMENTS // (num_heads * max(layout.num_blocks, head_dim)))
+    return select_by_score(score, num_heads, layout, top_k, step, q.device)
+
+
+def select_by_score(
+    score: Callable[[slice, slice], torch.Tensor],
+    num_heads: int,
+    layout: BlockLayout,
+    top_k: int,
+    step: int,
+    device: torch.device,
+) -> torch.Tensor:
+    """The selection int32 [H, T, K] of the own block and the top_k - 1 history blocks of greatest score, of equal ones
+    the earlier. score(queries, blocks of the pack) gives [H, C, m], which is overwritten; it is asked for `step`
+    queries at a time, at most."""
+    num_queries = layout.num_queries
+    selection_HTK = torch.full((num_heads, num_queries, top_k), -1, dtype=torch.int32, device=device)
     first_block_T = layout.query_first_block_T
     selection_HTK[:, :, -1] = layout.query_block_T - first_block_T
     if top_k == 1:
         return selection_HTK
-    step = max(1, SCORE_ELEMENTS // (num_heads * max(layout.num_blocks, head_dim)))
-    if q.device.type == "cpu":
+    if device.type == "cpu":
         step = min(step, CHUNK_QUERIES)
     for start in range(0, num_queries, step):
         stop = min(start + step, num_queries)
         low, high = layout.candidates(start, stop)
         if low >= high:
             continue
-        column_m = torch.arange(low, high, device=q.device)
+        column_m = torch.arange(low, high, device=device)
         first_C1, own_C1 = first_block_T[start:stop, None], layout.query_block_T[start:stop, None]
-        scores_HCm = gate_scores(q[start:stop], means_MGD[low:high])
+        scores_HCm = score(slice(start, stop), slice(low, high))
         scores_HCm.masked_fill_((column_m < first_C1) | (column_m >= own_C1), float("-inf"))
         best_HCk = _best_columns(scores_HCm, min(top_k - 1, high - low))
         picked_HCk = torch.where(best_HCk >= 0, best_HCk + low - first_C1, -1).sort(dim=-1).values

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 KINDS = ("full", "moba")
+GATES = ("mean", "local", "random", "oracle")
 BACKENDS = ("auto", "reference", "torch", "flash", "triton")
 
 
@@ -24,12 +25,16 @@ class AttentionSpec:
     block_size: int | None = None
     top_k: int | None = None
     backend: str = "auto"
+    gate: str = "mean"
+    """What picks a MoBA layer's blocks: "mean" is MoBA, the others are controls (moba/gates.py)."""
 
     def __post_init__(self):
         if self.kind not in KINDS:
             raise ValueError(f"kind={self.kind!r}: choose one of {', '.join(KINDS)}")
         if self.backend not in BACKENDS:
             raise ValueError(f"backend={self.backend!r}: choose one of {', '.join(BACKENDS)}")
+        if self.gate not in GATES:
+            raise ValueError(f"gate={self.gate!r}: choose one of {', '.join(GATES)}")
         if self.kind == "moba":
             for name in ("block_size", "top_k"):
                 value = getattr(self, name)
@@ -41,4 +46,5 @@ class AttentionSpec:
         return self.kind == "full" or self.block_size * self.top_k >= length
 
     def __str__(self) -> str:
-        return "full" if self.kind == "full" else f"moba {self.block_size}x{self.top_k}"
+        gate = "" if self.gate == "mean" else f" ({self.gate} gate)"
+        return "full" if self.kind == "full" else f"moba {self.block_size}x{self.top_k}{gate}"

@@ -197,11 +197,13 @@ def moba_flash(
     softmax_scale: float | None = None,
     deterministic: bool = False,
     varlen: Primitive | None = None,
+    selection: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """MoBA attention: (out [T, H, D] in q's dtype, lse [H, T] float32, natural log); arguments as moba_attention's.
 
     `varlen` is the flash attention to build on; by default flash-attn or torch's own on CUDA, and a plain loop
-    elsewhere. `deterministic` asks it for bitwise repeatable gradients. Raises BackendUnavailable for dtypes and
+    elsewhere. `deterministic` asks it for bitwise repeatable gradients. `selection`: int32 [H, T, K] of another gate
+    (moba/gates.py); None = route. Raises BackendUnavailable for dtypes and
     head sizes that flash kernels don't take and for more routed rows or blocks than they can index.
     """
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
@@ -210,7 +212,7 @@ def moba_flash(
     varlen = varlen or default_primitive(q)
     layout = BlockLayout.build(block_size, q.shape[0], k.shape[0], cu_seqlens, cu_seqlens_k, q.device)
     chunks = _head_chunks(q.shape, k.shape[1], layout.num_blocks, block_size, top_k)
-    selection_HTK = select_blocks(q, layout_means(k, layout), layout, top_k)
+    selection_HTK = select_blocks(q, layout_means(k, layout), layout, top_k) if selection is None else selection
     parts = [
         _MixedAttention.apply(*qkv, selection_hTK, layout, scale, deterministic, varlen)
         for *qkv, selection_hTK in _split_heads(q, k, v, selection_HTK, chunks)

@@ -66,14 +66,16 @@ def moba_torch(
     cu_seqlens: torch.Tensor | None = None,
     cu_seqlens_k: torch.Tensor | None = None,
     softmax_scale: float | None = None,
+    selection: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(out [T, H, D] in q's dtype, log-sum-exp [H, T] in float32, or float64 for float64 inputs, without gradient).
 
-    Arguments as for `moba.moba_attention`, which checks them. Half precisions are computed in float32.
+    Arguments as for `moba.moba_attention`, which checks them. Half precisions are computed in float32. `selection`:
+    int32 [H, T, K] of another gate (moba/gates.py); None = route.
     """
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     layout = BlockLayout.build(block_size, q.shape[0], k.shape[0], cu_seqlens, cu_seqlens_k, q.device)
-    selection_HTK = select_blocks(q, layout_means(k, layout), layout, top_k)
+    selection_HTK = select_blocks(q, layout_means(k, layout), layout, top_k) if selection is None else selection
     return _BlockSparse.apply(q, k, v, selection_HTK, layout, scale)
 
 

@@ -1,0 +1,113 @@
+"""What else could pick the blocks: controls that stand in the gate's place, under the same rules and the same budget.
+
+Each gives every query its own block and top_k - 1 complete blocks of its document's past:
+    local   the latest ones: no routing at all
+    random  any, drawn anew for each query and head
+    oracle  those with the largest share of full attention's probability: the best that the budget allows, at the cost
+            of full attention
+A model that is as good under "random" does not use its router; one that is far better under "oracle" than under MoBA's
+own gate ("mean") loses to the router, not to sparsity.
+
+Shapes: T queries, S keys, H query heads, G key/value heads, D head size, K = top_k, B block size; C queries of a chunk,
+m blocks of the pack.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from moba.checks import check_blocks
+from moba.routing import (
+    SCORE_ELEMENTS,
+    BlockLayout,
+    full_precision,
+    layout_means,
+    score_dtype,
+    select_blocks,
+    select_by_score,
+)
+
+_MASK = (1 << 32) - 1
+
+
+@torch.no_grad()
+def select(
+    gate: str,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    block_size: int,
+    top_k: int,
+    *,
+    cu_seqlens: torch.Tensor | None = None,
+    cu_seqlens_k: torch.Tensor | None = None,
+    softmax_scale: float | None = None,
+) -> torch.Tensor:
+    """The selection of a gate (moba.spec.GATES), int32 [H, T, K] as of `moba.route`; "mean" is `route` itself.
+
+    A pure function of its arguments, "random" too (of the bits of q and the positions): recomputing it in a backward
+    pass, or after a resume, gives the same blocks. `softmax_scale` matters for "oracle" alone.
+    """
+    check_blocks(block_size, top_k)
+    layout = BlockLayout.build(block_size, q.shape[0], k.shape[0], cu_seqlens, cu_seqlens_k, q.device)
+    num_heads = q.shape[1]
+    if gate == "mean":
+        return select_blocks(q, layout_means(k, layout), layout, top_k)
+    if gate == "local":
+
+        def score(queries: slice, blocks: slice) -> torch.Tensor:
+            place_m = torch.arange(blocks.start, blocks.stop, device=q.device, dtype=torch.float32)
+            return place_m.expand(num_heads, queries.stop - queries.start, -1).clone()
+    elif gate == "random":
+
+        def score(queries: slice, blocks: slice) -> torch.Tensor:
+            column_m = torch.arange(blocks.start, blocks.stop, device=q.device)
+            return _uniform(q[queries], layout.query_position_T[queries], column_m)
+    elif gate == "oracle":
+
+        def score(queries: slice, blocks: slice) -> torch.Tensor:
+            return block_log_mass(q[queries], k, layout, blocks, softmax_scale)
+    else:
+        raise ValueError(f"gate={gate!r}: choose mean, local, random or oracle")
+    width = layout.num_keys if gate == "oracle" else layout.num_blocks
+    step = max(1, SCORE_ELEMENTS // (num_heads * max(width, q.shape[2])))
+    return select_by_score(score, num_heads, layout, top_k, step, q.device)
+
+
+@torch.no_grad()
+def block_log_mass(
+    q_CHD: torch.Tensor, k: torch.Tensor, layout: BlockLayout, blocks: slice, softmax_scale: float | None = None
+) -> torch.Tensor:
+    """Log-sum-exp of the scaled products of queries with the keys of each block of the pack: [H, C, m], float32
+    (float64 for float64 inputs).
+
+    Minus the log-sum-exp of the whole row it is the log of the block's share of full attention, for blocks that lie
+    wholly before the query. Causality is not looked at. -inf for slots without a block.
+    """
+    num_queries, num_heads, head_dim = q_CHD.shape
+    num_kv_heads, dtype = k.shape[1], score_dtype(k)
+    scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
+    index_mB = layout.start_M[blocks, None] + torch.arange(layout.block_size, device=k.device)
+    empty_mB = index_mB >= layout.end_M[blocks, None]
+    keys_GDn = k[index_mB.clamp(max=layout.num_keys - 1).flatten()].to(dtype).permute(1, 2, 0)
+    q_GrD = (q_CHD.to(dtype) * scale).view(num_queries, num_kv_heads, -1, head_dim).permute(1, 2, 0, 3)
+    with full_precision(k.device):
+        scores_Grn = torch.bmm(q_GrD.reshape(num_kv_heads, -1, head_dim), keys_GDn)
+    scores_HCmB = scores_Grn.view(num_heads, num_queries, *index_mB.shape)
+    return scores_HCmB.masked_fill_(empty_mB, float("-inf")).logsumexp(dim=-1)
+
+
+def _uniform(q_CHD: torch.Tensor, position_C: torch.Tensor, column_m: torch.Tensor) -> torch.Tensor:
+    """float32 [H, C, m] numbers in [0, 1) that look random: a hash of the bits of each query, its position and the
+    block."""
+    weight_D = torch.arange(1, q_CHD.shape[2] + 1, device=q_CHD.device) * 0x9E3779B1 | 1
+    bits_CH = (q_CHD.float().view(torch.int32).long() * weight_D).sum(dim=-1)
+    seed_HC = _mix(bits_CH.T + position_C * 0x85EBCA6B)
+    return (_mix(seed_HC[:, :, None] + column_m * 0xC2B2AE35) >> 8).float() / (1 << 24)
+
+
+def _mix(x: torch.Tensor) -> torch.Tensor:
+    """Each int64's low 32 bits, scrambled: multiplications and shifts that let every bit change half of the others."""
+    x = x & _MASK
+    for _ in range(2):
+        x = ((x ^ (x >> 16)) * 0x45D9F3B) & _MASK
+    return x ^ (x >> 16)
