@@ -13,6 +13,7 @@ from conf.hardware import Hardware, check_device, check_world, divisors, refuse_
 from conf.numbers import format_length, format_tokens
 from conf.schema import AttentionConfig, LRConfig, RopeConfig, RunConfig, SourceConfig, StageConfig
 
+GATES = ("mean", "local", "random", "oracle")
 ATTENTION_KINDS = ("moba", "full")
 BACKENDS = ("auto", "reference", "torch", "flash", "triton")
 ROPE_SCALINGS = ("none", "linear", "ntk", "yarn", "llama3")
@@ -201,6 +202,7 @@ def _check_attention(
     _check_blocks(key, attention, seq_len, problems)
     _at_least(f"{key}.top_k", attention.top_k, 1, problems)
     _one_of(f"{key}.backend", attention.backend, BACKENDS, problems)
+    _check_gate(key, attention, problems)
     moba = _one_of(f"{key}.kind", attention.kind, ATTENTION_KINDS, problems) and attention.kind == "moba"
     if not moba and attention.kind in ATTENTION_KINDS:
         for name, default in (("full_last", 0), ("pattern", None)):
@@ -222,6 +224,14 @@ def _check_attention(
         problems.add(f"{key}.pattern", attention.pattern, "one letter a layer, M (moba) or F (full), such as MMMF")
     elif len(letters) > layers:
         problems.add(f"{key}.pattern", attention.pattern, f"has {len(letters)} letters for model.num_layers={layers}")
+
+
+def _check_gate(key: str, attention: AttentionConfig, problems: Problems) -> None:
+    if _one_of(f"{key}.gate", attention.gate, GATES, problems) and attention.gate != "mean":
+        if attention.kind == "full":
+            problems.add(f"{key}.gate", attention.gate, f"only with {key}.kind=moba")
+        if attention.backend in ("triton", "reference"):
+            problems.add(f"{key}.backend", attention.backend, f"knows gate=mean alone; {key}.gate takes torch or flash")
 
 
 def _check_blocks(key: str, attention: AttentionConfig, seq_len: int | None, problems: Problems) -> None:

@@ -127,6 +127,9 @@ class AttentionConfig:
     """Blocks a full-length context is cut into, instead of block_size."""
     top_k: int | None = None
     """Blocks a query attends to, its own included; null = schedule.top_k."""
+    gate: str = "mean"
+    """What picks the blocks of MoBA layers: `mean` (MoBA), or a control for comparison: `local` (the latest), `random`,
+    `oracle` (those of largest attention; costs full attention). Controls run on `torch` and `flash`."""
     full_last: int = 0
     """With kind=moba: the last n layers use full attention (layer-wise hybrid)."""
     pattern: str | None = None

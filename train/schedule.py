@@ -107,7 +107,7 @@ def layer_plan(attention: AttentionConfig, num_layers: int) -> tuple[AttentionSp
     full = AttentionSpec(kind="full", backend=full_backend)
     if attention.kind == "full":
         return (full,) * num_layers
-    moba = AttentionSpec("moba", attention.block_size, attention.top_k, attention.backend)
+    moba = AttentionSpec("moba", attention.block_size, attention.top_k, attention.backend, attention.gate)
     if attention.pattern is not None:
         letters = attention.pattern.upper()
         return tuple(full if letters[i % len(letters)] == "F" else moba for i in range(num_layers))
