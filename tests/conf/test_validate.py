@@ -142,7 +142,7 @@ CASES = [
     ),
     ([(f"{STAGES}.full.attention", {"kind": "full", "full_last": 2})], ["full_last=2", "kind=moba"]),
     ([(f"{STAGES}.full.attention", {"kind": "full", "backend": "triton"})], ["backend=triton", "auto"]),
-    ([(f"{STAGES}.full.attention.gate", "random")], ["gate=random", "kind=moba"]),
+    ([(f"{STAGES}.full.attention", {"kind": "full", "gate": "random"})], ["gate=random", "kind=moba"]),
     ([(f"{STAGES}.sparse.attention", {"gate": "local", "backend": "triton"})], ["backend=triton", "gate", "flash"]),
     ([(f"{STAGES}.sparse.attention.gate", "best")], ["gate=best", "oracle"]),
     ([(f"{STAGES}.full.attention.backend", "cuda")], ["attention.backend=cuda", "flash, triton"]),
@@ -356,6 +356,7 @@ def test_trajectory_differences():
 def test_choices_agree_with_moba():
     """Catches a backend that moba has and the configuration refuses (conf imports nothing of ours)."""
     assert set(checks.BACKENDS) == set(moba.spec.BACKENDS)
+    assert set(checks.GATES) == set(moba.spec.GATES)
     assert set(checks.ATTENTION_KINDS) == set(moba.spec.KINDS)
 
 
