@@ -245,7 +245,7 @@ def routing(row: Row, q, k):
 
     layout = build_layout(bounds(row), row.num_tokens, row.block_size, q.device)
     selection = select_blocks(q, k, layout, row.block_size, row.top_k)
-    return build_lists(selection, layout.num_blocks, k.shape[1])
+    return build_lists(selection, layout, k.shape[1])
 
 
 def popularity(row: Row, q, k) -> float:

@@ -81,18 +81,19 @@ def _check(q: Tensor, k: Tensor, block_size: int, top_k: int, cu_seqlens_k: Tens
 @torch.library.custom_op("moba::triton_forward", mutates_args=())
 def triton_forward(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, block_size: int, top_k: int, softmax_scale: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(out [T, H, D], lse float32 [H, T], and the tensors of `Lists` for the backward: rows, slots, list_start)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(out [T, H, D], lse float32 [H, T], and the tensors of `Lists` for the backward: rows, slots, list_start,
+    start_M, length_M)."""
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     if q.shape[0] == 0:
         return _empty_outputs(q, k, cu_seqlens, block_size, top_k)
     with device_of(q):
         layout = build_layout(cu_seqlens, q.shape[0], block_size, q.device)
         selection = select_blocks(q, k, layout, block_size, top_k)
-        lists = build_lists(selection, layout.num_blocks, k.shape[1])
+        lists = build_lists(selection, layout, k.shape[1])
         del selection
-        out, lse = attention_forward(q, k, v, layout, lists, block_size, softmax_scale, WORKSPACE_BYTES)
-    return out, lse, lists.rows, lists.slots, lists.list_start
+        out, lse = attention_forward(q, k, v, lists, block_size, softmax_scale, WORKSPACE_BYTES)
+    return out, lse, lists.rows, lists.slots, lists.list_start, lists.start_M, lists.length_M
 
 
 @triton_forward.register_fake
@@ -110,6 +111,8 @@ def _empty_outputs(q: Tensor, k: Tensor, cu_seqlens: Tensor | None, block_size: 
         q.new_empty((num_kv_heads, region), dtype=torch.int32),
         q.new_empty((num_tokens, num_heads, top_k), dtype=torch.int32),
         q.new_empty((num_kv_heads, num_blocks + 1), dtype=torch.int32),
+        q.new_empty(num_blocks, dtype=torch.int32),
+        q.new_empty(num_blocks, dtype=torch.int32),
     )
 
 
@@ -125,7 +128,8 @@ def triton_backward(
     rows: Tensor,
     slots: Tensor,
     list_start: Tensor,
-    cu_seqlens: Tensor | None,
+    start_M: Tensor,
+    length_M: Tensor,
     block_size: int,
     softmax_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -135,30 +139,25 @@ def triton_backward(
     if q.shape[0] == 0:
         return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     with device_of(q):
-        layout = build_layout(cu_seqlens, q.shape[0], block_size, q.device)
-        lists = Lists(rows.shape[1], layout.num_blocks, rows, slots, list_start)
-        return attention_backward(
-            d_out, d_lse, q, k, v, out, lse, layout, lists, block_size, softmax_scale, WORKSPACE_BYTES
-        )
+        lists = Lists(rows.shape[1], start_M.shape[0], rows, slots, list_start, start_M, length_M)
+        return attention_backward(d_out, d_lse, q, k, v, out, lse, lists, block_size, softmax_scale, WORKSPACE_BYTES)
 
 
 @triton_backward.register_fake
-def _(d_out, d_lse, q, k, v, out, lse, rows, slots, list_start, cu_seqlens, block_size, softmax_scale):
+def _(d_out, d_lse, q, k, v, out, lse, rows, slots, list_start, start_M, length_M, block_size, softmax_scale):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _save(ctx, inputs, output) -> None:
-    q, k, v, cu_seqlens, ctx.block_size, _, ctx.softmax_scale = inputs
-    ctx.save_for_backward(q, k, v, cu_seqlens, *output)
+    q, k, v, _, ctx.block_size, _, ctx.softmax_scale = inputs
+    ctx.save_for_backward(q, k, v, *output)
     ctx.set_materialize_grads(False)
 
 
 def _gradients(ctx, d_out, d_lse, *_):
-    q, k, v, cu_seqlens, out, lse, *lists = ctx.saved_tensors
+    q, k, v, out, lse, *lists = ctx.saved_tensors
     d_out = torch.zeros_like(out) if d_out is None else d_out
-    d_q, d_k, d_v = triton_backward(
-        d_out, d_lse, q, k, v, out, lse, *lists, cu_seqlens, ctx.block_size, ctx.softmax_scale
-    )
+    d_q, d_k, d_v = triton_backward(d_out, d_lse, q, k, v, out, lse, *lists, ctx.block_size, ctx.softmax_scale)
     return d_q, d_k, d_v, None, None, None, None
 
 

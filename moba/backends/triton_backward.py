@@ -21,7 +21,6 @@ import triton.language as tl
 from moba.backends.triton_forward import LOG2_E, key_range, kv_heads_at_once, load_keys, rows_of_group
 from moba.backends.triton_lists import (
     Items,
-    Layout,
     Lists,
     build_items,
     gather_rows,
@@ -38,7 +37,7 @@ from moba.backends.triton_tiles import Tile, is_short, padded, tile_for
 def attention_backward(
     d_out: torch.Tensor, d_lse: torch.Tensor | None,
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor,
-    layout: Layout, lists: Lists, block_size: int, softmax_scale: float, workspace_bytes: int,
+    lists: Lists, block_size: int, softmax_scale: float, workspace_bytes: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """dQ [T, H, D], dK and dV [T, H_kv, D] in the inputs' dtype. `lse` is [H, T], natural log; d_lse its gradient or
     None."""
@@ -54,11 +53,11 @@ def attention_backward(
     gradients = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     run = _backward_short if is_short(block_size, head_dim, q.dtype) else _backward_long
     inputs = (q, k, v, d_out, row_stats.view(torch.int64))
-    run(inputs, gradients, layout, lists, block_size, softmax_scale, workspace_bytes, shape)
+    run(inputs, gradients, lists, block_size, softmax_scale, workspace_bytes, shape)
     return gradients
 
 
-def _backward_short(inputs, gradients, layout, lists, block_size, softmax_scale, workspace_bytes, shape) -> None:
+def _backward_short(inputs, gradients, lists, block_size, softmax_scale, workspace_bytes, shape) -> None:
     """All three gradients in one kernel per group of key/value heads, then the sum over each row's slots."""
     q, k = inputs[:2]
     num_kv_heads, head_dim = k.shape[1:]
@@ -76,17 +75,17 @@ def _backward_short(inputs, gradients, layout, lists, block_size, softmax_scale,
         _fill_slot_stats(slot_stats, inputs[4], lists, first, count)
         backward_short_kernel[(items.max_items, count)](
             *inputs[:4], slot_stats, lists.rows, lists.list_start, items.item_start, items.split_start,
-            items.item_block, layout.start_M, layout.length_M, partial, gradients[1], gradients[2], splits,
+            items.item_block, lists.start_M, lists.length_M, partial, gradients[1], gradients[2], splits,
             first, lists.num_blocks, items.max_items, items.item_rows, items.max_splits, lists.region, block_size,
             softmax_scale, softmax_scale * LOG2_E, **shape,
             ROWS=tile.rows, KEYS=tile.keys, EXACT=block_size == tile.keys,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
-        _reduce_kv(gradients, splits, items, layout, first, count, block_size, softmax_scale, shape)
+        _reduce_kv(gradients, splits, items, lists, first, count, block_size, softmax_scale, shape)
         _merge_q(gradients[0], partial, lists, first, count, softmax_scale, shape)
 
 
-def _backward_long(inputs, gradients, layout, lists, block_size, softmax_scale, workspace_bytes, shape) -> None:
+def _backward_long(inputs, gradients, lists, block_size, softmax_scale, workspace_bytes, shape) -> None:
     """dK and dV by one kernel, dQ by another, each per group of key/value heads."""
     q, k = inputs[:2]
     num_kv_heads, head_dim = k.shape[1:]
@@ -104,14 +103,14 @@ def _backward_long(inputs, gradients, layout, lists, block_size, softmax_scale, 
         _fill_slot_stats(slot_stats, inputs[4], lists, first, count)
         backward_kv_kernel[(items.max_items * key_tiles, count)](
             *inputs[:4], slot_stats, lists.rows, lists.list_start, items.item_start, items.split_start,
-            items.item_block, layout.start_M, layout.length_M, gradients[1], gradients[2], splits,
+            items.item_block, lists.start_M, lists.length_M, gradients[1], gradients[2], splits,
             first, lists.num_blocks, items.max_items, items.item_rows, items.max_splits, lists.region, block_size,
             key_tiles,
             softmax_scale, softmax_scale * LOG2_E, **shape,
             ROWS=tile.rows, KEYS=tile.keys, EXACT=block_size % tile.keys == 0,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
-        _reduce_kv(gradients, splits, items, layout, first, count, block_size, softmax_scale, shape)
+        _reduce_kv(gradients, splits, items, lists, first, count, block_size, softmax_scale, shape)
     del splits, slot_stats
 
     tile = tile_for("backward_q", head_dim, block_size, q.dtype)
@@ -122,7 +121,7 @@ def _backward_long(inputs, gradients, layout, lists, block_size, softmax_scale, 
         count = min(heads_at_once, num_kv_heads - first)
         backward_q_kernel[(items.max_items, count)](
             *inputs, lists.rows, lists.list_start, items.item_start, items.item_block,
-            layout.start_M, layout.length_M, partial, first, lists.num_blocks, items.max_items, items.item_rows,
+            lists.start_M, lists.length_M, partial, first, lists.num_blocks, items.max_items, items.item_rows,
             lists.region,
             softmax_scale * LOG2_E, **shape, ROWS=tile.rows, KEYS=tile.keys,
             num_warps=tile.warps, num_stages=tile.stages,
@@ -157,13 +156,13 @@ def _fill_slot_stats(slot_stats, row_stats, lists: Lists, first: int, count: int
     )
 
 
-def _reduce_kv(gradients, splits, items, layout, first, count, block_size, softmax_scale, shape) -> None:
+def _reduce_kv(gradients, splits, items, lists, first, count, block_size, softmax_scale, shape) -> None:
     if items.max_splits == 0:
         return
     keys = max(16, min(64, triton.next_power_of_2(block_size)))
-    reduce_kv_kernel[(layout.num_blocks, triton.cdiv(block_size, keys), count)](
-        splits, items.split_start, layout.start_M, layout.length_M, gradients[1], gradients[2],
-        first, layout.num_blocks, items.max_splits, block_size, softmax_scale, **shape, KEYS=keys,
+    reduce_kv_kernel[(lists.num_blocks, triton.cdiv(block_size, keys), count)](
+        splits, items.split_start, lists.start_M, lists.length_M, gradients[1], gradients[2],
+        first, lists.num_blocks, items.max_splits, block_size, softmax_scale, **shape, KEYS=keys,
     )  # fmt: skip
 
 

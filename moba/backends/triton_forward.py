@@ -14,7 +14,6 @@ import triton
 import triton.language as tl
 
 from moba.backends.triton_lists import (
-    Layout,
     Lists,
     build_items,
     gather_rows,
@@ -32,7 +31,7 @@ LN_2 = 0.6931471805599453
 
 
 def attention_forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layout, lists: Lists,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lists: Lists,
     block_size: int, softmax_scale: float, workspace_bytes: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Output [T, H, D] in q's dtype and log-sum-exp float32 [H, T] (natural log).
@@ -58,7 +57,7 @@ def attention_forward(
     for first in range(0, num_kv_heads, heads_at_once):
         count = min(heads_at_once, num_kv_heads - first)
         kernel[(items.max_items, count)](
-            q, k, v, lists.rows, lists.list_start, items.item_start, items.item_block, layout.start_M, layout.length_M,
+            q, k, v, lists.rows, lists.list_start, items.item_start, items.item_block, lists.start_M, lists.length_M,
             partial, partial_lse, first, lists.num_blocks, items.max_items, items.item_rows, lists.region,
             softmax_scale * LOG2_E,
             **constants, ROWS=tile.rows, KEYS=tile.keys, EXACT=block_size % tile.keys == 0,

@@ -59,6 +59,9 @@ class Lists:
     """int32 [T, H, K]: slot of each selection within its key/value head's region; -1 where nothing was selected."""
     list_start: torch.Tensor
     """int32 [H_kv, M + 1]: first slot of each list."""
+    start_M: torch.Tensor
+    """As in Layout: with these two the lists are all that attention needs to know of the pack."""
+    length_M: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,7 @@ def build_layout(cu_seqlens: torch.Tensor | None, num_tokens: int, block_size: i
     return layout
 
 
-def build_lists(selection: torch.Tensor, num_blocks: int, num_kv_heads: int) -> Lists:
+def build_lists(selection: torch.Tensor, layout: Layout, num_kv_heads: int) -> Lists:
     """The lists of a selection int32 [T, H, K] of block numbers, -1 where there is none.
 
     A counting sort over chunks of tokens: count each chunk's picks of each block; a prefix sum over (block, chunk)
@@ -109,6 +112,7 @@ def build_lists(selection: torch.Tensor, num_blocks: int, num_kv_heads: int) -> 
     nothing races.
     """
     num_tokens, num_heads, top_k = selection.shape
+    num_blocks = layout.num_blocks
     group, device = num_heads // num_kv_heads, selection.device
     region = num_tokens * group * top_k
     max_chunks = max(8, min(MAX_CHUNKS, MAX_COUNTERS // num_blocks))
@@ -133,18 +137,19 @@ def build_lists(selection: torch.Tensor, num_blocks: int, num_kv_heads: int) -> 
     place_kernel[grid](
         selection, counts, rows, slots, region, *shape, **constants, TILE=PLACE_TILE, num_warps=PLACE_WARPS
     )
-    return Lists(region, num_blocks, rows, slots, list_start)
+    return Lists(region, num_blocks, rows, slots, list_start, layout.start_M, layout.length_M)
 
 
 def build_items(lists: Lists, item_rows: int) -> Items:
-    """The lists cut into work items of at most `item_rows` slots. Two launches."""
+    """The lists cut into work items of at most `item_rows` slots."""
     num_kv_heads, num_blocks = lists.list_start.shape[0], lists.num_blocks
     max_items = lists.region // item_rows + num_blocks
     max_splits = min(max_items, 2 * lists.region // item_rows)  # ceil(x) < 2x for the x > 1 of a list in several items
     item_start, split_start = torch.empty_like(lists.list_start), torch.empty_like(lists.list_start)
     item_block = torch.empty(num_kv_heads, max_items, dtype=torch.int32, device=item_start.device)
-    scan_items_kernel[(num_kv_heads,)](lists.list_start, item_start, split_start, num_blocks, item_rows, TILE=1024)
-    fill_items_kernel[(num_blocks, num_kv_heads)](item_start, item_block, num_blocks, max_items, TILE=32)
+    items_kernel[(num_kv_heads,)](
+        lists.list_start, item_start, split_start, item_block, num_blocks, max_items, item_rows, TILE=1024
+    )
     return Items(item_rows, max_items, max_splits, item_start, split_start, item_block)
 
 
@@ -284,12 +289,14 @@ def place_kernel(
         address, row, block, in_chunk = next_address, next_row, next_block, next_in_chunk
 
 
-@triton.jit(do_not_specialize=["num_blocks", "item_rows"])
-def scan_items_kernel(list_start, item_start, split_start, num_blocks, item_rows, TILE: tl.constexpr):
+@triton.jit(do_not_specialize=["num_blocks", "max_items", "item_rows"])
+def items_kernel(list_start, item_start, split_start, item_block, num_blocks, max_items, item_rows, TILE: tl.constexpr):
     """Prefix sums over the lists of one key/value head of their number of items, and of that number where it exceeds
-    one."""
-    first = tl.program_id(0) * (num_blocks + 1)
-    zero = tl.program_id(0) * 0
+    one; and the block of each item."""
+    kv_head = tl.program_id(0)
+    first = kv_head * (num_blocks + 1)
+    item_block += kv_head.to(tl.int64) * max_items
+    zero = kv_head * 0
     tl.store(item_start + first, zero)
     tl.store(split_start + first, zero)
     items_before, splits_before = zero, zero
@@ -300,21 +307,13 @@ def scan_items_kernel(list_start, item_start, split_start, num_blocks, item_rows
         end = tl.load(list_start + first + block + 1, mask=inside, other=0)
         items = (end - begin + item_rows - 1) // item_rows
         splits = tl.where(items > 1, items, 0)
-        tl.store(item_start + first + block + 1, items_before + tl.cumsum(items), mask=inside)
+        items_end = items_before + tl.cumsum(items)
+        tl.store(item_start + first + block + 1, items_end, mask=inside)
         tl.store(split_start + first + block + 1, splits_before + tl.cumsum(splits), mask=inside)
+        for i in range(0, tl.max(items)):
+            tl.store(item_block + items_end - items + i, block, mask=i < items)
         items_before += tl.sum(items)
         splits_before += tl.sum(splits)
-
-
-@triton.jit(do_not_specialize=["num_blocks", "max_items"])
-def fill_items_kernel(item_start, item_block, num_blocks, max_items, TILE: tl.constexpr):
-    """item_block[kv_head, item] = block, for the items of one list."""
-    block, kv_head = tl.program_id(0), tl.program_id(1)
-    entry = kv_head * (num_blocks + 1) + block
-    begin, end = tl.load(item_start + entry), tl.load(item_start + entry + 1)
-    for start in range(begin, end, TILE):
-        item = start + tl.arange(0, TILE)
-        tl.store(item_block + kv_head.to(tl.int64) * max_items + item, tl.zeros_like(item) + block, mask=item < end)
 
 
 @triton.jit

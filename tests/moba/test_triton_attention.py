@@ -144,7 +144,7 @@ def test_lists_hold_every_pick_once_in_order(documents):
     q, k, _ = tensors(90, (4, 2), 16)
     layout = build_layout(bounds(documents), 90, 8, q.device)
     selection = select_blocks(q, k, layout, 8, 3)
-    lists = build_lists(selection, layout.num_blocks, 2)
+    lists = build_lists(selection, layout, 2)
     for kv_head in range(2):
         for block in range(layout.num_blocks):
             start, end = lists.list_start[kv_head, block : block + 2].tolist()
@@ -168,7 +168,7 @@ def test_items_cover_the_lists():
     """The items of a list tile it without gap or overlap, and the bounds that size the launches hold."""
     q, k, _ = tensors(90, (4, 2), 16)
     layout = build_layout(None, 90, 8, q.device)
-    lists = build_lists(select_blocks(q, k, layout, 8, 3), layout.num_blocks, 2)
+    lists = build_lists(select_blocks(q, k, layout, 8, 3), layout, 2)
     items = build_items(lists, 16)
     lengths = lists.list_start.diff(dim=1)
     counts = (lengths + 15) // 16
@@ -211,11 +211,11 @@ def test_operators_have_fake_versions():
 
     q, k, v = tensors(50, (4, 2), 16)
     real = backend.triton_forward(q, k, v, bounds([0, 20, 50]), 16, 3, 0.25)
-    grads = backend.triton_backward(torch.ones_like(q), None, q, k, v, *real, bounds([0, 20, 50]), 16, 0.25)
+    grads = backend.triton_backward(torch.ones_like(q), None, q, k, v, *real, 16, 0.25)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fq, fk, fv, cu = (mode.from_tensor(x) for x in (q, k, v, bounds([0, 20, 50])))
         fake = backend.triton_forward(fq, fk, fv, cu, 16, 3, 0.25)
-        fake_grads = backend.triton_backward(fq, None, fq, fk, fv, *fake, cu, 16, 0.25)
+        fake_grads = backend.triton_backward(fq, None, fq, fk, fv, *fake, 16, 0.25)
     for a, b in zip((*real, *grads), (*fake, *fake_grads), strict=True):
         assert a.shape == b.shape and a.dtype == b.dtype
 
