@@ -270,6 +270,38 @@ def check() -> None:
             raise SystemExit("the triton backend disagrees with the reference: not timing it")
 
 
+def check_routing(num_tokens: int, keys: str, num_sampled: int = 1024) -> dict:
+    """Agreement of the routing kernels with a float64 gate, for 128x8 at 32/8 heads: picks of history blocks that
+    differ, over `num_sampled` random queries of every head.
+
+    `keys`: "random" normal; "skewed" as in the skewed rows; "offset", random plus one common vector four times as
+    large, so that all scores of a query are nearly the same and rounding matters most.
+    """
+    from moba.backends.triton_lists import build_layout
+    from moba.backends.triton_routing import select_blocks
+
+    row = Row("check", num_tokens, 128, 8, skewed=keys == "skewed")
+    q, k = inputs(row, seed=1)[:2]
+    if keys == "offset":
+        k += 4 * torch.randn(row.head_dim, device="cuda", dtype=torch.bfloat16)
+    layout = build_layout(None, num_tokens, row.block_size, q.device)
+    token = torch.randperm(num_tokens, device="cuda")[:num_sampled]
+    chosen = select_blocks(q, k, layout, row.block_size, row.top_k)[token, :, :-1]
+    means = k.double().view(-1, row.block_size, *k.shape[1:]).mean(1).repeat_interleave(4, 1)
+    different = picks = 0
+    for part, part_chosen in zip(token.split(64), chosen.split(64)):
+        score = torch.einsum("thd,mhd->thm", q[part].double(), means)
+        is_history = torch.arange(len(means), device="cuda") < (part // row.block_size)[:, None, None]
+        score = score.masked_fill(~is_history, float("-inf"))
+        value, best = score.topk(row.top_k - 1)
+        picked = torch.zeros(*score.shape[:2], len(means) + 1, dtype=torch.bool, device="cuda")
+        picked.scatter_(2, torch.where(part_chosen < 0, len(means), part_chosen).long(), True)
+        exists = value > float("-inf")
+        different += (exists & ~picked.gather(2, best)).sum().item()
+        picks += exists.sum().item()
+    return {"tokens": num_tokens, "keys": keys, "picks": picks, "different": different}
+
+
 # -------------------- reporting
 
 
@@ -366,6 +398,9 @@ def main() -> None:
         "convention": __doc__.split("\n\n", 2)[2],
         "ceilings": ceilings(),
     }
+    environment["routing_against_float64"] = [
+        check_routing(n, keys) for n in (64 * K, 512 * K) for keys in ("random", "skewed", "offset")
+    ]
     print(json.dumps({k: v for k, v in environment.items() if k != "convention"}))
     print(HEADER)
     results: list[Result] = []
