@@ -153,7 +153,7 @@ def test_offsets_past_32_bits():
 
 @pytest.mark.timeout(STRESS_SECONDS + 240)
 def test_random_shapes():
-    """Random packs under random heads, blocks and k for STRESS_SECONDS, others in every run: whatever nobody thought of.
+    """Random packs under random heads, blocks and k for STRESS_SECONDS, other ones in every run.
 
     Kernels are compiled for heads, head size and k, so a run draws few of those and many packs.
     """
