@@ -33,6 +33,7 @@ OWN_KEYS = {
     "fp16": "deepspeed.precision",
     "torch_autocast": "deepspeed.precision",
 }
+FORMATS = ("text", "chat")
 WANDB_MODES = ("auto", "online", "offline", "disabled")
 
 
@@ -118,6 +119,9 @@ def _check_data(config: RunConfig, problems: Problems) -> None:
         problems.add("data.sources", list(data.sources), "all weights are 0; give one source a weight above 0")
     if data.validation is not None:
         _check_source("data.validation", data.validation, problems)
+    every = [*data.sources.values(), *([] if data.validation is None else [data.validation])]
+    if data.chat_template is not None and all(source.format != "chat" for source in every):
+        problems.add("data.chat_template", data.chat_template, "no source has format=chat; use null, or data=sft")
     _at_least("data.num_workers", data.num_workers, 0, problems)
     _at_least("data.interleave", data.interleave, 1, problems)
 
@@ -130,6 +134,17 @@ def _check_source(key: str, source: SourceConfig, problems: Problems) -> None:
         problems.add(f"{key}.path", None, f"where is the data? Set {short}" if shorthand else hint)
     if source.path is not None and source.name is not None:
         problems.add(f"{key}.path", source.path, f"{key}.name={source.name} is set too; set one of them to null")
+    _one_of(f"{key}.format", source.format, FORMATS, problems)
+    if source.format != "chat":
+        for field, default in (
+            ("messages_field", "messages"),
+            ("prompt_field", "prompt"),
+            ("response_field", "response"),
+        ):
+            if getattr(source, field) != default:
+                problems.add(f"{key}.{field}", getattr(source, field), f"only with {key}.format=chat")
+        if source.path is not None and source.path.startswith("embedded-chat"):
+            problems.add(f"{key}.format", source.format, f"{key}.path={source.path} holds conversations; use chat")
     if source.name is None:
         for field, default in (("subset", None), ("split", "train"), ("streaming", False)):
             if getattr(source, field) != default:

@@ -68,7 +68,7 @@ class SourceConfig:
 
     path: str | None = None
     """File, glob or directory: text, jsonl, parquet (also compressed), token shards of launch/prepare_data.py; or
-    `embedded`."""
+    `embedded`, or `embedded-chat:<length>` with format=chat (data/chat_set.py)."""
     name: str | None = None
     """Hugging Face hub data set, instead of path."""
     subset: str | None = None
@@ -78,8 +78,16 @@ class SourceConfig:
     streaming: bool = False
     """Read the hub data set as a stream, up to max_tokens, instead of downloading it whole (max_tokens: null then means
     the run's budget)."""
+    format: str = "text"
+    """`text`, or `chat`: conversations, of which the assistant's turns alone are learnt (data/sft.py)."""
     text_field: str = "text"
     """Column or JSON key that holds the document."""
+    messages_field: str = "messages"
+    """chat: column with the list of {role, content}."""
+    prompt_field: str = "prompt"
+    """chat, in rows without messages: column with the user's turn."""
+    response_field: str = "response"
+    """chat, in rows without messages: column with the assistant's turn."""
     id_field: str | None = "id"
     """Column that names a document; null or absent = its running number."""
     weight: float = 1.0
@@ -100,6 +108,8 @@ class DataConfig:
     """Short for data.sources.main.path, with data=files."""
     name: str | None = None
     """Short for data.sources.main.name, with data=hub."""
+    chat_template: str | None = None
+    """How conversations are written: `chatml`, `llama3`, `plain`, a jinja file, or null for the tokenizer's own."""
     sources: dict[str, SourceConfig] = field(default_factory=dict)
     """Named training sources."""
     validation: SourceConfig | None = None

@@ -53,9 +53,16 @@ class Loader:
         check_batch(seq_len, batch_tokens, micro_tokens, self._world_size)
         self._mixture.set_mix(mix)
         # No more than there are: a document is not read twice at the same time.
-        num_long = sum(int((self._sources[name].lengths > seq_len).sum()) for name, share in mix.items() if share > 0)
-        interleave = max(1, min(self._interleave, num_long))
-        self._packer = Packer(seq_len, self._mixture.draw, self._drop_packer(), interleave)
+        texts = [self._sources[name] for name, share in mix.items() if share > 0 and not self._sources[name].is_chat]
+        interleave = max(1, min(self._interleave, sum(int((text.lengths > seq_len).sum()) for text in texts)))
+        conversations = {name: one.usable_inputs(seq_len) for name, one in self._sources.items() if one.is_chat}
+        for name, used in conversations.items():
+            if mix.get(name, 0) > 0 and not used.any():
+                raise DataError(
+                    f"source {name!r}: none of its {len(used):,} conversations has an answer within the first "
+                    f"{seq_len:,} tokens; train at a larger seq_len, or on shorter conversations"
+                )
+        self._packer = Packer(seq_len, self._mixture.draw, self._drop_packer(), interleave, conversations)
         self._num_packs, self._packs_per_micro = batch_tokens // seq_len, micro_tokens // seq_len
 
     def next_step(self) -> list[Batch]:
@@ -68,7 +75,7 @@ class Loader:
         packs = [self._packer.next_pack() for _ in range(self._num_packs)]
         size = self._packs_per_micro
         first = range(self._rank * size, self._num_packs, self._world_size * size)
-        return [make_batch([w for pack in packs[i : i + size] for w in pack], self._fetch) for i in first]
+        return [make_batch([w for pack in packs[i : i + size] for w in pack], self._fetch, self._learnt) for i in first]
 
     def state_dict(self) -> dict:
         """The position in the data, JSON-able; the same on every rank."""
@@ -106,13 +113,17 @@ class Loader:
         self._mixture.draws, self._mixture.counts = state["draws"], dict(state["counts"])
         self._pieces = [Window(*piece) for piece in state["pieces"]]
         if self._packer is not None:
-            self._packer = Packer(self._packer.seq_len, self._mixture.draw, self._pieces, self._packer.interleave)
+            last = self._packer
+            self._packer = Packer(last.seq_len, self._mixture.draw, self._pieces, last.interleave, last.conversations)
 
     def _drop_packer(self) -> list[Window]:
         return self._pieces if self._packer is None else self._packer.pieces
 
     def _fetch(self, window: Window):
-        return self._sources[window.source].tokens(window.document, window.start, window.start + window.length + 1)
+        return self._sources[window.source].window(window.document, window.start, window.length)
+
+    def _learnt(self, window: Window):
+        return self._sources[window.source].learnt(window.document, window.start, window.length)
 
 
 def check_batch(seq_len: int, batch_tokens: int, micro_tokens: int, world_size: int) -> None:

@@ -6,6 +6,10 @@ fill a pack. What is left of it, and short documents, fill the open pack in orde
 the pack's end, and its rest opens the next pack as a window of its own. So every pack is full, and every input is used
 exactly once.
 
+A conversation (data/sft.py) is not cut: it goes whole into the fullest of a few open packs that has room for it. What
+is left of a pack is padding behind its last window: token 0, no labels. A conversation longer than L is used up to its
+input L alone, or not at all (data.sft.usable_inputs).
+
 Shapes: T inputs in a batch, N windows in it.
 """
 
@@ -13,18 +17,20 @@ from __future__ import annotations
 
 import zlib
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
 IGNORED = -100
+OPEN_PACKS = 4  # of conversations
 
 
 class Window(NamedTuple):
-    """`length` inputs of a document from its input `start`; the label of the last is token start + length."""
+    """`length` inputs of a document from its input `start`; the label of the last is token start + length. Of a
+    conversation, inputs behind its end are padding."""
 
     source: str
     document: int
@@ -66,24 +72,42 @@ class Packer:
     packer, of any seq_len, given these pieces goes on without losing or repeating an input.
     """
 
-    def __init__(self, seq_len: int, draw: Callable[[], Window], pieces: Sequence[Window] = (), interleave: int = 1):
+    def __init__(
+        self,
+        seq_len: int,
+        draw: Callable[[], Window],
+        pieces: Sequence[Window] = (),
+        interleave: int = 1,
+        conversations: Mapping[str, np.ndarray] | None = None,
+    ):
+        """conversations: source name -> int64, the inputs used of each of its documents at this seq_len (0 = none);
+        sources left out hold text."""
         assert seq_len >= 1 and interleave >= 1, (seq_len, interleave)
         self.seq_len, self.interleave, self._draw = seq_len, interleave, draw
-        self._long = [piece for piece in pieces if piece.length >= seq_len]
-        self._short = deque(piece for piece in pieces if piece.length < seq_len)
+        self.conversations = conversations or {}
+        waits_long = [piece.length >= seq_len and piece.source not in self.conversations for piece in pieces]
+        self._long = [piece for piece, is_long in zip(pieces, waits_long) if is_long]
+        self._short = deque(piece for piece, is_long in zip(pieces, waits_long) if not is_long)
         self._open: list[Window] = []
         self._free = seq_len  # inputs that the open pack still takes
+        self._bins: list[_Bin] = []
+        self._placed = 0
 
     @property
     def pieces(self) -> list[Window]:
-        """Windows drawn but not in a pack yet."""
-        return [*self._open, *self._short, *self._long]
+        """Windows drawn but not in a pack yet. Conversations stand in the order of their draws: put into empty packs
+        in this order, they fall as they fell, since those in packs that are gone took no other's place."""
+        placed = sorted(one for pack in self._bins for one in pack.windows)
+        return [*self._open, *(window for _, window in placed), *self._short, *self._long]
 
     def next_pack(self) -> list[Window]:
         """The windows of the next pack; their lengths sum to seq_len."""
         while self._short or len(self._long) < self.interleave:
             piece = self._short.popleft() if self._short else self._draw()
-            if piece.length >= self.seq_len:
+            if piece.source in self.conversations:
+                if pack := self._add_conversation(piece):
+                    return pack
+            elif piece.length >= self.seq_len:
                 self._long.append(piece)
             elif piece.length > 0 and (pack := self._add(piece)):
                 return pack
@@ -112,22 +136,65 @@ class Packer:
         self._free = self.seq_len - rest.length
         return pack
 
+    def _add_conversation(self, whole: Window) -> list[Window] | None:
+        """Put a conversation into the fullest pack that has room; a pack that is full, or has to give way to it."""
+        used = int(self.conversations[whole.source][whole.document])
+        if used == 0:
+            return None
+        fitting = [pack for pack in self._bins if pack.free >= used]
+        pack, leaves = min(fitting, key=lambda pack: pack.free, default=None), None
+        if pack is None:
+            if len(self._bins) == OPEN_PACKS:
+                leaves = min(self._bins, key=lambda pack: pack.free)
+            pack = _Bin(self.seq_len)
+            self._bins.append(pack)
+        pack.windows.append((self._placed, whole))
+        pack.free -= used
+        self._placed += 1
+        leaves = pack if pack.free == 0 else leaves
+        return None if leaves is None else self._close(leaves)
+
+    def _close(self, pack: _Bin) -> list[Window]:
+        """The windows of a pack that is not to take more, the last one longer by the padding."""
+        self._bins.remove(pack)
+        used = [int(self.conversations[window.source][window.document]) for _, window in pack.windows]
+        used[-1] += pack.free
+        return [window._replace(length=length) for (_, window), length in zip(pack.windows, used)]
+
+
+@dataclass(eq=False)
+class _Bin:
+    """An open pack of conversations: its windows, each with its place in the order of draws, and the inputs it still
+    takes."""
+
+    free: int
+    windows: list[tuple[int, Window]] = field(default_factory=list)
+
 
 def _cut(window: Window, length: int) -> tuple[Window, Window]:
     source, document, start, total = window
     return Window(source, document, start, length), Window(source, document, start + length, total - length)
 
 
-def make_batch(windows: Sequence[Window], fetch: Callable[[Window], np.ndarray]) -> Batch:
-    """The batch of these windows. fetch(window) gives its length + 1 tokens: the inputs and the label of the last."""
+def make_batch(
+    windows: Sequence[Window],
+    fetch: Callable[[Window], np.ndarray],
+    learnt: Callable[[Window], np.ndarray | None] = lambda window: None,
+) -> Batch:
+    """The batch of these windows. fetch(window) gives its length + 1 tokens: the inputs and the label of the last.
+    learnt(window) says which of them are learnt (bool; None = all); where it does, both may stop at the padding."""
     lengths = np.array([w.length for w in windows], dtype=np.int64)
     ends = np.cumsum(lengths)
-    tokens, labels = np.empty((2, int(ends[-1])), dtype=np.int64)
+    tokens = np.zeros(int(ends[-1]), dtype=np.int64)
+    labels = np.full(int(ends[-1]), IGNORED, dtype=np.int64)
     for window, end in zip(windows, ends):
-        fetched = fetch(window)
-        assert len(fetched) == window.length + 1, (window, len(fetched))
-        tokens[end - window.length : end] = fetched[:-1]
-        labels[end - window.length : end] = fetched[1:]
+        fetched, mask = fetch(window), learnt(window)
+        first, last = end - window.length, end - window.length + len(fetched) - 1
+        assert last == end if mask is None else last <= end and len(mask) == len(fetched), (window, len(fetched))
+        tokens[first:last] = fetched[:-1]
+        labels[first:last] = fetched[1:]
+        if mask is not None:
+            labels[first:last][~mask[1:]] = IGNORED
     positions = np.arange(len(tokens)) - np.repeat(ends - lengths, lengths)
     cu_seqlens = np.concatenate([[0], ends]).astype(np.int32)
     return Batch(*map(torch.from_numpy, (tokens, labels, positions, cu_seqlens)), windows=tuple(windows))

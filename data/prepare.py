@@ -21,12 +21,16 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import numpy as np
+
 from data.errors import DataError
+from data.sft import ChatEncoder, ChatTemplate
 from data.shards import META, TokenShards, finished_shard, trim_shard, write_atomic, write_meta, write_shard
 from data.tokenizer import Tokenizer, load_tokenizer
 
 SHARD_CHARS = 16_000_000
 PLAN = "plan.json"
+Encode = Callable[[str], "tuple[np.ndarray, np.ndarray | None]"]
 
 
 def prepare(
@@ -39,10 +43,12 @@ def prepare(
     workers: int = 0,
     max_tokens: int | None = None,
     shard_chars: int = SHARD_CHARS,
+    template: ChatTemplate | None = None,
     log: Callable[[str], None] = lambda line: None,
 ) -> dict:
     """Tokenise (id, text) pairs into `directory`, or finish what an interrupted call began; returns its meta.json.
 
+    template: the texts are conversations (data.sft.read_conversation), rendered and masked by it; None = plain text.
     origin: JSON-able, says what the documents are and must change with them; a directory begun from something else is
     refused. title: what to call them in messages. workers: processes, 0 = this one. max_tokens: stop after the document
     that reaches it. Raises DataError for empty input, a directory of something else, a damaged finished directory, or a
@@ -60,8 +66,9 @@ def prepare(
             leftover.unlink()
         groups = _groups(documents, shard_chars)
         try:
-            with _pool(tokenizer, workers) as pool:
-                shards = _write_shards(directory, groups, tokenizer, pool, backlog=2 * workers)
+            encode = encoder(tokenizer, template)
+            with _pool(tokenizer, template, workers) as pool:
+                shards = _write_shards(directory, groups, encode, pool, backlog=2 * workers)
                 records = _collect(directory, shards, tokenizer, max_tokens, log)
         except BrokenProcessPool as error:
             raise DataError(
@@ -74,12 +81,14 @@ def prepare(
         return write_meta(directory, tokenizer, records, plan | {"title": title})
 
 
-def _write_shards(directory, groups, tokenizer, pool: Executor | None, backlog: int) -> Iterator[tuple[dict, bool]]:
+def _write_shards(
+    directory, groups, encode: Encode, pool: Executor | None, backlog: int
+) -> Iterator[tuple[dict, bool]]:
     """Write the shards that are not there yet; yields every shard's record, in order, and if it was there before."""
     pending: deque[tuple[Future | dict, bool]] = deque()
     for number, group in enumerate(groups):
         kept = finished_shard(directory, number)
-        pending.append((kept or _submit(pool, directory, number, group, tokenizer), kept is not None))
+        pending.append((kept or _submit(pool, directory, number, group, encode), kept is not None))
         if len(pending) > backlog:
             yield _result(*pending.popleft())
     while pending:
@@ -111,16 +120,33 @@ def _collect(directory: Path, shards, tokenizer: Tokenizer, max_tokens: int | No
     return records
 
 
-def _submit(pool: Executor | None, directory: Path, number: int, group, tokenizer: Tokenizer) -> Future | dict:
+def _submit(pool: Executor | None, directory: Path, number: int, group, encode: Encode) -> Future | dict:
     if pool is not None:
         return pool.submit(_tokenise_in_worker, directory, number, group)
     future: Future = Future()
-    future.set_result(_tokenise(directory, number, group, tokenizer))
+    future.set_result(_tokenise(directory, number, group, encode))
     return future
 
 
-def _tokenise(directory: Path, number: int, group: list[tuple[str, str]], tokenizer: Tokenizer) -> dict:
-    return write_shard(directory, number, [tokenizer.document(text) for _, text in group], [name for name, _ in group])
+def encoder(tokenizer: Tokenizer, template: ChatTemplate | None) -> Encode:
+    """text -> (tokens, None), or with a template: a conversation as JSON -> (tokens, mask of what is learnt)."""
+    if template is None:
+        return lambda text: (tokenizer.document(text), None)
+    chat = ChatEncoder(tokenizer, template)
+    return lambda text: chat.encode(json.loads(text))
+
+
+def _tokenise(directory: Path, number: int, group: list[tuple[str, str]], encode: Encode) -> dict:
+    documents, masks = [], []
+    for name, text in group:
+        try:
+            tokens, mask = encode(text)
+        except DataError as error:
+            raise DataError(f"conversation {name}: {error}") from error
+        documents.append(tokens)
+        masks.append(mask)
+    is_text = masks[0] is None
+    return write_shard(directory, number, documents, [name for name, _ in group], None if is_text else masks)
 
 
 def _groups(documents: Iterable[tuple[str, str]], shard_chars: int) -> Iterator[list[tuple[str, str]]]:
@@ -177,11 +203,11 @@ def _locked(directory: Path, log):
 
 # --- worker processes
 
-_worker_tokenizer: Tokenizer | None = None
+_worker_encode: Encode | None = None
 
 
 @contextmanager
-def _pool(tokenizer: Tokenizer, workers: int):
+def _pool(tokenizer: Tokenizer, template: ChatTemplate | None, workers: int):
     """Yields a pool of `workers` tokenising processes, or None for none. Leaving it drops the work not yet begun."""
     with ExitStack() as stack:
         pool = None
@@ -189,16 +215,16 @@ def _pool(tokenizer: Tokenizer, workers: int):
             # spawn: forking a process that runs threads (torch, tokenizers, pyarrow) can deadlock
             context = multiprocessing.get_context("spawn")
             pool = ProcessPoolExecutor(
-                workers, mp_context=context, initializer=_start_worker, initargs=(tokenizer.name,)
+                workers, mp_context=context, initializer=_start_worker, initargs=(tokenizer.name, template)
             )
             stack.callback(pool.shutdown, wait=True, cancel_futures=True)
         yield pool
 
 
-def _start_worker(tokenizer_name: str) -> None:
-    global _worker_tokenizer
+def _start_worker(tokenizer_name: str, template: ChatTemplate | None) -> None:
+    global _worker_encode
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends the workers
-    _worker_tokenizer = load_tokenizer(tokenizer_name)
+    _worker_encode = encoder(load_tokenizer(tokenizer_name), template)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
@@ -209,4 +235,4 @@ def _end_with_parent() -> None:
 
 
 def _tokenise_in_worker(directory: Path, number: int, group: list[tuple[str, str]]) -> dict:
-    return _tokenise(directory, number, group, _worker_tokenizer)
+    return _tokenise(directory, number, group, _worker_encode)

@@ -3,6 +3,7 @@ written.
 
     00000.bin     the tokens of its documents, one after another, little-endian uint16 or uint32
     00000.idx     int64 [documents + 1]: where each document starts in 00000.bin, in tokens
+    00000.mask    conversations only: one byte a token, 1 where it is learnt (data/sft.py)
     00000.json    counts, checksums and the documents' ids; written last, so that it marks the shard as finished
     meta.json     format version, tokenizer, the list of shards, fingerprint; written when all shards are finished
 
@@ -24,7 +25,7 @@ import numpy as np
 from data.errors import DataError
 from data.tokenizer import Tokenizer
 
-VERSION = 1
+VERSION, VERSION_WITH_MASKS = 1, 2  # a program that knows no masks must not train on everything
 META = "meta.json"
 
 
@@ -41,16 +42,26 @@ def write_atomic(path: Path, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def write_shard(directory: Path, number: int, documents: Sequence[np.ndarray], ids: Sequence[str]) -> dict:
+def write_shard(
+    directory: Path,
+    number: int,
+    documents: Sequence[np.ndarray],
+    ids: Sequence[str],
+    masks: Sequence[np.ndarray] | None = None,
+) -> dict:
     """Write one shard; returns its record (also kept as NNNNN.json). documents: token arrays with BOS/EOS, all one
-    dtype."""
+    dtype. masks: bool arrays of the same lengths, True where a token is learnt; None = everywhere."""
     stem = f"{number:05d}"
     tokens = np.concatenate(documents)
     offsets = np.concatenate([[0], np.cumsum([len(d) for d in documents])]).astype("<i8")
-    return _write_files(directory, stem, tokens, offsets, list(ids))
+    mask = None if masks is None else np.concatenate(masks).astype(np.uint8)
+    assert mask is None or len(mask) == len(tokens), (len(mask), len(tokens))
+    return _write_files(directory, stem, tokens, offsets, list(ids), mask)
 
 
-def _write_files(directory: Path, stem: str, tokens: np.ndarray, offsets: np.ndarray, ids: list[str]) -> dict:
+def _write_files(
+    directory: Path, stem: str, tokens: np.ndarray, offsets: np.ndarray, ids: list[str], mask: np.ndarray | None
+) -> dict:
     raw, index = tokens.tobytes(), offsets.tobytes()
     record = {
         "documents": len(ids),
@@ -58,6 +69,9 @@ def _write_files(directory: Path, stem: str, tokens: np.ndarray, offsets: np.nda
         "bin_sha256": hashlib.sha256(raw).hexdigest(),
         "idx_sha256": hashlib.sha256(index).hexdigest(),
     }
+    if mask is not None:
+        record |= {"learnt": int(mask.sum()), "mask_sha256": hashlib.sha256(mask.tobytes()).hexdigest()}
+        write_atomic(directory / f"{stem}.mask", mask.tobytes())
     write_atomic(directory / f"{stem}.bin", raw)
     write_atomic(directory / f"{stem}.idx", index)
     write_atomic(directory / f"{stem}.json", json.dumps(record | {"ids": ids}).encode())
@@ -83,16 +97,20 @@ def trim_shard(directory: Path, number: int, max_tokens: int, tokenizer: Tokeniz
         return finished_shard(directory, number)
     ids = json.loads((directory / f"{stem}.json").read_text(encoding="utf-8"))["ids"][:keep]
     tokens = np.fromfile(directory / f"{stem}.bin", tokenizer.dtype, count=int(offsets[keep]))
+    mask = directory / f"{stem}.mask"
+    mask = np.fromfile(mask, np.uint8, count=int(offsets[keep])) if mask.exists() else None
     (directory / f"{stem}.json").unlink()  # from here to the new record, the shard is unfinished
-    return _write_files(directory, stem, tokens, offsets[: keep + 1], ids)
+    return _write_files(directory, stem, tokens, offsets[: keep + 1], ids, mask)
 
 
 def write_meta(directory: Path, tokenizer: Tokenizer, records: Sequence[dict], origin: dict) -> dict:
     """Finish a directory of shards: write and return its meta.json. origin: what it was made from, for people to
     read."""
-    content = "".join(r["bin_sha256"] + r["idx_sha256"] for r in records) + tokenizer.fingerprint
+    content = "".join(r["bin_sha256"] + r["idx_sha256"] + r.get("mask_sha256", "") for r in records)
+    content += tokenizer.fingerprint
+    has_masks = any("mask_sha256" in r for r in records)
     meta = {
-        "version": VERSION,
+        "version": VERSION_WITH_MASKS if has_masks else VERSION,
         "tokenizer": {
             "name": tokenizer.name,
             "fingerprint": tokenizer.fingerprint,
@@ -104,6 +122,7 @@ def write_meta(directory: Path, tokenizer: Tokenizer, records: Sequence[dict], o
         "documents": sum(r["documents"] for r in records),
         "tokens": sum(r["tokens"] for r in records),
         "fingerprint": hashlib.sha256(content.encode()).hexdigest()[:16],
+        **({"learnt": sum(r["learnt"] for r in records)} if has_masks else {}),
         "origin": origin,
         "shards": list(records),
     }
@@ -115,6 +134,7 @@ class TokenShards:
     """Random access to a finished directory of token shards.
 
     lengths: int64 [num_documents], tokens of each document with BOS and EOS. fingerprint: 16 hex digits of the content.
+    has_masks: the documents are conversations, of which only a part is learnt.
     Raises DataError if a file is missing or of the wrong size, an index is damaged, or (check_tokens) a token file is.
     """
 
@@ -123,7 +143,8 @@ class TokenShards:
         self.meta = _read_meta(self.directory)
         self.fingerprint: str = self.meta["fingerprint"]
         self.dtype = np.dtype(self.meta["dtype"])
-        self._maps: dict[int, np.ndarray] = {}
+        self.has_masks = self.meta["version"] == VERSION_WITH_MASKS
+        self._maps: dict[tuple[int, str], np.ndarray] = {}
         indices = [self._read_index(number, record) for number, record in enumerate(self.meta["shards"])]
         self.lengths = np.concatenate([np.diff(i) for i in indices])
         self._starts = np.concatenate([i[:-1] for i in indices])  # within the shard
@@ -145,28 +166,39 @@ class TokenShards:
 
     def tokens(self, document: int, start: int, stop: int) -> np.ndarray:
         """Tokens [start, stop) of a document, a view into the memory map."""
+        return self._view(document, start, stop, "bin", self.dtype)
+
+    def learnt(self, document: int, start: int, stop: int) -> np.ndarray:
+        """Which of tokens [start, stop) of a conversation are learnt: bool [stop - start]. Only with has_masks."""
+        return self._view(document, start, stop, "mask", np.dtype(bool))
+
+    def _view(self, document: int, start: int, stop: int, kind: str, dtype: np.dtype) -> np.ndarray:
         assert 0 <= start <= stop <= self.lengths[document], (document, start, stop)
         shard = int(np.searchsorted(self._first, document, side="right")) - 1
-        if shard not in self._maps:
-            self._maps[shard] = np.memmap(self.directory / f"{shard:05d}.bin", dtype=self.dtype, mode="r")
+        if (shard, kind) not in self._maps:
+            self._maps[shard, kind] = np.memmap(self.directory / f"{shard:05d}.{kind}", dtype=dtype, mode="r")
         offset = int(self._starts[document])
-        return self._maps[shard][offset + start : offset + stop]
+        return self._maps[shard, kind][offset + start : offset + stop]
 
     def check_tokens(self) -> None:
-        """Read every token file and compare its checksum; raises DataError naming the first damaged one."""
+        """Read every token and mask file and compare its checksum; raises DataError naming the first damaged one."""
         for number, record in enumerate(self.meta["shards"]):
-            path = self.directory / f"{number:05d}.bin"
-            with open(path, "rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != record["bin_sha256"]:
-                    raise DataError(f"{path} is damaged: its checksum differs from meta.json. {_REMEDY}")
+            for kind in ("bin", "mask") if self.has_masks else ("bin",):
+                path = self.directory / f"{number:05d}.{kind}"
+                with open(path, "rb") as file:
+                    if hashlib.file_digest(file, "sha256").hexdigest() != record[f"{kind}_sha256"]:
+                        raise DataError(f"{path} is damaged: its checksum differs from meta.json. {_REMEDY}")
 
     def _read_index(self, number: int, record: dict) -> np.ndarray:
         path = self.directory / f"{number:05d}.bin"
-        wanted = record["tokens"] * self.dtype.itemsize
-        size = path.stat().st_size if path.exists() else None
-        if size != wanted:
-            found = "is missing" if size is None else f"has {size:,} bytes instead of {wanted:,}"
-            raise DataError(f"{path} {found}. {_REMEDY}")
+        sizes = {path: record["tokens"] * self.dtype.itemsize}
+        if self.has_masks:
+            sizes[path.with_suffix(".mask")] = record["tokens"]
+        for file, wanted in sizes.items():
+            size = file.stat().st_size if file.exists() else None
+            if size != wanted:
+                found = "is missing" if size is None else f"has {size:,} bytes instead of {wanted:,}"
+                raise DataError(f"{file} {found}. {_REMEDY}")
         raw = path.with_suffix(".idx").read_bytes() if path.with_suffix(".idx").exists() else b""
         if hashlib.sha256(raw).hexdigest() != record["idx_sha256"]:
             raise DataError(f"{path.with_suffix('.idx')} is missing or damaged: its checksum differs. {_REMEDY}")
@@ -189,6 +221,7 @@ def _read_meta(directory: Path) -> dict:
         version = meta["version"]
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} is damaged ({error}). {_REMEDY}") from error
-    if version != VERSION:
-        raise DataError(f"{path}: format version {version}, this program reads version {VERSION}. {_REMEDY}")
+    if version not in (VERSION, VERSION_WITH_MASKS):
+        known = f"versions {VERSION} and {VERSION_WITH_MASKS}"
+        raise DataError(f"{path}: format version {version}, this program reads {known}. {_REMEDY}")
     return meta

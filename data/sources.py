@@ -15,14 +15,21 @@ from pathlib import Path
 
 import numpy as np
 
+from conf.numbers import parse_length
 from conf.schema import DataConfig, SourceConfig
+from data import chat_set
 from data.errors import DataError
 from data.prepare import PLAN, prepare
+from data.sft import ChatEncoder, load_template, usable_inputs, with_answers
 from data.shards import META, TokenShards, write_atomic
 from data.text import content_hash, find_files, read_files, read_hub
 from data.tokenizer import EMBEDDED, Tokenizer, load_tokenizer
 
 SHIPPED_TEXT = {"embedded": EMBEDDED / "train.jsonl.xz", "embedded-validation": EMBEDDED / "validation.jsonl.xz"}
+# Conversations made of the same books: <name>:<length> (data/chat_set.py).
+SHIPPED_CHAT = {
+    f"{name}-chat": books for name, books in (("embedded", "embedded"), ("validation", "embedded-validation"))
+}
 # Shards up to this size have their tokens' checksums verified at every start (a second or two); larger ones only by
 # launch/prepare_data.py, on being run again. Sizes and indices are always verified.
 CHECKED_BYTES = 1 << 30
@@ -44,6 +51,8 @@ class Source:
         if selection is not None:
             chosen = np.ascontiguousarray(selection, "<i8").tobytes()
             self.fingerprint = hashlib.sha256(shards.fingerprint.encode() + chosen).hexdigest()[:16]
+        self.is_chat = shards.has_masks
+        self._usable: dict[int, np.ndarray] = {}
 
     @property
     def ids(self) -> list[str]:
@@ -53,7 +62,34 @@ class Source:
 
     def tokens(self, document: int, start: int, stop: int) -> np.ndarray:
         """Tokens [start, stop) of a document: uint16 or uint32 [stop - start], a view of the file."""
-        return self._shards.tokens(document if self._selection is None else int(self._selection[document]), start, stop)
+        return self._shards.tokens(self._place(document), start, stop)
+
+    def window(self, document: int, start: int, length: int) -> np.ndarray:
+        """The tokens of `length` inputs from `start` and of their labels: [length + 1]; fewer where a conversation ends
+        before."""
+        return self.tokens(document, start, self._stop(document, start, length))
+
+    def learnt(self, document: int, start: int, length: int) -> np.ndarray | None:
+        """Which tokens of `window` are learnt: bool, as many as it gives; None for text, where all are."""
+        if not self.is_chat:
+            return None
+        return self._shards.learnt(self._place(document), start, self._stop(document, start, length))
+
+    def usable_inputs(self, seq_len: int) -> np.ndarray:
+        """Of conversations: how many inputs of each are trained on at this length (data.sft.usable_inputs)."""
+        assert self.is_chat
+        if seq_len not in self._usable:
+            self._usable[seq_len] = usable_inputs(
+                self.lengths, seq_len, lambda d, start, stop: self._shards.learnt(self._place(d), start, stop)
+            )
+        return self._usable[seq_len]
+
+    def _place(self, document: int) -> int:
+        return document if self._selection is None else int(self._selection[document])
+
+    def _stop(self, document: int, start: int, length: int) -> int:
+        stop = start + length + 1
+        return min(stop, int(self.lengths[document])) if self.is_chat else stop
 
 
 def open_sources(
@@ -86,6 +122,8 @@ def open_validation(
     source = config.validation
     if source.path == "embedded":
         source = replace(source, path="embedded-validation")
+    elif source.path is not None and source.path.startswith("embedded-chat:"):
+        source = replace(source, path="validation-chat:" + source.path.partition(":")[2])
     return _open(config, {"validation": source}, rank_zero, barrier, log)["validation"]
 
 
@@ -113,9 +151,11 @@ def _cached_text(source: SourceConfig, config: DataConfig, tokenizer: Tokenizer)
     """Where the source's token shards are if a run has tokenised it; None if its text is not there or was not read."""
     cache = Path(config.cache_dir).expanduser()
     try:
-        if source.name is None and not _content_memo(_text_files(source), cache).exists():
+        is_set = source.path is not None and is_shipped(source.path) and source.path not in SHIPPED_TEXT
+        if source.name is None and not is_set and not _content_memo(_text_files(source), cache).exists():
             return None
-        origin, _ = text_origin("", source, cache, lambda line: None)
+        encoder = chat_encoder(source, config.chat_template, tokenizer)
+        origin, _ = text_origin("", source, cache, lambda line: None, encoder)
     except DataError:
         return None
     return _cache_directory(origin, source, config, tokenizer)
@@ -141,6 +181,7 @@ def _open_one(name: str, source: SourceConfig, config: DataConfig, tokenizer: To
         directory = prepare_text(name, source, config, tokenizer, make, log)
     shards = TokenShards(directory)
     _check_tokenizer(name, shards, tokenizer)
+    _check_format(name, source, shards, config, tokenizer)
     if make and shards.num_bytes <= CHECKED_BYTES:
         shards.check_tokens()
     return Source(name, shards, _selection(name, source, shards, prefix=not prepared, log=log))
@@ -148,7 +189,7 @@ def _open_one(name: str, source: SourceConfig, config: DataConfig, tokenizer: To
 
 def shard_directory(source: SourceConfig) -> Path | None:
     """The directory of token shards that source.path names, or None if it names text or a hub set."""
-    if source.path is None or source.path in SHIPPED_TEXT:
+    if source.path is None or is_shipped(source.path):
         return None
     path = Path(source.path).expanduser()
     return path if (path / META).exists() or (path / PLAN).exists() else None
@@ -157,7 +198,8 @@ def shard_directory(source: SourceConfig) -> Path | None:
 def prepare_text(name: str, source: SourceConfig, config: DataConfig, tokenizer: Tokenizer, make: bool, log) -> Path:
     """The cache directory with the source's token shards, written first if `make` and it is not there."""
     cache = Path(config.cache_dir).expanduser()
-    origin, documents = text_origin(name, source, cache, log)
+    encoder = chat_encoder(source, config.chat_template, tokenizer)
+    origin, documents = text_origin(name, source, cache, log, encoder)
     directory = _cache_directory(origin, source, config, tokenizer)
     if not (directory / META).exists():
         if not make:
@@ -174,6 +216,7 @@ def prepare_text(name: str, source: SourceConfig, config: DataConfig, tokenizer:
             title=_title(source),
             workers=config.num_workers,
             max_tokens=source.max_tokens,
+            template=None if encoder is None else encoder.template,
             log=log,
         )
     return directory
@@ -188,8 +231,20 @@ def _text_files(source: SourceConfig) -> list[Path]:
     return [SHIPPED_TEXT[source.path]] if source.path in SHIPPED_TEXT else find_files(source.path)
 
 
-def text_origin(name: str, source: SourceConfig, cache: Path | None, log) -> tuple[dict, Callable]:
-    """(what identifies the source's text, a function that gives its (id, text) pairs).
+def is_shipped(path: str) -> bool:
+    """True if `path` names what the project ships, not files."""
+    return path in SHIPPED_TEXT or path.partition(":")[0] in SHIPPED_CHAT
+
+
+def chat_encoder(source: SourceConfig, template: str | None, tokenizer: Tokenizer) -> ChatEncoder | None:
+    """What encodes the source's conversations; None for text."""
+    return ChatEncoder(tokenizer, load_template(template, tokenizer)) if source.format == "chat" else None
+
+
+def text_origin(
+    name: str, source: SourceConfig, cache: Path | None, log, encoder: ChatEncoder | None = None
+) -> tuple[dict, Callable]:
+    """(what identifies the source's text, a function that gives its (id, text) pairs). encoder: of conversations.
 
     Local files are identified by their content, a hub set by its name: it is not asked again once it is in the cache.
     """
@@ -199,13 +254,42 @@ def text_origin(name: str, source: SourceConfig, cache: Path | None, log) -> tup
             f"has path={source.path!r}, name={source.name!r}"
         )
     fields = {"text_field": source.text_field, "id_field": source.id_field}
+    if encoder is not None:
+        named = {key: getattr(source, key) for key in ("messages_field", "prompt_field", "response_field", "id_field")}
+        fields = {"format": "chat", "template": encoder.template.fingerprint} | named
+    if source.path is not None and source.path.partition(":")[0] in SHIPPED_CHAT:
+        return _chat_set_origin(name, source.path, encoder)
     if source.name is not None:
         if source.streaming and source.max_tokens is None:
             raise DataError(f"source {name!r}: streaming=true needs max_tokens (how much of {source.name} to take)")
         hub = {key: asdict(source)[key] for key in ("name", "subset", "split")}
-        return hub | fields, lambda: read_hub(source, log)
+        return hub | fields, lambda: _readable(read_hub(source, log), encoder, log)
     files = _text_files(source)
-    return {"content": _cached_content_hash(files, cache)} | fields, lambda: read_files(files, source)
+    content = {"content": _cached_content_hash(files, cache)}
+    return content | fields, lambda: _readable(read_files(files, source), encoder, log)
+
+
+def _readable(documents, encoder: ChatEncoder | None, log):
+    return documents if encoder is None else with_answers(documents, log)
+
+
+def _chat_set_origin(name: str, path: str, encoder: ChatEncoder | None) -> tuple[dict, Callable]:
+    """As text_origin, for a shipped chat set."""
+    kind, _, text = path.partition(":")
+    if encoder is None:
+        raise DataError(f"source {name!r}: path={path!r} is a chat set: say format=chat")
+    try:
+        length = parse_length(text)
+    except ValueError as error:
+        raise DataError(
+            f"source {name!r}: path={path!r}: {error}; say embedded-chat:2K, for up to 2K tokens"
+        ) from error
+    if length < chat_set.LEAST_LENGTH:
+        raise DataError(f"source {name!r}: path={path!r}: takes {chat_set.LEAST_LENGTH} tokens at least")
+    books = SHIPPED_TEXT[SHIPPED_CHAT[kind]]
+    identity = {"chat_set": chat_set.VERSION, "length": length, "content": content_hash([books])}
+    documents = lambda: chat_set.conversations(books, length, encoder)  # noqa: E731
+    return identity | {"format": "chat", "template": encoder.template.fingerprint}, documents
 
 
 def _cached_content_hash(files: list[Path], cache: Path | None) -> str:
@@ -233,6 +317,24 @@ def _check_tokenizer(name: str, shards: TokenShards, tokenizer: Tokenizer) -> No
             f"source {name!r}: the shards in {shards.directory} were made with tokenizer {theirs['name']!r} "
             f"({theirs['fingerprint']}), "
             f"the run uses {tokenizer.name!r} ({tokenizer.fingerprint}). Set data.tokenizer to the first, or prepare "
+            "the data again"
+        )
+
+
+def _check_format(name: str, source: SourceConfig, shards: TokenShards, config: DataConfig, tokenizer) -> None:
+    """DataError unless the shards hold what source.format says, conversations in the run's own template."""
+    if shards.has_masks != (source.format == "chat"):
+        held = ("text", "conversations")[shards.has_masks]
+        raise DataError(
+            f"source {name!r}: the shards in {shards.directory} hold {held}, and format={source.format} is not that"
+        )
+    if not shards.has_masks:
+        return
+    theirs, ours = shards.meta["origin"]["template"], load_template(config.chat_template, tokenizer)
+    if theirs != ours.fingerprint:
+        raise DataError(
+            f"source {name!r}: the conversations in {shards.directory} were written with another chat template "
+            f"({theirs}) than data.chat_template gives ({ours.name}, {ours.fingerprint}): choose theirs, or prepare "
             "the data again"
         )
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from conf.schema import SourceConfig
 from data.errors import DataError
+from data.sft import read_conversation
 
 COMPRESSED = (".xz", ".gz", ".bz2", ".zst")
 KINDS = {
@@ -27,6 +28,7 @@ KINDS = {
     ".text": "text",
     ".md": "text",
 }
+PLAIN_FILE = SourceConfig(text_field="text", id_field=None)  # how a whole text file is read
 # What a damaged or foreign file makes the readers below raise (pyarrow's and Unicode's errors are ValueErrors).
 READ_ERRORS = (ValueError, OSError, EOFError, lzma.LZMAError, zlib.error, ImportError)
 
@@ -70,14 +72,16 @@ def read_files(files: list[Path], config: SourceConfig) -> Iterator[tuple[str, s
     rows = 0
     for kind, group in groupby(files, key=lambda f: _kind(f, "text")):
         if kind == "text":
+            if config.format == "chat":
+                raise DataError(f"{next(group)}: conversations (format=chat) are read from jsonl or parquet, not text")
             for row in _rows_of_texts(list(group)):
                 rows += 1
-                yield from _document(row, rows - 1, "text", None, "text file")
+                yield from _document(row, rows - 1, PLAIN_FILE, "text file")
         else:
             for path in group:
                 for row in _rows_of_table(kind, path):
                     rows += 1
-                    yield from _document(row, rows - 1, config.text_field, config.id_field, str(path))
+                    yield from _document(row, rows - 1, config, str(path))
 
 
 def read_hub(config: SourceConfig, log=lambda line: None) -> Iterator[tuple[str, str]]:
@@ -90,7 +94,7 @@ def read_hub(config: SourceConfig, log=lambda line: None) -> Iterator[tuple[str,
     try:
         table = datasets.load_dataset(config.name, config.subset, split=config.split, streaming=config.streaming)
         for number, row in enumerate(table):
-            yield from _document(row, number, config.text_field, config.id_field, config.name)
+            yield from _document(row, number, config, config.name)
     except READ_ERRORS as error:
         raise DataError(
             f"hub data set {config.name!r} (subset {config.subset}, split {config.split!r}) cannot be read from the "
@@ -139,8 +143,14 @@ def _rows_of_texts(files: list[Path]) -> Iterator[dict]:
         raise DataError(f"{path} cannot be read as UTF-8 text: {first_line(error)}{_zstd_hint(path, error)}") from error
 
 
-def _document(row: dict, number: int, text_field: str, id_field: str | None, where: str) -> Iterator[tuple[str, str]]:
-    """The (id, text) of a row, or nothing if its text is empty."""
+def _document(row: dict, number: int, config: SourceConfig, where: str) -> Iterator[tuple[str, str]]:
+    """The (id, text) of a row, or nothing if its text is empty; of a conversation, its messages as JSON."""
+    name = row.get(config.id_field) if config.id_field else None
+    name = str(number if name is None else name)
+    if config.format == "chat":
+        yield name, read_conversation(row, config, f"{where}, conversation {name}")
+        return
+    text_field = config.text_field
     if text_field not in row:
         raise DataError(
             f"{where} has no column {text_field!r}; it has {', '.join(row)}. Set text_field to the one with the text"
@@ -151,8 +161,7 @@ def _document(row: dict, number: int, text_field: str, id_field: str | None, whe
             f"{where}: column {text_field!r} holds {type(text).__name__}, not text; columns: {', '.join(row)}"
         )
     if text:
-        name = row.get(id_field) if id_field else None
-        yield str(number if name is None else name), text
+        yield name, text
 
 
 def _zstd_hint(path: Path, error: Exception) -> str:

@@ -26,7 +26,8 @@ class Tokenizer:
     """What every tokenizer offers.
 
     name: as given in data.tokenizer. vocab_size: ids are in [0, vocab_size). eos_id: int. bos_id: int or None.
-    fingerprint: 16 hex digits, equal exactly if the ids of every text are.
+    fingerprint: 16 hex digits, equal exactly if the ids of every text are. For chat templates (data/sft.py):
+    special_tokens: text -> id. named_tokens: bos_token, eos_token, ... -> text. chat_template: jinja, or None.
     """
 
     name: str
@@ -34,6 +35,9 @@ class Tokenizer:
     bos_id: int | None
     eos_id: int
     fingerprint: str
+    special_tokens: dict[str, int]
+    named_tokens: dict[str, str]
+    chat_template: str | None = None
 
     def encode(self, text: str) -> np.ndarray:
         """Ids of the text alone, without BOS and EOS: uint16 or uint32 (see `dtype`). Special tokens that are spelt out
@@ -61,6 +65,8 @@ class ByteTokenizer(Tokenizer):
     def __init__(self):
         self.name, self.vocab_size, self.bos_id, self.eos_id = "bytes", 258, 256, 257
         self.fingerprint = _fingerprint(b"bytes v1", self.bos_id, self.eos_id)
+        self.special_tokens = {"<s>": 256, "</s>": 257}
+        self.named_tokens = {"bos_token": "<s>", "eos_token": "</s>"}
 
     def encode(self, text: str) -> np.ndarray:
         # A lone surrogate (possible in JSON) has no UTF-8; it becomes "?".
@@ -73,13 +79,28 @@ class ByteTokenizer(Tokenizer):
 class FastTokenizer(Tokenizer):
     """A tokenizer of the `tokenizers` library. `identity` is what the fingerprint is taken of, beside BOS and EOS."""
 
-    def __init__(self, name: str, backend, *, identity: bytes, bos_id: int | None, eos_id: int):
+    def __init__(
+        self,
+        name: str,
+        backend,
+        *,
+        identity: bytes,
+        bos_id: int | None,
+        eos_id: int,
+        named_tokens: dict[str, str] | None = None,
+        chat_template: str | None = None,
+    ):
         backend.no_truncation()
         backend.no_padding()
         backend.encode_special_tokens = True
         self.name, self._backend, self.bos_id, self.eos_id = name, backend, bos_id, eos_id
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
         self.fingerprint = _fingerprint(identity, bos_id, eos_id)
+        added = backend.get_added_tokens_decoder().items()
+        self.special_tokens = {token.content: number for number, token in added if token.special}
+        own = {"bos_token": "" if bos_id is None else backend.id_to_token(bos_id)}
+        self.named_tokens = own | {"eos_token": backend.id_to_token(eos_id)} | (named_tokens or {})
+        self.chat_template = chat_template
 
     def encode(self, text: str) -> np.ndarray:
         text = text.encode("utf-8", errors="replace").decode("utf-8")
@@ -120,7 +141,10 @@ def _from_file(name: str, path: Path) -> FastTokenizer:
     declared = _declared_eos(path.with_name("tokenizer_config.json"))
     candidates = [declared] if declared else EOS_NAMES
     eos_id = next((i for i in map(backend.token_to_id, candidates) if i is not None), None)
-    return _checked(name, backend, raw, eos_id, f"{path} with the special tokens {_special_tokens(backend)}")
+    beside = path.with_name("chat_template.jinja")
+    template = beside.read_text(encoding="utf-8") if beside.is_file() else None
+    found = f"{path} with the special tokens {_special_tokens(backend)}"
+    return _checked(name, backend, raw, eos_id, found, chat_template=template)
 
 
 def _from_directory(name: str, path: Path) -> FastTokenizer:
@@ -138,12 +162,15 @@ def _from_directory(name: str, path: Path) -> FastTokenizer:
         )
     file = path / "tokenizer.json"
     identity = file.read_bytes() if file.is_file() else json.dumps(sorted(backend.get_vocab().items())).encode()
-    return _checked(
-        name, backend, identity, loaded.eos_token_id, f"{path} with the special tokens {_special_tokens(backend)}"
-    )
+    named = {key: value for key, value in loaded.special_tokens_map.items() if isinstance(value, str)}
+    template = loaded.chat_template
+    if isinstance(template, dict):  # several, by name
+        template = template.get("default")
+    found = f"{path} with the special tokens {_special_tokens(backend)}"
+    return _checked(name, backend, identity, loaded.eos_token_id, found, named_tokens=named, chat_template=template)
 
 
-def _checked(name: str, backend, identity: bytes, eos_id: int | None, found: str) -> FastTokenizer:
+def _checked(name: str, backend, identity: bytes, eos_id: int | None, found: str, **chat) -> FastTokenizer:
     """The tokenizer with its BOS, or a DataError that says how to declare an EOS."""
     if eos_id is None:
         raise DataError(
@@ -154,7 +181,8 @@ def _checked(name: str, backend, identity: bytes, eos_id: int | None, found: str
     with_special = backend.encode("a").ids
     plain = backend.encode("a", add_special_tokens=False).ids
     adds_bos = len(with_special) > len(plain) and with_special[0] != plain[0]
-    return FastTokenizer(name, backend, identity=identity, bos_id=with_special[0] if adds_bos else None, eos_id=eos_id)
+    bos_id = with_special[0] if adds_bos else None
+    return FastTokenizer(name, backend, identity=identity, bos_id=bos_id, eos_id=eos_id, **chat)
 
 
 def _special_tokens(backend) -> str:

@@ -35,8 +35,11 @@ class HeldOut(Sequence):
         return len(self._documents)
 
     def __getitem__(self, index: int) -> tuple[str, Batch]:
-        window = Window(self._source.name, self._documents[index], 0, self._lengths[index])
-        return self.ids[index], make_batch([window], lambda w: self._source.tokens(w.document, 0, w.length + 1))
+        place = (self._documents[index], 0, self._lengths[index])
+        window = Window(self._source.name, *place)
+        return self.ids[index], make_batch(
+            [window], lambda _: self._source.window(*place), lambda _: self._source.learnt(*place)
+        )
 
 
 def held_out_documents(source: Source, seq_len: int, limit: int, edges: np.ndarray | None = None) -> HeldOut:
@@ -46,10 +49,18 @@ def held_out_documents(source: Source, seq_len: int, limit: int, edges: np.ndarr
     the first bucket, each cut to the last bucket that it fills.
 
     Where there are more, the choice goes by a hash of the id: a fixed sample of the whole source, and mostly the same
-    documents at every length. Raises DataError if no document is long enough.
+    documents at every length. Of conversations those count, in either cohort, that training at this length would use
+    (data/sft.py); shorter ones are padded: the loss late in the context is that of the answers which stand there.
+    Raises DataError if there is no document.
     """
     shortest = seq_len if edges is None else int(edges[1])
-    long_enough = np.flatnonzero(source.lengths > shortest).tolist()
+    usable = source.usable_inputs(seq_len) > 0 if source.is_chat else source.lengths > shortest
+    long_enough = np.flatnonzero(usable).tolist()
+    if source.is_chat and not long_enough:
+        raise DataError(
+            f"validation: none of {source.num_documents} conversations has an answer within the first {seq_len:,} "
+            "tokens; set eval.seq_len higher"
+        )
     if not long_enough:
         raise DataError(
             f"validation: 0 of {source.num_documents} documents have the {shortest + 1:,} tokens that an evaluation at "
@@ -60,6 +71,8 @@ def held_out_documents(source: Source, seq_len: int, limit: int, edges: np.ndarr
     names = source.ids
     by_hash = sorted(long_enough, key=lambda d: hashlib.sha256(names[d].encode()).digest())
     chosen = sorted(by_hash[:limit])
+    if source.is_chat:
+        return HeldOut(source, seq_len, chosen, [seq_len] * len(chosen))
     stops = np.array([0, seq_len]) if edges is None else edges
     filled = np.searchsorted(stops, source.lengths[chosen] - 1, side="right") - 1
     return HeldOut(source, seq_len, chosen, stops[filled].tolist())

@@ -20,7 +20,7 @@ from conf.numbers import parse_tokens  # noqa: E402
 from conf.schema import SourceConfig  # noqa: E402
 from data.errors import DataError  # noqa: E402
 from data.prepare import SHARD_CHARS, prepare  # noqa: E402
-from data.sources import SHIPPED_TEXT, text_origin  # noqa: E402
+from data.sources import chat_encoder, is_shipped, text_origin  # noqa: E402
 from data.tokenizer import load_tokenizer  # noqa: E402
 from launch.cli import UsageError, exits_on, key_values  # noqa: E402
 
@@ -29,7 +29,12 @@ KEYS = {
     "(owner/name)",
     "to": "directory for the shards, new or begun by this command before",
     "tokenizer": "bytes, bpe-4k, bpe-32k, a tokenizer.json or a Hugging Face tokenizer directory",
+    "format": "text (default), or chat: conversations, of which only the assistant's turns are learnt",
+    "chat_template": "chat: chatml, llama3, plain or a jinja file (default: the tokenizer's own)",
     "text_field": "column that holds the document (default text)",
+    "messages_field": "chat: column with the messages (default messages)",
+    "prompt_field": "chat, in rows without messages: column with the user's turn (default prompt)",
+    "response_field": "chat, in rows without messages: column with the assistant's turn (default response)",
     "id_field": "column that names a document (default id; its running number where there is none)",
     "workers": "tokenising processes (default 0: none beside this one)",
     "max_tokens": "stop after this many tokens, e.g. 2B (default: all)",
@@ -48,7 +53,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     source = _source(values)
     tokenizer = load_tokenizer(values["tokenizer"])
-    origin, documents = text_origin("source", source, None, _say)
+    encoder = chat_encoder(source, values.get("chat_template"), tokenizer)
+    origin, documents = text_origin("source", source, None, _say, encoder)
     meta = prepare(
         documents(),
         tokenizer,
@@ -57,6 +63,7 @@ def main(argv: list[str] | None = None) -> None:
         title=values["source"],
         workers=_whole_number(values, "workers", 0, at_least=0),
         max_tokens=source.max_tokens,
+        template=None if encoder is None else encoder.template,
         shard_chars=_whole_number(values, "shard_mb", SHARD_CHARS // 10**6, at_least=1) * 10**6,
         log=_say,
     )
@@ -71,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
 def _source(values: dict[str, str]) -> SourceConfig:
     """The source that the arguments describe: a path if it can be one, else the name of a hub data set."""
     text = values["source"]
-    there = text in SHIPPED_TEXT or Path(text).expanduser().exists() or glob.has_magic(text)
+    there = is_shipped(text) or Path(text).expanduser().exists() or glob.has_magic(text)
     is_hub = not there and re.fullmatch(r"[\w-]+/[\w.-]+", text) is not None and not Path(text).suffix
     if is_hub:
         _say(f"{text} is no path here, so it is taken for a hub data set")
@@ -83,13 +90,22 @@ def _source(values: dict[str, str]) -> SourceConfig:
         limit = None if max_tokens is None else parse_tokens(max_tokens)
     except ValueError as error:
         raise UsageError(f"max_tokens={max_tokens!r}: {error}") from error
+    if values.get("format", "text") not in ("text", "chat"):
+        raise UsageError(f"format={values['format']!r}: text or chat")
+    chat_keys = ("chat_template", "messages_field", "prompt_field", "response_field")
+    if values.get("format") != "chat" and any(key in values for key in chat_keys):
+        raise UsageError(f"{', '.join(key for key in chat_keys if key in values)}: only with format=chat")
     return SourceConfig(
         path=None if is_hub else text,
         name=text if is_hub else None,
         subset=values.get("subset"),
         split=values.get("split", "train"),
         streaming=streaming == "true",
+        format=values.get("format", "text"),
         text_field=values.get("text_field", "text"),
+        messages_field=values.get("messages_field", "messages"),
+        prompt_field=values.get("prompt_field", "prompt"),
+        response_field=values.get("response_field", "response"),
         id_field=values.get("id_field", "id"),
         max_tokens=limit,
     )

@@ -37,6 +37,14 @@ class CountingSource:
         self.fingerprint = f"{name}-{base}-{'-'.join(map(str, lengths))}"
         self.ids = [f"{name}{i}" for i in range(len(lengths))]
 
+    is_chat = False
+
+    def window(self, document, start, length):
+        return self.tokens(document, start, start + length + 1)
+
+    def learnt(self, document, start, length):
+        return None
+
     def tokens(self, document, start, stop):
         assert 0 <= start <= stop <= self.lengths[document]
         return np.arange(start, stop, dtype=np.uint32) + (self.base + document) * self.STRIDE

@@ -92,7 +92,7 @@ def edit_meta(directory):
         (lambda d: (d / "00000.bin").unlink(), "00000.bin is missing"),
         (flip("00000.idx"), "00000.idx is missing or damaged"),
         (flip("00001.bin"), "00001.bin is damaged: its checksum"),
-        (edit_meta, "version 9, this program reads version 1"),
+        (edit_meta, "version 9, this program reads versions 1 and 2"),
         (lambda d: (d / "meta.json").write_text("{"), "meta.json is damaged"),
         (lambda d: (d / "meta.json").unlink(), "unfinished token shards"),
     ],
