@@ -127,8 +127,8 @@ def open_validation(
     return _open(config, {"validation": source}, rank_zero, barrier, log)["validation"]
 
 
-def known_lengths(config: DataConfig) -> dict[str, np.ndarray]:
-    """Source name -> int64 tokens of each document, of those sources that are tokenised already; for the plan.
+def known_sources(config: DataConfig) -> dict[str, Source]:
+    """The training sources that are tokenised already, by name; for the plan.
 
     Reads indices only, writes nothing and asks no network. Raises DataError for shards of another tokenizer.
     """
@@ -142,8 +142,8 @@ def known_lengths(config: DataConfig) -> dict[str, np.ndarray]:
         if directory is not None and (directory / META).exists():
             shards = TokenShards(directory)
             _check_tokenizer(name, shards, tokenizer)
-            opened = Source(name, shards, _selection(name, source, shards, prefix=not prepared, log=lambda line: None))
-            known[name] = opened.lengths
+            selection = _selection(name, source, shards, prefix=not prepared, log=lambda line: None)
+            known[name] = Source(name, shards, selection)
     return known
 
 
@@ -364,4 +364,4 @@ def _title(source: SourceConfig) -> str:
     return source.path or f"{source.name} ({source.split})"
 
 
-__all__ = ["DataError", "Source", "known_lengths", "open_sources", "open_validation"]
+__all__ = ["DataError", "Source", "known_sources", "open_sources", "open_validation"]

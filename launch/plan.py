@@ -18,7 +18,7 @@ from conf.build import ConfigError, Problems, quantity  # noqa: E402
 from conf.hardware import Hardware  # noqa: E402
 from conf.numbers import parse_memory  # noqa: E402
 from data.errors import DataError  # noqa: E402
-from data.sources import known_lengths  # noqa: E402
+from data.sources import known_sources  # noqa: E402
 from data.tokenizer import load_tokenizer  # noqa: E402
 from launch.config import detect_hardware, load, run_command  # noqa: E402
 from train.plan import make_plan  # noqa: E402
@@ -39,10 +39,10 @@ def main(arguments: list[str]) -> None:
     check_stages(config)
     try:
         vocab_size = embedding_rows(config.model, load_tokenizer(config.data.tokenizer).vocab_size)
-        lengths = known_lengths(config.data)
+        sources = known_sources(config.data)
     except DataError as error:
         raise ConfigError([str(error)]) from error
-    print(make_plan(config, vocab_size, hardware, lengths).text())
+    print(make_plan(config, vocab_size, hardware, sources).text())
 
 
 def split_machine(arguments: list[str]) -> tuple[list[str], Hardware]:

@@ -135,7 +135,7 @@ def _train(config: RunConfig, tokenizer: Tokenizer, plan: Callable[..., Plan]) -
     opening = {"rank_zero": world.is_main, "barrier": distributed.barrier, "log": say}
     sources = open_sources(config.data, **opening)
     held_out = open_validation(config.data, **opening)
-    known = plan(lengths={name: source.lengths for name, source in sources.items()})
+    known = plan(sources=sources)
     say("\n".join(known.data))
     observers = Observers(say=say)
     if held_out is not None:

@@ -10,6 +10,7 @@ from conf.hardware import Hardware
 from conf.numbers import format_count, format_length, format_tokens
 from conf.schema import LRConfig, RopeConfig, RunConfig, SourceConfig
 from data.mixture import long_share
+from data.sources import Source
 from moba.spec import AttentionSpec
 from train.schedule import Stage
 from train.sizes import head_dim, ntk_theta, num_kv_heads
@@ -116,12 +117,12 @@ def describe_engine(config: RunConfig, hardware: Hardware) -> str:
     )
 
 
-def describe_data(config: RunConfig, stages: tuple[Stage, ...], lengths: Mapping[str, np.ndarray]) -> tuple[str, ...]:
+def describe_data(config: RunConfig, stages: tuple[Stage, ...], sources: Mapping[str, Source]) -> tuple[str, ...]:
     """Each source with the tokens drawn from it, the documents that reach each stage's length, and those held out.
 
-    `lengths` gives the tokens of each document of a source where they are known, for the epochs.
+    `sources` are those that are tokenised already, for the epochs.
     """
-    lines = []
+    lines, lengths = [], {name: source.lengths for name, source in sources.items()}
     for name, source in config.data.sources.items():
         wanted = sum(stage.tokens * stage.mix.get(name, 0.0) for stage in stages)
         line = f"{name}: {_where(source)}, {format_count(wanted)} tokens to train on"
@@ -129,10 +130,24 @@ def describe_data(config: RunConfig, stages: tuple[Stage, ...], lengths: Mapping
             count, tokens = len(lengths[name]), int(lengths[name].sum())
             line += f" = {wanted / max(tokens, 1):.3g} epochs of {count:,} documents, {format_count(tokens)} tokens"
         lines.append(line)
-    lines += dict.fromkeys(_describe_reach(stage, lengths) for stage in stages)
+    for name in (name for name, source in sources.items() if source.is_chat):
+        used_at = dict.fromkeys(stage.seq_len for stage in stages if stage.mix.get(name, 0) > 0)
+        lines += [_describe_cuts(name, sources[name], seq_len) for seq_len in used_at]
+    texts = {name for name, source in config.data.sources.items() if source.format == "text"}
+    lines += dict.fromkeys(_describe_reach(stage, lengths) for stage in stages if set(stage.mix) <= texts)
     if config.data.validation is not None:
         lines.append(f"held out: {_where(config.data.validation)}, up to {config.eval.documents} documents")
     return tuple(lines)
+
+
+def _describe_cuts(name: str, source: Source, seq_len: int) -> str:
+    """What training at a length does to the conversations that are longer (data.sft.usable_inputs)."""
+    usable, length = source.usable_inputs(seq_len), format_length(seq_len)
+    left_out, cut = int((usable == 0).sum()), int(((usable > 0) & (usable < source.lengths - 1)).sum())
+    return (
+        f"{name} at {length}: of {len(usable):,} conversations {cut:,} are cut to their first {length} tokens, and "
+        f"{left_out:,} are left out, having no answer within them"
+    )
 
 
 def reach(stage: Stage, lengths: Mapping[str, np.ndarray]) -> float | None:

@@ -17,6 +17,7 @@ import numpy as np
 from conf.hardware import Hardware
 from conf.numbers import format_length, format_memory
 from conf.schema import RunConfig
+from data.sources import Source
 from moba.flops import attended_pairs, attention_flops, causal_pairs
 from train.describe import (
     describe_data,
@@ -103,17 +104,17 @@ def make_plan(
     config: RunConfig,
     vocab_size: int,
     hardware: Hardware | None = None,
-    lengths: Mapping[str, np.ndarray] | None = None,
+    sources: Mapping[str, Source] | None = None,
 ) -> Plan:
     """The plan of a frozen configuration for a model with `vocab_size` embedding rows (train.sizes.embedding_rows).
 
     `hardware` says how many processes share the work and how much memory a GPU has; without it, one GPU of unknown
-    size. `lengths` gives the tokens of each document of each source (data.sources.Source.lengths), where they are known
-    already.
+    size. `sources` are those whose documents are tokenised already.
     """
     hardware = hardware or Hardware(num_gpus=1)
     schedule = build_schedule(config)
-    lengths = lengths or {}
+    sources = sources or {}
+    lengths = {name: source.lengths for name, source in sources.items() if not source.is_chat}
     stages = tuple(_stage_plan(config, stage, schedule, vocab_size, hardware, lengths) for stage in schedule.stages)
     memory, verdict = _memory(config, schedule.stages, vocab_size, hardware)
     return Plan(
@@ -130,7 +131,7 @@ def make_plan(
         world_size=hardware.world_size,
         memory=memory,
         verdict=verdict,
-        data=describe_data(config, schedule.stages, lengths),
+        data=describe_data(config, schedule.stages, sources),
         outputs=describe_outputs(config),
         notice=config.run.notice,
     )

@@ -77,6 +77,12 @@ class PositionCurve:
     position_count: np.ndarray
     """[max_length] tokens counted there."""
 
+    @property
+    def total_mean(self) -> float:
+        """Mean loss of all tokens counted; NaN for none."""
+        total = self.count.sum()
+        return float(np.where(self.count > 0, self.mean * self.count, 0.0).sum() / total) if total else float("nan")
+
     def arrays(self) -> dict[str, np.ndarray]:
         """All fields as arrays, for a .npz file that may hold more beside them."""
         return {name: np.asarray(value) for name, value in vars(self).items()}

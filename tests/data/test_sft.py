@@ -29,17 +29,17 @@ TALK = [
     {"role": "assistant", "content": ""},
     {"role": "user", "content": "Bye"},
 ]
-# What is learnt stands between « and ».
+# What is learnt stands between { and }.
 BY_HAND = {
     "chatml": "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nOne?<|im_end|>\n<|im_start|>assistant\n"
-    "« 1\n<|im_end|>»\n<|im_start|>user\nNone?<|im_end|>\n<|im_start|>assistant\n«<|im_end|>»\n"
+    "{ 1\n<|im_end|>}\n<|im_start|>user\nNone?<|im_end|>\n<|im_start|>assistant\n{<|im_end|>}\n"
     "<|im_start|>user\nBye<|im_end|>\n",
     "llama3": "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
     "<|start_header_id|>user<|end_header_id|>\n\nOne?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
-    "«1<|eot_id|>»<|start_header_id|>user<|end_header_id|>\n\nNone?<|eot_id|>"
-    "<|start_header_id|>assistant<|end_header_id|>\n\n«<|eot_id|>»"
+    "{1<|eot_id|>}<|start_header_id|>user<|end_header_id|>\n\nNone?<|eot_id|>"
+    "<|start_header_id|>assistant<|end_header_id|>\n\n{<|eot_id|>}"
     "<|start_header_id|>user<|end_header_id|>\n\nBye<|eot_id|>",
-    "plain": "System: Be brief.\nUser: One?\nAssistant:«  1\n<|endoftext|>»\nUser: None?\nAssistant:« <|endoftext|>»\n"
+    "plain": "System: Be brief.\nUser: One?\nAssistant:{  1\n<|endoftext|>}\nUser: None?\nAssistant:{ <|endoftext|>}\n"
     "User: Bye\n",
 }  # fmt: skip
 MARKED = (
@@ -76,8 +76,8 @@ def encoder(tokenizer, jinja, name="test"):
 
 
 def marked(parts):
-    """The parts of a rendering as one text, the learnt ones in « and »."""
-    return "".join(f"«{text}»" if learnt else text for text, learnt in parts)
+    """The parts of a rendering as one text, the learnt ones in { and }."""
+    return "".join("{" + text + "}" if learnt else text for text, learnt in parts)
 
 
 @pytest.mark.parametrize("name", NAMED)
@@ -89,7 +89,7 @@ def test_masks_by_hand(tokenizer, name):
     tokens, mask = chat.encode(TALK)
     special = {number: text for text, number in tokenizer.special_tokens.items()}
     texts = [(special.get(int(token)) or tokenizer.decode([token]), bool(one)) for token, one in zip(tokens, mask)]
-    assert marked(texts).replace("»«", "") == BY_HAND[name] and len(texts) > 60
+    assert marked(texts).replace("}{", "") == BY_HAND[name] and len(texts) > 60
     ends = {"chatml": "<|im_end|>", "llama3": "<|eot_id|>", "plain": "<|endoftext|>"}
     assert chat.end_of_turn() == tokenizer.special_tokens[ends[name]]
 

@@ -13,7 +13,7 @@ import pytest
 from conf.schema import DataConfig, SourceConfig
 from data import sources as sources_module
 from data.errors import DataError
-from data.sources import known_lengths, open_sources, open_validation
+from data.sources import known_sources, open_sources, open_validation
 from data.tokenizer import load_tokenizer
 from data.validation import held_out_documents
 
@@ -110,17 +110,17 @@ def test_lengths_are_known_once_a_run_has_tokenised(tmp_path, config_of):
         "hub": SourceConfig(name="nobody/knows", streaming=True),
     }
     config = replace(config_of(), sources=sources)
-    assert known_lengths(config) == {} and [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+    assert known_sources(config) == {} and [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
     here = replace(config, sources={name: sources[name] for name in ("all", "first")})
     opened = open_sources(here)
-    known = known_lengths(config)
-    assert {name: lengths.tolist() for name, lengths in known.items()} == {
+    known = known_sources(config)
+    assert {name: source.lengths.tolist() for name, source in known.items()} == {
         name: source.lengths.tolist() for name, source in opened.items()
     }
-    assert len(known["all"]) == 3 and len(known["first"]) == 1
-    assert known_lengths(replace(config, tokenizer="bpe-4k")) == {}
+    assert known["all"].num_documents == 3 and known["first"].num_documents == 1
+    assert known_sources(replace(config, tokenizer="bpe-4k")) == {}
     file.write_bytes(jsonl(TEXTS[:2]))
-    assert known_lengths(config) == {}
+    assert known_sources(config) == {}
 
 
 def test_ready_shards_with_selections(tmp_path, config_of):

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -26,6 +27,11 @@ def config_of(**stage):
     stages = {"sparse": sparse, "full": {"tokens": "8K", "attention": {"kind": "full"}}}
     schedule = {"seq_len": 256, "batch_tokens": "1K", "stages": stages}
     return freeze({"model": MODEL, "data": {"sources": {"a": {"path": "a.txt"}}}, "schedule": schedule})
+
+
+def known(lengths, usable=None) -> SimpleNamespace:
+    """A source that is tokenised: of text, or of conversations of which `usable` inputs are used."""
+    return SimpleNamespace(lengths=lengths, is_chat=usable is not None, usable_inputs=lambda seq_len: usable)
 
 
 def dense_mask(length: int, block: int, top_k: int) -> torch.Tensor:
@@ -57,6 +63,16 @@ def test_flops_count_products():
     assert sparse.flops < sparse.dense_flops
 
 
+def test_conversations_that_are_cut_are_counted():
+    """Catches conversations that are cut or left out without a word."""
+    config = config_of()
+    data = replace(config.data, sources={"a": replace(config.data.sources["a"], format="chat")})
+    talks = known(np.array([100, 257, 258, 300, 400]), np.array([99, 256, 256, 0, 0]))
+    text = " ".join(make_plan(replace(config, data=data), 384, sources={"a": talks}).text().split())
+    assert "of 5 conversations 1 are cut to their first 256 tokens, and 2 are left out" in text
+    assert "documents that reach" not in text and text.count("conversations") == 1
+
+
 def test_dense_at_this_length_is_said():
     """Catches a MoBA stage that is full attention in disguise."""
     assert "warning" not in make_plan(config_of(), 384).text()
@@ -68,7 +84,7 @@ def test_dense_at_this_length_is_said():
 def test_text_says_what_a_stage_changes():
     """Catches RoPE, mix, learning rate or batches that a reader can't find."""
     config = config_of(rope={"scaling": "yarn", "factor": 4, "original_length": "8K", "theta": 5e5}, mix={"a": 1})
-    plan = make_plan(config, 384, Hardware(world_size=2), {"a": np.full(8, 512)})
+    plan = make_plan(config, 384, Hardware(world_size=2), {"a": known(np.full(8, 512))})
     text = plan.text()
     assert "theta 500000, yarn x4 from 8K" in text
     assert "cosine, peak 0.0003" in text and "2 CPU processes, ZeRO 1, fp32" in text
@@ -97,9 +113,9 @@ def test_text_says_what_an_extension_changes():
     assert unknown.text().count("is known once they are tokenised") == 1
 
     lengths = np.array([11] * 970 + [301])  # 9700 inputs in short documents, 300 in a long one
-    plan = make_plan(config, 384, lengths={"a": lengths})
+    plan = make_plan(config, 384, sources={"a": known(lengths)})
     assert [stage.long_share for stage in plan.stages] == [0.03, 0.03, 0.0, 0.03]
-    assert make_plan(config, 384, lengths={"a": lengths[-10:]}).stages[0].long_share == pytest.approx(300 / 390)
+    assert make_plan(config, 384, sources={"a": known(lengths[-10:])}).stages[0].long_share == pytest.approx(300 / 390)
     text = " ".join(plan.text().split())
     for words in (
         "theta 10000, the model's own llama3 x8, then linear x4",
