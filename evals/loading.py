@@ -79,16 +79,17 @@ def portable(plan: tuple[AttentionSpec, ...]) -> tuple[AttentionSpec, ...]:
 
 
 def attention_plan(text: str, trained: TrainedModel) -> tuple[AttentionSpec, ...]:
-    """The attention of each layer that `text` names: "stage" (as trained), "full", or "<block size>x<top_k>" for MoBA
-    in the layers that the stage gives MoBA (in all, if it gives it to none). ValueError for anything else."""
+    """The attention of each layer that `text` names: "stage" (as trained), "full" in place of MoBA, or
+    "<block size>x<top_k>" for MoBA in the layers that the stage gives MoBA (in the full ones, if it gives it to none).
+    Sliding windows, which belong to the model, stay. ValueError for anything else."""
     own = portable(trained.stage.attention)
     if text == "stage":
         return own
     if text == "full":
-        return (AttentionSpec("full"),) * len(own)
+        return tuple(spec.without_moba() for spec in own)
     block, times, top_k = text.partition("x")
     if not times or not top_k.isdecimal():
         raise ValueError(f"attention={text!r}: choose stage, full or <block size>x<top_k> such as 512x3")
     spec = AttentionSpec("moba", parse_length(block), int(top_k))
-    is_dense = all(s.kind == "full" for s in own)
-    return tuple(spec if is_dense or s.kind == "moba" else s for s in own)
+    replaced = "moba" if any(s.kind == "moba" for s in own) else "full"
+    return tuple(spec if s.kind == replaced else s for s in own)

@@ -1,7 +1,7 @@
 """The public entry to attention: checks the arguments, picks a backend, and calls it.
 
-`moba_attention` is sparse, `full_attention` dense and causal, `attention` whichever an AttentionSpec says. All take
-packed documents: q [T, H, D], k and v [S, G, D], document bounds in `cu_seqlens`. Nothing here reads values of CUDA
+`moba_attention` is sparse, `full_attention` dense and causal, `sliding_attention` sees the latest tokens only, and
+`attention` is whichever an AttentionSpec says. All take packed documents: q [T, H, D], k and v [S, G, D], document bounds in `cu_seqlens`. Nothing here reads values of CUDA
 tensors.
 
 Shapes: T queries, S keys, H query heads, G key/value heads, D head size, N documents.
@@ -16,18 +16,18 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 
-from moba.checks import BackendUnavailable, check_blocks, check_documents, check_scale, check_tensors
+from moba.checks import BackendUnavailable, check_blocks, check_documents, check_scale, check_tensors, check_window
 from moba.gates import select
-from moba.reference import reference_attention
+from moba.reference import reference_attention, reference_sliding
 from moba.spec import BACKENDS, AttentionSpec
 
-__all__ = ["BackendUnavailable", "attention", "full_attention", "moba_attention"]
+__all__ = ["BackendUnavailable", "attention", "full_attention", "moba_attention", "sliding_attention"]
 
 logger = logging.getLogger("moba")
 
 # What `auto` tries, the fastest first.
 MOBA_BACKENDS = {"cuda": ("triton", "flash", "torch")}
-FULL_BACKENDS = {"cuda": ("flash", "torch")}
+FULL_BACKENDS = {"cuda": ("flash", "torch")}  # sliding windows too
 ELSEWHERE = ("torch",)
 
 # Full attention through the block-sparse code (for its log-sum-exp): its blocks.
@@ -111,10 +111,7 @@ def full_attention(
     """
     _check(q, k, v, cu_seqlens, cu_seqlens_k, softmax_scale, backend)
     cu_seqlens_k = _if_different(cu_seqlens, cu_seqlens_k, q.shape[0] == k.shape[0])
-    longest = (
-        _longest(cu_seqlens, q.shape[0]),
-        _longest(cu_seqlens if cu_seqlens_k is None else cu_seqlens_k, k.shape[0]),
-    )
+    longest = _longest_pair(cu_seqlens, cu_seqlens_k, q, k)
     documents = {"cu_seqlens": _on(q.device, cu_seqlens), "cu_seqlens_k": _on(q.device, cu_seqlens_k)}
     options = {"softmax_scale": softmax_scale, "deterministic": deterministic, "return_lse": return_lse}
 
@@ -125,6 +122,46 @@ def full_attention(
     if backend in ("auto", "triton"):
         return _first_available("full", candidates if backend == "auto" else ("triton", *candidates), run)
     return run(backend)
+
+
+def sliding_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    window: int,
+    cu_seqlens: torch.Tensor | None = None,
+    cu_seqlens_k: torch.Tensor | None = None,
+    softmax_scale: float | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+    deterministic: bool = False,
+) -> Output:
+    """Attention of each query to the last `window` tokens of its document, its own included: [T, H, D], with
+    `return_lse` also the log-sum-exp [H, T].
+
+    Arguments and backends as for `full_attention`; "torch" computes tiles along the diagonal. Work and memory grow
+    with T * window, and a window that covers the document is full attention.
+    """
+    check_window(window)
+    _check(q, k, v, cu_seqlens, cu_seqlens_k, softmax_scale, backend)
+    cu_seqlens_k = _if_different(cu_seqlens, cu_seqlens_k, q.shape[0] == k.shape[0])
+    longest = _longest_pair(cu_seqlens, cu_seqlens_k, q, k)
+    documents = {"cu_seqlens": _on(q.device, cu_seqlens), "cu_seqlens_k": _on(q.device, cu_seqlens_k)}
+    documents["softmax_scale"] = softmax_scale
+    if backend == "auto" and window >= longest[1]:
+        return full_attention(q, k, v, **documents, return_lse=return_lse, deterministic=deterministic)
+
+    def run(name: str):
+        return _run_sliding(name, q, k, v, longest, window=window, deterministic=deterministic, **documents)
+
+    candidates = FULL_BACKENDS.get(q.device.type, ELSEWHERE)
+    if backend in ("auto", "triton"):
+        candidates = candidates if backend == "auto" else ("triton", *candidates)
+        out, lse = _first_available("sliding", candidates, run)
+    else:
+        out, lse = run(backend)
+    return (out, lse.detach()) if return_lse else out
 
 
 def attention(
@@ -139,7 +176,7 @@ def attention(
     return_lse: bool = False,
     deterministic: bool = False,
 ) -> Output:
-    """`full_attention` or `moba_attention`, as `spec` says."""
+    """`full_attention`, `moba_attention` or `sliding_attention`, as `spec` says."""
     options = {
         "cu_seqlens": cu_seqlens,
         "cu_seqlens_k": cu_seqlens_k,
@@ -150,6 +187,8 @@ def attention(
     }
     if spec.kind == "full":
         return full_attention(q, k, v, **options)
+    if spec.kind == "sliding":
+        return sliding_attention(q, k, v, window=spec.window, **options)
     return moba_attention(q, k, v, block_size=spec.block_size, top_k=spec.top_k, gate=spec.gate, **options)
 
 
@@ -217,6 +256,27 @@ def _run_full(
         out, lse = moba_torch(q, k, v, block_size=FULL_BLOCK, top_k=num_blocks, **documents)
         return (out, lse) if return_lse else out
     return _dense_documents(q, k, v, is_causal=not one_query, **documents)
+
+
+def _run_sliding(
+    name: str, q, k, v, longest: tuple[int, int], *, deterministic: bool, **arguments
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out, lse) of a sliding window by the backend of that name; `longest` as for `_run_full`."""
+    if name == "triton":
+        raise BackendUnavailable("there is no sliding-window kernel")
+    if name == "reference":
+        return reference_sliding(q, k, v, return_lse=True, **arguments)
+    if name == "torch":
+        from moba.backends.torch_sliding import sliding_torch
+
+        return sliding_torch(q, k, v, **arguments)
+    _need_cuda(name, q)
+    from moba.backends.varlen import varlen_attention
+
+    cu_q = _bounds(arguments["cu_seqlens"], q.shape[0], q.device)
+    cu_k = cu_q if arguments["cu_seqlens_k"] is None else arguments["cu_seqlens_k"]
+    options = {"softmax_scale": arguments["softmax_scale"], "window": arguments["window"]}
+    return varlen_attention(q, k, v, cu_q, cu_k, *longest, deterministic=deterministic, return_lse=True, **options)
 
 
 def _dense_documents(q, k, v, *, cu_seqlens, cu_seqlens_k, softmax_scale, is_causal: bool) -> torch.Tensor:
@@ -295,3 +355,9 @@ def _bounds(bounds: torch.Tensor | None, total: int, device: torch.device) -> to
 def _longest(bounds: torch.Tensor | None, total: int) -> int:
     """Tokens of the longest document; `total`, which bounds it, where the bounds lie on a device."""
     return int(bounds.diff().max()) if bounds is not None and bounds.device.type == "cpu" else total
+
+
+def _longest_pair(cu_seqlens, cu_seqlens_k, q: torch.Tensor, k: torch.Tensor) -> tuple[int, int]:
+    """Bounds on a document's queries and keys."""
+    bounds_k = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
+    return _longest(cu_seqlens, q.shape[0]), _longest(bounds_k, k.shape[0])

@@ -18,7 +18,16 @@ class BackendUnavailable(ValueError):
 
 def check_blocks(block_size: int, top_k: int) -> None:
     """Raises ValueError unless both are integers of at least 1."""
-    for name, value in (("block_size", block_size), ("top_k", top_k)):
+    _check_counts(block_size=block_size, top_k=top_k)
+
+
+def check_window(window: int) -> None:
+    """Raises ValueError unless it is an integer of at least 1."""
+    _check_counts(window=window)
+
+
+def _check_counts(**values: int) -> None:
+    for name, value in values.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name}={value!r}: needs an integer of at least 1")
 

@@ -15,10 +15,12 @@ def attended_pairs(spec: AttentionSpec, lengths: Sequence[int]) -> int:
     """Number of (query, key) pairs that one head computes over documents of these lengths (tokens).
 
     A query at position p of its document sees min(p // B, top_k - 1) blocks of B keys, and the p % B + 1 keys of its
-    own block up to itself.
+    own block up to itself. With a sliding window it sees min(p + 1, window) keys.
     """
     if spec.kind == "full":
         return causal_pairs(lengths)
+    if spec.kind == "sliding":
+        return sum(_sliding_pairs(length, spec.window) for length in lengths)
     return sum(_moba_pairs(length, spec.block_size, spec.top_k) for length in lengths)
 
 
@@ -45,3 +47,8 @@ def _moba_pairs(length: int, block_size: int, top_k: int) -> int:
     history_blocks = growing * (growing - 1) // 2 + (num_complete - growing) * (top_k - 1)
     history = history_blocks * block_size**2 + tail * min(num_complete, top_k - 1) * block_size
     return own + history
+
+
+def _sliding_pairs(length: int, window: int) -> int:
+    growing = min(length, window)
+    return causal_pairs([growing]) + (length - growing) * window

@@ -119,6 +119,10 @@ class LayerCache:
             "cu_seqlens": _document(num_new, q.device),
             "cu_seqlens_k": _document(length, q.device),
         }
+        if decoding and spec.kind == "sliding":
+            seen = min(spec.window, length)
+            bounds["cu_seqlens_k"] = _document(seen, q.device)
+            return full_attention(q, sequence.k[-seen:], sequence.v[-seen:], **bounds)
         if decoding and self.decode == "full":
             return full_attention(q, sequence.k, sequence.v, **bounds)
         return attention(q, sequence.k, sequence.v, spec, **bounds)
@@ -129,8 +133,8 @@ class KVCache:
 
     `decode` says how a single new token attends in MoBA layers: "moba" routes it like any other token, "full" lets it
     see everything, as the paper evaluates (MoBA while reading the prompt, full attention while generating). Chunks of
-    more than one token always follow the layer's AttentionSpec, and so do full layers. Specs may be swapped between
-    calls.
+    more than one token always follow the layer's AttentionSpec, and so do full layers and sliding windows. Specs may
+    be swapped between calls; a window's cache keeps all keys, so that it may be widened.
     """
 
     def __init__(self, num_layers: int, num_sequences: int = 1, decode: str = "moba"):

@@ -1,6 +1,6 @@
-"""The definition of MoBA, as loops and dense masks: slow, quadratic and meant to be obviously right.
+"""The definition of MoBA and of sliding windows, as loops and dense masks: slow, quadratic, meant to be obviously right.
 
-Everything else in this package is tested against these two functions, so they share no code with it: the selection
+Everything else in this package is tested against these functions, so they share no code with it: the selection
 below does not call `moba.routing`, and the attention is a masked softmax over whole documents. Differentiable by
 autograd; any dtype.
 
@@ -65,10 +65,45 @@ def reference_attention(
     `cu_seqlens_k` says the same of keys where they differ, and then the queries are the last of their document's
     keys. Half precisions are computed in float32; the log-sum-exp is float32, or float64 for float64 inputs.
     """
-    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     selection = reference_selection(
         q, k, block_size=block_size, top_k=top_k, cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k
     )
+
+    def allowed(head: int, queries: slice, num_keys: int) -> torch.Tensor:
+        return _mask(selection[head, queries], num_keys, block_size)
+
+    out, lse = _masked_attention(q, k, v, allowed, cu_seqlens, cu_seqlens_k, softmax_scale)
+    return (out, lse) if return_lse else out
+
+
+def reference_sliding(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    window: int,
+    cu_seqlens: torch.Tensor | None = None,
+    cu_seqlens_k: torch.Tensor | None = None,
+    softmax_scale: float | None = None,
+    return_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Sliding-window attention by dense masks; arguments and results as for `reference_attention`.
+
+    A query sees the last `window` tokens of its document up to itself, its own included.
+    """
+
+    def allowed(_: int, queries: slice, num_keys: int) -> torch.Tensor:
+        key = torch.arange(num_keys, device=q.device)
+        query = torch.arange(num_keys - (queries.stop - queries.start), num_keys, device=q.device)[:, None]
+        return (key <= query) & (key > query - window)
+
+    out, lse = _masked_attention(q, k, v, allowed, cu_seqlens, cu_seqlens_k, softmax_scale)
+    return (out, lse) if return_lse else out
+
+
+def _masked_attention(q, k, v, allowed, cu_seqlens, cu_seqlens_k, softmax_scale):
+    """(out, log-sum-exp) under the masks allowed(head, queries, keys of their document): bool [queries, keys]."""
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     dtype = q.dtype
     q, k, v = _compute_dtype(q), _compute_dtype(k), _compute_dtype(v)
     num_heads, group = q.shape[1], q.shape[1] // k.shape[1]
@@ -76,15 +111,14 @@ def reference_attention(
     for head in range(num_heads):
         outputs, lses = [q[:0, head]], [q[:0, head, 0]]
         for queries, keys in _documents(q, k, cu_seqlens, cu_seqlens_k):
-            allowed = _mask(selection[head, queries], keys.stop - keys.start, block_size)
+            mask = allowed(head, queries, keys.stop - keys.start)
             scores = scale * (q[queries, head] @ k[keys, head // group].T)
-            scores = scores.masked_fill(~allowed, float("-inf"))
+            scores = scores.masked_fill(~mask, float("-inf"))
             outputs.append(scores.softmax(dim=-1) @ v[keys, head // group])
             lses.append(scores.logsumexp(dim=-1))
         heads_out.append(torch.cat(outputs))
         heads_lse.append(torch.cat(lses))
-    out = torch.stack(heads_out, dim=1).to(dtype)
-    return (out, torch.stack(heads_lse)) if return_lse else out
+    return torch.stack(heads_out, dim=1).to(dtype), torch.stack(heads_lse)
 
 
 def _mask(selection: torch.Tensor, num_keys: int, block_size: int) -> torch.Tensor:

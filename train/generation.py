@@ -60,7 +60,7 @@ def generate(
 
     `prompt`: at least one id (BOS where the model was trained with it). `vocab_size`: ids from there on are never
     drawn; embeddings may have more rows than the tokenizer has ids. `prefill`: the attention of each layer while the
-    prompt is read, None: the model's; `decode`: for new tokens, None: full attention. The model has its own attention
+    prompt is read, None: the model's; `decode`: for new tokens, None: full attention in place of MoBA. The model has its own attention
     whenever this yields. The prompt is read `chunk_tokens` at a time, which changes nothing but the memory.
     The same seed draws the same tokens as long as the scores are the same. ValueError for arguments out of range.
     """
@@ -70,7 +70,7 @@ def generate(
         raise ValueError(f"max_new_tokens={max_new_tokens}: needs a whole number of at least 0")
     sampling = sampling or Sampling()
     generator = torch.Generator().manual_seed(sampling.seed)
-    decode = decode or (AttentionSpec("full"),) * len(model.attention)
+    decode = decode or tuple(spec.without_moba() for spec in model.attention)
     cache = KVCache(len(model.attention))
     pending = torch.as_tensor(list(prompt), dtype=torch.int64)
     plan = prefill or model.attention

@@ -31,11 +31,13 @@ from moba.routing import score_dtype
 class Primitive(NamedTuple):
     """Varlen attention of one provider.
 
-    forward(q, k, v, cu_q, cu_k, max_q, max_k, causal, softmax_scale) -> out [Tq, H, D], lse [H, Tq]
-    backward(dout, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, causal, softmax_scale, deterministic) -> dq, dk, dv
+    forward(q, k, v, cu_q, cu_k, max_q, max_k, causal, softmax_scale, window=None) -> out [Tq, H, D], lse [H, Tq]
+    backward(dout, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, causal, softmax_scale, deterministic, window=None)
+        -> dq, dk, dv
 
     backward takes whatever out and lse it is given: with those of a softmax over more keys than k it returns this
-    part's share of the gradients. A sequence may have no queries (its dk, dv are zero) or no tokens at all.
+    part's share of the gradients. A sequence may have no queries (its dk, dv are zero) or no tokens at all. `window`,
+    only with causal: a query sees that many keys, up to the one at its own position.
     """
 
     name: str
@@ -54,23 +56,25 @@ def _sequences(q: Tensor, cu_q: Tensor, cu_k: Tensor):
             yield slice(bounds_q[i], bounds_q[i + 1]), slice(bounds_k[i], bounds_k[i + 1])
 
 
-def _scores(q_THD: Tensor, k_SKD: Tensor, causal: bool, scale: float) -> Tensor:
+def _scores(q_THD: Tensor, k_SKD: Tensor, causal: bool, scale: float, window: int | None) -> Tensor:
     """Scaled, masked scores of one sequence: [H_kv, H / H_kv, Tq, Tk]; consecutive query heads share a key head."""
     q_TKGD = q_THD.unflatten(1, (k_SKD.shape[1], -1))
     scores = torch.einsum("tkgd,skd->kgts", q_TKGD, k_SKD) * scale
     if causal:
         num_q, num_k = scores.shape[-2:]
-        future = torch.ones(num_q, num_k, dtype=torch.bool, device=q_THD.device).triu(num_k - num_q + 1)
-        scores = scores.masked_fill(future, float("-inf"))
+        visible = torch.ones(num_q, num_k, dtype=torch.bool, device=q_THD.device).tril(num_k - num_q)
+        if window is not None:
+            visible = visible.triu(num_k - num_q - window + 1)
+        scores = scores.masked_fill(~visible, float("-inf"))
     return scores
 
 
-def _plain_forward(q, k, v, cu_q, cu_k, max_q, max_k, causal, softmax_scale):
+def _plain_forward(q, k, v, cu_q, cu_k, max_q, max_k, causal, softmax_scale, window=None):
     dtype = score_dtype(q)
     out = torch.empty_like(q)
     lse = torch.empty(q.shape[1], q.shape[0], dtype=dtype, device=q.device)
     for rows, cols in _sequences(q, cu_q, cu_k):
-        scores = _scores(q[rows].to(dtype), k[cols].to(dtype), causal, softmax_scale)
+        scores = _scores(q[rows].to(dtype), k[cols].to(dtype), causal, softmax_scale, window)
         lse_KGT = scores.logsumexp(-1)
         probs = (scores - lse_KGT[..., None]).exp()
         out[rows] = torch.einsum("kgts,skd->tkgd", probs, v[cols].to(dtype)).flatten(1, 2).to(q.dtype)
@@ -78,14 +82,16 @@ def _plain_forward(q, k, v, cu_q, cu_k, max_q, max_k, causal, softmax_scale):
     return out, lse
 
 
-def _plain_backward(dout, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, causal, softmax_scale, deterministic):
+def _plain_backward(
+    dout, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, causal, softmax_scale, deterministic, window=None
+):
     dtype = score_dtype(q)
     num_kv_heads = k.shape[1]
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     for rows, cols in _sequences(q, cu_q, cu_k):
         q_s, k_s, v_s, dout_s = q[rows].to(dtype), k[cols].to(dtype), v[cols].to(dtype), dout[rows].to(dtype)
         lse_KGT = lse[:, rows].unflatten(0, (num_kv_heads, -1))
-        probs = (_scores(q_s, k_s, causal, softmax_scale) - lse_KGT[..., None]).exp()
+        probs = (_scores(q_s, k_s, causal, softmax_scale, window) - lse_KGT[..., None]).exp()
         dout_TKGD = dout_s.unflatten(1, (num_kv_heads, -1))
         delta_KGT = (dout_s * out[rows].to(dtype)).sum(-1).unflatten(1, (num_kv_heads, -1)).permute(1, 2, 0)
         dscores = probs * (torch.einsum("tkgd,skd->kgts", dout_TKGD, v_s) - delta_KGT[..., None]) * softmax_scale
@@ -128,21 +134,30 @@ def _deterministic_algorithms(enabled: bool):
         torch.use_deterministic_algorithms(False, warn_only=warn_only)
 
 
-def _aten_forward(q, k, v, cu_q, cu_k, max_q, max_k, causal, softmax_scale):
+def _aten_window(window: int | None) -> dict[str, int]:
+    """The window as aten's functions take it: keys to the left of the query's own, and to the right."""
+    return {} if window is None else {"window_size_left": window - 1, "window_size_right": 0}
+
+
+def _aten_forward(q, k, v, cu_q, cu_k, max_q, max_k, causal, softmax_scale, window=None):
     _check_cuda(q)
+    sizes = (cu_q, cu_k, max_q, max_k, 0.0, causal)
     out, lse, *_ = torch.ops.aten._flash_attention_forward(
-        q, k, v, cu_q, cu_k, max_q, max_k, 0.0, causal, False, scale=softmax_scale
+        q, k, v, *sizes, False, scale=softmax_scale, **_aten_window(window)
     )
     return out, lse
 
 
-def _aten_backward(dout, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, causal, softmax_scale, deterministic):
+def _aten_backward(
+    dout, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, causal, softmax_scale, deterministic, window=None
+):
     # Without dropout the random state is never read, but the schema wants tensors.
     rng_state = torch.zeros(2, dtype=torch.uint64, device=q.device)
     unused = torch.empty(0, device=q.device)
+    sizes = (cu_q, cu_k, max_q, max_k, 0.0, causal)
     with _deterministic_algorithms(deterministic):
         return torch.ops.aten._flash_attention_backward(
-            dout, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, 0.0, causal, rng_state, unused, scale=softmax_scale
+            dout, q, k, v, out, lse, *sizes, rng_state, unused, scale=softmax_scale, **_aten_window(window)
         )
 
 
@@ -159,20 +174,27 @@ def _flash_attn_primitive() -> Primitive | None:
         return None
     version = tuple(int(part) for part in flash_attn.__version__.split(".")[:2])
     # 2.7 split the window pair into two arguments and dropped the padded copies from the forward's results.
-    window = ((-1, -1),) if version < (2, 7) else (-1, -1)
-    lse_position = 5 if version < (2, 7) else 1
+    is_pair = version < (2, 7)
+    lse_position = 5 if is_pair else 1
 
-    def forward(q, k, v, cu_q, cu_k, max_q, max_k, causal, softmax_scale):
+    def window_arguments(window):
+        sides = (-1, -1) if window is None else (window - 1, 0)
+        return (sides,) if is_pair else sides
+
+    def forward(q, k, v, cu_q, cu_k, max_q, max_k, causal, softmax_scale, window=None):
         _check_cuda(q)
-        results = _flash_attn_varlen_forward(q, k, v, cu_q, cu_k, max_q, max_k, 0.0, softmax_scale, causal)
+        sizes = (cu_q, cu_k, max_q, max_k, 0.0, softmax_scale, causal)
+        results = _flash_attn_varlen_forward(q, k, v, *sizes, *window_arguments(window))
         return results[0], results[lse_position]
 
-    def backward(dout, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, causal, softmax_scale, deterministic):
+    def backward(
+        dout, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, causal, softmax_scale, deterministic, window=None
+    ):
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         sizes = (cu_q, cu_k, max_q, max_k, 0.0, softmax_scale, causal)
         softcap, alibi_slopes = 0.0, None
         _flash_attn_varlen_backward(
-            dout, q, k, v, out, lse, dq, dk, dv, *sizes, *window, softcap, alibi_slopes, deterministic
+            dout, q, k, v, out, lse, dq, dk, dv, *sizes, *window_arguments(window), softcap, alibi_slopes, deterministic
         )
         return dq, dk, dv
 
@@ -195,10 +217,10 @@ def default_primitive(q: Tensor) -> Primitive:
 
 class _VarlenAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, cu_q, cu_k, max_q, max_k, causal, softmax_scale, deterministic, primitive):
-        out, lse = primitive.forward(q, k, v, cu_q, cu_k, max_q, max_k, causal, softmax_scale)
+    def forward(ctx, q, k, v, cu_q, cu_k, max_q, max_k, causal, softmax_scale, deterministic, primitive, window):
+        out, lse = primitive.forward(q, k, v, cu_q, cu_k, max_q, max_k, causal, softmax_scale, window)
         ctx.save_for_backward(q, k, v, out, lse, cu_q, cu_k)
-        ctx.call = (max_q, max_k, causal, softmax_scale, deterministic)
+        ctx.call = (max_q, max_k, causal, softmax_scale, deterministic, window)
         ctx.primitive = primitive
         ctx.mark_non_differentiable(lse)
         return out, lse
@@ -208,7 +230,7 @@ class _VarlenAttention(torch.autograd.Function):
     def backward(ctx, dout, _dlse):
         *tensors, cu_q, cu_k = ctx.saved_tensors
         grads = ctx.primitive.backward(dout.contiguous(), *tensors, cu_q, cu_k, *ctx.call)
-        return (*grads, *[None] * 8)
+        return (*grads, *[None] * 9)
 
 
 def varlen_attention(
@@ -224,11 +246,12 @@ def varlen_attention(
     deterministic: bool = False,
     return_lse: bool = False,
     primitive: Primitive | None = None,
+    window: int | None = None,
 ):
     """Dense attention within each sequence, differentiable in q, k, v: out [Tq, H, D], with return_lse and lse [H, Tq].
 
     max_q, max_k are the longest lengths in tokens or any bound on them. Where a sequence has more keys than queries,
-    its queries are its last tokens. lse carries no gradient. Raises BackendUnavailable for dtypes or head sizes that
+    its queries are its last tokens. `window` (with causal) limits a query to its last so many keys. lse carries no gradient. Raises BackendUnavailable for dtypes or head sizes that
     flash kernels don't take (CUDA only).
     """
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
@@ -236,5 +259,6 @@ def varlen_attention(
         out, lse = q.clone(), q.new_empty(q.shape[1], 0, dtype=score_dtype(q))
     else:
         primitive = primitive or default_primitive(q)
-        out, lse = _VarlenAttention.apply(q, k, v, cu_q, cu_k, max_q, max_k, causal, scale, deterministic, primitive)
+        options = (causal, scale, deterministic, primitive, window)
+        out, lse = _VarlenAttention.apply(q, k, v, cu_q, cu_k, max_q, max_k, *options)
     return (out, lse) if return_lse else out

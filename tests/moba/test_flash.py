@@ -212,16 +212,23 @@ def test_plain_primitive_equals_autograd(pairs, causal):
 def test_flash_attn_signatures(monkeypatch, version, num_results, num_window):
     """Catches arguments or results out of place for either generation of flash-attn's private functions."""
 
-    def varlen_forward(q, k, v, cu_q, cu_k, max_q, max_k, dropout_p, softmax_scale, causal):
+    def plain_window(window):
+        """Of (keys to the left, keys to the right) as that version takes them."""
+        assert len(window) == num_window
+        left, right = window[0] if num_window == 1 else window
+        assert (left, right) == (-1, -1) or (left >= 0 and right == 0)
+        return None if left < 0 else left + 1
+
+    def varlen_forward(q, k, v, cu_q, cu_k, max_q, max_k, dropout_p, softmax_scale, causal, *window):
         assert dropout_p == 0.0
-        out, lse = PLAIN.forward(q, k, v, cu_q, cu_k, max_q, max_k, causal, softmax_scale)
+        out, lse = PLAIN.forward(q, k, v, cu_q, cu_k, max_q, max_k, causal, softmax_scale, plain_window(window))
         return (out, q, k, v, out, lse, None, None) if num_results == 8 else (out, lse, None, None)
 
     def varlen_backward(dout, q, k, v, out, lse, dq, dk, dv, cu_q, cu_k, max_q, max_k, dropout_p, scale, causal, *rest):
         *window, softcap, alibi_slopes, deterministic = rest
-        assert window == ([(-1, -1)] if num_window == 1 else [-1, -1])
         assert (dropout_p, softcap, alibi_slopes, deterministic) == (0.0, 0.0, None, True)
-        grads = PLAIN.backward(dout, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, causal, scale, deterministic)
+        sizes = (cu_q, cu_k, max_q, max_k, causal, scale, deterministic)
+        grads = PLAIN.backward(dout, q, k, v, out, lse, *sizes, plain_window(window))
         for target, grad in zip((dq, dk, dv), grads):
             target.copy_(grad)
 
@@ -236,6 +243,14 @@ def test_flash_attn_signatures(monkeypatch, version, num_results, num_window):
     options = {"block_size": 4, "top_k": 3, "cu_seqlens": cu, "deterministic": True}
     got = with_gradients(moba_flash, q, k, v, varlen=primitive, **options)
     for a, b in zip(got, with_gradients(moba_flash, q, k, v, varlen=PLAIN, **options)):
+        assert torch.equal(a, b)
+
+    def sliding(q, k, v, primitive):
+        options = {"window": 7, "deterministic": True, "return_lse": True, "primitive": primitive}
+        return varlen_attention(q, k, v, cu, cu, 30, 30, **options)
+
+    got, want = (with_gradients(sliding, q, k, v, primitive=p) for p in (primitive, PLAIN))
+    for a, b in zip(got, want):
         assert torch.equal(a, b)
 
 

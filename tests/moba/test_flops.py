@@ -36,6 +36,14 @@ def test_full_is_the_limit(lengths, block_size):
     )
 
 
+@settings(deadline=None, max_examples=30)
+@given(LENGTHS, st.integers(1, 45))
+def test_sliding_pairs_are_counted(lengths, window):
+    """Catches a miscount of the queries at the start, whose window is not full yet, or of the own token."""
+    counted = sum(min(p + 1, window) for length in lengths for p in range(length))
+    assert attended_pairs(AttentionSpec("sliding", window=window), lengths) == counted
+
+
 def test_paper_figures():
     """Catches counts off by a factor at real sizes: 32K with 2048 x 3 computes about a third of the causal pairs."""
     share = attended_pairs(AttentionSpec("moba", 2048, 3), [32768]) / causal_pairs([32768])
