@@ -11,10 +11,11 @@ import math
 from conf.build import Problems
 from conf.hardware import Hardware, check_device, check_world, divisors, refuse_bf16_at_stage_0
 from conf.numbers import format_length, format_tokens
-from conf.schema import AttentionConfig, LRConfig, RopeConfig, RunConfig, SourceConfig, StageConfig
+from conf.schema import AttentionConfig, LRConfig, ModelConfig, RopeConfig, RunConfig, SourceConfig, StageConfig
 
 GATES = ("mean", "local", "random", "oracle")
 ATTENTION_KINDS = ("moba", "full")
+KEY_CONVOLUTIONS = (0, 3, 5)
 BACKENDS = ("auto", "reference", "torch", "flash", "triton")
 ROPE_SCALINGS = ("none", "linear", "ntk", "yarn", "llama3")
 NEED_ORIGINAL_LENGTH = ("yarn", "llama3")
@@ -98,12 +99,29 @@ def _check_model(config: RunConfig, problems: Problems) -> None:
             model.head_dim,
             f"RoPE turns pairs, so it must be even and positive; use {max(2, model.head_dim + 1)}",
         )
+    _check_layer_options(model, problems)
     _at_least("model.rope_theta", model.rope_theta, 0, problems, open_end=True)
     _at_least("model.norm_eps", model.norm_eps, 0, problems, open_end=True)
     _at_least("model.init_std", model.init_std, 0, problems)
     if model.rope_scaling is not None:
         kind = model.rope_scaling.get("rope_type", model.rope_scaling.get("type"))
         _one_of("model.rope_scaling.rope_type", kind, MODEL_ROPE_TYPES, problems)
+
+
+def _check_layer_options(model: ModelConfig, problems: Problems) -> None:
+    """Options that some layers have and others have not."""
+    if model.rope_pattern is not None:
+        known = "R (RoPE) or N (NoPE), such as RN"
+        _check_letters("model.rope_pattern", model.rope_pattern, "RN", known, model.num_layers, problems)
+    if model.key_conv not in KEY_CONVOLUTIONS:
+        problems.add("model.key_conv", model.key_conv, "choose 0 (none), 3 or 5")
+    if model.key_conv_pattern is not None:
+        known = "K (convolution) or - (none), such as -K"
+        _check_letters("model.key_conv_pattern", model.key_conv_pattern, "K-", known, model.num_layers, problems)
+        if not model.key_conv:
+            problems.add(
+                "model.key_conv_pattern", model.key_conv_pattern, "has no effect without model.key_conv=3 or 5"
+            )
 
 
 def _check_data(config: RunConfig, problems: Problems) -> None:
@@ -164,6 +182,11 @@ def _check_schedule(config: RunConfig, problems: Problems) -> None:
         )
     if schedule.micro_tokens is not None:
         _at_least("schedule.micro_tokens", schedule.micro_tokens, 1, problems)
+    if schedule.window is not None and _at_least("schedule.window", schedule.window, 1, problems):
+        patterns = [stage.attention.pattern or "" for stage in schedule.stages.values()]
+        if patterns and not any("S" in pattern.upper() for pattern in patterns):
+            hint = "has no effect without an S in a stage's attention.pattern, such as SM"
+            problems.add("schedule.window", schedule.window, hint)
     for name, stage in schedule.stages.items():
         key = f"schedule.stages.{name}"
         _check_batch(key, stage, schedule.micro_tokens, problems)
@@ -218,27 +241,46 @@ def _check_attention(
     _at_least(f"{key}.top_k", attention.top_k, 1, problems)
     _one_of(f"{key}.backend", attention.backend, BACKENDS, problems)
     _check_gate(key, attention, problems)
-    moba = _one_of(f"{key}.kind", attention.kind, ATTENTION_KINDS, problems) and attention.kind == "moba"
-    if not moba and attention.kind in ATTENTION_KINDS:
-        for name, default in (("full_last", 0), ("pattern", None)):
-            if getattr(attention, name) != default:
-                problems.add(f"{key}.{name}", getattr(attention, name), f"only with {key}.kind=moba")
+    _one_of(f"{key}.kind", attention.kind, ATTENTION_KINDS, problems)
+    if attention.kind == "full":
+        if attention.full_last:
+            problems.add(f"{key}.full_last", attention.full_last, f"only with {key}.kind=moba")
         if attention.backend == "triton":
             problems.add(
                 f"{key}.backend", "triton", "is for MoBA; full attention takes auto, flash, torch or reference"
             )
-        return
-    if not 0 <= attention.full_last <= layers:
+    elif not 0 <= attention.full_last <= layers:
         problems.add(f"{key}.full_last", attention.full_last, f"must lie between 0 and model.num_layers={layers}")
-    if attention.pattern is None:
-        return
-    if attention.full_last:
-        problems.add(f"{key}.pattern", attention.pattern, f"{key}.full_last={attention.full_last} is set too; set one")
-    letters = attention.pattern.upper()
-    if not letters or set(letters) - {"M", "F"}:
-        problems.add(f"{key}.pattern", attention.pattern, "one letter a layer, M (moba) or F (full), such as MMMF")
-    elif len(letters) > layers:
-        problems.add(f"{key}.pattern", attention.pattern, f"has {len(letters)} letters for model.num_layers={layers}")
+    _check_attention_pattern(key, attention, layers, problems)
+
+
+def _check_attention_pattern(key: str, attention: AttentionConfig, layers: int, problems: Problems) -> None:
+    """The layers' letters, and the window of those that slide."""
+    letters = (attention.pattern or "").upper()
+    if attention.pattern is not None:
+        if attention.full_last:
+            problems.add(
+                f"{key}.pattern", attention.pattern, f"{key}.full_last={attention.full_last} is set too; set one"
+            )
+        if attention.kind == "full" and "M" in letters:
+            problems.add(f"{key}.pattern", attention.pattern, f"with {key}.kind=full, F takes the place of M")
+        known = "M (moba), F (full) or S (sliding window), such as MMMF or SM"
+        _check_letters(f"{key}.pattern", attention.pattern, "MFS", known, layers, problems)
+    if "S" in letters and attention.window is None:
+        hint = "how many tokens does an S layer see? Set it, or schedule.window, such as 256"
+        problems.add(f"{key}.window", None, hint)
+    if attention.window is not None:
+        _at_least(f"{key}.window", attention.window, 1, problems)
+        if "S" not in letters:
+            problems.add(f"{key}.window", attention.window, f"has no effect without an S in {key}.pattern, such as SM")
+
+
+def _check_letters(key: str, pattern: str, letters: str, known: str, layers: int, problems: Problems) -> None:
+    """A pattern of one letter a layer, out of `letters`, which `known` explains."""
+    if not pattern or set(pattern.upper()) - set(letters):
+        problems.add(key, pattern, f"one letter a layer, {known}")
+    elif len(pattern) > layers:
+        problems.add(key, pattern, f"has {len(pattern)} letters for model.num_layers={layers}")
 
 
 def _check_gate(key: str, attention: AttentionConfig, problems: Problems) -> None:

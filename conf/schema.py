@@ -49,6 +49,14 @@ class ModelConfig:
     """RoPE base; a stage may override it (schedule.stages.*.rope.theta)."""
     rope_scaling: dict[str, Any] | None = None
     """The model's own RoPE scaling in Hugging Face's `rope_scaling` format (llama3, linear, yarn); null = none."""
+    rope_pattern: str | None = None
+    """One letter a layer, R (RoPE) or N (NoPE: no positional encoding), repeated if shorter than the model; null = RoPE
+    everywhere."""
+    key_conv: int = 0
+    """Width in tokens (3 or 5) of a causal convolution over each channel of the keys; 0 = none (docs/design.md)."""
+    key_conv_pattern: str | None = None
+    """With key_conv: one letter a layer, K (convolution) or - (none), repeated if shorter than the model; null = in
+    every layer."""
     pretrained_length: int | None = None
     """Longest context of the model that the weights come from; null = none. Only handed on by launch/export.py."""
     init_std: float = 0.02
@@ -143,11 +151,13 @@ class AttentionConfig:
     full_last: int = 0
     """With kind=moba: the last n layers use full attention (layer-wise hybrid)."""
     pattern: str | None = None
-    """With kind=moba, instead of full_last: one letter a layer, M (moba) or F (full), repeated if shorter than the
-    model."""
+    """Instead of full_last: one letter a layer, M (moba; only with kind=moba), F (full) or S (sliding window), repeated
+    if shorter than the model. MMMF, SM; and with kind=full SF, its full twin."""
+    window: Any = field(default=None, metadata=LENGTH)
+    """Tokens that a query of an S layer sees, its own included; null = schedule.window."""
     backend: str = "auto"
-    """Kernels of the MoBA layers: `auto`, `reference`, `torch`, `flash` or `triton`. Full layers take it too where they
-    have it, else `auto`."""
+    """Kernels of the MoBA layers: `auto`, `reference`, `torch`, `flash` or `triton`. Full and sliding layers take it
+    too where they have it, else `auto`."""
 
 
 @dataclass(frozen=True)
@@ -239,6 +249,8 @@ class ScheduleConfig:
     """Tokens a block, of stages that set neither block_size nor num_blocks."""
     top_k: int = 3
     """Blocks a query attends to, its own included, of stages that set none."""
+    window: Any = field(default=None, metadata=LENGTH)
+    """Tokens that a query sees in sliding-window layers, its own included, of stages that have some and set none."""
     stages: dict[str, StageConfig] = field(default_factory=dict)
     """Named stages, in order."""
 

@@ -43,6 +43,7 @@ EXEMPT = (
     "schedule.batch_tokens",
     "schedule.block_size",
     "schedule.top_k",
+    "schedule.window",
     "schedule.stages.*.attention.backend",
     # Says again what block_size says.
     "schedule.stages.*.attention.num_blocks",

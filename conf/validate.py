@@ -127,7 +127,9 @@ def _fill_attention(attention: AttentionConfig, schedule: ScheduleConfig, seq_le
     if block_size is None and seq_len and attention.num_blocks >= 1 and seq_len % attention.num_blocks == 0:
         block_size = seq_len // attention.num_blocks
     top_k = schedule.top_k if attention.top_k is None else attention.top_k
-    return replace(attention, block_size=block_size, top_k=top_k)
+    slides = attention.window is None and "S" in (attention.pattern or "").upper()
+    window = schedule.window if slides else attention.window
+    return replace(attention, block_size=block_size, top_k=top_k, window=window)
 
 
 def _stage_tokens(key: str, value: Any, total: int | None, problems: Problems) -> int | None:

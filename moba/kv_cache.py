@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from moba.attention import attention, full_attention
+from moba.key_conv import KeyConvolution
 from moba.routing import BlockLayout, block_means, select_blocks
 from moba.spec import AttentionSpec
 
@@ -32,6 +33,8 @@ class SequenceCache:
 
     def __init__(self):
         self.length = 0
+        self.key_tail: Tensor | None = None
+        """The last keys as they were before the key convolution, [<= width - 1, G * D]."""
         self._k = self._v = None  # [capacity, G, D], capacity doubles when full
         self._means: Tensor | None = None
         self._means_block_size: int | None = None
@@ -100,6 +103,18 @@ class LayerCache:
                 sequence.append(k[start:stop], v[start:stop])
                 outs.append(self._attend_one(q[start:stop], sequence, spec))
         return torch.cat(outs) if len(outs) > 2 else outs[-1]
+
+    def convolve(self, convolution: KeyConvolution, k_TC: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+        """The key convolution of new tokens, [T, G * D], where each sequence's follow those it has seen before."""
+        bounds = self._bounds(cu_seqlens, k_TC.shape[0])
+        outs = [k_TC[:0]]
+        for sequence, start, stop in zip(self.sequences, bounds, bounds[1:]):
+            if stop > start:
+                known = [k_TC[:0] if sequence.key_tail is None else sequence.key_tail, k_TC[start:stop]]
+                joined_SC = torch.cat(known)
+                outs.append(convolution(joined_SC)[known[0].shape[0] :])
+                sequence.key_tail = joined_SC[1 - len(convolution.weight) :]
+        return torch.cat(outs)
 
     def _bounds(self, cu_seqlens: Tensor | None, num_tokens: int) -> list[int]:
         num_given = 1 if cu_seqlens is None else cu_seqlens.numel() - 1

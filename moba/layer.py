@@ -1,7 +1,8 @@
-"""The attention module of a decoder layer: projections, optional QK-norm, RoPE, and full or MoBA attention in between.
+"""The attention module of a decoder layer: projections, optional QK-norm, RoPE, and the layer's attention in between.
 
 Parameters are named as in Hugging Face's Llama, Qwen and SmolLM models. MoBA adds none, so replacing `spec` switches
-between full attention and MoBA, or between block sizes, without touching a weight.
+between full attention and MoBA, or between block sizes, without touching a weight. Key convolution, which has weights,
+and the absence of RoPE belong to the module, and stay whatever `spec` says.
 
 Shapes: T tokens of a pack, C hidden size, H query heads, G key/value heads, D head size, N documents.
 """
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moba.attention import attention
+from moba.key_conv import KeyConvolution, document_offsets
 from moba.kv_cache import KVCache, LayerCache
 from moba.spec import AttentionSpec
 
@@ -73,7 +75,11 @@ def _rotate(x_THD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
 
 
 class MoBAAttention(nn.Module):
-    """Causal self-attention over packed documents, full or MoBA as `spec` says. `spec` may be replaced at any time."""
+    """Causal self-attention over packed documents, of the kind that `spec` says; `spec` may be replaced at any time.
+
+    Keys are convolved as they leave their projection, if at all: before the norm, which thus bounds what attention
+    sees, and before RoPE, since a convolution of rotated keys would depend on where in the document they stand.
+    """
 
     def __init__(
         self,
@@ -85,7 +91,10 @@ class MoBAAttention(nn.Module):
         qk_norm: bool = False,
         norm_eps: float = 1e-5,
         spec: AttentionSpec | None = None,
+        rope: bool = True,
+        key_conv: int = 0,
     ):
+        """`rope`: whether positions are encoded at all; `key_conv`: width of the key convolution, 0 for none."""
         super().__init__()
         if num_heads % num_kv_heads:
             raise ValueError(
@@ -101,6 +110,8 @@ class MoBAAttention(nn.Module):
         self.o_proj = nn.Linear(num_heads * head_dim, hidden_size, bias=False)
         self.q_norm = RMSNorm(head_dim, norm_eps) if qk_norm else None
         self.k_norm = RMSNorm(head_dim, norm_eps) if qk_norm else None
+        self.k_conv = KeyConvolution(num_kv_heads * head_dim, key_conv) if key_conv else None
+        self.rope = rope
 
     def forward(
         self, x_TC: Tensor, cos_TD: Tensor, sin_TD: Tensor, cu_seqlens: Tensor | None, cache: LayerCache | None = None
@@ -111,17 +122,40 @@ class MoBAAttention(nn.Module):
         i, and cos, sin are those of the positions where it continues. Gradients repeat bit for bit if torch's
         deterministic algorithms are switched on.
         """
-        out_THD = self.attend(*self.project(x_TC, cos_TD, sin_TD), cu_seqlens, cache)
-        return self.o_proj(out_THD.flatten(1))
+        qkv = self.project(x_TC, cos_TD, sin_TD, self.offsets(x_TC, cu_seqlens), cu_seqlens, cache)
+        return self.o_proj(self.attend(*qkv, cu_seqlens, cache).flatten(1))
 
-    def project(self, x_TC: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q [T, H, D] and k, v [T, G, D], normed and rotated: a function of shapes alone, so it can be compiled."""
+    def offsets(self, x_TC: Tensor, cu_seqlens: Tensor | None) -> Tensor | None:
+        """What the key convolution has to know of the documents, int64 [T]; None without one, or if all are one."""
+        if self.k_conv is None or cu_seqlens is None:
+            return None
+        return document_offsets(cu_seqlens, x_TC.shape[0], x_TC.device)
+
+    def project(
+        self,
+        x_TC: Tensor,
+        cos_TD: Tensor,
+        sin_TD: Tensor,
+        offset_T: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        cache: LayerCache | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """q [T, H, D] and k, v [T, G, D], convolved, normed and rotated.
+
+        Without a cache a function of tensors with a row a token alone (`offset_T` is of `offsets`), so it can be
+        compiled. With a cache the convolution goes on from the keys that it has seen.
+        """
+        k_TC = self.k_proj(x_TC)
+        if self.k_conv is not None:
+            k_TC = self.k_conv(k_TC, offset_T) if cache is None else cache.convolve(self.k_conv, k_TC, cu_seqlens)
         q_THD = self.q_proj(x_TC).unflatten(-1, (-1, self.head_dim))
-        k_TGD = self.k_proj(x_TC).unflatten(-1, (-1, self.head_dim))
+        k_TGD = k_TC.unflatten(-1, (-1, self.head_dim))
         v_TGD = self.v_proj(x_TC).unflatten(-1, (-1, self.head_dim))
         if self.q_norm is not None:
             q_THD, k_TGD = self.q_norm(q_THD), self.k_norm(k_TGD)
-        return apply_rope(q_THD, cos_TD, sin_TD), apply_rope(k_TGD, cos_TD, sin_TD), v_TGD
+        if self.rope:
+            q_THD, k_TGD = apply_rope(q_THD, cos_TD, sin_TD), apply_rope(k_TGD, cos_TD, sin_TD)
+        return q_THD, k_TGD, v_TGD
 
     def attend(
         self, q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, cu_seqlens: Tensor | None, cache: LayerCache | None = None

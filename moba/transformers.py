@@ -216,6 +216,8 @@ def _layer_spec(settings: dict | None, layer: int, num_layers: int) -> Attention
     entry = plan[layer]
     if len(entry) != 3:
         raise ValueError(f"plan[{layer}]={entry!r}: needs [kind, block_size, top_k]")
+    if entry[0] == "sliding":
+        raise ValueError(f"plan[{layer}]={entry!r}: attn_implementation='moba' does not support sliding windows")
     return AttentionSpec(*entry)
 
 

@@ -13,7 +13,7 @@ from data.mixture import long_share
 from data.sources import Source
 from moba.spec import AttentionSpec
 from train.schedule import Stage
-from train.sizes import head_dim, ntk_theta, num_kv_heads
+from train.sizes import head_dim, key_conv_widths, ntk_theta, num_kv_heads, rope_layers
 
 FEW_LONG = 0.05  # of a stage's tokens
 
@@ -23,9 +23,12 @@ def describe_layers(attention: tuple[AttentionSpec, ...]) -> str:
     layers: dict[str, list[int]] = {}
     for index, spec in enumerate(attention):
         layers.setdefault(str(spec), []).append(index)
-    return ", ".join(
-        f"{name} ({'layer' if len(indices) == 1 else 'layers'} {_ranges(indices)})" for name, indices in layers.items()
-    )
+    return ", ".join(f"{name} ({_layers(indices)})" for name, indices in layers.items())
+
+
+def _layers(indices: list[int]) -> str:
+    """[0, 1, 2, 5] as "layers 0-2, 5"."""
+    return f"{'layer' if len(indices) == 1 else 'layers'} {_ranges(indices)}"
 
 
 def _ranges(indices: list[int]) -> str:
@@ -42,12 +45,16 @@ def _ranges(indices: list[int]) -> str:
 def describe_model(config: RunConfig) -> str:
     """The decoder's shape and options."""
     model = config.model
+    nope = [i for i, has_rope in enumerate(rope_layers(model)) if not has_rope]
+    convolved = [i for i, size in enumerate(key_conv_widths(model)) if size]
     options = {
         "tied embeddings": model.tie_embeddings,
         "biases on q, k, v": model.qkv_bias,
         "QK-norm": model.qk_norm,
         "activation checkpointing": model.activation_checkpointing,
         "torch.compile": model.compile,
+        f"no RoPE in {_layers(nope)}": nope,
+        f"key convolution over {model.key_conv} tokens in {_layers(convolved)}": convolved,
     }
     return (
         f"{model.name}: {model.num_layers} layers of {model.hidden_size}, {model.num_heads} heads of {head_dim(model)}"

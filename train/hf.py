@@ -63,6 +63,9 @@ SHAPE = (
     "norm_eps",
     "rope_theta",
     "rope_scaling",
+    "rope_pattern",
+    "key_conv",
+    "key_conv_pattern",
 )
 
 
@@ -153,6 +156,8 @@ def differences(given: Mapping[str, Any], shape: ModelConfig) -> list[str]:
         if name == "rope_scaling" and name in given:
             theta = shape.rope_theta
             is_same = check_rope_scaling(ours, theta) == check_rope_scaling(theirs, theta)
+        elif name in ("rope_pattern", "key_conv_pattern") and name in given:
+            is_same = ours == theirs  # null is one of the choices
         elif name == "norm_eps" and ours is not None:
             is_same = math.isclose(ours, theirs, rel_tol=1e-7)  # used in float32, and rounded to it by some converters
         else:

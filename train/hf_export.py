@@ -21,7 +21,7 @@ from moba.spec import AttentionSpec
 from train.checkpoint import MODEL_INDEX, TensorFiles, read_index
 from train.hf import FAMILIES, SINGLE_FILE
 from train.rope import Rope, check_rope_scaling, stage_scaling
-from train.sizes import head_dim, ntk_theta, num_kv_heads
+from train.sizes import head_dim, ntk_theta, num_kv_heads, rope_layers
 
 SHARD_BYTES = 4 * 2**30
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -44,6 +44,7 @@ def config_json(
     `max_length` tokens is the longest document trained on. ConfigError if transformers has no such architecture or no
     such RoPE.
     """
+    _refuse_own_layers(model, attention)
     kind = _family(model)
     theta, scaling = merged_rope(model, rope)
     config = {
@@ -90,6 +91,19 @@ def _family(model: ModelConfig) -> str:
             "model cannot be exported"
         ]
     )
+
+
+def _refuse_own_layers(model: ModelConfig, attention: Sequence[AttentionSpec]) -> None:
+    """ConfigError for layers that the plain architectures have not, each by name."""
+    parts = {
+        f"model.key_conv={model.key_conv}": model.key_conv,
+        f"model.rope_pattern={model.rope_pattern}": not all(rope_layers(model)),
+        "sliding windows (S in attention.pattern)": any(spec.kind == "sliding" for spec in attention),
+    }
+    named = [part for part, is_on in parts.items() if is_on]
+    if named:
+        hint = "use this project's own commands (launch/evaluate.py, launch/generate.py)"
+        raise ConfigError([f"{part}: no Llama, Qwen2 or Qwen3 of transformers has it; {hint}" for part in named])
 
 
 def merged_rope(model: ModelConfig, stage: RopeConfig) -> tuple[float, dict[str, Any] | None]:

@@ -1,7 +1,7 @@
 """The decoder: a Llama-style transformer over packed documents, with an attention plan that can be swapped in place.
 
 RMSNorm, SwiGLU, RoPE, grouped queries; tied embeddings, biases on q, k, v and QK-norm are options, so that Llama-,
-Qwen- and SmolLM-shaped checkpoints fit. Parameters carry the names of Hugging Face's LlamaForCausalLM. The model
+Qwen- and SmolLM-shaped checkpoints fit; layers without RoPE and key convolution are others. Parameters carry the names of Hugging Face's LlamaForCausalLM. The model
 knows no stages: whoever trains it calls `set_attention` and `set_rope`, which touch no parameter.
 
 Shape suffixes: T tokens of a pack, C hidden size, V vocabulary rows.
@@ -24,7 +24,7 @@ from moba.layer import KVCache, LayerCache, MoBAAttention, RMSNorm
 from moba.spec import AttentionSpec
 from train.loss import tiled_cross_entropy
 from train.rope import Rope
-from train.sizes import head_dim, num_kv_heads
+from train.sizes import head_dim, key_conv_widths, num_kv_heads, rope_layers
 
 RESIDUAL_OUTPUTS = ("o_proj.weight", "down_proj.weight")
 
@@ -46,10 +46,12 @@ class DecoderLayer(nn.Module):
     """Attention and MLP, each behind a norm and added to the residual stream.
 
     With `compile`, what stands before attention and what stands after it are compiled; attention itself is not, since
-    it depends on the documents. So a change of spec, RoPE or number of documents compiles nothing.
+    it depends on the documents. So a change of spec, RoPE or number of documents compiles nothing. With a cache, what
+    stands before attention runs as it is.
     """
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, index: int):
+        """`index`: which layer of the model, from 0."""
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
         self.self_attn = MoBAAttention(
@@ -60,6 +62,8 @@ class DecoderLayer(nn.Module):
             qkv_bias=config.qkv_bias,
             qk_norm=config.qk_norm,
             norm_eps=config.norm_eps,
+            rope=rope_layers(config)[index],
+            key_conv=key_conv_widths(config)[index],
         )
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = MLP(config.hidden_size, config.ffn_size)
@@ -70,15 +74,21 @@ class DecoderLayer(nn.Module):
         self, x_TC: Tensor, cos_TD: Tensor, sin_TD: Tensor, cu_seqlens: Tensor, cache: LayerCache | None = None
     ) -> Tensor:
         before, after = (_compiled(f) if self.compiled else f for f in (_before_attention, _after_attention))
-        out_THD = self.self_attn.attend(*before(self, x_TC, cos_TD, sin_TD), cu_seqlens, cache)
+        if cache is None:
+            qkv = before(self, x_TC, cos_TD, sin_TD, self.self_attn.offsets(x_TC, cu_seqlens))
+        else:
+            qkv = _before_attention(self, x_TC, cos_TD, sin_TD, None, cu_seqlens, cache)
+        out_THD = self.self_attn.attend(*qkv, cu_seqlens, cache)
         return after(self, x_TC, out_THD)
 
 
 # Functions, not methods, so that each is compiled once for all layers, whose weights become its arguments.
 
 
-def _before_attention(layer: DecoderLayer, x_TC: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> tuple[Tensor, ...]:
-    return layer.self_attn.project(layer.input_layernorm(x_TC), cos_TD, sin_TD)
+def _before_attention(
+    layer: DecoderLayer, x_TC: Tensor, cos_TD: Tensor, sin_TD: Tensor, offset_T: Tensor | None, *past
+) -> tuple[Tensor, ...]:
+    return layer.self_attn.project(layer.input_layernorm(x_TC), cos_TD, sin_TD, offset_T, *past)
 
 
 def _after_attention(layer: DecoderLayer, x_TC: Tensor, out_THD: Tensor) -> Tensor:
@@ -98,7 +108,7 @@ class Backbone(nn.Module):
     def __init__(self, config: ModelConfig, vocab_size: int):
         super().__init__()
         self.embed_tokens = nn.Embedding(vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.activation_checkpointing = config.activation_checkpointing
 
@@ -198,7 +208,8 @@ class Decoder(nn.Module):
         self, seed: int, gather: Callable[[list[nn.Parameter]], AbstractContextManager] | None = None
     ) -> None:
         """Draws all weights: matrices normal with `init_std`, those that write into the residual stream with init_std /
-        sqrt(2 * num_layers) (GPT-2's rule: the stream then starts at the same scale at any depth), norms 1, biases 0.
+        sqrt(2 * num_layers) (GPT-2's rule: the stream then starts at the same scale at any depth), norms 1, biases and key
+        convolutions 0, which leaves the keys as they are.
 
         Each parameter has a generator of its own, seeded by `seed` and its name, and is drawn on the CPU in float32:
         the weights depend on nothing else, not on world size, device or the order of construction.
@@ -207,7 +218,7 @@ class Decoder(nn.Module):
         """
         for name, parameter in self.named_parameters():
             with gather([parameter]) if gather else nullcontext():
-                if name.endswith("bias"):
+                if name.endswith(("bias", "k_conv.weight")):
                     parameter.zero_()
                 elif parameter.ndim < 2:
                     parameter.fill_(1.0)

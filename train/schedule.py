@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from conf.schema import AttentionConfig, LRConfig, RopeConfig, RunConfig
 from moba.spec import AttentionSpec
+from train.sizes import layer_letters
 
 
 @dataclass(frozen=True)
@@ -102,16 +103,18 @@ def lr_at(lr: LRConfig, tokens: float, span: int) -> float:
 
 
 def layer_plan(attention: AttentionConfig, num_layers: int) -> tuple[AttentionSpec, ...]:
-    """The spec of each layer. `attention` is frozen: block_size and top_k are ints."""
-    full_backend = "auto" if attention.backend == "triton" else attention.backend
-    full = AttentionSpec(kind="full", backend=full_backend)
-    if attention.kind == "full":
-        return (full,) * num_layers
-    moba = AttentionSpec("moba", attention.block_size, attention.top_k, attention.backend, attention.gate)
-    if attention.pattern is not None:
-        letters = attention.pattern.upper()
-        return tuple(full if letters[i % len(letters)] == "F" else moba for i in range(num_layers))
-    return (moba,) * (num_layers - attention.full_last) + (full,) * attention.full_last
+    """The spec of each layer. `attention` is frozen: block_size, top_k and a window that is used are ints."""
+    dense_backend = "auto" if attention.backend == "triton" else attention.backend
+    full = AttentionSpec(kind="full", backend=dense_backend)
+    main = full
+    if attention.kind == "moba":
+        main = AttentionSpec("moba", attention.block_size, attention.top_k, attention.backend, attention.gate)
+    if attention.pattern is None:
+        return (main,) * (num_layers - attention.full_last) + (full,) * attention.full_last
+    specs = {"M": main, "F": full}
+    if attention.window is not None:
+        specs["S"] = AttentionSpec("sliding", window=attention.window, backend=dense_backend)
+    return tuple(specs[letter] for letter in layer_letters(attention.pattern, num_layers))
 
 
 def build_schedule(config: RunConfig) -> Schedule:

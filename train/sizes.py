@@ -26,6 +26,22 @@ def num_kv_heads(config: ModelConfig) -> int:
     return config.num_kv_heads if config.num_kv_heads is not None else config.num_heads
 
 
+def layer_letters(pattern: str, num_layers: int) -> str:
+    """The letter of each layer: the pattern, in capitals, over and over."""
+    return (pattern.upper() * num_layers)[:num_layers]
+
+
+def rope_layers(config: ModelConfig) -> tuple[bool, ...]:
+    """Whether each layer has RoPE."""
+    return tuple(letter == "R" for letter in layer_letters(config.rope_pattern or "R", config.num_layers))
+
+
+def key_conv_widths(config: ModelConfig) -> tuple[int, ...]:
+    """The width of each layer's key convolution, 0 for none."""
+    letters = layer_letters(config.key_conv_pattern or "K", config.num_layers)
+    return tuple(config.key_conv if letter == "K" else 0 for letter in letters)
+
+
 def _layer_matmul_parameters(config: ModelConfig) -> int:
     """Weights of one decoder layer that take part in matrix products: q, k, v, o, gate, up, down."""
     q_size = config.num_heads * head_dim(config)
@@ -50,7 +66,8 @@ def num_parameters(config: ModelConfig, vocab_size: int) -> dict[str, int]:
     the paper's Table 1 and of scaling laws.
     """
     layers = config.num_layers * (_layer_matmul_parameters(config) + _layer_vector_parameters(config))
-    non_embedding = layers + config.hidden_size
+    convolutions = sum(key_conv_widths(config)) * num_kv_heads(config) * head_dim(config)
+    non_embedding = layers + convolutions + config.hidden_size
     embedding = vocab_size * config.hidden_size * (1 if config.tie_embeddings else 2)
     return {"total": non_embedding + embedding, "non_embedding": non_embedding, "embedding": embedding}
 
@@ -59,7 +76,7 @@ def matmul_flops_per_token(config: ModelConfig, vocab_size: int, backward: bool 
     """FLOPs a token of all matrix products with weights, the output projection included, attention pairs excluded.
 
     A multiply-add counts as 2 and the backward pass as twice the forward (so 6 per weight in training). The embedding
-    lookup, norms, RoPE and what activation checkpointing recomputes are not counted. Attention is
+    lookup, norms, RoPE, key convolutions and what activation checkpointing recomputes are not counted. Attention is
     moba.flops.attention_flops.
     """
     weights = config.num_layers * _layer_matmul_parameters(config) + vocab_size * config.hidden_size

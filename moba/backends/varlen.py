@@ -187,9 +187,7 @@ def _flash_attn_primitive() -> Primitive | None:
         results = _flash_attn_varlen_forward(q, k, v, *sizes, *window_arguments(window))
         return results[0], results[lse_position]
 
-    def backward(
-        dout, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, causal, softmax_scale, deterministic, window=None
-    ):
+    def backward(dout, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, causal, softmax_scale, deterministic, window=None):
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         sizes = (cu_q, cu_k, max_q, max_k, 0.0, softmax_scale, causal)
         softcap, alibi_slopes = 0.0, None

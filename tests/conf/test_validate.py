@@ -140,6 +140,16 @@ CASES = [
         [(f"{STAGES}.sparse.attention.pattern", "MF"), (f"{STAGES}.sparse.attention.full_last", 1)],
         ["attention.pattern=MF", "full_last=1", "set one"],
     ),
+    ([(f"{STAGES}.full.attention", {"kind": "full", "pattern": "SM", "window": 8})], ["pattern=SM", "F takes"]),
+    ([(f"{STAGES}.sparse.attention.pattern", "SM")], ["sparse.attention.window=null", "schedule.window", "256"]),
+    ([(f"{STAGES}.sparse.attention.window", 64)], ["sparse.attention.window=64", "no effect", "SM"]),
+    ([(f"{STAGES}.sparse.attention", {"pattern": "SM", "window": 0})], ["attention.window=0", "at least 1"]),
+    ([("schedule.window", 64)], ["schedule.window=64", "no effect", "SM"]),
+    ([("model.rope_pattern", "RX")], ["model.rope_pattern=RX", "RN"]),
+    ([("model.rope_pattern", "RRRRN")], ["model.rope_pattern=RRRRN", "5 letters", "num_layers=4"]),
+    ([("model.key_conv", 4)], ["model.key_conv=4", "3 or 5"]),
+    ([("model.key_conv_pattern", "-K")], ["model.key_conv_pattern=-K", "no effect", "model.key_conv=3"]),
+    ([("model", {"key_conv": 3, "key_conv_pattern": "C"})], ["model.key_conv_pattern=C", "-K"]),
     ([(f"{STAGES}.full.attention", {"kind": "full", "full_last": 2})], ["full_last=2", "kind=moba"]),
     ([(f"{STAGES}.full.attention", {"kind": "full", "backend": "triton"})], ["backend=triton", "auto"]),
     ([(f"{STAGES}.full.attention", {"kind": "full", "gate": "random"})], ["gate=random", "kind=moba"]),
@@ -300,6 +310,10 @@ def test_freezing_twice_changes_nothing():
             (f"{STAGES}.full.attention", {"num_blocks": 16}),
             (f"{STAGES}.full.mix", {"books": 2}),
             ("model.rope_scaling", {"rope_type": "llama3", "factor": 8.0}),
+            ("model.key_conv_pattern", "-K"),
+            ("model.key_conv", 3),
+            ("schedule.window", "1K"),
+            (f"{STAGES}.sparse.attention.pattern", "SM"),
             ("data.path", None),
         )
     )
@@ -332,6 +346,9 @@ def test_trajectory_differences():
     harmful = {
         "run.seed": 1,
         "model.ffn_size": 128,
+        "model.rope_pattern": "RN",
+        "model.key_conv": 3,
+        f"{STAGES}.sparse.attention": {"block_size": 64, "pattern": "SM", "window": 64},
         "data.tokenizer": "bpe-32k",
         "data.sources.books.weight": 2,
         f"{STAGES}.sparse.attention.top_k": 2,
@@ -357,7 +374,7 @@ def test_choices_agree_with_moba():
     """Catches a backend that moba has and the configuration refuses (conf imports nothing of ours)."""
     assert set(checks.BACKENDS) == set(moba.spec.BACKENDS)
     assert set(checks.GATES) == set(moba.spec.GATES)
-    assert set(checks.ATTENTION_KINDS) == set(moba.spec.KINDS)
+    assert {*checks.ATTENTION_KINDS, "sliding"} == set(moba.spec.KINDS)  # a pattern's S
 
 
 def test_every_key_is_documented():

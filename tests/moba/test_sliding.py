@@ -81,9 +81,7 @@ def test_empty_pack_and_triton(caplog):
     """Catches a rank without tokens bringing the run down, and a hybrid plan with backend=triton that cannot run."""
     q, k, v = Pack([0, 0], block_size=1, top_k=1).tensors(requires_grad=True)
     for backend in ("auto", "torch"):
-        out, lse = sliding_attention(
-            q, k, v, window=3, cu_seqlens=bounds([0, 0]), return_lse=True, backend=backend
-        )
+        out, lse = sliding_attention(q, k, v, window=3, cu_seqlens=bounds([0, 0]), return_lse=True, backend=backend)
         assert out.shape == q.shape and lse.shape == (2, 0)
         out.sum().backward()
     q, k, v = Pack([30], block_size=1, top_k=1).tensors()

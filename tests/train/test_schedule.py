@@ -141,6 +141,11 @@ def test_layer_plans():
     assert layer_plan(AttentionConfig("moba", 64, top_k=3, pattern="MMf"), 5) == (moba, moba, full, moba, moba)
     plan = layer_plan(AttentionConfig("moba", 64, top_k=3, backend="triton", full_last=1), 2)
     assert [spec.backend for spec in plan] == ["triton", "auto"]
+    slide = AttentionSpec("sliding", window=16)
+    assert layer_plan(AttentionConfig("moba", 64, top_k=3, pattern="SM", window=16), 3) == (slide, moba, slide)
+    assert layer_plan(AttentionConfig("full", 64, top_k=3, pattern="sf", window=16), 4) == (slide, full) * 2
+    plan = layer_plan(AttentionConfig("moba", 64, top_k=3, backend="triton", pattern="SM", window=16), 2)
+    assert [spec.backend for spec in plan] == ["auto", "triton"]
 
 
 def test_stages_resolve_what_they_leave_open():
@@ -150,4 +155,11 @@ def test_stages_resolve_what_they_leave_open():
     assert (first.seq_len, first.batch_tokens, first.micro_tokens) == (256, K, 256)
     assert second.micro_tokens == 512
     assert first.attention[0] == AttentionSpec("moba", 128, 2)
+    twins = {
+        "a": {"tokens": K, "attention": {"pattern": "SM"}},
+        "b": {"tokens": K, "attention": {"kind": "full", "pattern": "SF", "window": 9}},
+        "c": {"tokens": K},
+    }
+    windows = [stage.attention[0].window for stage in schedule_of(twins, schedule={"window": 64}).stages]
+    assert windows == [64, 9, None]
     assert first.mix == {"a": 0.75, "b": 0.25} and second.mix == {"b": 1.0}
