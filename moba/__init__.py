@@ -1,7 +1,8 @@
 """MoBA (Mixture of Block Attention) as a library: torch alone is needed, kernels are optional.
 
 `from moba import AttentionSpec, moba_attention, full_attention, sliding_attention, route` is the public interface. The
-tensor functions are imported when first used, so that code that only plans a run can read AttentionSpec without importing torch.
+tensor functions are imported when first used, so that code that only plans a run can read AttentionSpec without
+importing torch.
 """
 
 import importlib

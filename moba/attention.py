@@ -1,8 +1,8 @@
 """The public entry to attention: checks the arguments, picks a backend, and calls it.
 
 `moba_attention` is sparse, `full_attention` dense and causal, `sliding_attention` sees the latest tokens only, and
-`attention` is whichever an AttentionSpec says. All take packed documents: q [T, H, D], k and v [S, G, D], document bounds in `cu_seqlens`. Nothing here reads values of CUDA
-tensors.
+`attention` is whichever an AttentionSpec says. All take packed documents: q [T, H, D], k and v [S, G, D], document
+bounds in `cu_seqlens`. Nothing here reads values of CUDA tensors.
 
 Shapes: T queries, S keys, H query heads, G key/value heads, D head size, N documents.
 """

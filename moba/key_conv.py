@@ -1,4 +1,5 @@
-"""Key convolution (FlashMoBA, arXiv 2511.11571, appendix C): each key is mixed with the few before it, channel by channel.
+"""Key convolution (FlashMoBA, arXiv 2511.11571, appendix C): each key is mixed with the few before it, a channel at a
+time.
 
     k'_t = k_t + SiLU(sum over l < W of w_l * k_(t-l))
 

@@ -113,7 +113,7 @@ class LayerCache:
                 known = [k_TC[:0] if sequence.key_tail is None else sequence.key_tail, k_TC[start:stop]]
                 joined_SC = torch.cat(known)
                 outs.append(convolution(joined_SC)[known[0].shape[0] :])
-                sequence.key_tail = joined_SC[1 - len(convolution.weight) :]
+                sequence.key_tail = joined_SC[1 - len(convolution.weight) :].clone()  # not a view of the chunk
         return torch.cat(outs)
 
     def _bounds(self, cu_seqlens: Tensor | None, num_tokens: int) -> list[int]:

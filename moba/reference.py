@@ -1,4 +1,4 @@
-"""The definition of MoBA and of sliding windows, as loops and dense masks: slow, quadratic, meant to be obviously right.
+"""The definition of MoBA and of sliding windows, as loops and dense masks: slow and meant to be obviously right.
 
 Everything else in this package is tested against these functions, so they share no code with it: the selection
 below does not call `moba.routing`, and the attention is a masked softmax over whole documents. Differentiable by

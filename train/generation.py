@@ -60,8 +60,9 @@ def generate(
 
     `prompt`: at least one id (BOS where the model was trained with it). `vocab_size`: ids from there on are never
     drawn; embeddings may have more rows than the tokenizer has ids. `prefill`: the attention of each layer while the
-    prompt is read, None: the model's; `decode`: for new tokens, None: full attention in place of MoBA. The model has its own attention
-    whenever this yields. The prompt is read `chunk_tokens` at a time, which changes nothing but the memory.
+    prompt is read, None: the model's; `decode`: for new tokens, None: the model's with full attention in place of
+    MoBA. The model has its own attention whenever this yields. The prompt is read `chunk_tokens` at a time, which
+    changes nothing but the memory.
     The same seed draws the same tokens as long as the scores are the same. ValueError for arguments out of range.
     """
     if len(prompt) == 0:

@@ -76,9 +76,9 @@ def activation_bytes_per_token(model: ModelConfig, attention: tuple[AttentionSpe
     """Bytes a token keeps for the backward pass, plus the working set of the layer being computed.
 
     A layer keeps the residual stream before each norm, both normed inputs before and after their weight, rotated q and
-    k, v, the attention's output and four FFN-wide tensors (compiled, fewer), and with a key convolution k before it.
-    With checkpointing only its input, and one layer at a time all of that. Sparse attention works on a gathered copy of each query and a partial output (float32)
-    for each of its blocks.
+    k, v, the attention's output and four FFN-wide tensors (compiled, fewer), and k as it was before a key convolution.
+    With checkpointing only its input, and one layer at a time all of that. Sparse attention works on a gathered copy of
+    each query and a partial output (float32) for each of its blocks.
     """
     width = 2 if bf16 else 4
     q_size, kv_size = model.num_heads * head_dim(model), num_kv_heads(model) * head_dim(model)

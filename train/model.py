@@ -1,8 +1,9 @@
 """The decoder: a Llama-style transformer over packed documents, with an attention plan that can be swapped in place.
 
 RMSNorm, SwiGLU, RoPE, grouped queries; tied embeddings, biases on q, k, v and QK-norm are options, so that Llama-,
-Qwen- and SmolLM-shaped checkpoints fit; layers without RoPE and key convolution are others. Parameters carry the names of Hugging Face's LlamaForCausalLM. The model
-knows no stages: whoever trains it calls `set_attention` and `set_rope`, which touch no parameter.
+Qwen- and SmolLM-shaped checkpoints fit, and so are layers without RoPE and key convolution. Parameters carry the names
+of Hugging Face's LlamaForCausalLM. The model knows no stages: whoever trains it calls `set_attention` and `set_rope`,
+which touch no parameter.
 
 Shape suffixes: T tokens of a pack, C hidden size, V vocabulary rows.
 """
@@ -208,8 +209,8 @@ class Decoder(nn.Module):
         self, seed: int, gather: Callable[[list[nn.Parameter]], AbstractContextManager] | None = None
     ) -> None:
         """Draws all weights: matrices normal with `init_std`, those that write into the residual stream with init_std /
-        sqrt(2 * num_layers) (GPT-2's rule: the stream then starts at the same scale at any depth), norms 1, biases and key
-        convolutions 0, which leaves the keys as they are.
+        sqrt(2 * num_layers) (GPT-2's rule: the stream then starts at the same scale at any depth), norms 1, biases 0,
+        key convolutions 0, which leaves the keys as they are (theirs is not published; ours).
 
         Each parameter has a generator of its own, seeded by `seed` and its name, and is drawn on the CPU in float32:
         the weights depend on nothing else, not on world size, device or the order of construction.

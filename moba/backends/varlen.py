@@ -249,8 +249,8 @@ def varlen_attention(
     """Dense attention within each sequence, differentiable in q, k, v: out [Tq, H, D], with return_lse and lse [H, Tq].
 
     max_q, max_k are the longest lengths in tokens or any bound on them. Where a sequence has more keys than queries,
-    its queries are its last tokens. `window` (with causal) limits a query to its last so many keys. lse carries no gradient. Raises BackendUnavailable for dtypes or head sizes that
-    flash kernels don't take (CUDA only).
+    its queries are its last tokens. `window` (with causal) limits a query to its last so many keys. lse carries no
+    gradient. Raises BackendUnavailable for dtypes or head sizes that flash kernels don't take (CUDA only).
     """
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     if q.shape[0] == 0:
