@@ -4,6 +4,7 @@ import json
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -110,6 +111,10 @@ def test_attention_by_name(run_dir):
     assert attention_plan("full", sparse) == (FULL, FULL)
     assert attention_plan("1Kx3", sparse) == (other, FULL)
     assert attention_plan("1Kx3", dense) == (other, other)
+    slide = AttentionSpec("sliding", window=8)
+    for kept, expected in ((MOBA, (slide, other)), (FULL, (slide, other))):
+        patterned = replace(sparse, stage=replace(sparse.stage, attention=(slide, kept)))
+        assert attention_plan("1Kx3", patterned) == expected and attention_plan("full", patterned) == (slide, FULL)
     for text in ("moba", "512", "512x", "x3", "axb", "16x0"):
         with pytest.raises(ValueError):
             attention_plan(text, sparse)

@@ -37,10 +37,9 @@ ENGINES = {
 
 
 def build_model() -> Decoder:
-    """A decoder with every kind of parameter: tied embeddings, biases, norms, grouped keys."""
-    config = ModelConfig(
-        hidden_size=16, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8, ffn_size=24, qkv_bias=True, loss_tile=32
-    )
+    """A decoder with every kind of parameter: tied embeddings, biases, norms, grouped keys, a key convolution."""
+    shape = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1, "head_dim": 8, "ffn_size": 24}
+    config = ModelConfig(**shape, qkv_bias=True, key_conv=3, loss_tile=32)
     model = Decoder(config, VOCAB)
     model.init_weights(seed=1)
     model.set_attention([AttentionSpec("moba", block_size=8, top_k=2)])

@@ -446,6 +446,7 @@ config = RunConfig(
 g = torch.Generator().manual_seed(0)
 for tied, recompute in ((True, True), (False, False)):
     shape = dict(hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, ffn_size=64, qkv_bias=True, loss_tile=16)
+    shape |= dict(key_conv=3, rope_pattern="RN")
     model = Decoder(ModelConfig(**shape, tie_embeddings=tied, activation_checkpointing=recompute), 64)
     model.init_weights(3)
     plain = copy.deepcopy(model)
@@ -453,7 +454,7 @@ for tied, recompute in ((True, True), (False, False)):
     assert sum(p.numel() for p in engine.module.parameters()) < 1000, "nothing is sharded"
     optimizer = torch.optim.AdamW(param_groups(plain, 0.1), lr=0.01, betas=(0.9, 0.95))
     for step in range(4):
-        plan = [AttentionSpec("moba", 8, 2) if step < 2 else AttentionSpec("full")] * 2
+        plan = [AttentionSpec("moba", 8, 2) if step < 2 else AttentionSpec("full"), AttentionSpec("sliding", window=9)]
         tokens = torch.randint(0, 64, (49,), generator=g)
         positions = torch.cat([torch.arange(30), torch.arange(18)])
         batch = Batch(tokens[:-1], tokens[1:], positions, torch.tensor([0, 30, 48], dtype=torch.int32))
