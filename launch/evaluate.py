@@ -6,7 +6,9 @@
 
 position_loss: the loss by position on held-out documents, those of the run's own data unless others are named. The
 same weights can be measured under another attention, and on documents of another length; launch/compare.py puts two
-results beside each other. Several processes share the documents, and give the same bits as one.
+results beside each other.
+routing: what the gate of each MoBA layer and head picks, and what it misses.
+Several processes share the documents; position_loss then gives the same bits as one.
 """
 
 from __future__ import annotations
@@ -34,6 +36,8 @@ from data.validation import COHORTS, HeldOut, held_out_documents  # noqa: E402
 from evals.loading import TrainedModel, attention_plan, load_trained  # noqa: E402
 from evals.position_loss import evaluate  # noqa: E402
 from evals.results import Stopwatch, provenance  # noqa: E402
+from evals.routing import HEAD, diagnose  # noqa: E402
+from evals.routing_figures import draw_routing  # noqa: E402
 from evals.statistics import half_width  # noqa: E402
 from launch.cli import UsageError, exits_on, key_values  # noqa: E402
 from train.checkpoint import CheckpointError  # noqa: E402
@@ -42,7 +46,7 @@ from train.tracking import Tracker  # noqa: E402
 
 KEYS = {
     "run": "run directory (its newest checkpoint), or one checkpoint's directory",
-    "evals": "which: [position_loss] (default: position_loss)",
+    "evals": "which, such as [position_loss,routing] (default: position_loss)",
     "attention": "stage (as trained, default), full, or <block size>x<top_k> such as 512x3",
     "seq_len": "length of the held-out documents (default: eval.seq_len of the run, else its stage's length)",
     "documents": "held-out documents at most (default: eval.documents of the run)",
@@ -51,6 +55,7 @@ KEYS = {
     "cluster": "regular expression; ids with the same match are one cluster of the errors (default: the whole id)",
     "cohort": "position_loss: fixed (default: documents of full length) or available (each bucket: all that fill it)",
     "bucket": "position_loss: tokens a bucket, a divisor of the length (default: 2K; a sixteenth below 32K)",
+    "queries": "routing: queries of each document and layer whose blocks are measured one by one (default 256)",
     "device": "auto (default), cpu or cuda",
     "wandb": "disabled (default), auto, online or offline: also send the results there, as a run of their own",
     "to": "folder of the results (default: evals/ in the run directory)",
@@ -213,6 +218,35 @@ def position_loss(job: Job) -> None:
     job.say(f"trailing loss {value:.4f} {known}, {info['seconds']:.0f} s\nwrote {path}")
 
 
+def routing(job: Job) -> None:
+    """Writes routing_<tokens>_<length>_<attention>.json, .npz and three .png, and prints the means."""
+    watch, seq_len, trained = Stopwatch(), job.seq_len, job.trained
+    documents = job.held_out()
+    queries = job.integer("queries", 256)
+    info = provenance(trained, watch, world_size=job.world_size)
+    title = f"{info['run']}, {info['attention']}: routing at {format_length(seq_len)}, {len(documents)} documents"
+    job.say(title)
+    report = diagnose(
+        trained.model,
+        documents,
+        device=trained.device,
+        queries=queries,
+        cluster_of=job.cluster_of,
+        rank=job.rank,
+        world_size=job.world_size,
+        reduce=job.reduce,
+        watch=job.watch("routing"),
+    )
+    if job.rank:
+        return
+    stem = f"routing_{trained.tokens:015d}_{format_length(seq_len)}_{job.values.get('attention', 'stage')}"
+    info["seconds"] = watch.seconds
+    path = report.save(job.folder, stem, **info, queries=queries)
+    figures = draw_routing(report, job.folder, stem, title)
+    job.log("routing", {name: float(report.overall(name).mean) for name in HEAD}, figures[0])
+    job.say(f"{report.table()}\n{info['seconds']:.0f} s, wrote {path}")
+
+
 def _num_buckets(job: Job, seq_len: int) -> int:
     if "bucket" not in job.values:
         return default_num_buckets(seq_len)
@@ -222,7 +256,7 @@ def _num_buckets(job: Job, seq_len: int) -> int:
     return seq_len // bucket
 
 
-EVALS = {"position_loss": position_loss}
+EVALS = {"position_loss": position_loss, "routing": routing}
 
 if __name__ == "__main__":
     main()

@@ -48,7 +48,7 @@ class HeldOutEvaluator:
                 world_size=self._world.world_size,
                 reduce=all_reduce_sum,
             )
-        scalars = {f"routing/{name}": value for name, value in mean_stats(routing).items()}
+        scalars = {f"route/{name}": value for name, value in mean_stats(routing).items()}
         if self._world.is_main:
             found.save(self._folder, f"eval_{tokens:015d}", tokens=tokens, stage=stage.name, routing=scalars)
         return found.curve, scalars

@@ -102,8 +102,8 @@ class MoBAAttention(nn.Module):
             )
         self.head_dim = head_dim
         self.spec = spec or AttentionSpec()
-        self.observer: Callable[[MoBAAttention, Tensor, Tensor, Tensor | None], None] | None = None
-        """Called with (self, q, k, cu_seqlens) before each attention without a cache (moba.stats.record_routing)."""
+        self.observer: Callable[[MoBAAttention, Tensor, Tensor, Tensor, Tensor | None], None] | None = None
+        """Called with (self, q, k, v, cu_seqlens) before each attention without a cache (moba.stats.record_routing)."""
         self.q_proj = nn.Linear(hidden_size, num_heads * head_dim, bias=qkv_bias)
         self.k_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=qkv_bias)
         self.v_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=qkv_bias)
@@ -164,6 +164,6 @@ class MoBAAttention(nn.Module):
         if cache is not None:
             return cache.attend(q_THD, k_TGD, v_TGD, self.spec, cu_seqlens)
         if self.observer is not None:
-            self.observer(self, q_THD, k_TGD, cu_seqlens)
+            self.observer(self, q_THD, k_TGD, v_TGD, cu_seqlens)
         deterministic = torch.are_deterministic_algorithms_enabled()
         return attention(q_THD, k_TGD, v_TGD, self.spec, cu_seqlens=cu_seqlens, deterministic=deterministic)

@@ -1,55 +1,161 @@
-"""Scalars that show what the router does: how far back queries look, and whether they spread or collapse onto a few
-blocks.
+"""What the router does: how far back queries look, whether they spread over the blocks or collapse onto a few, and how
+much of full attention's probability the chosen blocks hold.
 
-Everything is computed on the device from a selection as `route` returns it, and nothing waits for the device: read the
-values when the metrics are written.
+The first two come from a selection as `route` returns it. The third is exact, for as many queries as are asked for:
+their products with all keys give the share of each block, and so also what the best blocks would have held.
+
+Shapes: T queries (all of a pack's keys), H query heads, G key/value heads, D head size, K = top_k, M block slots of the
+pack, B tokens of a block, C sampled queries.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from moba.gates import block_log_mass, select
 from moba.layer import MoBAAttention
-from moba.routing import route
+from moba.routing import BlockLayout, full_precision, score_dtype
+
+SAMPLED_QUERIES = 64
+MASS_ELEMENTS = 1 << 24
+
+
+class Load(NamedTuple):
+    """How often each block is picked, and how often it would be if every query picked evenly among those it may."""
+
+    picks_HM: Tensor
+    """float32 [H, M]"""
+    expected_M: Tensor
+    """float32 [M]: the sum of min(1, (K - 1) / candidates) over the queries that may pick the block; 0 for those that
+    nobody may. Raw counts would favour early blocks, which more queries may pick."""
 
 
 @torch.no_grad()
-def routing_stats(selection_HTK: Tensor, block_size: int) -> dict[str, Tensor]:
-    """Scalars (float32, on the selection's device) of a selection int32 [H, T, K] of a pack whose queries are all its
-    keys.
+def block_load(selection_HTK: Tensor, layout: BlockLayout) -> Load:
+    """The load of the blocks of a pack whose queries are all its keys."""
+    num_heads, _, top_k = selection_HTK.shape
+    block_HTk = selection_HTK[:, :, :-1].long() + layout.query_first_block_T[:, None]
+    picked_HTk = selection_HTK[:, :, :-1] >= 0
+    picks_HM = torch.zeros(num_heads, layout.num_blocks, device=selection_HTK.device)
+    picks_HM.scatter_add_(1, block_HTk.clamp(min=0).flatten(1), picked_HTk.flatten(1).float())
+
+    candidates_T = layout.query_block_T - layout.query_first_block_T
+    rate_T = ((top_k - 1) / candidates_T.clamp(min=1)).clamp(max=1) * (candidates_T > 0)
+    rate_M = torch.zeros(layout.num_blocks + 1, dtype=torch.float64, device=rate_T.device)
+    rate_M.index_add_(0, layout.query_block_T + 1, rate_T.double())
+    below_M = rate_M.cumsum(0)  # of the queries in earlier blocks of the pack
+    last_N = layout.first_block_N[1:]
+    document_M = layout.document_M.clamp(max=len(last_N) - 1)
+    expected_M = (below_M[last_N[document_M]] - below_M[1:]) * (layout.document_M < len(last_N))
+    return Load(picks_HM, expected_M.clamp(min=0).float())
+
+
+@torch.no_grad()
+def routing_stats(selection_HTK: Tensor, layout: BlockLayout) -> dict[str, Tensor]:
+    """Scalars (float32, on the selection's device, nothing waits for it) of a selection int32 [H, T, K] of a pack whose
+    queries are all its keys.
 
     history_blocks: mean number of history blocks a query attends to, at most K - 1. previous_share, first_share:
     shares of the picks that are the block just before the query's own, or its document's first. distance: mean number
-    of blocks between the query's block and a pick. entropy: of the picked block indices of a head, in nats, mean over
-    heads; the indices count from the start of each document.
-        exp(entropy) is the effective number of blocks in use.
+    of blocks between the query's block and a pick. Of the load relative to `Load.expected_M`, mean over heads:
+    load_entropy: its entropy over that of an even load, 1 is even, 0 all on one block; max_load: its largest value, 1
+    if even; dead_share: share of blocks that nobody picked.
     All but the first are NaN where no query picked any history block.
     """
     history, own = selection_HTK[:, :, :-1].long(), selection_HTK[:, :, -1:].long()
     picked = history >= 0
     num_picks = picked.sum().float()
-    num_heads, num_tokens, _ = selection_HTK.shape
-
-    # Picks per head and block; entries that are no picks count 0 for block 0.
-    histogram = torch.zeros(num_heads, num_tokens // block_size + 1, device=selection_HTK.device)
-    histogram.scatter_add_(1, history.clamp(min=0).flatten(1), picked.flatten(1).float())
-    share = histogram / histogram.sum(1, keepdim=True)
+    picks_HM, expected_M = block_load(selection_HTK, layout)
+    open_M = expected_M > 0
+    load_HM = torch.where(open_M, picks_HM / expected_M, 0)
+    share_HM = load_HM / load_HM.sum(1, keepdim=True)
+    num_open = open_M.sum()
     return {
-        "history_blocks": num_picks / (num_heads * num_tokens),
+        "history_blocks": num_picks / (selection_HTK.shape[0] * selection_HTK.shape[1]),
         "previous_share": (picked & (history == own - 1)).sum() / num_picks,
         "first_share": (history == 0).sum() / num_picks,
         "distance": ((own - history) * picked).sum() / num_picks,
-        "entropy": torch.special.entr(share).sum(1).mean(),
+        "load_entropy": (torch.special.entr(share_HM).sum(1) / num_open.log().clamp(min=1e-6)).mean(),
+        "max_load": load_HM.amax(1).mean() / (num_picks > 0),
+        "dead_share": (open_M & (picks_HM == 0)).sum() / (num_open * len(picks_HM)),
     }
+
+
+class BlockMass(NamedTuple):
+    """Where full attention's probability lies, for some queries."""
+
+    history_HCM: Tensor
+    """[H, C, M] share of each block of the pack that lies wholly before the query; 0 for the others."""
+    own_HC: Tensor
+    """[H, C] share of the query's own block, up to itself."""
+    candidates_CM: Tensor
+    """bool [C, M]: the blocks that compete."""
+
+
+@torch.no_grad()
+def block_mass(
+    q: Tensor, k: Tensor, layout: BlockLayout, rows_C: Tensor, softmax_scale: float | None = None
+) -> BlockMass:
+    """The shares of full attention of the queries `rows_C` (int64), exact, from log-sum-exps in float32 (float64 for
+    float64 inputs). q is [T, H, D], k [T, G, D]. All products of the queries with all keys exist at once: take
+    few queries at a time where keys are many."""
+    q_CHD, group = q[rows_C], q.shape[1] // k.shape[1]
+    blocks_M = torch.arange(layout.num_blocks, device=q.device)
+    first_C1, own_C1 = layout.query_first_block_T[rows_C, None], layout.query_block_T[rows_C, None]
+    candidates_CM = (blocks_M >= first_C1) & (blocks_M < own_C1)
+    history_HCM = block_log_mass(q_CHD, k, layout, slice(0, layout.num_blocks), softmax_scale)
+    history_HCM.masked_fill_(~candidates_CM, float("-inf"))
+
+    scale = q.shape[2] ** -0.5 if softmax_scale is None else softmax_scale
+    key_CB = layout.start_M[own_C1] + torch.arange(layout.block_size, device=q.device)
+    dtype = score_dtype(k)
+    keys_CBGD = k[key_CB.clamp(max=layout.num_keys - 1)].to(dtype)
+    q_CGrD = q_CHD.to(dtype).unflatten(1, (-1, group)) * scale
+    with full_precision(k.device):
+        scores_CGrB = torch.einsum("cgrd,cbgd->cgrb", q_CGrD, keys_CBGD)
+    future_CB = key_CB > rows_C[:, None]
+    own_HC = scores_CGrB.masked_fill_(future_CB[:, None, None], float("-inf")).logsumexp(-1).flatten(1).T
+    total_HC = torch.logaddexp(history_HCM.logsumexp(-1), own_HC)
+    return BlockMass((history_HCM - total_HC[:, :, None]).exp(), (own_HC - total_HC).exp(), candidates_CM)
+
+
+def captured_share(mass: BlockMass, selection_HCK: Tensor, layout: BlockLayout, rows_C: Tensor) -> Tensor:
+    """[H, C]: the share of full attention that the selected blocks hold; `selection_HCK` is that of the rows."""
+    history = selection_HCK[:, :, :-1].long()
+    block = (history + layout.query_first_block_T[rows_C, None]).clamp(min=0)
+    return mass.own_HC + (mass.history_HCM.gather(2, block) * (history >= 0)).sum(-1)
+
+
+def oracle_share(mass: BlockMass, top_k: int) -> Tensor:
+    """[H, C]: the share that the best top_k - 1 history blocks and the own one hold."""
+    best = mass.history_HCM.topk(min(top_k - 1, mass.history_HCM.shape[2]), dim=-1).values
+    return mass.own_HC + best.sum(-1)
+
+
+def random_share(mass: BlockMass, top_k: int) -> Tensor:
+    """[H, C]: the share that top_k - 1 history blocks drawn at random, and the own one, hold on average."""
+    rate_C = ((top_k - 1) / mass.candidates_CM.sum(1).clamp(min=1)).clamp(max=1)
+    return mass.own_HC + mass.history_HCM.sum(-1) * rate_C
+
+
+def routed_queries(layout: BlockLayout, top_k: int, count: int) -> Tensor:
+    """int64 [<= count]: queries for which the gate drops a block (more candidates than top_k - 1), evenly spaced over
+    all of them. Waits for the device."""
+    rows = (layout.query_block_T - layout.query_first_block_T >= top_k).nonzero().flatten()
+    if len(rows) <= count:
+        return rows
+    return rows[torch.linspace(0, len(rows) - 1, count, device=rows.device).round().long()]
 
 
 @contextmanager
 def record_routing(model: nn.Module) -> Iterator[list[dict[str, Tensor]]]:
-    """A list that gets the `routing_stats` of every MoBA layer in the first forward pass inside the context.
+    """A list that gets, for every MoBA layer in the first forward pass inside the context, `routing_stats` and the mean
+    captured, oracle's and random shares over SAMPLED_QUERIES queries that drop a block (NaN if there is none).
 
     Empty if no layer is MoBA. The selection is computed once more for it, so this is for evaluations, not for every
     training step.
@@ -57,13 +163,20 @@ def record_routing(model: nn.Module) -> Iterator[list[dict[str, Tensor]]]:
     recorded: list[dict[str, Tensor]] = []
     layers = [m for m in model.modules() if isinstance(m, MoBAAttention) and m.spec.kind == "moba"]
 
-    def observe(layer: MoBAAttention, q_THD: Tensor, k_TGD: Tensor, cu_seqlens: Tensor | None) -> None:
+    def observe(layer: MoBAAttention, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> None:
         layer.observer = None
-        spec = layer.spec
-        selection = route(
-            q_THD.detach(), k_TGD.detach(), block_size=spec.block_size, top_k=spec.top_k, cu_seqlens=cu_seqlens
-        )
-        recorded.append(routing_stats(selection, spec.block_size))
+        spec, q, k = layer.spec, q.detach(), k.detach()
+        layout = BlockLayout.build(spec.block_size, q.shape[0], k.shape[0], cu_seqlens, device=q.device)
+        selection = select(spec.gate, q, k, spec.block_size, spec.top_k, cu_seqlens=cu_seqlens)
+        stats = routing_stats(selection, layout)
+        rows = routed_queries(layout, spec.top_k, SAMPLED_QUERIES)
+        shares = []
+        for part in rows.split(max(1, MASS_ELEMENTS // (q.shape[1] * k.shape[0]))):
+            mass = block_mass(q, k, layout, part)
+            captured = captured_share(mass, selection[:, part], layout, part)
+            shares.append(torch.stack([captured, oracle_share(mass, spec.top_k), random_share(mass, spec.top_k)]))
+        means = torch.cat(shares, -1).mean((1, 2)).float()
+        recorded.append(stats | dict(zip(("captured", "oracle_share", "random_share"), means)))
 
     for layer in layers:
         layer.observer = observe

@@ -82,7 +82,7 @@ def train(tokens, stage="sparse", **values):
 def test_offline_run_holds_what_was_logged_and_is_one_run_after_a_resume(tmp_path, capfd):
     """Catches values lost or put at the wrong tokens, a second id after a resume, noise and prompts without a login."""
     tracker, said = open_tracker(tmp_path)
-    tracker.log(train(100, loss=2.5, mfu=None, **{"routing/entropy": 0.75}))
+    tracker.log(train(100, loss=2.5, mfu=None, **{"route/load_entropy": 0.75}))
     tracker.log({"kind": "eval", "tokens": 100, "stage": "sparse", "loss": 2.25})
     tracker.log(train(200, stage="full", loss=1.0 / 3))
     picture = tmp_path / "heat.png"
@@ -104,7 +104,7 @@ def test_offline_run_holds_what_was_logged_and_is_one_run_after_a_resume(tmp_pat
     assert [rows[step]["tokens"] for step in sorted(rows)] == [100, 200, 300]
     assert [rows[step]["train/loss"] for step in sorted(rows)] == [2.5, 1.0 / 3, 0.25]
     assert [rows[step]["stage"] for step in sorted(rows)] == [0, 1, 1]
-    assert rows[100]["eval/loss"] == 2.25 and rows[100]["routing/entropy"] == 0.75
+    assert rows[100]["eval/loss"] == 2.25 and rows[100]["route/load_entropy"] == 0.75
     assert "train/mfu" not in rows[100] and "train/attention" not in rows[100]
     media = [path.name for path in tmp_path.glob("wandb/offline-run-*/files/media/**/*") if path.is_file()]
     assert any(name.endswith(".png") for name in media)

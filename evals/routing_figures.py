@@ -1,0 +1,162 @@
+"""Figures of a RoutingReport: heat maps by layer and head, shares by position, distances, hits against the signal-to-
+noise model, and which blocks single heads pick.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+
+from evals.figures import interval, length_axis, save
+from evals.routing import SHARES, RoutingReport, model_hit_rate
+
+HEAT_MAPS = {
+    "captured_all": "captured share",
+    "regret": "regret: oracle - captured",
+    "recall": "recall of the oracle's blocks",
+    "output_error": "output error",
+    "load_entropy": "entropy of the load",
+    "snr": "signal to noise",
+}
+LABELS = {
+    "captured": "picked by the gate",
+    "oracle": "best blocks",
+    "local": "latest",
+    "random": "random",
+    "own": "own block alone",
+}
+
+
+STYLE = {"marker": "o", "markersize": 3, "capsize": 2}
+LINES = {"oracle": "--"}  # the gate may come close
+
+
+def draw_routing(report: RoutingReport, folder: Path, stem: str, title: str = "") -> list[Path]:
+    """Writes `stem`_heads.png, _curves.png and _maps.png into `folder` and returns their paths."""
+    paths = [folder / f"{stem}_{name}.png" for name in ("heads", "curves", "maps")]
+    _draw_heads(report, paths[0], title)
+    _draw_curves(report, paths[1], title)
+    _draw_maps(report, paths[2], title)
+    return paths
+
+
+def _draw_heads(report: RoutingReport, path: Path, title: str) -> None:
+    figure = Figure(figsize=(11, 2.2 + 0.5 * min(len(report.layers), 16)), layout="constrained")
+    for axes, (name, label) in zip(figure.subplots(2, 3).flat, HEAT_MAPS.items()):
+        values_LH = report.head(name).mean
+        image = axes.imshow(values_LH, aspect="auto", cmap="viridis", interpolation="nearest")
+        axes.set_title(label, fontsize="small")
+        axes.set_yticks(range(len(report.layers)), report.layers)
+        axes.set_xticks(range(values_LH.shape[1]))
+        axes.tick_params(labelsize="x-small")
+        if values_LH.size <= 64:
+            digits = 2 if np.nanmax(np.abs(values_LH)) >= 0.1 else 4
+            middle = (np.nanmin(values_LH) + np.nanmax(values_LH)) / 2
+            for (y, x), value in np.ndenumerate(values_LH):
+                color = "white" if value <= middle else "black"
+                axes.text(x, y, f"{value:.{digits}f}", ha="center", va="center", fontsize="x-small", color=color)
+        figure.colorbar(image, ax=axes).ax.tick_params(labelsize="x-small")
+    figure.supxlabel("head", fontsize="small")
+    figure.supylabel("layer", fontsize="small")
+    figure.suptitle(title, fontsize="medium")
+    save(figure, path)
+
+
+def _draw_curves(report: RoutingReport, path: Path, title: str) -> None:
+    figure = Figure(figsize=(11, 8), layout="constrained")
+    (position, distance), (hits, layers) = figure.subplots(2, 2)
+    _by_position(report, position)
+    _by_distance(report, distance)
+    _hits(report, hits)
+    _by_layer(report, layers)
+    for axes in (position, distance, hits, layers):
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="x-small", ncols=2)
+    figure.suptitle(title, fontsize="medium")
+    save(figure, path)
+
+
+def _by_position(report: RoutingReport, axes) -> None:
+    found = report.by_position()
+    centres = (report.edges[:-1] + report.edges[1:]) / 2
+    for i, name in enumerate(SHARES):
+        width = interval(found.se[:, i], found.clusters[:, i])
+        axes.errorbar(
+            centres, found.mean[:, i], yerr=width, label=LABELS[name], **STYLE, linestyle=LINES.get(name, "-")
+        )
+    length_axis(axes.xaxis, int(report.edges[-1]))
+    axes.set_ylim(0, 1.02)
+    axes.set_xlabel("position (routed queries only)")
+    axes.set_ylabel("share of full attention")
+    axes.set_title("What a budget of k blocks holds (bars: 95 %, documents)", fontsize="small")
+
+
+def _by_distance(report: RoutingReport, axes) -> None:
+    mean_2E = np.nanmean(report.distance_NL2E, axis=(0, 1))
+    last = int(np.flatnonzero(mean_2E.sum(0) > 0).max())
+    octaves = np.arange(last + 1)
+    for i, (label, offset) in enumerate((("picks", -0.2), ("full attention's probability", 0.2))):
+        axes.bar(octaves + offset, mean_2E[i, : last + 1], width=0.4, label=label)
+    names = [f"{2**e}" if e == 0 else f"{2**e}-{2 ** (e + 1) - 1}" for e in octaves]
+    axes.set_xticks(octaves, names, fontsize="x-small")
+    axes.set_xlabel("blocks back")
+    axes.set_ylabel("share of the history")
+    axes.set_title("How far back: the gate, and what it should follow", fontsize="small")
+
+
+def _hits(report: RoutingReport, axes) -> None:
+    """Each head's hits over its signal to noise; the model's curve for its picks and the mean number of candidates."""
+    snr_LH, hit_LH = report.head("snr").mean, report.head("hit").mean
+    for i, layer in enumerate(report.layers):
+        axes.scatter(snr_LH[i], hit_LH[i], s=14, label=f"layer {layer}" if len(report.layers) <= 8 else None)
+    low, high = min(0.0, float(np.nanmin(snr_LH))), max(3.0, float(np.nanmax(snr_LH)))
+    grid = np.linspace(low, high, 100)
+    for picks in sorted({spec.top_k - 1 for spec in report.specs}):
+        label = f"model: {picks} of {report.candidates:.0f} blocks"
+        axes.plot(grid, model_hit_rate(grid, report.candidates, picks), color="black", linewidth=1.2, label=label)
+    axes.set_ylim(0, 1.02)
+    axes.set_xlabel("signal to noise of the best block's score")
+    axes.set_ylabel("best block picked")
+    axes.set_title("Hits of each head against FlashMoBA's model", fontsize="small")
+
+
+def _by_layer(report: RoutingReport, axes) -> None:
+    bottom = np.zeros(len(report.layers))
+    own, captured, oracle = (np.nanmean(report.head(name).mean, axis=1) for name in ("own", "captured", "oracle"))
+    parts = (("own block", own), ("picked by the gate", captured - own), ("lost by the gate", oracle - captured))
+    for label, height in (*parts, ("lost to sparsity", 1 - oracle)):
+        axes.bar(range(len(report.layers)), height, bottom=bottom, label=label)
+        bottom = bottom + height
+    axes.set_xticks(range(len(report.layers)), report.layers)
+    axes.set_ylim(0, 1.35)  # room for the legend
+    axes.set_xlabel("layer")
+    axes.set_ylabel("share of full attention")
+    axes.set_title("Where the probability goes (mean over heads)", fontsize="small")
+
+
+def _draw_maps(report: RoutingReport, path: Path, title: str) -> None:
+    """Picks beside probability, for the heads with the least, the median and the largest regret."""
+    regret_LH = report.head("regret").mean
+    order = np.argsort(regret_LH, axis=None)
+    chosen = {"least": order[0], "median": order[len(order) // 2], "largest": order[-1]}
+    figure = Figure(figsize=(11, 7.5), layout="constrained")
+    panels = figure.subplots(2, len(chosen))
+    for column, (which, index) in enumerate(chosen.items()):
+        layer, head = np.unravel_index(index, regret_LH.shape)
+        for row, what in enumerate(("picks of the gate", "full attention")):
+            axes, values_YY = panels[row, column], report.maps_LH2YY[layer, head, row]
+            image = axes.imshow(np.where(values_YY > 0, values_YY, np.nan), norm=LogNorm(1e-3, 1), cmap="magma_r")
+            axes.set_title(
+                f"layer {report.layers[layer]} head {head}, {which} regret {regret_LH[layer, head]:.3f}\n{what}",
+                fontsize="small",
+            )
+            axes.tick_params(labelsize="x-small")
+    figure.colorbar(image, ax=panels, label="picks: share of the queries; attention: mean probability", shrink=0.7)
+    cells = report.maps_LH2YY.shape[-1]
+    figure.supxlabel(f"keys, in {cells} equal parts of the document", fontsize="small")
+    figure.supylabel("queries", fontsize="small")
+    figure.suptitle(title, fontsize="medium")
+    save(figure, path)

@@ -1,0 +1,185 @@
+"""evals/routing.py: numbers of each layer and head against dense softmax and plain loops; ranks; the model of hits."""
+
+import json
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from conf.schema import ModelConfig
+from data.packing import Batch
+from evals.routing import HEAD, diagnose, model_hit_rate
+from evals.routing_figures import draw_routing
+from moba.gates import select
+from moba.spec import AttentionSpec
+from train.model import Decoder
+
+LENGTH, SIZE, TOP_K, LAYERS, HEADS = 96, 8, 3, 2, 4
+
+
+@pytest.fixture(scope="module")
+def model():
+    config = ModelConfig(
+        hidden_size=32,
+        num_layers=LAYERS,
+        num_heads=HEADS,
+        num_kv_heads=2,
+        head_dim=8,
+        ffn_size=48,
+        init_std=0.4,
+        loss_tile=64,
+    )
+    model = Decoder(config, 64).double()
+    model.init_weights(3)
+    model.set_attention([AttentionSpec("full"), AttentionSpec("moba", SIZE, TOP_K)])
+    return model.eval()
+
+
+def make_documents(count):
+    generator = torch.Generator().manual_seed(1)
+    documents = []
+    for i in range(count):
+        tokens = torch.randint(0, 64, (LENGTH + 1,), generator=generator)
+        bounds = torch.tensor([0, LENGTH], dtype=torch.int32)
+        documents.append((f"d{i}", Batch(tokens[:-1], tokens[1:], torch.arange(LENGTH), bounds)))
+    return documents
+
+
+def expected(model, batch):
+    """The HEAD values of the MoBA layer for one document, [H] each, from dense attention and loops over queries."""
+    seen = []
+    module = model.model.layers[1].self_attn
+    module.observer = lambda layer, q, k, v, cu_seqlens: seen.append((q, k, v))
+    with torch.no_grad():
+        model.logits(batch.tokens, batch.positions, batch.cu_seqlens)
+    module.observer = None
+    ((q, k, v),) = seen
+    selection = select("mean", q, k, SIZE, TOP_K)
+    values = {name: [] for name in HEAD}
+    for h in range(HEADS):
+        kh, vh, rows, errors, norms, picks = k[:, h // 2], v[:, h // 2], {name: [] for name in HEAD}, 0, 0, np.zeros(12)
+        means = kh.view(-1, SIZE, 8).mean(1)
+        for t in range(LENGTH):
+            own = t // SIZE
+            chosen = [b for b in selection[h, t, :-1].tolist() if b >= 0]
+            np.add.at(picks, chosen, 1)
+            if own < TOP_K:
+                continue
+            p = torch.softmax(kh[: t + 1] @ q[t, h] * 8**-0.5, 0)
+            mass = [p[b * SIZE : (b + 1) * SIZE].sum().item() for b in range(own + 1)]
+            best = sorted(range(own), key=lambda b: -mass[b])[: TOP_K - 1]
+            scores = (means[:own] @ q[t, h]).numpy()
+            keys = [s for s in range(t + 1) if s // SIZE in [*chosen, own]]
+            sparse = torch.softmax(kh[keys] @ q[t, h] * 8**-0.5, 0) @ vh[keys]
+            full = p @ vh[: t + 1]
+            errors, norms = errors + ((sparse - full) ** 2).sum().item(), norms + (full**2).sum().item()
+            captured, oracle = mass[own] + sum(mass[b] for b in chosen), mass[own] + sum(mass[b] for b in best)
+            others = np.delete(scores, best[0])
+            ordered = np.sort(scores)[::-1]
+            found = {
+                "captured_all": captured,
+                "captured": captured,
+                "oracle": oracle,
+                "local": mass[own] + sum(mass[own - TOP_K + 1 : own]),
+                "random": mass[own] + (1 - mass[own]) * (TOP_K - 1) / own,
+                "own": mass[own],
+                "regret": oracle - captured,
+                "recall": len(set(best) & set(chosen)) / (TOP_K - 1),
+                "hit": float(best[0] in chosen),
+                "margin": (ordered[TOP_K - 2] - ordered[TOP_K - 1]) / scores.std(ddof=1),
+                "snr": (scores[best[0]] - others.mean()) / (2**0.5 * others.std(ddof=1)),
+            }
+            for name, value in found.items():
+                rows[name].append(value)
+        even = np.array(
+            [sum(min(1, (TOP_K - 1) / (t // SIZE)) for t in range(LENGTH) if t // SIZE > b) for b in range(12)]
+        )
+        load = picks[:11] / even[:11]
+        share = load / load.sum()
+        rows["output_error"] = [(errors / norms) ** 0.5]
+        rows["load_entropy"] = [-(share[share > 0] * np.log(share[share > 0])).sum() / np.log(11)]
+        rows["max_load"], rows["dead_share"] = [load.max()], [(load == 0).mean()]
+        for name in HEAD:
+            values[name].append(np.mean(rows[name]))
+    return {name: np.array(value) for name, value in values.items()}
+
+
+def test_every_number_of_every_head_equals_the_dense_computation(model):
+    """Catches masses of another head, queries that drop nothing among the means, and each formula. All routed queries
+    are sampled, so that the sampled means are exact too."""
+    documents = make_documents(2)
+    report = diagnose(model, documents, device="cpu", queries=LENGTH)
+    assert report.layers == [1]
+    for i, (_, batch) in enumerate(documents):
+        for name, value in expected(model, batch).items():
+            np.testing.assert_allclose(report.heads_NLH[name][i, 0], value, rtol=1e-6, atol=1e-12, err_msg=name)
+    assert (report.heads_NLH["regret"] > 1e-3).any() and report.heads_NLH["captured"].max() < 0.99
+    picks, mass = report.maps_LH2YY[0, :, 0], report.maps_LH2YY[0, :, 1]
+    np.testing.assert_allclose(picks.sum(-1)[:, 3:], TOP_K)
+    np.testing.assert_allclose(mass.sum(-1)[:, 3:], 1)
+    assert np.triu(picks[0], 1).sum() == 0 and np.nansum(np.triu(mass[0], 1)) == 0
+    np.testing.assert_allclose(report.distance_NL2E.sum(-1), 1)
+    by_position = report.by_position().mean
+    assert np.isnan(by_position[:4]).all() and np.isfinite(by_position[4:]).all()
+    assert (by_position[4:, 1] >= by_position[4:, 0]).all()
+
+
+def test_ranks_together_equal_one(model):
+    """Catches documents counted twice where ranks do not divide them, or left out."""
+    documents = make_documents(3)
+    alone = diagnose(model, documents, device="cpu", queries=20)
+    barrier, slots, results = threading.Barrier(2), [None] * 2, [None] * 2
+
+    def run(rank):
+        def reduce(tensor):
+            slots[rank] = tensor.clone()
+            barrier.wait()
+            total = slots[0] + slots[1]
+            barrier.wait()
+            return total
+
+        twin = Decoder(model.config, 64).double()
+        twin.load_state_dict(model.state_dict())
+        twin.set_attention(model.attention)
+        results[rank] = diagnose(twin, documents, device="cpu", queries=20, rank=rank, world_size=2, reduce=reduce)
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(2)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    for result in results:
+        for name in HEAD:
+            np.testing.assert_array_equal(result.heads_NLH[name], alone.heads_NLH[name])
+        np.testing.assert_array_equal(result.shares_NLPS, alone.shares_NLPS)
+        np.testing.assert_allclose(result.maps_LH2YY, alone.maps_LH2YY, rtol=1e-12)
+
+
+def test_results_can_be_written_and_dense_attention_is_refused(model, tmp_path):
+    """Catches a figure that fails, NaN in the json, and diagnostics of a gate that drops nothing."""
+    report = diagnose(model, make_documents(2), device="cpu", queries=16)
+    path = report.save(tmp_path, "routing", run="x")
+    record = json.loads(path.read_text(), parse_constant=lambda text: pytest.fail(text))
+    assert record["run"] == "x" and record["specs"] == ["moba 8x3"] and record["num_documents"] == 2
+    assert np.shape(record["heads"]["captured"]) == (1, HEADS) and record["overall"]["regret"]["se"] > 0
+    assert all(png.stat().st_size > 10_000 for png in draw_routing(report, tmp_path, "routing", "title"))
+    assert len(report.table().splitlines()) == len(HEAD)
+    plan = model.attention
+    for spec, words in (
+        (AttentionSpec("full"), "no layer"),
+        (AttentionSpec("moba", 32, 3), "nothing is routed"),
+        (AttentionSpec("moba", 8, 1), "top_k=1"),
+    ):
+        model.set_attention([spec] * LAYERS)
+        with pytest.raises(ValueError, match=words):
+            diagnose(model, make_documents(1), device="cpu")
+    model.set_attention(plan)
+
+
+@pytest.mark.parametrize(("snr", "candidates", "picks"), [(0.57, 32, 3), (2.26, 32, 3), (1.13, 16, 2), (0.0, 10, 4)])
+def test_hit_model_equals_its_simulation(snr, candidates, picks):
+    """Catches a wrong quadrature, and comparisons taken for independent though they share the wanted block's noise."""
+    rng = np.random.default_rng(0)
+    wanted = 2**0.5 * snr + rng.normal(size=40_000)
+    others = rng.normal(size=(40_000, candidates - 1))
+    simulated = ((others > wanted[:, None]).sum(1) < picks).mean()
+    assert model_hit_rate(snr, candidates, picks) == pytest.approx(simulated, abs=0.01)
