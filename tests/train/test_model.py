@@ -258,10 +258,11 @@ def test_compiled_layers_equal_eager_and_are_compiled_once(monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("spec", [FULL, AttentionSpec("moba", block_size=64, top_k=2)], ids=str)
+@pytest.mark.parametrize("spec", [FULL, AttentionSpec("moba", block_size=64, top_k=5)], ids=str)
 def test_compiled_kernels_equal_eager_on_a_gpu(spec):
     """Catches kernels generated in bf16 that lose precision, forward or backward, and outputs whose strides attention
-    cannot take. Fused, bf16 is rounded less often, so losses move by rounding."""
+    cannot take. Fused, bf16 is rounded less often, so losses move by rounding; MoBA takes all of a document's blocks
+    here, since the choices of a random model turn with every rounding."""
     pytest.importorskip("triton")
     pack = [x.cuda() for x in make_pack([300, 212])]
     results = []
