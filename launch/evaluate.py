@@ -8,6 +8,7 @@ position_loss: the loss by position on held-out documents, those of the run's ow
 same weights can be measured under another attention, and on documents of another length; launch/compare.py puts two
 results beside each other.
 routing: what the gate of each MoBA layer and head picks, and what it misses.
+swap: the same weights under full attention, the gate's, the best, random and the latest blocks; prefill x decode.
 Several processes share the documents; position_loss then gives the same bits as one.
 """
 
@@ -39,6 +40,7 @@ from evals.results import Stopwatch, provenance  # noqa: E402
 from evals.routing import HEAD, diagnose  # noqa: E402
 from evals.routing_figures import draw_routing  # noqa: E402
 from evals.statistics import half_width  # noqa: E402
+from evals.swap import swap  # noqa: E402
 from launch.cli import UsageError, exits_on, key_values  # noqa: E402
 from train.checkpoint import CheckpointError  # noqa: E402
 from train.position_loss import bucket_edges, default_num_buckets  # noqa: E402
@@ -56,6 +58,7 @@ KEYS = {
     "cohort": "position_loss: fixed (default: documents of full length) or available (each bucket: all that fill it)",
     "bucket": "position_loss: tokens a bucket, a divisor of the length (default: 2K; a sixteenth below 32K)",
     "queries": "routing: queries of each document and layer whose blocks are measured one by one (default 256)",
+    "last_tokens": "swap: tokens at the end that count as decoded (default 256, at most a quarter of the length)",
     "device": "auto (default), cpu or cuda",
     "wandb": "disabled (default), auto, online or offline: also send the results there, as a run of their own",
     "to": "folder of the results (default: evals/ in the run directory)",
@@ -247,6 +250,35 @@ def routing(job: Job) -> None:
     job.say(f"{report.table()}\n{info['seconds']:.0f} s, wrote {path}")
 
 
+def attention_swap(job: Job) -> None:
+    """Writes swap_<tokens>_<length>_<attention>.json, .npz and .png, and prints the two tables."""
+    watch, seq_len, trained = Stopwatch(), job.seq_len, job.trained
+    documents = job.held_out()
+    info = provenance(trained, watch, world_size=job.world_size)
+    job.say(
+        f"swap: {len(documents)} documents of {format_length(seq_len)} tokens, {info['attention']} and its variants"
+    )
+    report = swap(
+        trained.model,
+        documents,
+        device=trained.device,
+        last_tokens=job.integer("last_tokens", min(256, seq_len // 4)),
+        cluster_of=job.cluster_of,
+        rank=job.rank,
+        world_size=job.world_size,
+        reduce=job.reduce,
+        watch=job.watch,
+    )
+    if job.rank:
+        return
+    stem = f"swap_{trained.tokens:015d}_{format_length(seq_len)}_{job.values.get('attention', 'stage')}"
+    info["seconds"] = watch.seconds
+    path = report.save(job.folder, stem, **info)
+    numbers = {f"trailing_{row['attention']}": row["trailing"]["mean"] for row in report.rows()}
+    job.log("swap", numbers, path.with_suffix(".png"))
+    job.say(f"{report.table()}\n{info['seconds']:.0f} s, wrote {path}")
+
+
 def _num_buckets(job: Job, seq_len: int) -> int:
     if "bucket" not in job.values:
         return default_num_buckets(seq_len)
@@ -256,7 +288,7 @@ def _num_buckets(job: Job, seq_len: int) -> int:
     return seq_len // bucket
 
 
-EVALS = {"position_loss": position_loss, "routing": routing}
+EVALS = {"position_loss": position_loss, "routing": routing, "swap": attention_swap}
 
 if __name__ == "__main__":
     main()

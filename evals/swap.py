@@ -1,0 +1,230 @@
+"""The same weights under other attentions: was a circuit never learned, does the router miss it, or is sparsity the
+price.
+
+Variants, each with the budget of the MoBA layers (full layers stay full): `full`, `moba` (the plan in force), `oracle`
+(the blocks of largest true attention), `random` and `local` (moba/gates.py). oracle - full is what sparsity costs,
+moba - oracle what the gate loses beyond it, random - moba what the gate is worth. A model that is as good under random
+blocks does not use its router at all.
+
+And prefill x decode: the last tokens of each document are read over a cache that the tokens before them filled, each
+part sparse or full. Paper and released code read the prompt with MoBA and decode with full attention, which can hide
+what the router misses; sparse x sparse is the strict number. Reading the last tokens as one chunk scores them exactly
+as decoding one by one would.
+
+Shapes: N documents, m last tokens, V vocabulary rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.packing import Batch
+from evals.comparison import plot_positions
+from evals.position_loss import Evaluation, evaluate
+from evals.results import write_json
+from evals.statistics import clustered_mean, half_width
+from moba.layer import KVCache
+from moba.spec import AttentionSpec
+from train.model import Decoder
+
+VARIANTS = ("moba", "oracle", "random", "local", "full")
+PARTS = ("moba", "full")
+
+
+def variant(plan: Sequence[AttentionSpec], name: str) -> tuple[AttentionSpec, ...]:
+    """The plan with its MoBA layers as this variant has them; full layers stay as they are."""
+
+    def of(spec: AttentionSpec) -> AttentionSpec:
+        if spec.kind != "moba" or name == "moba":
+            return spec
+        return AttentionSpec("full") if name == "full" else replace(spec, gate=name)
+
+    return tuple(map(of, plan))
+
+
+@contextmanager
+def under(model: Decoder, plan: Sequence[AttentionSpec]):
+    """The model with another attention plan, for a while."""
+    before = model.attention
+    model.set_attention(plan)
+    try:
+        yield
+    finally:
+        model.set_attention(before)
+
+
+@dataclass(frozen=True, eq=False)
+class SwapReport:
+    """What one set of weights scores under each variant."""
+
+    evaluations: dict[str, Evaluation]
+    """By VARIANTS name, on the same documents."""
+    last_loss_NPD: np.ndarray
+    """[N, prefill, decode] mean loss of each document's last tokens; both in the order of PARTS."""
+    last_kl_NPD: np.ndarray
+    """[N, prefill, decode] mean divergence of the next-token distribution from full x full's there, nats."""
+    last_tokens: int
+    clusters: list[str]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row a variant: overall and trailing loss, and its difference from full, document by document."""
+        full = self.evaluations["full"].document_loss
+        rows = []
+        for name, evaluation in self.evaluations.items():
+            row = {"attention": name}
+            for what, pick in (
+                ("loss", lambda table: np.nanmean(table, axis=1)),
+                ("trailing", lambda table: table[:, -1]),
+            ):
+                ours, gap = pick(evaluation.document_loss), pick(evaluation.document_loss) - pick(full)
+                row[what] = _mean(ours, self.clusters)
+                row[f"{what}_minus_full"] = _mean(gap, self.clusters)
+            rows.append(row)
+        return rows
+
+    def cells(self) -> list[dict[str, Any]]:
+        """One row a pair of prefill and decode attention."""
+        rows = []
+        for p, prefill in enumerate(PARTS):
+            for d, decode in enumerate(PARTS):
+                gap = self.last_loss_NPD[:, p, d] - self.last_loss_NPD[:, 1, 1]
+                rows.append(
+                    {
+                        "prefill": prefill,
+                        "decode": decode,
+                        "loss": _mean(self.last_loss_NPD[:, p, d], self.clusters),
+                        "minus_full": _mean(gap, self.clusters),
+                        "kl_from_full": _mean(self.last_kl_NPD[:, p, d], self.clusters),
+                    }
+                )
+        return rows
+
+    def table(self) -> str:
+        """Both tables as text, with what they say about sparsity and the gate."""
+        lines = [f"{'attention':<9}  {'loss':>8}  {'minus full':>20}  {'trailing':>8}  {'minus full':>20}"]
+        for row in self.rows():
+            cells = [
+                f"{row[what]['mean']:>8.4f}  {_with_error(row[f'{what}_minus_full']):>20}"
+                for what in ("loss", "trailing")
+            ]
+            lines.append(f"{row['attention']:<9}  " + "  ".join(cells))
+        trailing = {row["attention"]: row["trailing"]["mean"] for row in self.rows()}
+        lines.append(
+            f"trailing: sparsity costs {trailing['oracle'] - trailing['full']:+.4f}, the gate "
+            f"{trailing['moba'] - trailing['oracle']:+.4f} on top; random blocks would cost "
+            f"{trailing['random'] - trailing['moba']:+.4f} more than the gate's"
+        )
+        lines.append(
+            f"\nlast {self.last_tokens} tokens\n{'prefill':<9}{'decode':<7}  {'loss':>8}  {'minus full':>20}  {'KL':>9}"
+        )
+        for cell in self.cells():
+            lines.append(
+                f"{cell['prefill']:<9}{cell['decode']:<7}  {cell['loss']['mean']:>8.4f}  "
+                f"{_with_error(cell['minus_full']):>20}  {cell['kl_from_full']['mean']:>9.5f}"
+            )
+        return "\n".join(lines)
+
+    def save(self, folder: Path, stem: str, **info: Any) -> Path:
+        """Writes `stem`.json, .npz and .png (each variant's loss by position and its gap to full) into `folder`;
+        returns the path of the json."""
+        found = {
+            "unit": "nats a token; differences document by document",
+            "num_documents": len(self.clusters),
+            "num_clusters": len(set(self.clusters)),
+            "variants": self.rows(),
+            "last_tokens": self.last_tokens,
+            "prefill_decode": self.cells(),
+        }
+        path = write_json(folder / f"{stem}.json", {**info, **found})
+        losses = {f"document_loss_{name}": one.document_loss for name, one in self.evaluations.items()}
+        np.savez_compressed(folder / f"{stem}.npz", **losses, last_loss=self.last_loss_NPD, last_kl=self.last_kl_NPD)
+        plot_positions(self.evaluations, folder / f"{stem}.png", info.get("dense_up_to"))
+        return path
+
+
+def _mean(values_N: np.ndarray, clusters: Sequence[str]) -> dict[str, float | None]:
+    """Mean over documents, its standard error and 95 % half-width, as JSON values."""
+    known_N = np.isfinite(values_N)  # a conversation may have no answer there
+    found = clustered_mean(np.where(known_N, values_N, 0), known_N, clusters)
+    width = half_width(found.se, found.clusters)
+    known = bool(np.isfinite(found.se))
+    return {
+        "mean": float(found.mean),
+        "se": float(found.se) if known else None,
+        "interval_95": float(width) if known else None,
+    }
+
+
+def _with_error(value: dict[str, float | None]) -> str:
+    return f"{value['mean']:+.4f}" + ("" if value["se"] is None else f" +- {value['interval_95']:.4f}")
+
+
+@torch.no_grad()
+def swap(
+    model: Decoder,
+    documents: Sequence[tuple[str, Batch]],
+    *,
+    device: torch.device | str,
+    last_tokens: int = 256,
+    cluster_of: Callable[[str], str] = str,
+    rank: int = 0,
+    world_size: int = 1,
+    reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+    watch: Callable[[str], Callable[[Iterable], Iterable]] = lambda what: iter,
+) -> SwapReport:
+    """The SwapReport of a model whose plan in force has MoBA layers, on every rank; arguments as of
+    evals.position_loss.evaluate, all documents of one length. ValueError if there is no MoBA layer, or the last tokens
+    are not fewer than the document."""
+    plan, seq_len = model.attention, documents[0][1].tokens.numel()
+    if all(spec.kind != "moba" for spec in plan):
+        raise ValueError("no layer of the model is MoBA here; choose an attention such as attention=512x3")
+    if not 0 < last_tokens < seq_len:
+        raise ValueError(f"last_tokens={last_tokens}: must be at least 1 and below the length, {seq_len}")
+    share = {"rank": rank, "world_size": world_size, "reduce": reduce}
+    evaluations = {}
+    for name in VARIANTS:
+        with under(model, variant(plan, name)):
+            evaluations[name] = evaluate(
+                model, documents, seq_len=seq_len, device=device, cluster_of=cluster_of, watch=watch(name), **share
+            )
+    table = torch.zeros(2, len(documents), 2, 2, dtype=torch.float64, device=device)
+    for index in watch("prefill x decode")(range(rank, len(documents), world_size)):
+        table[:, index] = _prefill_decode(model, plan, documents[index][1].to(device), last_tokens)
+    loss_NPD, kl_NPD = reduce(table).cpu().numpy()
+    return SwapReport(evaluations, loss_NPD, kl_NPD, last_tokens, [cluster_of(name) for name, _ in documents])
+
+
+def _prefill_decode(model: Decoder, plan: Sequence[AttentionSpec], batch: Batch, last: int) -> Tensor:
+    """float64 [2 (loss, divergence), prefill, decode] of one document's last tokens."""
+    labels_m = batch.labels[-last:]
+    log_probs = {}
+    for p, prefill in enumerate(PARTS):
+        for d, decode in enumerate(PARTS):
+            cache = KVCache(len(plan))
+            with under(model, variant(plan, prefill)):
+                _read(model, batch, slice(0, len(batch.tokens) - last), cache, rows=1)
+            with under(model, variant(plan, decode)):
+                scores_mV = _read(model, batch, slice(len(batch.tokens) - last, None), cache, rows=last)
+            log_probs[p, d] = scores_mV.float().log_softmax(-1)
+    full_mV = log_probs[1, 1]
+    out = torch.zeros(2, 2, 2, dtype=torch.float64, device=labels_m.device)
+    for place, own_mV in log_probs.items():
+        out[(0, *place)] = torch.nn.functional.nll_loss(own_mV, labels_m).double()
+        out[(1, *place)] = (full_mV.exp() * (full_mV - own_mV)).sum(-1).mean().double()
+    return out
+
+
+def _read(model: Decoder, batch: Batch, part: slice, cache: KVCache, rows: int) -> Tensor:
+    """Reads a part of a document into the cache; scores of its last `rows` tokens."""
+    tokens = batch.tokens[part]
+    bounds = torch.tensor([0, len(tokens)], dtype=torch.int32, device=tokens.device)
+    wanted = torch.arange(len(tokens) - rows, len(tokens), device=tokens.device)
+    return model.logits(tokens, batch.positions[part], bounds, cache, rows=wanted)
