@@ -1,7 +1,9 @@
-"""A trained model out of a run directory or one of its checkpoints, ready to be measured in one process.
+"""A trained model out of a run directory, one of its checkpoints or a Hugging Face directory, ready to be measured in
+one process.
 
 The attention and RoPE are those of the stage that the checkpoint was trained in, so a measurement is of the model as it
-was trained unless the caller swaps the attention.
+was trained unless the caller swaps the attention. A Hugging Face model attends to everything, unless its config.json
+has a MoBA plan (launch/export.py writes one).
 """
 
 from __future__ import annotations
@@ -13,15 +15,16 @@ import torch
 import yaml
 
 from conf.numbers import parse_length
-from conf.schema import RunConfig
+from conf.schema import DataConfig, LRConfig, RopeConfig, RunConfig
 from conf.validate import freeze
 from data.tokenizer import load_tokenizer
 from moba.spec import AttentionSpec
+from train import hf
 from train.checkpoint import load_weights, read
 from train.checkpoint_dir import find
 from train.model import Decoder
 from train.optim import resolve_precision
-from train.schedule import Stage, build_schedule
+from train.schedule import Stage, build_schedule, last_moba
 from train.sizes import embedding_rows
 
 
@@ -33,7 +36,7 @@ class TrainedModel:
     """In evaluation mode, on `device`, in the precision of its training there (bf16 on a GPU, unless fp32 was asked
     for)."""
     config: RunConfig
-    """The configuration it was trained with."""
+    """The configuration it was trained with; of a Hugging Face model, the model and the tokenizer alone."""
     stage: Stage
     """The stage of its last step."""
     tokens: int
@@ -43,12 +46,14 @@ class TrainedModel:
 
 
 def load_trained(source: Path | str, device: str | torch.device = "auto") -> TrainedModel:
-    """The model of a checkpoint directory, or of the newest checkpoint of a run directory.
+    """The model of a checkpoint directory, of the newest checkpoint of a run directory, or of a Hugging Face directory.
 
     `device` is "auto", "cpu", "cuda" or a torch device. Raises CheckpointError, DataError or ValueError for what a user
     can put right.
     """
     target = device if isinstance(device, torch.device) else resolve_device(device)
+    if (Path(source).expanduser() / hf.CONFIG).is_file():
+        return _load_pretrained(Path(source).expanduser(), target)
     checkpoint = find(Path(source).expanduser())
     saved = read(checkpoint)
     config = freeze(yaml.safe_load(saved.config_yaml))
@@ -62,6 +67,35 @@ def load_trained(source: Path | str, device: str | torch.device = "auto") -> Tra
     model.set_attention(portable(stage.attention))
     model.set_rope(stage.rope)
     return TrainedModel(model, config, stage, saved.tokens, checkpoint, target)
+
+
+def _load_pretrained(directory: Path, device: torch.device) -> TrainedModel:
+    """The model of a Hugging Face directory, with the tokenizer that lies there, as if trained in one stage."""
+    shape = hf.read_shape(directory)
+    shape = replace(shape, loss_tile=parse_length(shape.loss_tile))
+    model = Decoder(shape, shape.vocab_size)
+    hf.load_weights(model, shape, directory)
+    model.to(device=device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32).eval()
+    length = shape.pretrained_length
+    stage = Stage(
+        name="pretrained",
+        index=0,
+        start=0,
+        end=0,
+        seq_len=length,
+        batch_tokens=length,
+        micro_tokens=length,
+        attention=hf.read_plan(directory, shape.num_layers),
+        rope=RopeConfig(),
+        mix={},
+        lr=LRConfig(),
+        lr_before=0,
+        lr_span=0,
+        reset_optimizer=False,
+    )
+    model.set_attention(stage.attention)
+    config = RunConfig(model=shape, data=DataConfig(tokenizer=str(directory)))
+    return TrainedModel(model, config, stage, tokens=0, checkpoint=directory, device=device)
 
 
 def resolve_device(device: str) -> torch.device:
@@ -79,17 +113,29 @@ def portable(plan: tuple[AttentionSpec, ...]) -> tuple[AttentionSpec, ...]:
 
 
 def attention_plan(text: str, trained: TrainedModel) -> tuple[AttentionSpec, ...]:
-    """The attention of each layer that `text` names: "stage" (as trained), "full" in place of MoBA, or
-    "<block size>x<top_k>" for MoBA in the layers that the stage gives MoBA (in the full ones, if it gives it to none).
-    Sliding windows, which belong to the model, stay. ValueError for anything else."""
+    """The attention of each layer that `text` names: "stage" (as trained), "moba" (of its stage, or of the last one
+    before that had it), "full" in place of MoBA, or "<block size>x<top_k>" for MoBA in the layers that the stage gives
+    MoBA (in the full ones, if it gives it to none). Sliding windows, which belong to the model, stay. ValueError for
+    anything else."""
     own = portable(trained.stage.attention)
     if text == "stage":
         return own
+    if text == "moba":
+        sparse = last_moba([*_stages_before(trained), trained.stage])
+        if sparse is None:
+            raise ValueError("attention=moba: it was not trained with MoBA; say <block size>x<top_k> such as 512x3")
+        return portable(sparse)
     if text == "full":
         return tuple(spec.without_moba() for spec in own)
     block, times, top_k = text.partition("x")
     if not times or not top_k.isdecimal():
-        raise ValueError(f"attention={text!r}: choose stage, full or <block size>x<top_k> such as 512x3")
+        raise ValueError(f"attention={text!r}: choose stage, moba, full or <block size>x<top_k> such as 512x3")
     spec = AttentionSpec("moba", parse_length(block), int(top_k))
     replaced = "moba" if any(s.kind == "moba" for s in own) else "full"
     return tuple(spec if s.kind == replaced else s for s in own)
+
+
+def _stages_before(trained: TrainedModel) -> list[Stage]:
+    if not trained.config.schedule.stages:  # a Hugging Face model
+        return []
+    return list(build_schedule(trained.config).stages[: trained.stage.index])

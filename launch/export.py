@@ -5,7 +5,8 @@
 
 The architecture is a plain Llama, Qwen2 or Qwen3, with the RoPE of the checkpoint's stage. Loaded as it is, the model
 attends to everything; after `import moba.transformers`, attn_implementation="moba" gives each layer the attention of
-that stage, which config.json holds. The tokenizer, its chat template and generation settings come along.
+that stage, or of the last one before that had MoBA: config.json holds it. The tokenizer, its chat template and
+generation settings come along.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from data.tokenizer import EMBEDDED, SHIPPED, Tokenizer, load_tokenizer  # noqa:
 from launch.cli import UsageError, exits_on, key_values  # noqa: E402
 from train import checkpoint_dir, hf_export  # noqa: E402
 from train.checkpoint import CheckpointError, Saved, find, read, verify  # noqa: E402
-from train.schedule import build_schedule  # noqa: E402
+from train.schedule import build_schedule, last_moba  # noqa: E402
 
 KEYS = {
     "run": "run directory (its newest checkpoint), or one checkpoint's directory",
@@ -85,7 +86,7 @@ def describe(saved: Saved, dtype: str) -> tuple[Tokenizer, dict]:
         config.model,
         num_embeddings=saved.meta["parameters"]["model.embed_tokens.weight"][0],
         rope=stage.rope,
-        attention=stage.attention,
+        attention=last_moba(schedule.stages[: stage.index + 1]) or stage.attention,
         max_length=max(past.seq_len for past in schedule.stages[: stage.index + 1]),
         dtype=dtype,
         bos_id=tokenizer.bos_id,

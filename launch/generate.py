@@ -1,11 +1,12 @@
 """Continues a text with a trained model; the continuation streams to the standard output.
 
     python launch/generate.py run=runs/quickstart prompt="It was the best of times"
-    python launch/generate.py run=runs/moba_32k prompt_file=book.txt decode_attention=stage temperature=0
-    python launch/generate.py run=runs/quickstart
+    python launch/generate.py run=runs/moba_32k prompt_file=book.txt attn=moba temperature=0
+    python launch/generate.py run=models/SmolLM2-135M attn_prefill=128x8
 
-Without a prompt, each line of the standard input is one. Attention is chosen separately for reading the prompt and for
-the new tokens: by default the prompt is read as the model was trained, and new tokens see everything.
+Without a prompt, each line of the standard input is one. Attention can be chosen for both, or separately for reading
+the prompt and for the new tokens: by default the prompt is read as the model was trained, and new tokens see
+everything.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from train.checkpoint import CheckpointError  # noqa: E402
 from train.generation import Sampling, TextStream, generate  # noqa: E402
 
 KEYS = {
-    "run": "run directory (its newest checkpoint), or one checkpoint's directory",
+    "run": "run directory (its newest checkpoint), one checkpoint's directory, or a Hugging Face directory",
     "prompt": "the text to continue",
     "prompt_file": "a UTF-8 file that holds it",
     "max_new_tokens": "tokens to write at most (default 200)",
@@ -34,8 +35,9 @@ KEYS = {
     "top_k": "draw from this many of the likeliest tokens (default 0: all)",
     "top_p": "draw from the likeliest tokens that hold this probability together (default 0.95)",
     "seed": "of the random numbers (default 0); every prompt starts anew from it",
-    "prefill_attention": "reading the prompt: stage (as trained, default), full, or <block size>x<top_k> such as 512x3",
-    "decode_attention": "writing: full (default), stage, or <block size>x<top_k>",
+    "attn": "stage (as trained), moba (the last MoBA it was trained with), full, or <block size>x<top_k> such as 512x3",
+    "attn_prefill": "the same for reading the prompt alone (default: attn, else stage)",
+    "attn_decode": "the same for writing alone (default: attn, else full)",
     "device": "auto (default), cpu or cuda",
 }
 
@@ -60,8 +62,8 @@ def main(argv: list[str] | None = None) -> None:
     options = {
         "max_new_tokens": max_new_tokens,
         "sampling": sampling,
-        "prefill": attention_plan(values.get("prefill_attention", "stage"), trained),
-        "decode": attention_plan(values.get("decode_attention", "full"), trained),
+        "prefill": attention_plan(values.get("attn_prefill", values.get("attn", "stage")), trained),
+        "decode": attention_plan(values.get("attn_decode", values.get("attn", "full")), trained),
     }
     for prompt in _prompts(values):
         for piece in continuation(trained, tokenizer, prompt, **options):

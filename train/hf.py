@@ -22,6 +22,7 @@ from torch import nn
 
 from conf.build import ConfigError, show
 from conf.schema import ModelConfig
+from moba.spec import AttentionSpec
 from train import engine_state
 from train.checkpoint import MODEL_INDEX, CheckpointError, TensorFiles, compare_parameters, read_index
 from train.distributed import barrier
@@ -146,6 +147,25 @@ def read_shape(directory: Path) -> ModelConfig:
         rope_scaling=scaling,
         pretrained_length=config.max_position_embeddings,
     )
+
+
+def read_plan(directory: Path, num_layers: int) -> tuple[AttentionSpec, ...]:
+    """The attention of each layer by the MoBA plan in a config.json; full attention where there is none.
+
+    ConfigError if the plan is not one of `num_layers` entries [kind, block_size, top_k].
+    """
+    settings = json.loads((directory / CONFIG).read_text(encoding="utf-8")).get("moba")
+    if settings is None:
+        return (AttentionSpec("full"),) * num_layers
+    try:
+        plan = tuple(AttentionSpec(*entry) for entry in settings["plan"])
+    except (TypeError, KeyError, ValueError) as error:
+        raise ConfigError(
+            [f"{directory / CONFIG}: moba={settings!r} has no plan that can be read ({error})"]
+        ) from error
+    if len(plan) != num_layers:
+        raise ConfigError([f"{directory / CONFIG}: a MoBA plan of {len(plan)} layers for a model of {num_layers}"])
+    return plan
 
 
 def differences(given: Mapping[str, Any], shape: ModelConfig) -> list[str]:

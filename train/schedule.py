@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from conf.schema import AttentionConfig, LRConfig, RopeConfig, RunConfig
@@ -145,6 +146,12 @@ def build_schedule(config: RunConfig) -> Schedule:
         start += stage.tokens
         shared_before += 0 if own else stage.tokens
     return Schedule(tuple(stages))
+
+
+def last_moba(stages: Sequence[Stage]) -> tuple[AttentionSpec, ...] | None:
+    """The attention of the last of these stages in which a layer has MoBA; None if none has."""
+    plans = (stage.attention for stage in reversed(stages))
+    return next((plan for plan in plans if any(spec.kind == "moba" for spec in plan)), None)
 
 
 def _normalised(shares: dict[str, float]) -> dict[str, float]:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from conf.build import ConfigError
 from conf.schema import RopeConfig
@@ -102,6 +103,33 @@ def test_a_run_directory_means_its_newest_checkpoint(run_dir):
     assert trained.tokens == 3072 and trained.stage.name == "dense" and trained.model.attention == (FULL, FULL)
 
 
+@torch.no_grad()
+def test_a_hugging_face_directory_is_a_model_too(tmp_path):
+    """Catches weights, RoPE or a MoBA plan that are not read, and a plan that cannot be."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    theirs = LlamaForCausalLM(LlamaConfig(vocab_size=258, initializer_range=0.3, **sizes)).eval()
+    theirs.save_pretrained(tmp_path)
+    trained = load_trained(tmp_path, "cpu")
+    assert trained.model.attention == (FULL, FULL) and trained.stage.seq_len == 2048
+    with pytest.raises(ValueError, match="not trained with MoBA"):
+        attention_plan("moba", trained)
+    tokens = torch.randint(0, 258, (80,))
+    pack = (tokens, torch.arange(80), torch.tensor([0, 80], dtype=torch.int32))
+    torch.testing.assert_close(trained.model.logits(*pack), theirs(tokens[None]).logits[0], rtol=1e-4, atol=1e-4)
+    assert trained.model(*pack, tokens).shape == (80,)
+
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["moba"] = {"plan": [["moba", 16, 2], ["full", None, None]]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    sparse = load_trained(tmp_path, "cpu")
+    assert sparse.model.attention == attention_plan("moba", sparse) == (MOBA, FULL)
+    for plan in ([["moba", 16, 2]], [["moba", 16], ["full"]], "512x3"):
+        (tmp_path / "config.json").write_text(json.dumps(config | {"moba": {"plan": plan}}))
+        with pytest.raises(ConfigError, match=r"moba|MoBA"):
+            load_trained(tmp_path, "cpu")
+
+
 def test_attention_by_name(run_dir):
     """Catches MoBA put on layers that the run keeps full, and names that are misread."""
     sparse = load_trained(run_dir / "checkpoints" / "tokens_000000000001024")
@@ -109,13 +137,14 @@ def test_attention_by_name(run_dir):
     other = AttentionSpec("moba", block_size=1024, top_k=3)
     assert attention_plan("stage", sparse) == (MOBA, FULL)
     assert attention_plan("full", sparse) == (FULL, FULL)
+    assert attention_plan("moba", sparse) == attention_plan("moba", dense) == (MOBA, FULL)
     assert attention_plan("1Kx3", sparse) == (other, FULL)
     assert attention_plan("1Kx3", dense) == (other, other)
     slide = AttentionSpec("sliding", window=8)
     for kept, expected in ((MOBA, (slide, other)), (FULL, (slide, other))):
         patterned = replace(sparse, stage=replace(sparse.stage, attention=(slide, kept)))
         assert attention_plan("1Kx3", patterned) == expected and attention_plan("full", patterned) == (slide, FULL)
-    for text in ("moba", "512", "512x", "x3", "axb", "16x0"):
+    for text in ("sparse", "512", "512x", "x3", "axb", "16x0"):
         with pytest.raises(ValueError):
             attention_plan(text, sparse)
 

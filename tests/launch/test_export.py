@@ -144,11 +144,12 @@ def test_transformers_computes_what_our_model_does(folder, name):
 
 
 def test_the_config_says_what_the_run_did(folder):
-    """Catches a plan, length or RoPE that is not the stage's of the checkpoint."""
+    """Catches a length or RoPE that is not the stage's of the checkpoint, another plan, and a run that ended with full
+    attention, which would have no MoBA to switch on."""
     configs = {name: json.loads((folder / "out" / name / "config.json").read_text()) for name in RUNS}
     llama, qwen2, qwen3 = configs["llama"], configs["qwen2"], configs["qwen3"]
     assert llama["moba"] == {"plan": [["moba", 64, 4], ["moba", 64, 4], ["full", None, None]]}
-    assert qwen3["moba"] == {"plan": [["full", None, None]] * 3}
+    assert qwen3["moba"] == {"plan": [["moba", 64, 4]] * 3}
     assert [c["architectures"] for c in configs.values()] == [
         ["LlamaForCausalLM"],
         ["Qwen2ForCausalLM"],

@@ -8,6 +8,7 @@ import torch
 from conf.validate import freeze
 from data.tokenizer import load_tokenizer
 from evals.loading import TrainedModel, attention_plan
+from launch.export import save_tokenizer
 from launch.generate import main
 from train.generation import Sampling, generate
 from train.model import Decoder
@@ -56,7 +57,7 @@ def run(trained, monkeypatch):
 def test_prints_what_the_library_generates(run, trained, capsys):
     """Catches options, attention or a tokenizer that do not reach the model, and a BOS that is forgotten."""
     options = ["temperature=0.9", "top_k=40", "top_p=0.9", "seed=3", "max_new_tokens=30"]
-    run(f"prompt={PROMPT}", *options, "prefill_attention=full", "decode_attention=stage")
+    run(f"prompt={PROMPT}", *options, "attn_prefill=full", "attn_decode=stage")
     printed = capsys.readouterr()
     tokenizer = load_tokenizer("bytes")
     ids = [tokenizer.bos_id, *tokenizer.encode(PROMPT).tolist()]
@@ -82,6 +83,38 @@ def test_prints_what_the_library_generates(run, trained, capsys):
     run(f"prompt={PROMPT}", "temperature=0", "max_new_tokens=30")
     greedy = capsys.readouterr().out
     assert greedy == text("stage", "full", temperature=0) + "\n" != printed.out
+
+
+def test_continues_with_a_hugging_face_model(tmp_path, capsys):
+    """Catches a directory that is not loaded, its tokenizer or EOS ignored, or attention by another name: transformers
+    writes the same with its own attention and with moba.transformers'."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    import moba.transformers
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    torch.manual_seed(1)
+    LlamaForCausalLM(LlamaConfig(vocab_size=258, initializer_range=0.3, **sizes)).save_pretrained(tmp_path)
+    save_tokenizer(load_tokenizer("bytes"), tmp_path)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    inputs = tokenizer(PROMPT, return_tensors="pt")
+
+    def expected():
+        ids = theirs.generate(**inputs, max_new_tokens=20, do_sample=False, eos_token_id=257, pad_token_id=257)
+        return tokenizer.decode(ids[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+
+    def found(*arguments):
+        main([f"run={tmp_path}", f"prompt={PROMPT}", "device=cpu", "temperature=0", "max_new_tokens=20", *arguments])
+        return capsys.readouterr().out.removesuffix("\n")
+
+    dense = expected()
+    assert found() == found("attn=full") == dense
+    moba.transformers.configure(theirs, block_size=4, top_k=2)
+    sparse = expected()
+    assert found("attn_prefill=4x2") == sparse != dense
+    moba.transformers.configure(theirs, block_size=4, top_k=2, decode="moba")
+    assert found("attn=4x2") == expected() != sparse
 
 
 def test_prompts_from_a_file_and_from_the_standard_input(run, tmp_path, capsys, monkeypatch):
@@ -114,7 +147,7 @@ def test_says_when_the_text_outgrows_the_model(run, capsys):
         (["prompt=a", "top_k=1.5"], "top_k=1.5: must be a whole number"),
         (["prompt=a", "top_p=2"], "top_p=2"),
         (["prompt=a", "max_new_tokens=0"], "max_new_tokens=0"),
-        (["prompt=a", "decode_attention=sparse"], "sparse"),
+        (["prompt=a", "attn_decode=sparse"], "sparse"),
         (["prompt_file=nowhere.txt"], "nowhere.txt"),
         (["promt=a"], "did you mean|do you mean"),
     ],
