@@ -11,7 +11,16 @@ import math
 from conf.build import Problems
 from conf.hardware import Hardware, check_device, check_world, divisors, refuse_bf16_at_stage_0
 from conf.numbers import format_length, format_tokens
-from conf.schema import AttentionConfig, LRConfig, ModelConfig, RopeConfig, RunConfig, SourceConfig, StageConfig
+from conf.schema import (
+    AttentionConfig,
+    LongDocumentsConfig,
+    LRConfig,
+    ModelConfig,
+    RopeConfig,
+    RunConfig,
+    SourceConfig,
+    StageConfig,
+)
 
 GATES = ("mean", "local", "random", "oracle")
 ATTENTION_KINDS = ("moba", "full")
@@ -193,6 +202,7 @@ def _check_schedule(config: RunConfig, problems: Problems) -> None:
         _check_attention(f"{key}.attention", stage.attention, stage.seq_len, config.model.num_layers, problems)
         _check_rope(f"{key}.rope", stage.rope, problems)
         _check_mix(f"{key}.mix", stage.mix, list(config.data.sources), problems)
+        _check_long_documents(f"{key}.long_documents", stage.long_documents, problems)
         if stage.lr is not None:
             _check_lr(f"{key}.lr", stage.lr, stage.tokens, problems)
     name, first = next(iter(schedule.stages.items()), (None, None))
@@ -343,6 +353,14 @@ def _check_mix(key: str, mix: dict[str, float] | None, sources: list[str], probl
         good &= _at_least(f"{key}.{name}", share, 0, problems)
     if good and sum(mix.values()) <= 0:
         problems.add(key, mix, "no source has a share above 0; use null for the sources' own weights")
+
+
+def _check_long_documents(key: str, long: LongDocumentsConfig | None, problems: Problems) -> None:
+    if long is None:
+        return
+    if not 0 <= long.share <= 1:
+        problems.add(f"{key}.share", long.share, "a share of the tokens: from 0 to 1, such as 0.5")
+    _at_least(f"{key}.length", long.length, 1, problems)
 
 
 def _check_optim(config: RunConfig, problems: Problems) -> None:

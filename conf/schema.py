@@ -194,6 +194,17 @@ class LRConfig:
 
 
 @dataclass(frozen=True)
+class LongDocumentsConfig:
+    """How much of a stage's tokens comes from long documents, by drawing them more or less often."""
+
+    share: float = 0.5
+    """Share of the tokens of each source of the mix, 0 to 1, that comes from its documents of at least `length`; a
+    source without any gives what it has."""
+    length: Any = field(default=None, metadata=LENGTH)
+    """Tokens from which on a document counts as long; null = the stage's seq_len."""
+
+
+@dataclass(frozen=True)
 class StageLRConfig(LRConfig):
     """A stage's own learning rate, over the stage's tokens: it warms up again. What is null is as in optim.lr."""
 
@@ -225,6 +236,8 @@ class StageConfig:
     """RoPE changes of this stage."""
     mix: dict[str, float] | None = None
     """Source name -> share of tokens (normalised; a source left out gets none); null = the sources' own weights."""
+    long_documents: LongDocumentsConfig | None = None
+    """A share of the tokens from long documents; null = as they come, documents of any length alike."""
     lr: StageLRConfig | None = None
     """A learning-rate schedule of this stage's own; null = the run's (optim.lr), which spans all stages without their
     own. `{}` is optim.lr again from its warm-up."""

@@ -21,6 +21,7 @@ from conf.numbers import format_tokens, is_share, parse_share
 from conf.schema import (
     AttentionConfig,
     DataConfig,
+    LongDocumentsConfig,
     LRConfig,
     ModelConfig,
     RunConfig,
@@ -95,6 +96,7 @@ def _fill_schedule(schedule: ScheduleConfig, problems: Problems) -> ScheduleConf
             seq_len=seq_len,
             batch_tokens=stage.batch_tokens if stage.batch_tokens is not None else schedule.batch_tokens,
             attention=_fill_attention(stage.attention, schedule, seq_len),
+            long_documents=_fill_long_documents(stage.long_documents, seq_len),
             tokens=_stage_tokens(f"schedule.stages.{name}.tokens", stage.tokens, schedule.tokens, problems),
         )
     _check_budget(schedule, {name: stage.tokens for name, stage in stages.items()}, problems)
@@ -130,6 +132,10 @@ def _fill_attention(attention: AttentionConfig, schedule: ScheduleConfig, seq_le
     slides = attention.window is None and "S" in (attention.pattern or "").upper()
     window = schedule.window if slides else attention.window
     return replace(attention, block_size=block_size, top_k=top_k, window=window)
+
+
+def _fill_long_documents(long: LongDocumentsConfig | None, seq_len: int | None) -> LongDocumentsConfig | None:
+    return long if long is None or long.length is not None else replace(long, length=seq_len)
 
 
 def _stage_tokens(key: str, value: Any, total: int | None, problems: Problems) -> int | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 
+from conf.schema import LongDocumentsConfig
 from data.errors import DataError
 from data.mixture import Mixture
 from data.packing import Batch, Packer, Window, make_batch
@@ -43,7 +44,15 @@ class Loader:
         """Passes over each source so far; above 1, documents repeat."""
         return self._mixture.epochs
 
-    def set_stage(self, *, seq_len: int, batch_tokens: int, micro_tokens: int, mix: Mapping[str, float]) -> None:
+    def set_stage(
+        self,
+        *,
+        seq_len: int,
+        batch_tokens: int,
+        micro_tokens: int,
+        mix: Mapping[str, float],
+        long_documents: LongDocumentsConfig | None = None,
+    ) -> None:
         """Set the shape and mix of the steps to come. What was drawn and not yet trained on is packed anew at
         `seq_len`.
 
@@ -51,10 +60,10 @@ class Loader:
         divide evenly among the ranks.
         """
         check_batch(seq_len, batch_tokens, micro_tokens, self._world_size)
-        self._mixture.set_mix(mix)
+        self._mixture.set_mix(mix, long_documents)
         # No more than there are: a document is not read twice at the same time.
-        texts = [self._sources[name] for name, share in mix.items() if share > 0 and not self._sources[name].is_chat]
-        interleave = max(1, min(self._interleave, sum(int((text.lengths > seq_len).sum()) for text in texts)))
+        texts = [name for name, source in self._sources.items() if not source.is_chat]
+        interleave = max(1, min(self._interleave, self._mixture.num_documents(seq_len, texts)))
         conversations = {name: one.usable_inputs(seq_len) for name, one in self._sources.items() if one.is_chat}
         for name, used in conversations.items():
             if mix.get(name, 0) > 0 and not used.any():

@@ -1,8 +1,9 @@
 """Which document comes next: a deterministic sequence of draws from weighted sources.
 
-Draw i picks a source by a counter-based random number of (seed, i) and then takes that source's next document in its
-shuffled order, which is a permutation of its document numbers for each pass (epoch). So the sequence depends on the
-seed, the sources and the mix alone, and its state is the number of draws and the count taken from each source.
+Draw i picks a pool by a counter-based random number of (seed, i) and then takes that pool's next document in its
+shuffled order, which is a permutation of its documents for each pass (epoch). A pool is a source or, in a stage that
+asks for a share of long documents, the long or the short documents of one. So the sequence depends on the seed, the
+sources and the mix alone, and its state is the number of draws and the count taken from each pool.
 
 Only raw Philox output is used, which numpy keeps the same between versions (its distributions and shuffles may change).
 """
@@ -10,53 +11,79 @@ Only raw Philox output is used, which numpy keeps the same between versions (its
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
+from typing import NamedTuple
 
 import numpy as np
 
+from conf.schema import LongDocumentsConfig
 from data.packing import Window
 
 BLOCK = 4096  # draws whose random numbers are made at once; a multiple of 4, the words of a Philox counter step
 
 
+class Pool(NamedTuple):
+    """Documents of one source that are drawn alike."""
+
+    source: str
+    share: float
+    """Of the tokens, relative to the other pools."""
+    documents: np.ndarray
+    """int64, their numbers in the source."""
+    inputs: np.ndarray
+    """int64, what each of them gives to train on: a token less than it has."""
+
+
 class Mixture:
     """The sequence of draws. lengths: source name -> int64 tokens of each document (with BOS and EOS).
 
-    draws: how many were made. counts: documents taken from each source.
+    draws: how many were made. counts: documents taken from each pool, by its name (a source's own where it is whole).
     """
 
     def __init__(self, lengths: Mapping[str, np.ndarray], seed: int):
         self._lengths, self.seed = dict(lengths), seed
         self.draws = 0
         self.counts = dict.fromkeys(self._lengths, 0)
+        self._pools: dict[str, Pool] = {}
         self._names: list[str] = []
         self._edges = np.zeros(0)
-        self._block: tuple[int, list[int]] = (-1, [])  # number of a block of draws, and the sources they pick
+        self._block: tuple[int, list[int]] = (-1, [])  # number of a block of draws, and the pools they pick
         self._orders: dict[str, tuple[int, np.ndarray]] = {}
 
-    def set_mix(self, mix: Mapping[str, float]) -> None:
-        """From the next draw on, source s gives the share mix[s] / sum(mix) of training tokens. Raises ValueError."""
-        weights = draw_weights(self._lengths, mix)
+    def set_mix(self, mix: Mapping[str, float], long_documents: LongDocumentsConfig | None = None) -> None:
+        """From the next draw on, source s gives the share mix[s] / sum(mix) of training tokens; with `long_documents`,
+        that share of each source's tokens comes from its long documents. Raises ValueError."""
+        self._pools = make_pools(self._lengths, mix, long_documents)
+        weights = draw_weights(self._pools)
         self._names = list(weights)
         self._edges = np.cumsum(list(weights.values()))[:-1]
-        self._block = (-1, [])
+        self._block, self._orders = (-1, []), {}
+
+    def num_documents(self, length: int, sources: Collection[str]) -> int:
+        """How many documents of at least `length` inputs can be drawn from these sources."""
+        return sum(int((pool.inputs >= length).sum()) for pool in self._pools.values() if pool.source in sources)
 
     def draw(self) -> Window:
         """The next document, whole."""
         name = self._names[self._choice(self.draws)]
-        epoch, place = divmod(self.counts[name], len(self._lengths[name]))
-        document = self._order(name, epoch).item(place)
+        pool, count = self._pools[name], self.counts.get(name, 0)
+        epoch, place = divmod(count, len(pool.documents))
+        index = self._order(name, epoch).item(place)
         self.draws += 1
-        self.counts[name] += 1
-        return Window(name, document, 0, self._lengths[name].item(document) - 1)
+        self.counts[name] = count + 1
+        return Window(pool.source, pool.documents.item(index), 0, pool.inputs.item(index))
 
     @property
     def epochs(self) -> dict[str, float]:
-        """Passes over each source so far."""
-        return {name: count / len(self._lengths[name]) for name, count in self.counts.items()}
+        """Documents taken from each source so far, over how many it has."""
+        taken = dict.fromkeys(self._lengths, 0)
+        for name, count in self.counts.items():
+            taken[_source_of(name)] += count
+        return {name: count / len(self._lengths[name]) for name, count in taken.items()}
 
     def _choice(self, index: int) -> int:
-        """Which of the mix's sources draw `index` takes from."""
+        """Which of the mix's pools draw `index` takes from."""
         block, offset = divmod(index, BLOCK)
         if self._block[0] != block:
             raw = _philox("choice", self.seed, counter=block * (BLOCK // 4)).random_raw(BLOCK)
@@ -65,17 +92,20 @@ class Mixture:
         return self._block[1][offset]
 
     def _order(self, name: str, epoch: int) -> np.ndarray:
-        """The shuffled document numbers of a source in an epoch; the latest is kept."""
+        """The shuffled order of a pool in an epoch; the latest is kept."""
         if self._orders.get(name, (-1,))[0] != epoch:
-            raw = _philox(f"order {epoch} {name}", self.seed).random_raw(len(self._lengths[name]))
+            raw = _philox(f"order {epoch} {name}", self.seed).random_raw(len(self._pools[name].documents))
             self._orders[name] = (epoch, np.argsort(raw, kind="stable"))
         return self._orders[name][1]
 
 
-def draw_weights(lengths: Mapping[str, np.ndarray], mix: Mapping[str, float]) -> dict[str, float]:
-    """Probability of drawing each source, sorted by name, so that its documents make up mix[name] of the inputs.
+def make_pools(
+    lengths: Mapping[str, np.ndarray], mix: Mapping[str, float], long_documents: LongDocumentsConfig | None = None
+) -> dict[str, Pool]:
+    """The pools of a mix by name, sorted by source: one a source, or its long and its short documents.
 
-    Raises ValueError for names that are no source, negative shares, or no positive one.
+    A source whose documents are all long or all short is one pool, with all of its share. Raises ValueError for names
+    that are no source, negative shares, or no positive one.
     """
     unknown = sorted(set(mix) - set(lengths))
     if unknown:
@@ -83,26 +113,55 @@ def draw_weights(lengths: Mapping[str, np.ndarray], mix: Mapping[str, float]) ->
     wrong = {name: share for name, share in mix.items() if not 0 <= share < float("inf")}
     if wrong or not any(mix.values()):
         raise ValueError(f"mix={dict(mix)}: shares are numbers of at least 0, and one of them is above 0")
-    weights = {name: mix[name] / float(np.mean(lengths[name] - 1)) for name in sorted(mix) if mix[name] > 0}
+    pools = {}
+    for name in (name for name in sorted(mix) if mix[name] > 0):
+        whole = Pool(name, mix[name], np.arange(len(lengths[name])), lengths[name] - 1)
+        pools |= {name: whole} if long_documents is None else _split(whole, long_documents)
+    if not pools:
+        raise ValueError(f"mix={dict(mix)}: no document of these sources has a token to train on")
+    return pools
+
+
+def _split(whole: Pool, long_documents: LongDocumentsConfig) -> dict[str, Pool]:
+    """The long and the short documents of a source as pools of their own, without what gives no token."""
+    is_long, share = whole.inputs >= long_documents.length, long_documents.share
+    parts = {
+        f"{whole.source} >= {long_documents.length}": (share, is_long),
+        f"{whole.source} < {long_documents.length}": (1 - share, ~is_long & (whole.inputs > 0)),
+    }
+    kept = {name: part for name, part in parts.items() if part[0] > 0 and part[1].any()}
+    kept = kept or {name: (1, part) for name, (_, part) in parts.items() if part.any()}
+    total = sum(share for share, _ in kept.values())
+    return {
+        name: Pool(whole.source, whole.share * share / total, whole.documents[part], whole.inputs[part])
+        for name, (share, part) in kept.items()
+    }
+
+
+def _source_of(pool_name: str) -> str:
+    return re.sub(r" (>=|<) \d+$", "", pool_name)
+
+
+def draw_weights(pools: Mapping[str, Pool]) -> dict[str, float]:
+    """Probability of drawing each pool, so that its documents make up its share of the inputs."""
+    weights = {name: pool.share / float(np.mean(pool.inputs)) for name, pool in pools.items()}
     total = sum(weights.values())
     return {name: weight / total for name, weight in weights.items()}
 
 
-def expected_epochs(lengths: Mapping[str, np.ndarray], mix: Mapping[str, float], num_tokens: int) -> dict[str, float]:
-    """Passes over each source that training on `num_tokens` with this mix takes, for the plan."""
-    total = sum(mix.values())
-    return {name: num_tokens * share / total / int(np.sum(lengths[name] - 1)) for name, share in mix.items()}
+def long_share(pools: Mapping[str, Pool], length: int) -> float:
+    """Share of the tokens trained on that come from documents of at least `length` inputs."""
+    shares = {
+        name: pool.share * pool.inputs[pool.inputs >= length].sum() / max(pool.inputs.sum(), 1)
+        for name, pool in pools.items()
+    }
+    return float(sum(shares.values()) / sum(pool.share for pool in pools.values()))
 
 
-def long_share(lengths: Mapping[str, np.ndarray], mix: Mapping[str, float], length: int) -> float:
-    """Share of the tokens trained on with this mix that come from documents of at least `length` inputs."""
-    shares = {name: _tokens_of_long(lengths[name], length) for name, share in mix.items() if share > 0}
-    return sum(mix[name] * share for name, share in shares.items()) / sum(mix.values())
-
-
-def _tokens_of_long(lengths: np.ndarray, length: int) -> float:
-    inputs = lengths - 1
-    return float(inputs[inputs >= length].sum() / max(inputs.sum(), 1))
+def passes(pools: Mapping[str, Pool], num_tokens: int) -> dict[str, float]:
+    """How often training on `num_tokens` reads the documents of each pool."""
+    total = sum(pool.share for pool in pools.values())
+    return {name: num_tokens * pool.share / total / max(int(pool.inputs.sum()), 1) for name, pool in pools.items()}
 
 
 def _philox(purpose: str, seed: int, counter: int = 0) -> np.random.Philox:

@@ -9,7 +9,7 @@ import numpy as np
 from conf.hardware import Hardware
 from conf.numbers import format_count, format_length, format_tokens
 from conf.schema import LRConfig, RopeConfig, RunConfig, SourceConfig
-from data.mixture import long_share
+from data.mixture import long_share, make_pools, passes
 from data.sources import Source
 from moba.spec import AttentionSpec
 from train.schedule import Stage
@@ -159,7 +159,9 @@ def _describe_cuts(name: str, source: Source, seq_len: int) -> str:
 
 def reach(stage: Stage, lengths: Mapping[str, np.ndarray]) -> float | None:
     """Share of a stage's tokens that come from documents of at least its length; None if a source is not known."""
-    return long_share(lengths, stage.mix, stage.seq_len) if set(stage.mix) <= set(lengths) else None
+    if not set(stage.mix) <= set(lengths):
+        return None
+    return long_share(make_pools(lengths, stage.mix, stage.long_documents), stage.seq_len)
 
 
 def _describe_reach(stage: Stage, lengths: Mapping[str, np.ndarray]) -> str:
@@ -167,6 +169,11 @@ def _describe_reach(stage: Stage, lengths: Mapping[str, np.ndarray]) -> str:
     if share is None:
         return "how many tokens come from documents that reach a stage's length is known once they are tokenised"
     text = f"{stage.name}: {share:.1%} of the tokens come from documents that reach {length}"
+    if stage.long_documents is not None:
+        natural = long_share(make_pools(lengths, stage.mix), stage.seq_len)
+        reads = passes(make_pools(lengths, stage.mix, stage.long_documents), stage.tokens)
+        name, most = max(reads.items(), key=lambda item: item[1])
+        text += f" ({natural:.1%} as they come); documents of {name} are read {most:.2g} times"
     return text if share >= FEW_LONG else f"{text}. Warning: the trailing loss of this stage means next to nothing"
 
 

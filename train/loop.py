@@ -175,6 +175,7 @@ class Trainer:
             batch_tokens=stage.batch_tokens,
             micro_tokens=self.config.schedule.micro_tokens or stage.seq_len,
             mix=stage.mix,
+            long_documents=stage.long_documents,
         )
         self._stage_loss = PositionLoss(stage.seq_len, self.world.device)
         self._interval_loss = PositionLoss(stage.seq_len, self.world.device)

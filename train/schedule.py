@@ -11,7 +11,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from conf.schema import AttentionConfig, LRConfig, RopeConfig, RunConfig
+from conf.schema import AttentionConfig, LongDocumentsConfig, LRConfig, RopeConfig, RunConfig
 from moba.spec import AttentionSpec
 from train.sizes import layer_letters
 
@@ -36,6 +36,8 @@ class Stage:
     rope: RopeConfig
     mix: dict[str, float]
     """Source name -> share of tokens; sums to 1."""
+    long_documents: LongDocumentsConfig | None
+    """The share from long documents, its length filled in; None = as they come."""
     lr: LRConfig
     """The learning rate in force: the stage's own or the run's."""
     lr_before: int
@@ -137,6 +139,7 @@ def build_schedule(config: RunConfig) -> Schedule:
                 attention=layer_plan(stage.attention, config.model.num_layers),
                 rope=stage.rope,
                 mix=_normalised(weights if stage.mix is None else stage.mix),
+                long_documents=stage.long_documents,
                 lr=stage.lr if own else config.optim.lr,
                 lr_before=0 if own else shared_before,
                 lr_span=stage.tokens if own else shared_span,

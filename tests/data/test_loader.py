@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conf.schema import DataConfig, SourceConfig
+from conf.schema import DataConfig, LongDocumentsConfig, SourceConfig
 from data.errors import DataError
 from data.loader import Loader
 from data.mixture import Mixture
@@ -23,6 +23,7 @@ STAGES = st.tuples(st.integers(1, 24), st.sampled_from([4, 8]))
 LAYOUTS = st.sampled_from([(1, 1), (1, 2), (1, 4), (2, 1), (2, 2), (4, 1)])  # (ranks, packs a micro-batch)
 LENGTHS = st.lists(st.integers(2, 90), min_size=1, max_size=12)
 MIX = {"a": 1.0, "b": 2.0}
+LONG = st.one_of(st.none(), st.builds(LongDocumentsConfig, st.floats(0, 1), st.sampled_from([1, 20, 60])))
 
 
 class CountingSource:
@@ -58,11 +59,15 @@ class Ranks:
             Loader(sources, seed=seed, rank=r, world_size=num_ranks, interleave=2) for r in range(num_ranks)
         ]
 
-    def set_stage(self, stage, packs_per_micro):
+    def set_stage(self, stage, packs_per_micro, long_documents=None):
         seq_len, packs = stage
         for loader in self.loaders:
             loader.set_stage(
-                seq_len=seq_len, batch_tokens=seq_len * packs, micro_tokens=seq_len * packs_per_micro, mix=MIX
+                seq_len=seq_len,
+                batch_tokens=seq_len * packs,
+                micro_tokens=seq_len * packs_per_micro,
+                mix=MIX,
+                long_documents=long_documents,
             )
 
     def step(self):
@@ -135,23 +140,24 @@ def test_ranks_share_out_the_packs_of_one_rank(a, b, stage, layout, seed):
 
 
 @settings(deadline=None, max_examples=40)
-@given(LENGTHS, LENGTHS, STAGES, STAGES, LAYOUTS, LAYOUTS, st.integers(0, 6), st.integers(0, 3))
-def test_resume_equals_going_on(a, b, first, second, layout, new_layout, steps, seed):
-    """Catches any state that is not saved: resumed with other ranks, micro-batches and length = never stopped."""
+@given(LENGTHS, LENGTHS, STAGES, STAGES, LAYOUTS, LAYOUTS, st.integers(0, 6), st.integers(0, 3), LONG, LONG)
+def test_resume_equals_going_on(a, b, first, second, layout, new_layout, steps, seed, long, new_long):
+    """Catches any state that is not saved: resumed with other ranks, micro-batches, length and share of long documents
+    = never stopped."""
     sources = two(a, b)
     run = Ranks(sources, seed, layout[0])
-    run.set_stage(first, layout[1])
+    run.set_stage(first, layout[1], long)
     for _ in range(steps):
         run.step()
     resumed = Ranks(sources, seed, new_layout[0])
     if seed % 2:  # the state may come before or after the stage
-        resumed.set_stage(second, new_layout[1])
+        resumed.set_stage(second, new_layout[1], new_long)
         resumed.load(run.state())
     else:
         resumed.load(run.state())
         assert resumed.state() == run.state()
-        resumed.set_stage(second, new_layout[1])
-    run.set_stage(second, layout[1])
+        resumed.set_stage(second, new_layout[1], new_long)
+    run.set_stage(second, layout[1], new_long)
     for _ in range(3):
         assert in_order(resumed.step()) == in_order(run.step())
     assert resumed.state() == run.state()

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.mixture import BLOCK, Mixture, draw_weights, expected_epochs
+from conf.schema import LongDocumentsConfig
+from data.mixture import BLOCK, Mixture, long_share, make_pools, passes
 
 PINNED = [("short", 45), ("short", 0), ("long", 26), ("short", 2), ("short", 32), ("short", 31)]
 LENGTHS = {"short": np.full(50, 11), "long": np.arange(100, 140), "other": np.full(7, 31)}
@@ -55,7 +56,7 @@ def test_token_shares_converge():
     assert {name: tokens[name] / total for name in mix} == pytest.approx(
         {"short": 0.5, "long": 0.25, "other": 0.25}, rel=0.1
     )
-    assert mixture.epochs == pytest.approx(expected_epochs(LENGTHS, mix, total), rel=0.1)
+    assert mixture.epochs == pytest.approx(passes(make_pools(LENGTHS, mix), total), rel=0.1)
 
 
 def test_a_change_of_mix_leaves_each_source_at_its_place():
@@ -67,6 +68,74 @@ def test_a_change_of_mix_leaves_each_source_at_its_place():
     seen += [mixture.draw() for _ in range(50 - sum(w.source == "short" for w in seen))]
     assert sum(w.source == "long" for w in seen) > 0
     assert sorted(w.document for w in seen if w.source == "short") == list(range(50))
+
+
+MIXED = {"a": np.array([11] * 40 + [101] * 6), "b": np.array([31] * 20 + [61, 201]), "short": np.full(9, 21)}
+
+
+@settings(deadline=None, max_examples=20)
+@given(
+    st.integers(0, 2**63),
+    st.lists(
+        st.tuples(
+            st.one_of(st.none(), st.builds(LongDocumentsConfig, st.floats(0, 1), st.sampled_from([20, 50, 100, 150]))),
+            st.integers(1, 60),
+        ),
+        min_size=1,
+        max_size=4,
+    ),
+    st.data(),
+)
+def test_long_documents_are_drawn_by_seed_and_counts_alone(seed, stages, data):
+    """Catches hidden state behind pools: over stages of any lengths and shares, a mixture put anywhere by its numbers
+    draws on as the one that drew there; and every pool takes each of its documents once a pass."""
+    mix = {"a": 1, "b": 2, "short": 0.5}
+    whole, states = Mixture(MIXED, seed), []
+    drawn = []
+    for number, (long_documents, count) in enumerate(stages):
+        whole.set_mix(mix, long_documents)
+        for _ in range(count):
+            states.append((number, whole.draws, dict(whole.counts)))
+            drawn.append(whole.draw())
+    number, draws_before, counts = data.draw(st.sampled_from(states))
+    again = Mixture(MIXED, seed)
+    again.draws, again.counts = draws_before, dict(counts)
+    again.set_mix(mix, stages[number][0])
+    left = sum(count for _, count in stages[: number + 1]) - draws_before
+    assert [again.draw() for _ in range(left)] == drawn[draws_before : draws_before + left]
+    assert sum(whole.counts.values()) == len(drawn)
+    for name, pool in make_pools(MIXED, mix, LongDocumentsConfig(0.5, 50)).items():
+        only = Mixture(MIXED, seed)
+        only.set_mix({pool.source: 1}, LongDocumentsConfig(1.0 if ">=" in name else 0.0, 50))
+        size = len(pool.documents)
+        for _ in range(2):
+            assert sorted(only.draw().document for _ in range(size)) == pool.documents.tolist()
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 1.0])
+def test_the_share_of_long_documents_is_met(share):
+    """Catches a share of documents instead of tokens, one that changes the shares of the sources, and a plan that tells
+    another share than is drawn."""
+    mix, long_documents = {"a": 1, "b": 1, "short": 2}, LongDocumentsConfig(share, 50)
+    mixture = Mixture(MIXED, 7)
+    mixture.set_mix(mix, long_documents)
+    tokens, long_tokens = Counter(), Counter()
+    for _ in range(4 * BLOCK):
+        window = mixture.draw()
+        tokens[window.source] += window.length
+        long_tokens[window.source] += window.length if window.length >= 50 else 0
+    total = sum(tokens.values())
+    assert {name: tokens[name] / total for name in mix} == pytest.approx({"a": 0.25, "b": 0.25, "short": 0.5}, rel=0.1)
+    for name in ("a", "b"):
+        assert long_tokens[name] / tokens[name] == pytest.approx(share, rel=0.1)
+    assert long_tokens["short"] == 0, "a source without long documents keeps its share"
+    pools = make_pools(MIXED, mix, long_documents)
+    assert long_share(pools, 50) == pytest.approx(share / 2) and long_share(pools, 150) < share / 2
+    natural = (600 / 1000 + 260 / 860) / 4
+    assert long_share(make_pools(MIXED, mix), 50) == pytest.approx(natural)
+    counts = passes(pools, total)
+    assert counts["a >= 50"] == pytest.approx(total * share / 4 / 600)
+    assert mixture.counts["a >= 50"] / 6 == pytest.approx(counts["a >= 50"], rel=0.1)
 
 
 def test_the_order_never_changes():
@@ -87,4 +156,4 @@ def test_the_order_never_changes():
 def test_impossible_mix(mix, named):
     """Catches a misspelt source that silently gets nothing."""
     with pytest.raises(ValueError, match=named):
-        draw_weights(LENGTHS, mix)
+        make_pools(LENGTHS, mix)
