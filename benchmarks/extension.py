@@ -35,7 +35,7 @@ from train.position_loss import PositionCurve  # noqa: E402
 KEYS = {
     "to": "folder of the results",
     "runs": "folder of the runs; finished ones are not repeated (default runs/extension_cpu)",
-    "tokens": "budgets of the four stages (default 240K,32K,32K,48K)",
+    "tokens": "budgets of the four stages (default 160K,16K,16K,32K)",
     "lengths": "lengths of the four stages (default 2K,4K,8K,16K)",
     "commit": "commit of the code, where this is no git checkout",
 }
@@ -52,7 +52,7 @@ def main() -> None:
     values = key_values([text for text in arguments if text not in overrides], KEYS, about=__doc__, required=["to"])
     to, runs = Path(values["to"]), Path(values.get("runs", "runs/extension_cpu"))
     lengths = values.get("lengths", "2K,4K,8K,16K").split(",")
-    tokens = values.get("tokens", "240K,32K,32K,48K").split(",")
+    tokens = values.get("tokens", "160K,16K,16K,32K").split(",")
     common = common_settings(lengths[-1]) + overrides
     began = time.monotonic()
 
@@ -71,7 +71,7 @@ def main() -> None:
         folders[way] = [chain[0], run(runs / way, later)]
     results = {
         "commit": values.get("commit") or git_commit(),
-        "command": " ".join(["python", *sys.argv]),
+        "command": command_line(),
         "machine": f"{platform.machine()} CPU, 1 process; {round(time.monotonic() - began)} s in all",
         "one_run_and_four_chained": compared,
         "ways": {way: evaluations(paths) for way, paths in folders.items()},
@@ -85,7 +85,7 @@ def main() -> None:
 def common_settings(longest: str) -> list[str]:
     """What all runs share."""
     overrides = ["model=tiny", "data=embedded", "data.tokenizer=bpe-4k", "optim.lr.warmup_tokens=5%"]
-    overrides += [f"eval.seq_len={longest}", "eval.documents=4", "eval.every_tokens=0", "checkpoint.every_tokens=0"]
+    overrides += [f"eval.seq_len={longest}", "eval.documents=2", "eval.every_tokens=0", "checkpoint.every_tokens=0"]
     return [*overrides, "logging.wandb=disabled", "logging.figures=false", "run.device=cpu"]
 
 
@@ -207,9 +207,15 @@ def draw(results: dict, path: Path) -> None:
     panels[0].legend(fontsize="x-small")
     figure.suptitle(f"Tiny model (1.8M without embeddings), commit {results['commit']}", fontsize="medium")
     figure.supxlabel(
-        "Shaded: what the extension adds. 4 held-out books, all at the longest length.", fontsize="x-small"
+        "Shaded: what the extension adds. 2 held-out books, all at the longest length.", fontsize="x-small"
     )
     save(figure, path)
+
+
+def command_line() -> str:
+    """What was asked for, without the places of this machine."""
+    places = ("to=", "runs=", "data=", "data.cache_dir=", "commit=")
+    return " ".join(text for text in sys.argv[1:] if not text.startswith(places))
 
 
 def git_commit() -> str:

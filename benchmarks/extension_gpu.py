@@ -24,13 +24,15 @@ import numpy as np  # noqa: E402
 import pyarrow.parquet as pq  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
+from benchmarks.extension import command_line, git_commit  # noqa: E402
 from conf.build import ConfigError  # noqa: E402
 from conf.numbers import format_length, parse_length  # noqa: E402
 from data.errors import DataError  # noqa: E402
 from data.prepare import prepare  # noqa: E402
 from data.shards import TokenShards  # noqa: E402
 from data.tokenizer import load_tokenizer  # noqa: E402
-from evals.figures import interval, length_axis, save  # noqa: E402
+from evals.figures import save  # noqa: E402
+from evals.statistics import half_width  # noqa: E402
 from launch.cli import UsageError, exits_on, key_values  # noqa: E402
 from launch.config import detect_hardware, load  # noqa: E402
 from train.metrics import FILE_NAME, read_metrics  # noqa: E402
@@ -74,7 +76,7 @@ def main() -> None:
     common = stages_of(lengths, data) + overrides
     seconds = 60 * float(values.get("minutes", 9)) - SECONDS_BESIDE * len(KINDS)
     budgets = fit_budgets(lengths, common, seconds, 1e12 * float(values.get("tflops", 180)))
-    results = {"commit": values.get("commit") or git_commit(), "command": " ".join(["python", *sys.argv]), "runs": {}}
+    results = {"commit": values.get("commit") or git_commit(), "command": command_line(), "runs": {}}
     for kind in KINDS:
         folder = runs / kind
         command = [sys.executable, str(ROOT / "launch" / "train.py"), *common, *budgets, *attention_of(kind, lengths)]
@@ -181,7 +183,8 @@ def summary(folder: Path) -> list[dict]:
         train = [r for r in of_stage if r["kind"] == "train"]
         steady = train[SKIP_INTERVALS:] or train
         last = [r for r in of_stage if r["kind"] == "eval"][-1]
-        curve = PositionCurve.from_npz(folder / "position_loss" / f"eval_{last['tokens']:015d}.npz")
+        evaluation = folder / "position_loss" / f"eval_{last['tokens']:015d}.npz"
+        curve = PositionCurve.from_npz(evaluation)
         trailing = [r["trailing_loss"] for r in train[-10:] if r["trailing_loss"] is not None]
         rows.append(
             {
@@ -197,15 +200,20 @@ def summary(folder: Path) -> list[dict]:
                 "train_trailing_loss": statistics.fmean(trailing) if trailing else None,
                 "held_out": last["loss"],
                 "held_out_trailing": last["trailing_loss"],
-                "held_out_trailing_se": last["trailing_se"],
-                "documents": last["documents"],
+                "documents_trailing": [round(float(row[-1]), 6) for row in np.load(evaluation)["document_loss"]],
                 "edges": curve.edges.tolist(),
                 "mean": [round(float(value), 5) for value in curve.mean],
-                "se": [round(float(value), 5) for value in np.nan_to_num(curve.se)],
                 "seconds": train[-1]["wall_seconds"] - stage["wall_seconds"],
             }
         )
     return rows
+
+
+def interval_95(documents: list[float] | np.ndarray) -> tuple[float, float]:
+    """Mean over documents, and the half-width of its 95 % interval."""
+    values = np.array(documents)
+    error = values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan
+    return float(values.mean()), float(np.nan_to_num(half_width(np.array([error]), np.array([len(values)])))[0])
 
 
 def print_table(results: dict) -> None:
@@ -218,6 +226,11 @@ def print_table(results: dict) -> None:
         for row in rows:
             cells = ["-" if row[c] is None else f"{row[c]:,.0f}" if row[c] > 1000 else f"{row[c]:.4g}" for c in columns]
             print(f"| {format_length(row['seq_len'])} | {KINDS[kind]} | " + " | ".join(cells) + " |")
+    for sparse, full in zip(*(results["runs"][kind] for kind in KINDS)):
+        gaps = np.array(sparse["documents_trailing"]) - np.array(full["documents_trailing"])
+        gap, error = interval_95(gaps)
+        length = format_length(full["seq_len"])
+        print(f"held-out trailing loss at {length}, MoBA minus full: {gap:+.4f} +- {error:.4f} ({len(gaps)} documents)")
 
 
 def draw(results: dict, path: Path) -> None:
@@ -229,20 +242,21 @@ def draw(results: dict, path: Path) -> None:
     styles = {"moba": ("C0", "o"), "full": ("C1", "s")}
     for kind, rows in results["runs"].items():
         color, marker = styles[kind]
-        for row, dashes in zip(rows, ((1, 1), (4, 2), (None, None))):
+        for row, dashes in zip(rows, ((1, 1), (4, 2), ())):
             edges = np.array(row["edges"])
             centres, label = (edges[:-1] + edges[1:]) / 2, f"{KINDS[kind]}, trained to {format_length(row['seq_len'])}"
-            line = curves.errorbar(centres, row["mean"], yerr=interval(np.array(row["se"])), color=color, label=label)
-            line[0].set_dashes(dashes) if dashes[0] else None
+            curves.plot(centres, row["mean"], color=color, label=label, dashes=dashes)
         x = range(len(rows))
-        errors = interval(np.array([row["held_out_trailing_se"] or 0 for row in rows]))
+        errors = [interval_95(row["documents_trailing"])[1] for row in rows]
         below[0].errorbar(x, [r["held_out_trailing"] for r in rows], yerr=errors, color=color, marker=marker, capsize=3)
         below[1].plot(x, [r["tokens_per_second"] / 1000 for r in rows], color=color, marker=marker, label=KINDS[kind])
         below[2].plot(x, [r["peak_memory_gib"] or 0 for r in rows], color=color, marker=marker)
     longest = max(row["seq_len"] for row in rows)
-    length_axis(curves.xaxis, longest)
-    curves.set_xlim(0, longest)
-    curves.set(xlabel="visible tokens of the own document", ylabel="held-out loss (nats a token)")
+    ticks = [longest >> n for n in range(8)][::-1]
+    curves.set_xscale("log", base=2)
+    curves.set_xticks(ticks, [format_length(tick) for tick in ticks])
+    curves.set_xlim(right=longest)
+    curves.set(xlabel="visible tokens of the own document (log scale)", ylabel="held-out loss (nats a token)")
     curves.set_title(f"125m model extended over three lengths, {results['device']}, commit {results['commit']}")
     curves.legend(fontsize="small", ncols=2)
     titles = ("held-out trailing loss (nats a token)", "thousand tokens/s", "peak memory (GiB)")
@@ -256,12 +270,6 @@ def draw(results: dict, path: Path) -> None:
     below[1].legend(fontsize="small")
     figure.supxlabel("Bars: 95 % intervals over documents. Same tokens in both runs.", fontsize="x-small")
     save(figure, path)
-
-
-def git_commit() -> str:
-    """The commit of this checkout, `-dirty` with changes; `unknown` outside of one."""
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":
