@@ -50,6 +50,7 @@ KEYS = {
     "commit": "commit of the code, where this is no git checkout",
 }
 TOKENS = (30, 8, 4)  # of the three stages, relative
+SEQUENCES = (4, 2, 1)  # a step
 THETAS = (1e4, 1e5, 1e6)
 PEAKS = (6e-4, 3e-4, 3e-4)
 TRAIN_TOKENS = 25_000_000
@@ -122,11 +123,11 @@ def stages_of(lengths: list[int], data: Path) -> list[str]:
     overrides = ["model=125m", "data=files", f"data.path={data / 'train'}", "data.tokenizer=bpe-32k"]
     overrides += [f"data.validation.path={data / 'validation'}", "eval.documents=8", "eval.every_tokens=0"]
     overrides += ["checkpoint.every_tokens=0", "checkpoint.keep_stage_ends=false", "checkpoint.keep=1"]
-    overrides += ["logging.wandb=disabled", "logging.figures=false", f"schedule.batch_tokens={lengths[-1]}"]
-    overrides += ["optim.lr.warmup_tokens=5%"]
-    for index, (length, theta, peak) in enumerate(zip(lengths, THETAS, PEAKS)):
+    overrides += ["logging.wandb=disabled", "logging.figures=false", "optim.lr.warmup_tokens=5%"]
+    for index, (length, sequences, theta, peak) in enumerate(zip(lengths, SEQUENCES, THETAS, PEAKS)):
         key = f"schedule.stages.s{index}"
-        overrides += [f"+{key}.seq_len={length}", f"{key}.rope.theta={theta}", f"{key}.lr.peak={peak}"]
+        overrides += [f"+{key}.seq_len={length}", f"{key}.batch_tokens={sequences * length}"]
+        overrides += [f"{key}.rope.theta={theta}", f"{key}.lr.peak={peak}"]
     return overrides
 
 

@@ -314,7 +314,8 @@ def _stage_details(stage: StagePlan, later: bool) -> list[str]:
     sequences = stage.batch_tokens // stage.seq_len
     plural = "" if sequences == 1 else "s"
     moments = "; fresh optimizer moments" if stage.reset_optimizer else "; optimizer moments kept" if later else ""
-    lines.append(f"    {sequences:,} sequence{plural} a step; rate {stage.lr}{moments}")
+    text = f"{sequences:,} sequence{plural} a step; rate {stage.lr}{moments}"
+    lines += textwrap.wrap(text, WIDTH, initial_indent="    ", subsequent_indent="    ")
     if len(stage.mix) > 1:
         lines.append("    mix " + ", ".join(f"{name} {share:.1%}" for name, share in stage.mix.items()))
     if stage.dense:
