@@ -32,14 +32,18 @@ def num_conversations(length: int) -> int:
     return max(FEWEST, min(MOST, TOTAL_TOKENS // length))
 
 
+def read_works(books: Path) -> list[tuple[str, list[str]]]:
+    """(id, lines as they are printed) of each book in a jsonl.xz file; empty and very long lines left out."""
+    with lzma.open(books, "rt", encoding="utf-8") as file:
+        rows = [json.loads(row) for row in file]
+    works = [(row["id"], [line.strip() for line in row["text"].split("\n")]) for row in rows]
+    return [(name, [line for line in lines if 0 < len(line) <= LONG]) for name, lines in works]
+
+
 def conversations(books: Path, length: int, encoder: ChatEncoder) -> Iterator[tuple[str, str]]:
     """(id, messages as JSON) of the set made from the books in a jsonl.xz file. Half of the conversations are as long
     as `length` allows, the others down to an eighth of it."""
-    with lzma.open(books, "rt", encoding="utf-8") as file:
-        rows = [json.loads(row) for row in file]
-    # Lines as they are printed; a paragraph's end and a verse's are not told apart.
-    works = [(row["id"], [line.strip() for line in row["text"].split("\n")]) for row in rows]
-    works = [(name, [line for line in lines if 0 < len(line) <= LONG]) for name, lines in works]
+    works = read_works(books)
     for number in range(num_conversations(length)):
         rng = random.Random(f"{SEED} {length} {number}")
         target = length if rng.random() < 0.5 else int(length * 8 ** -rng.random())

@@ -1,0 +1,387 @@
+"""Fine-tunes with full attention in the last n layers, for several n, as in figure 5b and 5c of the MoBA paper.
+
+    python benchmarks/sft_layers.py to=docs/results/sft_layers
+
+For each seed a model is pretrained with MoBA in all layers; then it is fine-tuned once for each number of full layers,
+with the same data and budget. What is compared is the loss on held-out answers: of all, and of those in the last
+sixteenth of the context ("trailing"). Everything runs through launch/train.py. Finished runs are kept in `work`, so
+the same command goes on after an interruption.
+
+The data is made here, from the shipped books: a passage with two codes somewhere in it ("number 4815", "signs +#=&"),
+and a conversation that asks for the one half way through and for the other at its very end, so that the answers have to
+be copied from far back. Other digits and signs are taken out of the passages. In pretraining the codes stand in plain
+text, several times. So a tiny model can learn to look for them, which it could not for prose in general.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import multiprocessing
+import platform
+import random
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+
+from conf.numbers import parse_length, parse_tokens  # noqa: E402
+from data.chat_set import read_works  # noqa: E402
+from data.packing import IGNORED  # noqa: E402
+from data.sft import ChatEncoder, load_template  # noqa: E402
+from data.sources import SHIPPED_TEXT, open_validation  # noqa: E402
+from data.tokenizer import load_tokenizer  # noqa: E402
+from data.validation import held_out_documents  # noqa: E402
+from evals.loading import load_trained  # noqa: E402
+from launch.cli import UsageError, exits_on, key_values  # noqa: E402
+from train.metrics import FILE_NAME, read_metrics  # noqa: E402
+
+KEYS = {
+    "to": "results: <to>.json and <to>.png",
+    "work": "folder for data and runs (default runs/sft_layers)",
+    "seq_len": "context (default 512)",
+    "block_size": "tokens a block (default 32)",
+    "top_k": "blocks a query attends to, its own included (default 3)",
+    "layers": "layers of the model (default 12)",
+    "hidden": "width (default 64)",
+    "heads": "heads (default 2)",
+    "full_last": "numbers of full layers (default 0,1,3,5,10,12)",
+    "seeds": "how many (default 3)",
+    "pretrain_tokens": "budget of pretraining (default 300K)",
+    "sft_tokens": "budget of each fine-tuning (default 60K)",
+    "batch_tokens": "tokens a step (default 1K)",
+    "lr": "peak of pretraining (default 3e-3); fine-tuning takes a third",
+    "documents": "documents and conversations to make (default 1500)",
+    "held_out": "held-out conversations measured (default 64)",
+    "commit": "commit of the code, where this is no git checkout",
+}
+DIGITS, SIGNS = "0123456789", "+#=&%@$*"
+KINDS = {"number": DIGITS, "signs": SIGNS}
+CODE = 4  # characters
+REPEATS = 3  # of each code in a document of pretraining
+
+
+@exits_on(ValueError, OSError)
+def main() -> None:
+    """The command; see the module's text."""
+    values = key_values(sys.argv[1:], KEYS, about=__doc__, required=["to"])
+    work = Path(values.get("work", "runs/sft_layers"))
+    setting = {
+        "seq_len": parse_length(values.get("seq_len", "512")),
+        "block_size": parse_length(values.get("block_size", "32")),
+        "top_k": int(values.get("top_k", 3)),
+        "layers": int(values.get("layers", 12)),
+        "hidden": int(values.get("hidden", 64)),
+        "heads": int(values.get("heads", 2)),
+        "pretrain_tokens": parse_tokens(values.get("pretrain_tokens", "300K")),
+        "sft_tokens": parse_tokens(values.get("sft_tokens", "60K")),
+        "batch_tokens": parse_length(values.get("batch_tokens", "1K")),
+        "lr": float(values.get("lr", 3e-3)),
+        "documents": int(values.get("documents", 1500)),
+        "held_out": int(values.get("held_out", 64)),
+    }
+    counts = [int(n) for n in values.get("full_last", "0,1,3,5,10,12").split(",")]
+    if any(not 0 <= n <= setting["layers"] for n in counts):
+        raise UsageError(f"full_last={values['full_last']}: between 0 and layers={setting['layers']}")
+    work.mkdir(parents=True, exist_ok=True)
+    kept = work / "setting.json"
+    if kept.exists() and json.loads(kept.read_text()) != setting:
+        raise UsageError(f"{work} holds runs of another setting: choose another work=, or remove it")
+    kept.write_text(json.dumps(setting, indent=1))
+    make_data(work, setting)
+    began, rows = time.monotonic(), []
+    for seed in range(int(values.get("seeds", 3))):
+        base = pretrain(work, setting, seed)
+        for count in counts:
+            rows.append(fine_tune(work, setting, seed, count, base))
+            print(json.dumps({k: v for k, v in rows[-1].items() if k != "answers"}), flush=True)
+    results = {
+        "command": " ".join(["python benchmarks/sft_layers.py", *(a for a in sys.argv[1:] if "commit=" not in a)]),
+        "commit": values.get("commit") or _commit(),
+        "hardware": _hardware(),
+        "seconds": round(time.monotonic() - began),
+        "unit": "nats a learnt token, held-out conversations, at the end of fine-tuning",
+        "setting": setting,
+        "rows": rows,
+    }
+    to = Path(values["to"])
+    to.parent.mkdir(parents=True, exist_ok=True)
+    to.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    draw(results, to.with_suffix(".png"))
+    _show(results)
+
+
+# -------------------- data
+
+
+def make_data(work: Path, setting: dict) -> None:
+    """Writes text.jsonl, chat.jsonl and held_out.jsonl into `work`, the same bytes each time."""
+    for name, count, books in (
+        ("text", setting["documents"], "embedded"),
+        ("chat", setting["documents"], "embedded"),
+        ("held_out", setting["held_out"], "embedded-validation"),
+    ):
+        works = [_cleaned(lines) for _, lines in read_works(SHIPPED_TEXT[books])]
+        rng, make = random.Random(f"{name} {setting['seq_len']}"), _text if name == "text" else _talk
+        rows = [make(rng, _passage(rng, works, setting["seq_len"]), setting["seq_len"]) for _ in range(count)]
+        (work / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def _cleaned(lines: list[str]) -> list[str]:
+    """The lines without what a code is made of, and in ASCII: a character is a token then."""
+    taken = dict.fromkeys(map(ord, DIGITS + SIGNS))
+    return [line.translate(taken).encode("ascii", "ignore").decode() for line in lines]
+
+
+def _passage(rng: random.Random, works: list[list[str]], size: int) -> list[str]:
+    """Lines from somewhere in one of the works, `size` characters and a little more."""
+    while True:
+        lines = rng.choice(works)
+        start, stop, chars = (first := rng.randrange(len(lines))), first, 0
+        while chars < size and stop < len(lines):
+            chars += len(lines[stop]) + 1
+            stop += 1
+        if chars >= size:
+            return lines[start:stop]
+
+
+def _codes(rng: random.Random) -> dict[str, str]:
+    """A code of each kind."""
+    return {kind: "".join(rng.choice(letters) for _ in range(CODE)) for kind, letters in KINDS.items()}
+
+
+def _text(rng: random.Random, passage: list[str], seq_len: int) -> dict:
+    """A document of pretraining that fills the context: the passage, with each code several times."""
+    codes = [f"{kind} {code}" for kind, code in _codes(rng).items() for _ in range(REPEATS)]
+    room = seq_len - len("\n".join(codes)) - 2
+    lines = "\n".join(passage)[:room].split("\n")
+    for code in codes:
+        lines.insert(rng.randrange(len(lines) + 1), code)
+    return {"text": "\n".join(lines)}
+
+
+def _talk(rng: random.Random, passage: list[str], seq_len: int) -> dict:
+    """A conversation that fills the context: the first half of the passage holds both codes; one is asked for behind
+    it, the other behind the rest."""
+    codes, order, seed = _codes(rng), rng.sample(sorted(KINDS), 2), rng.random()
+    tokenizer = load_tokenizer("bytes")
+    chat = ChatEncoder(tokenizer, load_template("plain", tokenizer))
+    text = "\n".join(passage)
+    while True:
+        places, lines = random.Random(str(seed)), text.split("\n")
+        half = len(lines) // 2
+        first, second = lines[:half], lines[half:]
+        for kind, code in codes.items():
+            first.insert(places.randrange(len(first) // 2 + 1), f"{kind} {code}")
+        messages = []
+        for kind, part in zip(order, (first, second)):
+            messages.append({"role": "user", "content": "\n".join([*part, f"Which {kind}?"])})
+            messages.append({"role": "assistant", "content": codes[kind]})
+        over = len(chat.encode(messages)[0]) - (seq_len + 1)
+        if over <= 0:
+            return {"messages": messages}
+        text = text[over:]
+
+
+# -------------------- runs
+
+
+def pretrain(work: Path, setting: dict, seed: int) -> Path:
+    """The run directory of a model trained with MoBA in all layers."""
+    folder = work / f"pretrained_{seed}"
+    overrides = ["data=files", f"data.path={work}/text.jsonl", "~data.validation"]
+    _train(folder, setting, seed, overrides, setting["pretrain_tokens"], setting["lr"], full_last=0)
+    return folder
+
+
+def fine_tune(work: Path, setting: dict, seed: int, full_last: int, base: Path) -> dict:
+    """What fine-tuning with full attention in the last layers comes to."""
+    folder = work / f"sft_{seed}_{full_last}"
+    overrides = [
+        "data=sft",
+        f"data.path={work}/chat.jsonl",
+        "data.chat_template=plain",
+        f"data.validation={{path: {work}/held_out.jsonl, format: chat}}",
+        f"eval.documents={setting['held_out']}",
+        "eval.every_tokens=0",
+        f"init.source={base}",
+    ]
+    _train(folder, setting, seed, overrides, setting["sft_tokens"], setting["lr"] / 3, full_last)
+    records = read_metrics(folder / FILE_NAME)
+    held_out = [record for record in records if record["kind"] == "eval"][-1]
+    losses = [record["loss"] for record in records if record["kind"] == "train" and record["loss"] is not None]
+    share, answers = answered(folder, setting["held_out"])
+    return {
+        "seed": seed,
+        "full_last": full_last,
+        "loss": held_out["loss"],
+        "trailing_loss": held_out["trailing_loss"],
+        "train_loss": statistics.fmean(losses[-len(losses) // 4 :]),
+        "right_characters": share,
+        "answers": answers,
+    }
+
+
+def _train(folder: Path, setting: dict, seed: int, overrides: Sequence[str], tokens: int, lr: float, full_last: int):
+    """Runs launch/train.py in a process of its own, unless the run is there already."""
+    common = {
+        "run.dir": folder,
+        "run.name": folder.name,
+        "run.seed": seed,
+        "data.cache_dir": folder.parent / "cache",
+        "model.name": "sft_layers",
+        "model.hidden_size": setting["hidden"],
+        "model.num_layers": setting["layers"],
+        "model.num_heads": setting["heads"],
+        "model.num_kv_heads": setting["heads"],
+        "model.head_dim": setting["hidden"] // setting["heads"],
+        "model.ffn_size": 2 * setting["hidden"],
+        "schedule": "moba_only",
+        "schedule.tokens": tokens,
+        "schedule.seq_len": setting["seq_len"],
+        "schedule.batch_tokens": setting["batch_tokens"],
+        # On a CPU larger batches at a time cost the same a token; on a GPU they are what keeps it busy.
+        "schedule.micro_tokens": setting["batch_tokens"],
+        "schedule.block_size": setting["block_size"],
+        "schedule.top_k": setting["top_k"],
+        "schedule.stages.sparse.attention.full_last": full_last,
+        "optim.lr.peak": lr,
+        "optim.lr.warmup_tokens": "10%",
+        "checkpoint.every_tokens": 0,
+        "logging.wandb": "disabled",
+        "logging.figures": "false",
+        "logging.progress": "false",
+    }
+    arguments = [*(f"{key}={value}" for key, value in common.items()), *overrides]
+    log = folder.parent / f"{folder.name}.log"
+    process = _context().Process(target=_child, args=(arguments, str(log)))
+    process.start()
+    process.join()
+    if process.exitcode != 0:
+        raise ValueError(f"the run of {folder} failed: see {log}")
+    for leftover in (folder / "wandb",):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _context():
+    """Processes forked from one that has imported everything and started nothing: imports take longer than a run."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["launch.train"])
+    return context
+
+
+def _child(arguments: list[str], log: str) -> None:
+    """One run; what it says goes to the log."""
+    import os
+
+    from launch.config import run_command
+    from launch.train import USAGE
+    from launch.train import main as train
+
+    with open(log, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.exit(run_command(train, arguments, USAGE))
+
+
+@torch.no_grad()
+def answered(run: Path, count: int) -> tuple[float, list[dict[str, str]]]:
+    """(share of the codes' characters that are the likeliest ones given the right ones before, some answers)."""
+    trained = load_trained(run)
+    tokenizer = load_tokenizer(trained.config.data.tokenizer)
+    held_out = held_out_documents(open_validation(trained.config.data), trained.stage.seq_len, count)
+    right, total, shown = 0, 0, []
+    for index in range(len(held_out)):
+        batch = held_out[index][1].to(trained.device)
+        rows = torch.nonzero(batch.labels != IGNORED)[:, 0]
+        logits = trained.model.logits(batch.tokens, batch.positions, batch.cu_seqlens, rows=rows)
+        said, wanted = logits[:, : tokenizer.vocab_size].argmax(1).cpu(), batch.labels[rows].cpu()
+        codes = torch.tensor([chr(c) in DIGITS + SIGNS for c in wanted.tolist()])
+        right += int((said == wanted)[codes].sum())
+        total += int(codes.sum())
+        if len(shown) < 3:
+            shown.append({"wanted": tokenizer.decode(wanted), "said": tokenizer.decode(said)})
+    return right / max(total, 1), shown
+
+
+# -------------------- results
+
+
+def draw(results: dict, path: Path) -> None:
+    """The figure: a panel for all answers and one for the trailing ones, a dot a seed, means, and a band of +- one
+    standard deviation over seeds."""
+    rows, setting = results["rows"], results["setting"]
+    counts = sorted({row["full_last"] for row in rows})
+    figure = Figure(figsize=(9, 4.4), layout="constrained")
+    panels = (("loss", "all answers"), ("trailing_loss", "answers in the last sixteenth of the context"))
+    for axes, (key, title) in zip(figure.subplots(1, 2), panels):
+        values = [[row[key] for row in rows if row["full_last"] == n] for n in counts]
+        means = [statistics.fmean(v) for v in values]
+        spread = [statistics.stdev(v) if len(v) > 1 else 0.0 for v in values]
+        axes.fill_between(
+            counts,
+            [m - s for m, s in zip(means, spread)],
+            [m + s for m, s in zip(means, spread)],
+            alpha=0.2,
+            linewidth=0,
+        )
+        axes.plot(counts, means, marker="o")
+        for n, v in zip(counts, values):
+            axes.plot([n] * len(v), v, ".", color="0.3", markersize=4)
+        axes.axhline(math.log(len(DIGITS)) * CODE / (CODE + 1), color="0.6", linestyle=":", linewidth=1)
+        axes.set_xticks(counts, ["0\n(MoBA)"] + [str(n) for n in counts[1:-1]] + [f"{counts[-1]}\n(full)"])
+        axes.set_xlabel("full-attention layers, counted from the last")
+        axes.set_ylabel("SFT loss (nats a learnt token)")
+        axes.set_title(title, fontsize="medium")
+        axes.grid(alpha=0.3)
+    figure.suptitle(
+        f"Fine-tuning with full attention in the last layers: {setting['layers']} layers, {setting['seq_len']} tokens,"
+        f" MoBA {setting['block_size']}x{setting['top_k']}",
+        fontsize="medium",
+    )
+    num_seeds = len({row["seed"] for row in rows})
+    figure.supxlabel(
+        f"{num_seeds} seeds: dots; band: +- one standard deviation. Held-out conversations. Dotted: digits at random, "
+        "their end known.",
+        fontsize="x-small",
+    )
+    figure.savefig(path, dpi=110)
+
+
+def _show(results: dict) -> None:
+    print(f"\n{results['hardware']}, commit {results['commit']}; {results['unit']}\n")
+    print("| full layers | loss | trailing loss | code characters right |\n|---|---|---|---|")
+    for n in sorted({row["full_last"] for row in results["rows"]}):
+        rows = [row for row in results["rows"] if row["full_last"] == n]
+        cells = []
+        for key in ("loss", "trailing_loss", "right_characters"):
+            values = [row[key] for row in rows]
+            cells.append(f"{statistics.fmean(values):.3f} ({', '.join(f'{v:.3f}' for v in values)})")
+        print(f"| {n} | " + " | ".join(cells) + " |")
+    for row in results["rows"]:
+        if row["seed"] == 0:
+            print(f"{row['full_last']} full layers: {row['answers']}")
+
+
+def _hardware() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} thread(s)"
+
+
+def _commit() -> str:
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
+
+
+if __name__ == "__main__":
+    main()
