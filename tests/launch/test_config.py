@@ -45,7 +45,12 @@ def test_every_experiment_composes(experiment):
 def test_every_choice_composes(group):
     """Catches a group file with a wrong key or type, and one that only works with its own experiment."""
     for choice in choices_of(group):
-        extra = {"files": ["data.path=x.txt"], "hub": ["data.name=a/b"], "custom": []}.get(choice, [])
+        extra = {
+            "files": ["data.path=x.txt"],
+            "sft": ["data.path=x.jsonl"],
+            "hub": ["data.name=a/b"],
+            "custom": [],
+        }.get(choice, [])
         overrides = ["+exp=quickstart", f"{group}={choice}", *extra]
         if choice == "custom":
             assert "schedule.stages={}" in problem_of(*overrides)
