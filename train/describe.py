@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 
 import numpy as np
 
@@ -32,7 +33,10 @@ def _layers(indices: list[int]) -> str:
 
 
 def _ranges(indices: list[int]) -> str:
-    """[0, 1, 2, 5] as "0-2, 5"."""
+    """[0, 1, 2, 5] as "0-2, 5", and [1, 3, 5, 7, 9] as "1, 3, ..., 9"."""
+    steps = {b - a for a, b in pairwise(indices)}
+    if len(indices) > 4 and len(steps) == 1 and steps != {1}:
+        return f"{indices[0]}, {indices[1]}, ..., {indices[-1]}"
     runs: list[list[int]] = []
     for index in indices:
         if runs and index == runs[-1][1] + 1:

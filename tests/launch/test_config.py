@@ -2,6 +2,7 @@
 
 import os
 import re
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -18,6 +19,7 @@ from launch.config import (
     load,
     run_command,
 )
+from train.sizes import num_parameters
 
 GROUPS = ("model", "data", "schedule", "optim", "deepspeed", "logging")
 
@@ -158,6 +160,37 @@ def test_paper_experiments_follow_table_1(experiment):
     twin = load([f"+exp={experiment}", "schedule=full_only"])
     assert [stage.attention.kind for stage in twin.schedule.stages.values()] == ["full"]
     assert load([f"+exp={experiment}", "data=files", "data.path=x"]).data.sources["main"].name is None
+
+
+@pytest.mark.parametrize(
+    "size, hidden, heads, ffn, millions", [("340m", 1024, 16, 2816, 342), ("1b", 2048, 32, 8192, 1678)]
+)
+def test_flashmoba_experiments_follow_the_paper(size, hidden, heads, ffn, millions):
+    """Catches a shape, layout, budget or rate that isn't FlashMoBA's (section 5.1), and a row of its tables whose
+    overrides, as the file gives them, do not work."""
+    rows = {
+        "": ("moba", 128, 8, "SM", 0),
+        "schedule.stages.main.attention.kind=full schedule.stages.main.attention.pattern=SF": ("full", 128, 8, "SF", 0),
+        "schedule.block_size=256 schedule.top_k=4": ("moba", 256, 4, "SM", 0),
+        "model.key_conv=3 model.key_conv_pattern=-K": ("moba", 128, 8, "SM", 3),
+        "model.key_conv=5 model.key_conv_pattern=-K": ("moba", 128, 8, "SM", 5),
+    }
+    text = (CONF / "exp" / "flashmoba" / "340m.yaml").read_text()
+    for overrides, expected in rows.items():
+        assert overrides in text
+        config = load([f"+exp=flashmoba/{size}", *overrides.split()])
+        (stage,) = config.schedule.stages.values()
+        attention, model, optim = stage.attention, config.model, config.optim
+        row = (attention.kind, attention.block_size, attention.top_k, attention.pattern, model.key_conv)
+        assert row == expected and attention.window == 256 and stage.seq_len == 8192
+        shape = (model.num_layers, model.hidden_size, model.num_heads, model.head_dim, model.ffn_size)
+        assert shape == (24, hidden, heads, 64, ffn) and model.rope_pattern == "RN" and model.activation_checkpointing
+        added = num_parameters(model, 32768)["total"] - num_parameters(replace(model, key_conv=0), 32768)["total"]
+        assert added == 12 * model.key_conv * hidden
+        assert num_parameters(model, 32768)["total"] // 10**6 == pytest.approx(millions, abs=1)
+        assert 0 <= config.schedule.tokens - 100e9 < 2**20
+        assert (optim.betas, optim.weight_decay, optim.grad_clip) == ([0.9, 0.95], 0.1, 1.0)
+        assert (optim.lr.kind, optim.lr.peak) == ("cosine", 6e-4)
 
 
 def test_the_three_32k_runs_differ_in_their_stages_only():

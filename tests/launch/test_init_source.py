@@ -72,8 +72,10 @@ def test_a_source_without_a_tokenizer_leaves_the_choice(source, tmp_path):
 
 
 def test_a_run_is_a_source_too(tmp_path):
-    """Catches a shape that is only taken from Hugging Face's models."""
-    run = load(["+exp=quickstart", "model.num_layers=5", "data.tokenizer=bpe-4k", f"run.dir={tmp_path / 'run'}"])
+    """Catches a shape that is only taken from Hugging Face's models, and layers that lose their kind or gain another
+    without a word: RoPE has no weights that could miss."""
+    layers = ["model.num_layers=5", "model.rope_pattern=RN", "model.key_conv=3", "model.key_conv_pattern=-K"]
+    run = load(["+exp=quickstart", *layers, "data.tokenizer=bpe-4k", f"run.dir={tmp_path / 'run'}"])
     temporary = checkpoint_dir.begin(tmp_path / "run", 7)
     (temporary / "state.json").write_text('{"tokens": 7, "state": {}, "stage_end": false}')
     (temporary / "config.yaml").write_text(yaml.safe_dump(to_dict(run), sort_keys=False))
@@ -83,6 +85,8 @@ def test_a_run_is_a_source_too(tmp_path):
     checkpoint_dir.commit(temporary, {path.name: checkpoint_dir.seal(path) for path in temporary.iterdir()})
     config = load(["+exp=quickstart", "model=from_source", f"init.source={tmp_path / 'run'}"])
     assert config.model == run.model and config.data.tokenizer == "bpe-4k"
+    found = problems("model=from_source", f"init.source={tmp_path / 'run'}", "model.rope_pattern=null")
+    assert "model.rope_pattern=null: the source has RN" in found[0]
 
 
 def test_what_is_not_there_is_said(tmp_path, monkeypatch):
