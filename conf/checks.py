@@ -22,6 +22,7 @@ from conf.schema import (
     StageConfig,
 )
 
+SYNTHETIC_TASKS = ("mqar", "passkey", "multi_key", "multi_query", "straddle", "copy")
 GATES = ("mean", "local", "random", "oracle")
 ATTENTION_KINDS = ("moba", "full")
 KEY_CONVOLUTIONS = (0, 3, 5)
@@ -153,7 +154,31 @@ def _check_data(config: RunConfig, problems: Problems) -> None:
     _at_least("data.interleave", data.interleave, 1, problems)
 
 
+def _check_synthetic(key: str, source: SourceConfig, problems: Problems) -> None:
+    synthetic = source.synthetic
+    for field, default in (
+        ("path", None),
+        ("name", None),
+        ("format", "text"),
+        ("max_tokens", None),
+        ("exclude_ids", None),
+    ):
+        if getattr(source, field) != default:
+            problems.add(f"{key}.{field}", getattr(source, field), f"has no meaning with {key}.synthetic; leave it out")
+    key = f"{key}.synthetic"
+    _one_of(f"{key}.task", synthetic.task, SYNTHETIC_TASKS, problems)
+    for field in ("length", "pairs", "min_pairs", "key_tokens", "value_tokens", "block_size", "num_documents"):
+        _at_least(f"{key}.{field}", getattr(synthetic, field), 1, problems)
+    _at_least(f"{key}.symbols", synthetic.symbols, 4, problems)
+    if synthetic.min_pairs is not None and synthetic.min_pairs > synthetic.pairs:
+        problems.add(f"{key}.min_pairs", synthetic.min_pairs, f"must be at most {key}.pairs={synthetic.pairs}")
+
+
 def _check_source(key: str, source: SourceConfig, problems: Problems) -> None:
+    _at_least(f"{key}.weight", source.weight, 0, problems)
+    if source.synthetic is not None:
+        _check_synthetic(key, source, problems)
+        return
     shorthand = key == "data.sources.main"
     if source.path is None and source.name is None:
         hint = f"where is it? Set {key}.path=<file, glob or directory> or {key}.name=<hub data set>"
@@ -176,7 +201,6 @@ def _check_source(key: str, source: SourceConfig, problems: Problems) -> None:
         for field, default in (("subset", None), ("split", "train"), ("streaming", False)):
             if getattr(source, field) != default:
                 problems.add(f"{key}.{field}", getattr(source, field), f"only for hub data sets ({key}.name)")
-    _at_least(f"{key}.weight", source.weight, 0, problems)
     if source.max_tokens is not None:
         _at_least(f"{key}.max_tokens", source.max_tokens, 1, problems)
 

@@ -71,6 +71,32 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class SyntheticConfig:
+    """A generated recall task (data/synthetic.py): token numbers with something to look up; only answers are learnt."""
+
+    task: str = "mqar"
+    """`mqar`, `passkey`, `multi_key`, `multi_query`, `straddle` or `copy`."""
+    length: Any = field(default="2K", metadata=LENGTH)
+    """Inputs of a document, which is never cut: at most a stage's seq_len."""
+    pairs: int = 8
+    """mqar, multi_query: pairs in a document, at most; as many questions."""
+    min_pairs: int | None = None
+    """mqar, multi_query: pairs at least (few are learnt first); null = pairs."""
+    key_tokens: int | None = None
+    """Tokens of a key, or of the start of a copy; null = the task's."""
+    value_tokens: int | None = None
+    """Tokens of a value, or of a copy; null = the task's."""
+    block_size: Any = field(default=64, metadata=LENGTH)
+    """straddle: the blocks whose boundary lies between key and value."""
+    symbols: int = 256
+    """Token numbers in use, from 0; half of them keys. At most the tokenizer's."""
+    num_documents: int = 1_000_000
+    """Documents of an epoch."""
+    seed: int = 0
+    """Of the documents. Held-out ones are others than training's of the same seed."""
+
+
+@dataclass(frozen=True)
 class SourceConfig:
     """One collection of documents."""
 
@@ -79,6 +105,8 @@ class SourceConfig:
     `embedded`, or `embedded-chat:<length>` with format=chat (data/chat_set.py)."""
     name: str | None = None
     """Hugging Face hub data set, instead of path."""
+    synthetic: SyntheticConfig | None = None
+    """Generated documents, instead of path (data=synthetic/mqar and others)."""
     subset: str | None = None
     """Configuration name of the hub data set."""
     split: str = "train"

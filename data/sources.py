@@ -22,6 +22,7 @@ from data.errors import DataError
 from data.prepare import PLAN, prepare
 from data.sft import ChatEncoder, load_template, usable_inputs, with_answers
 from data.shards import META, TokenShards, write_atomic
+from data.synthetic import SyntheticSource
 from data.text import content_hash, find_files, read_files, read_hub
 from data.tokenizer import EMBEDDED, Tokenizer, load_tokenizer
 
@@ -124,6 +125,9 @@ def open_validation(
         source = replace(source, path="embedded-validation")
     elif source.path is not None and source.path.startswith("embedded-chat:"):
         source = replace(source, path="validation-chat:" + source.path.partition(":")[2])
+    if source.synthetic is not None:
+        vocab_size = load_tokenizer(config.tokenizer).vocab_size
+        return SyntheticSource("validation", source.synthetic, vocab_size, held_out=True)
     return _open(config, {"validation": source}, rank_zero, barrier, log)["validation"]
 
 
@@ -135,6 +139,9 @@ def known_sources(config: DataConfig) -> dict[str, Source]:
     tokenizer = load_tokenizer(config.tokenizer)
     known = {}
     for name, source in config.sources.items():
+        if source.synthetic is not None:
+            known[name] = SyntheticSource(name, source.synthetic, tokenizer.vocab_size)
+            continue
         directory = shard_directory(source)
         prepared = directory is None
         if directory is None:
@@ -175,6 +182,8 @@ def _open(config: DataConfig, sources: dict[str, SourceConfig], rank_zero, barri
 
 def _open_one(name: str, source: SourceConfig, config: DataConfig, tokenizer: Tokenizer, make: bool, log) -> Source:
     """One source; `make` = tokenise text that is not in the cache, and check tokens."""
+    if source.synthetic is not None:
+        return SyntheticSource(name, source.synthetic, tokenizer.vocab_size)
     directory = shard_directory(source)
     prepared = directory is None
     if directory is None:

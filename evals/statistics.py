@@ -92,11 +92,12 @@ def clusters_needed(sd: float, gap: float, power: float = 0.8) -> int:
     return n
 
 
-def wilson(hits: int, trials: int) -> tuple[float, float]:
-    """The 95 % Wilson interval of a share of independent trials; (0, 1) without a trial."""
-    if trials == 0:
+def wilson(share: float, trials: float) -> tuple[float, float]:
+    """The 95 % Wilson interval of a share of independent trials (any number, as where they are worth fewer than they
+    are); (0, 1) without a trial."""
+    if trials <= 0:
         return 0.0, 1.0
-    z, share = student_quantile(0.975, 10**6), hits / trials
+    z = student_quantile(0.975, 10**6)
     middle = share + z * z / (2 * trials)
     spread = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
     scale = 1 + z * z / trials

@@ -9,6 +9,7 @@ same weights can be measured under another attention, and on documents of anothe
 results beside each other.
 routing: what the gate of each MoBA layer and head picks, and what it misses.
 swap: the same weights under full attention, the gate's, the best, random and the latest blocks; prefill x decode.
+recall: the share of right answers in generated tasks, of those that need the gate, under the same attentions.
 Several processes share the documents; position_loss then gives the same bits as one.
 """
 
@@ -30,12 +31,16 @@ import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from conf.numbers import format_length, parse_length  # noqa: E402
-from conf.schema import SourceConfig  # noqa: E402
+from conf.schema import SourceConfig, SyntheticConfig  # noqa: E402
 from data.errors import DataError  # noqa: E402
 from data.sources import open_validation  # noqa: E402
+from data.synthetic import SIZES, SyntheticSource  # noqa: E402
+from data.tokenizer import load_tokenizer  # noqa: E402
 from data.validation import COHORTS, HeldOut, held_out_documents  # noqa: E402
 from evals.loading import TrainedModel, attention_plan, load_trained  # noqa: E402
 from evals.position_loss import evaluate  # noqa: E402
+from evals.recall import recall, save_recall  # noqa: E402
+from evals.recall import table as recall_table  # noqa: E402
 from evals.results import Stopwatch, provenance  # noqa: E402
 from evals.routing import HEAD, diagnose  # noqa: E402
 from evals.routing_figures import draw_routing  # noqa: E402
@@ -59,6 +64,8 @@ KEYS = {
     "bucket": "position_loss: tokens a bucket, a divisor of the length (default: 2K; a sixteenth below 32K)",
     "queries": "routing: queries of each document and layer whose blocks are measured one by one (default 256)",
     "last_tokens": "swap: tokens at the end that count as decoded (default 256, at most a quarter of the length)",
+    "tasks": "recall: such as [mqar,passkey] (default: the run's own, else all)",
+    "samples": "recall: documents of each task (default 64)",
     "device": "auto (default), cpu or cuda",
     "wandb": "disabled (default), auto, online or offline: also send the results there, as a run of their own",
     "to": "folder of the results (default: evals/ in the run directory)",
@@ -279,6 +286,57 @@ def attention_swap(job: Job) -> None:
     job.say(f"{report.table()}\n{info['seconds']:.0f} s, wrote {path}")
 
 
+def recall_tasks(job: Job) -> None:
+    """Writes recall_<tokens>_<length>_<attention>.json, .npz and .png, and prints the shares of right answers."""
+    watch, trained = Stopwatch(), job.trained
+    sources = {config.task: _synthetic_source(job, config) for config in _tasks(job)}
+    samples = job.integer("samples", 64)
+    reports = {}
+    for task, source in sources.items():
+        job.say(f"recall: {samples} documents of {task}, {format_length(source.config.length)} tokens")
+        reports[task] = recall(
+            trained.model,
+            source,
+            samples=samples,
+            device=trained.device,
+            rank=job.rank,
+            world_size=job.world_size,
+            reduce=job.reduce,
+            watch=job.watch(task),
+        )
+    if job.rank:
+        return
+    seeds = {source.config.seed for source in sources.values()}
+    info = provenance(trained, watch, world_size=job.world_size, seed=min(seeds))
+    lengths = {source.config.length for source in sources.values()}
+    stem = f"recall_{trained.tokens:015d}_{format_length(max(lengths))}_{job.values.get('attention', 'stage')}"
+    path = save_recall(reports, job.folder, stem, **info)
+    numbers = {f"{t}_{row['attention']}": row["all"]["accuracy"] for t, r in reports.items() for row in r.rows()}
+    job.log("recall", numbers, path.with_suffix(".png"))
+    job.say(f"{recall_table(reports)}\n{info['seconds']:.0f} s, wrote {path}")
+
+
+def _tasks(job: Job) -> list[SyntheticConfig]:
+    """Those asked for by name; else what the run was trained or validated on; else all."""
+    data = job.trained.config.data
+    own = {
+        one.synthetic.task: one.synthetic for one in (*data.sources.values(), data.validation) if one and one.synthetic
+    }
+    if "tasks" not in job.values and own and "seq_len" not in job.values:
+        return list(own.values())
+    names = [name.strip() for name in job.values.get("tasks", ",".join(own or SIZES)).strip("[]").split(",")]
+    if unknown := [name for name in names if name not in SIZES]:
+        raise UsageError(f"tasks={','.join(unknown)}: choose from {', '.join(SIZES)}")
+    block_size = next((spec.block_size for spec in job.trained.model.attention if spec.kind == "moba"), 64)
+    shape = {"length": job.seq_len, "block_size": block_size}
+    return [replace(own.get(name, SyntheticConfig(task=name)), **shape) for name in names]
+
+
+def _synthetic_source(job: Job, config: SyntheticConfig) -> SyntheticSource:
+    vocab_size = load_tokenizer(job.trained.config.data.tokenizer).vocab_size
+    return SyntheticSource(config.task, config, vocab_size, held_out=True)
+
+
 def _num_buckets(job: Job, seq_len: int) -> int:
     if "bucket" not in job.values:
         return default_num_buckets(seq_len)
@@ -288,7 +346,7 @@ def _num_buckets(job: Job, seq_len: int) -> int:
     return seq_len // bucket
 
 
-EVALS = {"position_loss": position_loss, "routing": routing, "swap": attention_swap}
+EVALS = {"position_loss": position_loss, "routing": routing, "swap": attention_swap, "recall": recall_tasks}
 
 if __name__ == "__main__":
     main()

@@ -141,10 +141,10 @@ def describe_data(config: RunConfig, stages: tuple[Stage, ...], sources: Mapping
             count, tokens = len(lengths[name]), int(lengths[name].sum())
             line += f" = {wanted / max(tokens, 1):.3g} epochs of {count:,} documents, {format_count(tokens)} tokens"
         lines.append(line)
-    for name in (name for name, source in sources.items() if source.is_chat):
+    for name in (name for name, source in sources.items() if config.data.sources[name].format == "chat"):
         used_at = dict.fromkeys(stage.seq_len for stage in stages if stage.mix.get(name, 0) > 0)
         lines += [_describe_cuts(name, sources[name], seq_len) for seq_len in used_at]
-    texts = {name for name, source in config.data.sources.items() if source.format == "text"}
+    texts = {name for name, source in config.data.sources.items() if source.format == "text" and not source.synthetic}
     lines += dict.fromkeys(_describe_reach(stage, lengths) for stage in stages if set(stage.mix) <= texts)
     if config.data.validation is not None:
         lines.append(f"held out: {_where(config.data.validation)}, up to {config.eval.documents} documents")
@@ -183,6 +183,8 @@ def _describe_reach(stage: Stage, lengths: Mapping[str, np.ndarray]) -> str:
 
 def _where(source: SourceConfig) -> str:
     """Where a source's documents come from."""
+    if source.synthetic is not None:
+        return f"generated, {source.synthetic.task} of {format_length(source.synthetic.length)} inputs"
     if source.path == "embedded":
         return "the shipped books"
     return source.path or f"hub data set {source.name}" + (f" ({source.subset})" if source.subset else "")

@@ -8,6 +8,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import data.synthetic
 import moba.spec
 from conf import checks
 from conf.hardware import Hardware
@@ -152,6 +153,9 @@ CASES = [
     ([("model", {"key_conv": 3, "key_conv_pattern": "C"})], ["model.key_conv_pattern=C", "-K"]),
     ([(f"{STAGES}.full.attention", {"kind": "full", "full_last": 2})], ["full_last=2", "kind=moba"]),
     ([(f"{STAGES}.full.attention", {"kind": "full", "backend": "triton"})], ["backend=triton", "auto"]),
+    ([("data.sources.books.synthetic", {"task": "mqar"})], ["books.path=books.txt", "synthetic"]),
+    ([("data.sources.x", {"synthetic": {"task": "recall"}})], ["task=recall", "mqar", "straddle"]),
+    ([("data.sources.x", {"synthetic": {"pairs": 4, "min_pairs": 8}})], ["min_pairs=8", "pairs=4"]),
     ([(f"{STAGES}.full.attention", {"kind": "full", "gate": "random"})], ["gate=random", "kind=moba"]),
     ([(f"{STAGES}.sparse.attention", {"gate": "local", "backend": "triton"})], ["backend=triton", "gate", "flash"]),
     ([(f"{STAGES}.sparse.attention.gate", "best")], ["gate=best", "oracle"]),
@@ -374,6 +378,7 @@ def test_choices_agree_with_moba():
     """Catches a backend that moba has and the configuration refuses (conf imports nothing of ours)."""
     assert set(checks.BACKENDS) == set(moba.spec.BACKENDS)
     assert set(checks.GATES) == set(moba.spec.GATES)
+    assert set(checks.SYNTHETIC_TASKS) == set(data.synthetic.SIZES)
     assert {*checks.ATTENTION_KINDS, "sliding"} == set(moba.spec.KINDS)  # a pattern's S
 
 

@@ -54,6 +54,6 @@ def test_numbers_of_documents_and_of_hits():
     assert clusters_needed(0.1, 0.01, 0.5) == pytest.approx(387, abs=1)
     assert clusters_needed(0.1, 0.01) == pytest.approx(787, abs=1)
     assert clusters_needed(0.0, 0.01) == 2
-    low, high = wilson(0, 20)
+    low, high = wilson(0.0, 20)
     assert low == 0 and high == pytest.approx(0.1611, abs=1e-3)
-    assert wilson(10, 20) == pytest.approx((0.2993, 0.7007), abs=1e-3)
+    assert wilson(0.5, 20) == pytest.approx((0.2993, 0.7007), abs=1e-3)

@@ -1,0 +1,130 @@
+"""evals/recall.py: teacher-forced scores against greedy decoding, and the report's shares against plain counting."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from conf.schema import ModelConfig, SyntheticConfig
+from data.synthetic import SyntheticSource
+from evals.recall import RecallReport, recall, save_recall, score, table
+from evals.swap import VARIANTS, under, variant
+from moba.spec import AttentionSpec
+from train.generation import Sampling, generate
+from train.model import Decoder
+
+LENGTH, SYMBOLS = 64, 8
+MOBA = AttentionSpec("moba", 8, 2)
+
+
+@pytest.fixture(scope="module")
+def model():
+    """A model that is right now and then by chance: few symbols, sharp scores."""
+    config = ModelConfig(
+        hidden_size=32, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=16, ffn_size=48, init_std=0.5
+    )
+    model = Decoder(config, SYMBOLS)
+    model.init_weights(5)
+    model.set_attention([MOBA, MOBA])
+    return model.eval()
+
+
+def make_source(task, value_tokens, **options):
+    config = SyntheticConfig(task=task, length=LENGTH, value_tokens=value_tokens, symbols=SYMBOLS, **options)
+    return SyntheticSource(task, config, SYMBOLS)
+
+
+@pytest.mark.parametrize("gate", ["mean", "local", "full"])
+def test_teacher_forced_match_is_greedy_decoding(model, gate):
+    """Catches scores read one token off, answers counted right by their first token, and an attention that sees more in
+    one pass than while decoding: all 30 documents are also generated, answer by answer."""
+    source = make_source("mqar", 2, pairs=3, key_tokens=1)
+    plan = [AttentionSpec("full") if gate == "full" else AttentionSpec("moba", 8, 2, gate=gate)] * 2
+    matches = []
+    with under(model, plan), torch.no_grad():
+        for i in range(30):
+            sample = source.sample(i)
+            found = score(model, sample, "cpu")[0].bool().tolist()
+            for answer, right in zip(sample.answers, found):
+                prompt, wanted = sample.tokens[: answer.start], sample.tokens[answer.start : answer.start + 2]
+                greedy = generate(
+                    model, prompt.tolist(), max_new_tokens=2, sampling=Sampling(temperature=0), decode=plan
+                )
+                assert (list(greedy) == wanted.tolist()) == right
+                matches.append(right)
+    assert 2 <= sum(matches) < len(matches) - 2, "right now and then"
+
+
+def test_report_counts_answers_by_distance_and_variant(model):
+    """Catches answers of one variant under another's name, far answers that a local window sees, and padding."""
+    source = make_source("mqar", 1, pairs=4, min_pairs=1)
+    report = recall(model, source, samples=24, device="cpu")
+    assert report.variants == VARIANTS and report.gate_matters is False
+    for name in VARIANTS:
+        right, far_right, far = [], [], []
+        with under(model, variant([MOBA, MOBA], name)), torch.no_grad():
+            for i in range(24):
+                sample = source.sample(i)
+                scores = model.logits(
+                    torch.from_numpy(sample.tokens[:-1]),
+                    torch.arange(LENGTH),
+                    torch.tensor([0, LENGTH], dtype=torch.int32),
+                )
+                for start, _, needle in sample.answers:
+                    hit = scores[start - 1].argmax().item() == sample.tokens[start]
+                    right.append(hit)
+                    if (start - 1) // 8 - needle // 8 >= 2:
+                        far_right.append(hit)
+        rows = {row["attention"]: row for row in report.rows()}
+        assert rows[name]["all"]["accuracy"] == pytest.approx(np.mean(right))
+        assert rows[name]["all"]["answers"] == len(right) and rows[name]["far"]["answers"] == len(far_right)
+        assert rows[name]["far"]["accuracy"] == pytest.approx(np.mean(far_right))
+        assert 0 < len(far_right) < len(right) < 96 and not far
+
+
+def test_local_blocks_cannot_reach_far_evidence():
+    """Catches a distance in blocks that is off by one: under `local` no far answer depends on its evidence, so
+    exchanging the value moves no score; under `oracle` with all blocks in reach it does."""
+    config = ModelConfig(
+        hidden_size=32, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=16, ffn_size=48, init_std=0.5
+    )
+    model = Decoder(config, SYMBOLS)
+    model.init_weights(6)
+    model.set_attention([MOBA])
+    source = make_source("passkey", 1)
+    report = recall(model, source, samples=30, device="cpu")
+    moved = {True: [], False: []}
+    with under(model, variant([MOBA], "local")), torch.no_grad():
+        for i in range(30):
+            sample = source.sample(i)
+            ((start, _, needle),) = sample.answers
+            changed = sample.tokens.copy()
+            changed[needle] = (changed[needle] + 1) % SYMBOLS
+            rows = torch.tensor([start - 1])
+            pair = [
+                model.logits(
+                    torch.from_numpy(t[:-1]),
+                    torch.arange(LENGTH),
+                    torch.tensor([0, LENGTH], dtype=torch.int32),
+                    rows=rows,
+                )
+                for t in (sample.tokens, changed)
+            ]
+            moved[bool(report.far_NA[i, 0])].append(not torch.equal(*pair))
+    assert not any(moved[True]) and all(moved[False]) and moved[True] and moved[False]
+
+
+def test_intervals_and_files(model, tmp_path):
+    """Catches an interval of no width for 0 of 8, NaN in the json, and reports that cannot be drawn."""
+    report = recall(model, make_source("passkey", 4), samples=8, device="cpu")
+    low, high = RecallReport.interval(report.accuracy("moba"))
+    assert low == 0 and 0.2 < high < 0.6
+    with under(model, [AttentionSpec("full")] * 2):
+        full = recall(model, make_source("copy", 8), samples=4, device="cpu")
+    assert full.variants == ("full",) and full.gate_matters is None
+    path = save_recall({"passkey": report, "copy": full}, tmp_path, "recall", run="x")
+    record = json.loads(path.read_text(), parse_constant=lambda text: pytest.fail(text))
+    assert record["tasks"]["passkey"]["gate_matters"] is False and record["tasks"]["copy"]["far"] is None
+    assert path.with_suffix(".png").stat().st_size > 10_000
+    assert "too few blocks" in table({"passkey": report})
