@@ -23,6 +23,7 @@ from conf.schema import (
 )
 
 SYNTHETIC_TASKS = ("mqar", "passkey", "multi_key", "multi_query", "straddle", "copy")
+EVAL_SUITES = ("loss", "mini", "swap")
 GATES = ("mean", "local", "random", "oracle")
 ATTENTION_KINDS = ("moba", "full")
 KEY_CONVOLUTIONS = (0, 3, 5)
@@ -451,6 +452,7 @@ def _check_rest(config: RunConfig, problems: Problems) -> None:
     _at_least("run.seed", config.run.seed, 0, problems)
     _at_least("data.seed", config.data.seed, 0, problems)
     _one_of("logging.wandb", config.logging.wandb, WANDB_MODES, problems)
+    _one_of("eval.suite", config.eval.suite, EVAL_SUITES, problems)
     _at_least("eval.documents", config.eval.documents, 1, problems)
     if config.eval.seq_len is not None:
         _at_least("eval.seq_len", config.eval.seq_len, 1, problems)

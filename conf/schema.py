@@ -350,8 +350,12 @@ class LoggingConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Per-position loss on held-out documents during training."""
+    """Measuring on held-out documents during training."""
 
+    suite: str = "mini"
+    """What is measured: `loss` (by position), `mini` (also the router on the first document, and the right answers
+    where the held-out documents are a recall task), or `swap` (also the loss under every gate of evals/swap.py, at five
+    times the time)."""
     every_tokens: Any = field(default="20%", metadata=SHARE)
     """Evaluate each so many tokens ("20%" of the run) and at each stage's end; 0 = only at stage ends."""
     documents: int = 16

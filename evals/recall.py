@@ -120,6 +120,7 @@ def recall(
     source: SyntheticSource,
     *,
     samples: int,
+    variants: tuple[str, ...] = VARIANTS,
     device: torch.device | str,
     rank: int = 0,
     world_size: int = 1,
@@ -127,18 +128,21 @@ def recall(
     watch: Callable[[Iterable], Iterable] = iter,
 ) -> RecallReport:
     """The RecallReport of a model on the first `samples` documents of the source, on every rank. With MoBA layers in
-    the plan in force under every one of evals.swap.VARIANTS, else as it is ("full")."""
+    the plan in force under `variants` of it (evals/swap.py), else as it is ("full"). All ranks run the same number of
+    forward passes."""
     plan, count = model.attention, min(samples, source.num_documents)
     spec = next((spec for spec in plan if spec.kind == "moba"), None)
-    variants = ("full",) if spec is None else VARIANTS
+    variants = ("full",) if spec is None else variants
     documents = [source.sample(i) for i in range(count)]
     width = max(len(document.answers) for document in documents)
     table = torch.zeros(2, len(variants), count, width, dtype=torch.float64, device=device)
     for w, name in enumerate(variants):
         with under(model, variant(plan, name)):
-            for index in watch(range(rank, count, world_size)):
-                scores_2A = score(model, documents[index], device)
-                table[:, w, index, : scores_2A.shape[1]] = scores_2A
+            for start in watch(range(0, count, world_size)):
+                index = start + rank
+                scores_2A = score(model, documents[index if index < count else 0], device)
+                if index < count:
+                    table[:, w, index, : scores_2A.shape[1]] = scores_2A
     correct_WNA, nll_WNA = reduce(table).cpu().numpy()
     distance_NA, blocks_NA = (np.full((count, width), np.nan) for _ in range(2))
     for i, document in enumerate(documents):

@@ -6,18 +6,24 @@ Both only observe: they change neither weights nor random state, and a run witho
 from __future__ import annotations
 
 import re
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from conf.schema import RunConfig
 from data.sources import Source
+from data.synthetic import SyntheticSource
 from data.validation import held_out_documents
 from evals.figures import plot_curves, plot_heatmap, plot_history
-from evals.position_loss import evaluate
+from evals.position_loss import Evaluation, evaluate
+from evals.recall import recall
+from evals.results import Stopwatch
+from evals.swap import VARIANTS, under, variant
 from moba.stats import mean_stats, record_routing
 from train.distributed import World, all_reduce_sum
 from train.loop import CURVES
 from train.metrics import FILE_NAME, read_metrics
+from train.model import Decoder
 from train.position_loss import PositionCurve
 from train.schedule import Schedule, Stage
 
@@ -25,33 +31,57 @@ FIGURES = "figures"
 
 
 class HeldOutEvaluator:
-    """The loss by position on held-out documents, at the stage's length and with its attention: a
+    """What `eval.suite` asks for, on held-out documents, at the stage's length and with its attention: a
     train.loop.Evaluator."""
 
     def __init__(self, source: Source, config: RunConfig, schedule: Schedule, world: World):
         """Finds the documents of every length now: a length that none reaches is a DataError before training."""
-        self._world, self._folder = world, Path(config.run.dir) / CURVES
-        self._length = config.eval.seq_len
+        self._source, self._world, self._folder = source, world, Path(config.run.dir) / CURVES
+        self._length, self._suite = config.eval.seq_len, config.eval.suite
         lengths = {self._length or stage.seq_len for stage in schedule.stages}
         self._documents = {length: held_out_documents(source, length, config.eval.documents) for length in lengths}
 
     def __call__(self, engine: Any, stage: Stage, tokens: int) -> tuple[PositionCurve, dict[str, float]]:
-        """The curve, and routing scalars of the first document; rank 0 also writes them into the run directory."""
-        length = self._length or stage.seq_len
-        with record_routing(engine.module) as routing:
-            found = evaluate(
-                engine,
-                self._documents[length],
-                seq_len=length,
-                device=self._world.device,
-                rank=self._world.rank,
-                world_size=self._world.world_size,
-                reduce=all_reduce_sum,
-            )
+        """The curve, scalars of the suite and the seconds it took; rank 0 also writes them into the run directory."""
+        watch, length = Stopwatch(), self._length or stage.seq_len
+        with record_routing(engine.module) if self._suite != "loss" else nullcontext([]) as routing:
+            found = self._evaluate(engine, length)
         scalars = {f"route/{name}": value for name, value in mean_stats(routing).items()}
+        if self._suite != "loss" and isinstance(self._source, SyntheticSource):
+            scalars |= self._recall(engine.module, length)
+        if self._suite == "swap":
+            scalars |= self._swap(engine, length)
         if self._world.is_main:
-            found.save(self._folder, f"eval_{tokens:015d}", tokens=tokens, stage=stage.name, routing=scalars)
-        return found.curve, scalars
+            found.save(self._folder, f"eval_{tokens:015d}", tokens=tokens, stage=stage.name, scalars=scalars)
+        return found.curve, scalars | {"seconds": watch.seconds}
+
+    def _evaluate(self, engine: Any, length: int) -> Evaluation:
+        return evaluate(engine, self._documents[length], seq_len=length, **self._share())
+
+    def _share(self) -> dict[str, Any]:
+        world = self._world
+        return {
+            "device": world.device,
+            "rank": world.rank,
+            "world_size": world.world_size,
+            "reduce": all_reduce_sum,
+        }
+
+    def _recall(self, model: Decoder, length: int) -> dict[str, float]:
+        """The share of right answers to the held-out recall task."""
+        count = len(self._documents[length])
+        report = recall(model, self._source, samples=count, variants=("moba",), **self._share())
+        found = report.rows()[0]
+        return {f"recall_{what}": found[what]["accuracy"] for what in ("all", "far") if found[what]["answers"]}
+
+    def _swap(self, engine: Any, length: int) -> dict[str, float]:
+        """The trailing loss under each other variant of the attention in force."""
+        plan, scalars = engine.module.attention, {}
+        for name in VARIANTS if any(spec.kind == "moba" for spec in plan) else ():
+            if name != "moba":
+                with under(engine.module, variant(plan, name)):
+                    scalars[f"trailing_{name}"] = self._evaluate(engine, length).curve.trailing.value
+        return scalars
 
     def forget_after(self, tokens: int) -> None:
         """Removes the files of evaluations beyond `tokens`."""

@@ -186,6 +186,7 @@ def _watch(observers: Observers, config: RunConfig, run_dir: Path, tracker: Trac
             progress.say(
                 f"held out at {record['tokens']:,} tokens: loss {_figure(record['loss'])}, trailing "
                 f"{_figure(record['trailing_loss'])} ({record['documents']} documents of {record['eval_seq_len']})"
+                f"{_cost(record)}"
             )
         tracker.log(record)
 
@@ -198,6 +199,11 @@ def _watch(observers: Observers, config: RunConfig, run_dir: Path, tracker: Trac
 
     observers.record.append(show)
     observers.curve.append(send_curve)
+
+
+def _cost(record: dict) -> str:
+    """The time an evaluation took."""
+    return f", {record['seconds']:.1f} s" if "seconds" in record else ""
 
 
 def _figure(value: float | None) -> str:

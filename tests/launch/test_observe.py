@@ -1,0 +1,74 @@
+"""launch/observe.py: what the suites of evaluation in training measure, and that they only observe."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import launch.observe
+from conf.schema import EvalConfig, ModelConfig, RunConfig, RunSection, SyntheticConfig
+from data.synthetic import SyntheticSource
+from evals.swap import VARIANTS, under, variant
+from launch.observe import HeldOutEvaluator
+from moba.spec import AttentionSpec
+from train.distributed import World
+from train.model import Decoder
+
+LENGTH, MOBA = 64, AttentionSpec("moba", 4, 2)
+
+
+class Engine:
+    """What the loop hands over: callable, with the model as `module`."""
+
+    def __init__(self, model):
+        self.module = model
+
+    def __call__(self, *arguments):
+        return self.module(*arguments)
+
+
+@pytest.fixture
+def engine():
+    config = ModelConfig(
+        hidden_size=32, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=16, ffn_size=48, loss_tile=64
+    )
+    model = Decoder(config, 16)
+    model.init_weights(1)
+    model.set_attention([MOBA, AttentionSpec("full")])
+    return Engine(model.eval())
+
+
+@pytest.mark.parametrize("suite", ["loss", "mini", "swap"])
+def test_suites(engine, suite, tmp_path, monkeypatch):
+    """Catches a suite that leaves something out, measures another attention than it says, or does not give the model's
+    own back; and files without what was found."""
+    monkeypatch.setattr(launch.observe, "all_reduce_sum", lambda tensor: tensor)
+    source = SyntheticSource("v", SyntheticConfig(length=LENGTH, pairs=4, symbols=16), 16, held_out=True)
+    config = RunConfig(run=RunSection(dir=str(tmp_path)), eval=EvalConfig(suite=suite, documents=6))
+    stage = SimpleNamespace(seq_len=LENGTH, name="sparse")
+    evaluator = HeldOutEvaluator(source, config, SimpleNamespace(stages=[stage]), World(0, 1, 0, torch.device("cpu")))
+    before, state = engine.module.attention, torch.random.get_rng_state()
+    curve, scalars = evaluator(engine, stage, 1000)
+    assert engine.module.attention == before and torch.equal(torch.random.get_rng_state(), state)
+    assert all(layer.self_attn.observer is None for layer in engine.module.model.layers)
+    routed = {
+        "route/captured",
+        "route/oracle_share",
+        "route/load_entropy",
+        "route/dead_share",
+        "recall_all",
+        "recall_far",
+    }
+    swapped = {f"trailing_{name}" for name in VARIANTS if name != "moba"}
+    wanted = {"loss": set(), "mini": routed, "swap": routed | swapped}[suite]
+    assert wanted <= set(scalars) and not (routed | swapped) - wanted & set(scalars)
+    assert scalars["seconds"] > 0 and curve.trailing.clusters > 0
+    assert {path.suffix for path in (tmp_path / "position_loss").iterdir()} == {".npz", ".json", ".png"}
+    if suite == "swap":
+        assert 0 < scalars["route/captured"] <= scalars["route/oracle_share"] < 1
+        with under(engine.module, variant(before, "local")):
+            again, _ = HeldOutEvaluator(
+                source, RunConfig(run=config.run, eval=EvalConfig(suite="loss", documents=6)),
+                SimpleNamespace(stages=[stage]), World(0, 1, 0, torch.device("cpu")),
+            )(engine, stage, 2000)  # fmt: skip
+        assert scalars["trailing_local"] == again.trailing.value != curve.trailing.value
