@@ -88,6 +88,7 @@ def _load_pretrained(directory: Path, device: torch.device) -> TrainedModel:
         attention=hf.read_plan(directory, shape.num_layers),
         rope=RopeConfig(),
         mix={},
+        long_documents=None,
         lr=LRConfig(),
         lr_before=0,
         lr_span=0,
