@@ -3,6 +3,7 @@
 import os
 import re
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import yaml
@@ -134,7 +135,7 @@ def test_real_data_as_the_notice_says():
     assert hub.name == "a/b" and hub.streaming and hub.max_tokens == load(["+exp=moba_32k"]).schedule.tokens
 
 
-@pytest.mark.parametrize("experiment", [name for name in choices_of("exp") if name.startswith("paper/")])
+@pytest.mark.parametrize("experiment", [name for name in choices_of("exp") if re.match(r"paper/[^/]+$", name)])
 def test_paper_experiments_follow_table_1(experiment):
     """Catches a budget, length, block size or shape that isn't the paper's."""
     table = {  # heads = layers, hidden, tokens in billions (reference: MoBA paper, Table 1)
@@ -191,6 +192,40 @@ def test_flashmoba_experiments_follow_the_paper(size, hidden, heads, ffn, millio
         assert 0 <= config.schedule.tokens - 100e9 < 2**20
         assert (optim.betas, optim.weight_decay, optim.grad_clip) == ([0.9, 0.95], 0.1, 1.0)
         assert (optim.lr.kind, optim.lr.peak) == ("cosine", 6e-4)
+
+
+def test_the_papers_chain_to_a_million_tokens():
+    """Catches a length, attention, budget or scaling that isn't section 3.3's, and a link that starts elsewhere than
+    where the one before it ended."""
+    order = ["cpt_256k", "cpt_512k", "cpt_1m", "moba_100b", "sft_32k", "sft_256k", "sft_1m"]
+    lengths = [256, 512, 1024, 1024, 32, 256, 1024]
+    folder = "paper/llama3_8b_1m"
+    assert choices_of("exp").count(f"{folder}/cpt_1m") == 1
+    assert {name for name in choices_of("exp") if name.startswith(folder)} == {f"{folder}/{name}" for name in order}
+    source = "models/Llama-3.1-8B"
+    for name, length in zip(order, lengths):
+        config = load([f"+exp={folder}/{name}"])
+        ((stage_name, stage),) = config.schedule.stages.items()
+        assert stage_name == name and stage.seq_len == length * 1024
+        assert (config.model.name, config.model.num_layers) == ("llama3_8b", 32)
+        # 128K to 1M once, at the start of the 256K stage: in force from there on, on top of Llama 3.1's own.
+        assert (stage.rope.scaling, stage.rope.factor, stage.rope.theta) == ("linear", 8, None)
+        sparse = ("moba", 4096, 12, 3)
+        attention = stage.attention
+        found = (attention.kind, attention.block_size, attention.top_k, attention.full_last)
+        assert attention.kind == "full" if name.startswith("cpt") else found == sparse
+        assert config.init.source == source and config.data.tokenizer == "models/Llama-3.1-8B"
+        assert name != "moba_100b" or 0 <= stage.tokens - 100e9 < stage.batch_tokens
+        source = config.run.dir
+
+
+def test_the_extensions_are_a_chain():
+    """Catches an extension that starts elsewhere, or one whose model, data or tokenizer its source does not have."""
+    runs = [load([f"+exp={name}"]) for name in ("moba_32k", "extend_64k", "extend_128k")]
+    assert [run.schedule.stages[list(run.schedule.stages)[-1]].seq_len // 1024 for run in runs] == [32, 64, 128]
+    for before, after in pairwise(runs):
+        assert after.init.source == before.run.dir and after.init.optimizer and after.init.data
+        assert (after.model, after.data) == (before.model, before.data)
 
 
 def test_the_three_32k_runs_differ_in_their_stages_only():
