@@ -1,4 +1,4 @@
-"""Extends a tiny model from 2K to 4K to 8K to 16K on a CPU: in one run and as four chained runs, and by three ways.
+"""Extends a very small model from 2K to 4K to 8K to 16K on a CPU: in one run and as four chained runs, and by three ways.
 
     python benchmarks/extension.py to=docs/results
 
@@ -35,11 +35,12 @@ from train.position_loss import PositionCurve  # noqa: E402
 KEYS = {
     "to": "folder of the results",
     "runs": "folder of the runs; finished ones are not repeated (default runs/extension_cpu)",
-    "tokens": "budgets of the four stages (default 160K,16K,16K,32K)",
+    "tokens": "budgets of the four stages (default 240K,24K,24K,32K)",
     "lengths": "lengths of the four stages (default 2K,4K,8K,16K)",
     "commit": "commit of the code, where this is no git checkout",
 }
-BATCHES = (2, 1, 1, 1)  # sequences a step
+# Two layers, the first sparse and the second full, on bytes: so that 16K is affordable on a CPU.
+MODEL = ("hidden_size=128", "num_layers=2", "num_heads=2", "num_kv_heads=1", "ffn_size=384")
 WAYS = {"theta": "RoPE base raised", "interpolation": "positions interpolated", "nothing": "nothing done"}
 MUST_EQUAL = ("stage", "loss", "trailing_loss", "grad_norm", "lr")
 
@@ -52,7 +53,7 @@ def main() -> None:
     values = key_values([text for text in arguments if text not in overrides], KEYS, about=__doc__, required=["to"])
     to, runs = Path(values["to"]), Path(values.get("runs", "runs/extension_cpu"))
     lengths = values.get("lengths", "2K,4K,8K,16K").split(",")
-    tokens = values.get("tokens", "160K,16K,16K,32K").split(",")
+    tokens = values.get("tokens", "240K,24K,24K,32K").split(",")
     common = common_settings(lengths[-1]) + overrides
     began = time.monotonic()
 
@@ -84,8 +85,14 @@ def main() -> None:
 
 def common_settings(longest: str) -> list[str]:
     """What all runs share."""
-    overrides = ["model=tiny", "data=embedded", "data.tokenizer=bpe-4k", "optim.lr.warmup_tokens=5%"]
-    overrides += [f"eval.seq_len={longest}", "eval.documents=2", "eval.every_tokens=0", "checkpoint.every_tokens=0"]
+    overrides = ["model=tiny", *(f"model.{text}" for text in MODEL), "data=embedded", "data.tokenizer=bytes"]
+    overrides += [
+        "optim.lr.warmup_tokens=5%",
+        f"eval.seq_len={longest}",
+        "eval.documents=2",
+        "eval.every_tokens=0",
+        "checkpoint.every_tokens=0",
+    ]
     return [*overrides, "logging.wandb=disabled", "logging.figures=false", "run.device=cpu"]
 
 
@@ -93,7 +100,7 @@ def stage_settings(index: int, length: str, tokens: str, way: str) -> list[str]:
     """The stage number `index` under one way of extending; the first is the same under all."""
     key = f"schedule.stages.at_{length}"
     settings = [f"+{key}.tokens={tokens}", f"{key}.seq_len={length}"]
-    settings += [f"{key}.batch_tokens={int(length.rstrip('K')) * BATCHES[index]}{'K' if 'K' in length else ''}"]
+    settings += [f"{key}.batch_tokens={length}"]
     settings += [f"{key}.attention.num_blocks=32", f"{key}.attention.top_k=4", f"{key}.attention.full_last=1"]
     settings += [f"{key}.lr.peak={3e-3 if index == 0 else 1e-3}"]
     if index and way == "theta":
@@ -205,7 +212,7 @@ def draw(results: dict, path: Path) -> None:
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("held-out loss (nats a token)")
     panels[0].legend(fontsize="x-small")
-    figure.suptitle(f"Tiny model (1.8M without embeddings), commit {results['commit']}", fontsize="medium")
+    figure.suptitle(f"Two-layer model on bytes, commit {results['commit']}", fontsize="medium")
     figure.supxlabel(
         "Shaded: what the extension adds. 2 held-out books, all at the longest length.", fontsize="x-small"
     )
