@@ -1,4 +1,4 @@
-"""Extends a very small model from 2K to 4K to 8K to 16K on a CPU: in one run and as four chained runs, and by three ways.
+"""Extends a very small model from 2K to 4K to 8K to 16K on a CPU: in one run, as four chained runs, and in three ways.
 
     python benchmarks/extension.py to=docs/results
 
@@ -86,13 +86,8 @@ def main() -> None:
 def common_settings(longest: str) -> list[str]:
     """What all runs share."""
     overrides = ["model=tiny", *(f"model.{text}" for text in MODEL), "data=embedded", "data.tokenizer=bytes"]
-    overrides += [
-        "optim.lr.warmup_tokens=5%",
-        f"eval.seq_len={longest}",
-        "eval.documents=2",
-        "eval.every_tokens=0",
-        "checkpoint.every_tokens=0",
-    ]
+    overrides += ["optim.lr.warmup_tokens=5%", f"eval.seq_len={longest}", "eval.documents=2"]
+    overrides += ["eval.every_tokens=0", "checkpoint.every_tokens=0"]
     return [*overrides, "logging.wandb=disabled", "logging.figures=false", "run.device=cpu"]
 
 
