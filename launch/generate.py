@@ -4,6 +4,8 @@
     python launch/generate.py run=runs/moba_32k prompt_file=book.txt attn=moba temperature=0
     python launch/generate.py run=models/SmolLM2-135M attn_prefill=128x8
 
+    python launch/generate.py run=runs/sft_hybrid chat=true prompt_file=question.txt
+
 Without a prompt, each line of the standard input is one. Attention can be chosen for both, or separately for reading
 the prompt and for the new tokens: by default the prompt is read as the model was trained, and new tokens see
 everything.
@@ -20,6 +22,7 @@ sys.path[:] = [str(ROOT)] + [p for p in sys.path if Path(p or ".").resolve() != 
 
 from conf.numbers import format_length  # noqa: E402
 from data.errors import DataError  # noqa: E402
+from data.sft import ChatEncoder, load_template  # noqa: E402
 from data.tokenizer import Tokenizer, load_tokenizer  # noqa: E402
 from evals.loading import TrainedModel, attention_plan, load_trained  # noqa: E402
 from launch.cli import UsageError, exits_on, key_values  # noqa: E402
@@ -30,6 +33,7 @@ KEYS = {
     "run": "run directory (its newest checkpoint), one checkpoint's directory, or a Hugging Face directory",
     "prompt": "the text to continue",
     "prompt_file": "a UTF-8 file that holds it",
+    "chat": "true: the prompt is a user's message, to be answered; written as data.chat_template of the run says",
     "max_new_tokens": "tokens to write at most (default 200)",
     "temperature": "0 takes the likeliest token, 1 draws by the model's probabilities (default 0.8)",
     "top_k": "draw from this many of the likeliest tokens (default 0: all)",
@@ -65,17 +69,26 @@ def main(argv: list[str] | None = None) -> None:
         "prefill": attention_plan(values.get("attn_prefill", values.get("attn", "stage")), trained),
         "decode": attention_plan(values.get("attn_decode", values.get("attn", "full")), trained),
     }
+    if values.get("chat", "false") not in ("true", "false"):
+        raise UsageError(f"chat={values['chat']!r}: true or false")
+    is_chat = values.get("chat") == "true"
+    chat = ChatEncoder(tokenizer, load_template(trained.config.data.chat_template, tokenizer)) if is_chat else None
     for prompt in _prompts(values):
-        for piece in continuation(trained, tokenizer, prompt, **options):
+        for piece in continuation(trained, tokenizer, prompt, chat, **options):
             print(piece, end="", flush=True)
         print(flush=True)
 
 
-def continuation(trained: TrainedModel, tokenizer: Tokenizer, prompt: str, **options) -> Iterator[str]:
-    """The text behind the prompt in pieces of whole characters, up to the model's end of text. options: as for
-    `generate`. Says on the standard error if the text may grow longer than the model was trained for."""
+def continuation(
+    trained: TrainedModel, tokenizer: Tokenizer, prompt: str, chat: ChatEncoder | None = None, **options
+) -> Iterator[str]:
+    """The text behind the prompt in pieces of whole characters, up to the model's end of text; with `chat`, the answer
+    to the prompt, up to the end of the turn. options: as for `generate`. Says on the standard error if the text may
+    grow longer than the model was trained for."""
     bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     ids = bos + tokenizer.encode(prompt).tolist()
+    if chat is not None:
+        ids = chat.prompt([{"role": "user", "content": prompt}])
     if not ids:
         raise UsageError("the prompt is empty, and this model's tokenizer has no BOS to start from: give some text")
     longest = len(ids) + options["max_new_tokens"]
@@ -83,7 +96,7 @@ def continuation(trained: TrainedModel, tokenizer: Tokenizer, prompt: str, **opt
         trained_for = format_length(trained.stage.seq_len)
         print(f"note: up to {longest} tokens for a model trained on {trained_for}", file=sys.stderr)
     stream = TextStream(tokenizer, before=ids)
-    stop = {tokenizer.eos_id}
+    stop = {tokenizer.eos_id} if chat is None else {tokenizer.eos_id, chat.end_of_turn()}
     for token in generate(trained.model, ids, vocab_size=tokenizer.vocab_size, stop=stop, **options):
         yield stream.add(token)
     yield stream.rest()

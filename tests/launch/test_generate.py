@@ -1,6 +1,7 @@
 """launch/generate.py against the library it calls, and what it says to a user."""
 
 import io
+from dataclasses import replace
 
 import pytest
 import torch
@@ -83,6 +84,24 @@ def test_prints_what_the_library_generates(run, trained, capsys):
     run(f"prompt={PROMPT}", "temperature=0", "max_new_tokens=30")
     greedy = capsys.readouterr().out
     assert greedy == text("stage", "full", temperature=0) + "\n" != printed.out
+
+
+def test_answers_a_message_as_the_run_was_trained(trained, monkeypatch, capsys):
+    """Catches a question put to a chat model as plain text, and an answer that runs past the end of its turn."""
+    chat_model = replace(
+        trained, config=replace(trained.config, data=replace(trained.config.data, chat_template="plain"))
+    )
+    monkeypatch.setattr("launch.generate.load_trained", lambda source, device: chat_model)
+    seen = []
+
+    def spoken(model, ids, *, stop, **options):
+        seen.append((list(ids), stop))
+        yield from b"ok"
+
+    monkeypatch.setattr("launch.generate.generate", spoken)
+    main(["run=runs/x", "chat=true", "prompt=Why?"])
+    assert capsys.readouterr().out == "ok\n"
+    assert seen == [([256, *b"User: Why?\nAssistant:"], {257})]
 
 
 def test_continues_with_a_hugging_face_model(tmp_path, capsys):
