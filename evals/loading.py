@@ -93,7 +93,6 @@ def _load_pretrained(directory: Path, device: torch.device) -> TrainedModel:
         lr_before=0,
         lr_span=0,
         reset_optimizer=False,
-        long_documents=None,
     )
     model.set_attention(stage.attention)
     config = RunConfig(model=shape, data=DataConfig(tokenizer=str(directory)))
