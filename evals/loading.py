@@ -19,7 +19,7 @@ from conf.schema import DataConfig, LRConfig, RopeConfig, RunConfig
 from conf.validate import freeze
 from data.tokenizer import load_tokenizer
 from moba.spec import AttentionSpec
-from train import hf
+from train import hf, source_files
 from train.checkpoint import load_weights, read
 from train.checkpoint_dir import find
 from train.model import Decoder
@@ -57,8 +57,10 @@ def load_trained(source: Path | str, device: str | torch.device = "auto") -> Tra
     checkpoint = find(Path(source).expanduser())
     saved = read(checkpoint)
     config = freeze(yaml.safe_load(saved.config_yaml))
+    tokenizer = source_files.tokenizer_name(config, checkpoint)
+    config = replace(config, data=replace(config.data, tokenizer=tokenizer))
     plain = replace(config.model, compile=False)  # the machine that evaluates may have no compiler
-    model = Decoder(plain, embedding_rows(config.model, load_tokenizer(config.data.tokenizer).vocab_size))
+    model = Decoder(plain, embedding_rows(config.model, load_tokenizer(tokenizer).vocab_size))
     load_weights(model, checkpoint)
     is_bf16 = target.type == "cuda" and resolve_precision(config.deepspeed, target) == "bf16"
     model.to(device=target, dtype=torch.bfloat16 if is_bf16 else torch.float32).eval()

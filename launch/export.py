@@ -3,10 +3,10 @@
     python launch/export.py run=runs/moba_32k to=hf/moba_32k
     python launch/export.py run=runs/moba_32k/checkpoints/tokens_000000180092928 to=hf/sparse dtype=bf16
 
-The architecture is a plain Llama, Qwen2 or Qwen3, with the RoPE of the checkpoint's stage. Loaded as it is, the model
-attends to everything; after `import moba.transformers`, attn_implementation="moba" gives each layer the attention of
-that stage, or of the last one before that had MoBA: config.json holds it. The tokenizer, its chat template and
-generation settings come along.
+The architecture is that of the model it started from, or a plain Llama, Qwen2 or Qwen3, with the RoPE of the
+checkpoint's stage. Loaded as it is, the model attends to everything; after `import moba.transformers`,
+attn_implementation="moba" gives each layer the attention of that stage, or of the last one before that had MoBA:
+config.json holds it. The tokenizer, its chat template and generation settings come along.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from conf.validate import freeze  # noqa: E402
 from data.errors import DataError  # noqa: E402
 from data.tokenizer import EMBEDDED, SHIPPED, Tokenizer, load_tokenizer  # noqa: E402
 from launch.cli import UsageError, exits_on, key_values  # noqa: E402
-from train import checkpoint_dir, hf_export  # noqa: E402
+from train import checkpoint_dir, hf_export, source_files  # noqa: E402
 from train.checkpoint import CheckpointError, Saved, find, read, verify  # noqa: E402
 from train.schedule import build_schedule, last_moba  # noqa: E402
 
@@ -34,18 +34,6 @@ KEYS = {
     "to": "directory to write; must not exist, or be empty",
     "dtype": "bf16 or fp32 (default: the precision the run computed in). Checkpoints hold fp32",
 }
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-)
 
 
 @exits_on(CheckpointError, DataError, ValueError, OSError)
@@ -66,6 +54,9 @@ def main(argv: list[str] | None = None) -> None:
     temporary = to.with_name(f".{to.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
+    generation = source_files.model_file(checkpoint, "generation_config.json")
+    if generation is not None:
+        shutil.copyfile(generation, temporary / generation.name)
     (temporary / "config.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
     save_tokenizer(tokenizer, temporary)
     files = hf_export.write_weights(checkpoint, temporary, saved.meta["parameters"], dtype)
@@ -78,27 +69,32 @@ def main(argv: list[str] | None = None) -> None:
 def describe(saved: Saved, dtype: str) -> tuple[Tokenizer, dict]:
     """`(tokenizer, content of config.json)` of a checkpoint of ours."""
     config = freeze(yaml.safe_load(saved.config_yaml))
-    tokenizer = load_tokenizer(config.data.tokenizer)
+    tokenizer = load_tokenizer(source_files.tokenizer_name(config, saved.path))
     # A checkpoint at a stage's end belongs to that stage, though the next step would be of the next one.
     schedule = build_schedule(config)
     stage = schedule.lookup(saved.tokens - 1)
-    return tokenizer, hf_export.config_json(
+    description = hf_export.config_json(
         config.model,
         num_embeddings=saved.meta["parameters"]["model.embed_tokens.weight"][0],
         rope=stage.rope,
-        attention=last_moba(schedule.stages[: stage.index + 1]) or stage.attention,
+        attention=stage.attention,
+        plan=last_moba(schedule.stages[: stage.index + 1]) or stage.attention,
         max_length=max(past.seq_len for past in schedule.stages[: stage.index + 1]),
         dtype=dtype,
         bos_id=tokenizer.bos_id,
         eos_id=tokenizer.eos_id,
     )
+    original = source_files.model_file(saved.path, "config.json")
+    if original is None:
+        return tokenizer, description
+    return tokenizer, hf_export.as_it_came(json.loads(original.read_text(encoding="utf-8")), description)
 
 
 def save_tokenizer(tokenizer: Tokenizer, to: Path) -> None:
     """Writes a tokenizer into `to` such that AutoTokenizer loads it: its own files, or equal ones where it has none."""
     path = Path(tokenizer.name).expanduser()
     if tokenizer.name != "bytes" and tokenizer.name not in SHIPPED and path.is_dir():
-        for name in TOKENIZER_FILES:
+        for name in (*source_files.TOKENIZER_FILES, "generation_config.json"):
             if (path / name).is_file():
                 shutil.copyfile(path / name, to / name)
         return

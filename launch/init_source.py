@@ -59,17 +59,18 @@ def with_source(plain: dict[str, Any], overrides: Sequence[str]) -> dict[str, An
 
 def _with_run(plain: dict[str, Any], source: str, overrides: Sequence[str]) -> dict[str, Any]:
     """The shape and the tokenizer of a run or checkpoint of this project."""
-    from train import checkpoint
+    from train import checkpoint, source_files
 
     try:
         found = checkpoint.find(Path(source).expanduser())
     except checkpoint.CheckpointError as error:
         raise ConfigError([f"init.source={source}: {error}; nor is it a Hugging Face model"]) from error
     saved = freeze(yaml.safe_load(checkpoint.read(found).config_yaml))
+    tokenizer = source_files.tokenizer_name(saved, found)
     problems = _differences(plain["model"], saved.model)
     if problems:
         raise ConfigError(problems)
-    return _filled(plain, saved.model, saved.data.tokenizer, overrides)
+    return _filled(plain, saved.model, tokenizer, overrides)
 
 
 def _complete(given: dict[str, Any]) -> dict[str, Any]:

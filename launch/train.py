@@ -32,7 +32,7 @@ from data.tokenizer import Tokenizer, load_tokenizer  # noqa: E402
 from launch.config import detect_hardware, load, run_command  # noqa: E402
 from launch.observe import FIGURES, HeldOutEvaluator, draw_figures  # noqa: E402
 from moba.attention import BackendUnavailable  # noqa: E402
-from train import checkpoint, checkpoint_dir  # noqa: E402
+from train import checkpoint, checkpoint_dir, hf, source_files  # noqa: E402
 from train.guards import NonFiniteError, RunLocked, lock_run  # noqa: E402
 from train.loop import Observers, Trainer, read_checked  # noqa: E402
 from train.metrics import MetricsError  # noqa: E402
@@ -145,6 +145,8 @@ def _train(config: RunConfig, tokenizer: Tokenizer, plan: Callable[..., Plan]) -
     tracker = None
     if world.is_main:
         (run_dir / "config.yaml").write_text(config_yaml, encoding="utf-8")
+        if trainer.tokens == 0:
+            _keep_source(config)
         (run_dir / "plan.txt").write_text(known.text() + "\n", encoding="utf-8")
         tracker = Tracker(
             run_dir,
@@ -168,6 +170,15 @@ def _train(config: RunConfig, tokenizer: Tokenizer, plan: Callable[..., Plan]) -
         tracker.finish()
         lock.release()
     distributed.shutdown()
+
+
+def _keep_source(config: RunConfig) -> None:
+    """Copies tokenizer and config.json of what the run starts from into its directory."""
+    source = None
+    if config.init.source is not None:
+        given = Path(config.init.source).expanduser()
+        source = hf.locate(given, weights=False) if hf.is_model(given) else given
+    source_files.keep(config, Path(config.run.dir), source)
 
 
 def _watch(observers: Observers, config: RunConfig, run_dir: Path, tracker: Tracker, progress: Progress) -> None:

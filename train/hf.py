@@ -125,7 +125,7 @@ def read_shape(directory: Path) -> ModelConfig:
     except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError([f"{directory / CONFIG} is not one that transformers can read ({reason})"]) from error
-    problems = _sliding(config)
+    problems = windows(config)
     theta, scaling = _rope(config, problems)
     _raise(directory, problems)
     family = FAMILIES[config.model_type]
@@ -217,7 +217,7 @@ def _refusals(raw: dict[str, Any]) -> list[str]:
     return problems
 
 
-def _sliding(config: Any) -> list[str]:
+def windows(config: Any) -> list[str]:
     """Windows of attention that would change what the model computes within the length it was made for."""
     window, length = getattr(config, "sliding_window", None), config.max_position_embeddings
     layers = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"]

@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from transformers import AutoConfig
 
 from conf.build import ConfigError
 from conf.schema import ModelConfig, RopeConfig
 from moba.spec import AttentionSpec
 from train.checkpoint import MODEL_INDEX, TensorFiles, read_index
-from train.hf import FAMILIES, SINGLE_FILE
+from train.hf import FAMILIES, SINGLE_FILE, windows
 from train.rope import Rope, check_rope_scaling, stage_scaling
 from train.sizes import head_dim, ntk_theta, num_kv_heads, rope_layers
 
@@ -34,6 +35,7 @@ def config_json(
     num_embeddings: int,
     rope: RopeConfig,
     attention: Sequence[AttentionSpec],
+    plan: Sequence[AttentionSpec],
     max_length: int,
     dtype: str,
     bos_id: int | None,
@@ -41,10 +43,10 @@ def config_json(
 ) -> dict[str, Any]:
     """The content of config.json for `model` under a stage's RoPE and attention.
 
-    `max_length` tokens is the longest document trained on. ConfigError if transformers has no such architecture or no
-    such RoPE.
+    `plan` is what attn_implementation="moba" is to do; `max_length` tokens is the longest document trained on.
+    ConfigError if transformers has no such architecture or no such RoPE.
     """
-    _refuse_own_layers(model, attention)
+    _refuse_own_layers(model, (*attention, *plan))
     kind = _family(model)
     theta, scaling = merged_rope(model, rope)
     config = {
@@ -68,11 +70,34 @@ def config_json(
         "bos_token_id": bos_id,
         "eos_token_id": eos_id,
         "use_cache": True,
-        "moba": {"plan": [_plan_entry(spec) for spec in attention]},
+        "moba": {"plan": [_plan_entry(spec) for spec in plan]},
     }
     if kind in ("llama", "qwen3"):
         config["attention_bias"] = False
     return config
+
+
+def as_it_came(original: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
+    """`ours` in the words of the config.json that the model came with: model_type, spelling and whatever we do not know
+    stay as they were; what training has changed is ours.
+
+    What transformers takes from both decides whether something has changed.
+    """
+    was, now = (
+        AutoConfig.for_model(**(config | {"model_type": original["model_type"]})) for config in (original, ours)
+    )
+    result = {key: value for key, value in original.items() if key not in ("auto_map", "moba")} | {"moba": ours["moba"]}
+    if was.rope_parameters != now.rope_parameters:
+        result = {key: value for key, value in result.items() if key != "rope_parameters"}
+        result |= {"rope_theta": ours["rope_theta"], "rope_scaling": ours["rope_scaling"]}
+    if was.dtype != now.dtype:
+        result = {key: value for key, value in result.items() if key != "dtype"} | {"torch_dtype": ours["torch_dtype"]}
+    for key in ("vocab_size", "max_position_embeddings"):
+        result[key] = ours[key]
+    if windows(AutoConfig.for_model(**result)):  # as long as the context was, and now it is longer
+        result |= {"sliding_window": None} | {key: False for key in ("use_sliding_window",) if key in result}
+        result.pop("layer_types", None)
+    return result
 
 
 def _plan_entry(spec: AttentionSpec) -> list[Any]:
@@ -99,6 +124,7 @@ def _refuse_own_layers(model: ModelConfig, attention: Sequence[AttentionSpec]) -
         f"model.key_conv={model.key_conv}": model.key_conv,
         f"model.rope_pattern={model.rope_pattern}": not all(rope_layers(model)),
         "sliding windows (S in attention.pattern)": any(spec.kind == "sliding" for spec in attention),
+        "a control gate (attention.gate)": any(spec.gate != "mean" for spec in attention),
     }
     named = [part for part, is_on in parts.items() if is_on]
     if named:

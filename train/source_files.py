@@ -1,0 +1,75 @@
+"""What a run keeps of the model it started from besides weights: the files of its tokenizer, its chat template, its
+generation settings and its config.json.
+
+They lie in `source/` of the run directory, so that the run can be exported and generated from when what it was made
+from has moved or is gone, and so that an export says everything that the original said.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from conf.schema import RunConfig
+from data.tokenizer import SHIPPED
+
+FOLDER, CONFIG = "source", "config.json"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+MODEL_FILES = (CONFIG, "generation_config.json")
+
+
+def keep(config: RunConfig, run_dir: Path, source: Path | None) -> None:
+    """Copies into the run directory what data.tokenizer and `source` offer (a Hugging Face directory, a run or a
+    checkpoint; None: no source). For one process."""
+    given = _path(config.data.tokenizer)
+    found = {}
+    if given is not None:
+        beside = given if given.is_dir() else given.parent
+        found = {name: beside / name for name in TOKENIZER_FILES}
+        if given.is_file():
+            found["tokenizer.json"] = given
+    if source is not None:
+        model = source if (source / CONFIG).is_file() else _run_dir(source) / FOLDER
+        found |= {name: model / name for name in MODEL_FILES}
+    for name, path in found.items():
+        if path.is_file() and not _is_same(path, run_dir / FOLDER / name):
+            (run_dir / FOLDER).mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, run_dir / FOLDER / name)
+
+
+def tokenizer_name(config: RunConfig, checkpoint: Path) -> str:
+    """data.tokenizer of the run that a checkpoint belongs to: the kept copy where there is one."""
+    name, folder = config.data.tokenizer, _run_dir(checkpoint) / FOLDER
+    if _path(name) is None or not any((folder / file).is_file() for file in TOKENIZER_FILES):
+        return name
+    return str(folder / "tokenizer.json" if Path(name).suffix == ".json" else folder)
+
+
+def model_file(checkpoint: Path, name: str) -> Path | None:
+    """The kept file of MODEL_FILES, None if the run has none."""
+    path = _run_dir(checkpoint) / FOLDER / name
+    return path if path.is_file() else None
+
+
+def _run_dir(source: Path) -> Path:
+    """The run directory of a run or of one of its checkpoints."""
+    return source.parents[1] if source.parent.name == "checkpoints" else source
+
+
+def _path(tokenizer: str) -> Path | None:
+    """Where a tokenizer lies that is neither `bytes` nor shipped."""
+    return None if tokenizer == "bytes" or tokenizer in SHIPPED else Path(tokenizer).expanduser()
+
+
+def _is_same(path: Path, copy: Path) -> bool:
+    return copy.is_file() and copy.samefile(path)
