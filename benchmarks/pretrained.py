@@ -114,24 +114,31 @@ def clusters(pattern: str) -> Callable[[str], str]:
 
 @torch.no_grad()
 def compare_logits(directory: Path, source: Source) -> dict[str, Any]:
-    """How far our logits are from transformers', both in float32 with full attention, on the beginnings of texts."""
+    """How far our logits are from transformers', both with full attention, on the beginnings of texts: in float32; and,
+    on the first text, in float64, beside what float32 alone does to transformers' own."""
     from transformers import AutoModelForCausalLM
 
     ours = load_trained(directory, "cpu")
     theirs = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     ours.model.set_attention(attention_plan("full", ours))
     documents = held_out_documents(source, LOGIT_TOKENS, LOGIT_DOCUMENTS)
-    differences, largest = [], 0.0
+    gaps, largest = [], 0.0
     for _, batch in documents:
         expected = theirs(batch.tokens[None], use_cache=False).logits[0]
-        found = ours.model.logits(batch.tokens, batch.positions, batch.cu_seqlens)
-        differences.append((found - expected).abs().max().item())
+        gaps.append((ours.model.logits(batch.tokens, batch.positions, batch.cu_seqlens) - expected).abs())
         largest = max(largest, expected.abs().max().item())
+    batch = documents[0][1]
+    single = theirs(batch.tokens[None], use_cache=False).logits[0]
+    exact = theirs.double()(batch.tokens[None], use_cache=False).logits[0]
+    double = ours.model.double().logits(batch.tokens, batch.positions, batch.cu_seqlens)
     return {
         "documents": documents.ids,
         "tokens_each": LOGIT_TOKENS,
-        "max_abs_difference": max(differences),
+        "max_abs_difference": [gap.max().item() for gap in gaps],
+        "share_of_logits_beyond_1e-4": sum((gap > 1e-4).sum().item() for gap in gaps) / sum(g.numel() for g in gaps),
         "max_abs_logit": largest,
+        "max_abs_difference_float64": (double - exact).abs().max().item(),
+        "transformers_float32_from_its_float64": (single - exact).abs().max().item(),
     }
 
 

@@ -48,7 +48,8 @@ class ModelConfig:
     rope_theta: float = 10000.0
     """RoPE base; a stage may override it (schedule.stages.*.rope.theta)."""
     rope_scaling: dict[str, Any] | None = None
-    """The model's own RoPE scaling in Hugging Face's `rope_scaling` format (llama3, linear, yarn); null = none."""
+    """The model's own RoPE scaling in Hugging Face's `rope_scaling` format (llama3, linear, yarn, dynamic); null =
+    none."""
     rope_pattern: str | None = None
     """One letter a layer, R (RoPE) or N (NoPE: no positional encoding), repeated if shorter than the model; null = RoPE
     everywhere."""
@@ -58,7 +59,8 @@ class ModelConfig:
     """With key_conv: one letter a layer, K (convolution) or - (none), repeated if shorter than the model; null = in
     every layer."""
     pretrained_length: int | None = None
-    """Longest context of the model that the weights come from; null = none. Only handed on by launch/export.py."""
+    """Longest context of the model that the weights come from; null = none. Handed on by launch/export.py; where a
+    dynamic RoPE scaling begins."""
     init_std: float = 0.02
     """Standard deviation of the initial weights; output projections use init_std / sqrt(2 * num_layers)."""
     activation_checkpointing: bool = False

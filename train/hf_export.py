@@ -21,7 +21,7 @@ from conf.schema import ModelConfig, RopeConfig
 from moba.spec import AttentionSpec
 from train.checkpoint import MODEL_INDEX, TensorFiles, read_index
 from train.hf import FAMILIES, SINGLE_FILE, windows
-from train.rope import Rope, check_rope_scaling, stage_scaling
+from train.rope import Rope, changes_rope, check_rope_scaling, stage_scaling
 from train.sizes import head_dim, ntk_theta, num_kv_heads, rope_layers
 
 SHARD_BYTES = 4 * 2**30
@@ -139,6 +139,8 @@ def merged_rope(model: ModelConfig, stage: RopeConfig) -> tuple[float, dict[str,
     """
     theta = model.rope_theta if stage.theta is None else stage.theta
     own = check_rope_scaling(model.rope_scaling, model.rope_theta)
+    if own["rope_type"] == "dynamic" and changes_rope(stage):
+        own = {"rope_type": "default"}
     is_even = own["rope_type"] in ("default", "linear")  # all frequencies alike, so another base commutes with it
     if stage.scaling == "ntk" and is_even:
         theta = ntk_theta(theta, stage.factor, head_dim(model))

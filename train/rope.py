@@ -1,7 +1,9 @@
 """Rotary position embedding: from positions to cosines and sines, with the scalings that pretrained models and
 long-context stages use.
 
-A model may have a scaling of its own (`model.rope_scaling`, in Hugging Face's format: default, linear, yarn, llama3).
+A model may have a scaling of its own (`model.rope_scaling`, in Hugging Face's format: default, linear, yarn, llama3,
+dynamic). The last is none up to the model's own length, and beyond it another base for every length at hand, so that a
+position has no angle of its own: such a model is used within its length, or a stage's RoPE takes the scaling's place.
 A stage of training may change the base and put `linear` (position interpolation), `ntk`, `yarn` or `llama3` on top. The
 order is always: base, the model's own scaling, then the stage's. No parameters: swapping the Rope of a model touches no
 weight.
@@ -21,8 +23,6 @@ from conf.schema import ModelConfig, RopeConfig, RunConfig
 from train.sizes import head_dim, ntk_theta
 
 _REFUSED = {
-    "dynamic": "its frequencies depend on the length at hand, so a position has no fixed angle to train; "
-    "a stage's rope.scaling=ntk is the same formula at a fixed length",
     "longrope": "its per-frequency factors switch with the length at hand",
     "proportional": "it rotates only a part of each head",
     "axial": "it is for images",
@@ -31,6 +31,7 @@ _REFUSED = {
 _KEYS = {
     "default": ((), ()),
     "linear": (("factor",), ()),
+    "dynamic": (("factor",), ()),
     "llama3": (("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), ()),
     "yarn": (
         ("factor", "original_max_position_embeddings"),
@@ -39,13 +40,18 @@ _KEYS = {
 }
 # The band of Llama 3.1, in turns within the old context, which a stage's llama3 scaling takes.
 LLAMA3_BAND = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+_DYNAMIC = (
+    "its angles depend on the length at hand. Train a stage of that length with rope.scaling=ntk, the same formula at "
+    "a fixed length (or another scaling, or rope.theta), and use what comes out"
+)
 
 
 class Rope:
     """Turns positions into `cos`, `sin` for one model in one stage.
 
     `inv_freq` is float32 `[D / 2]` in radians a token; `attention_factor` multiplies both cos and sin (yarn; 1
-    otherwise). Raises ValueError, naming the key, for a scaling that is unknown, refused or incomplete.
+    otherwise); `longest` is the longest document that has angles, None if any has. Raises ValueError, naming the key,
+    for a scaling that is unknown, refused or incomplete.
     """
 
     def __init__(self, model: ModelConfig, stage: RopeConfig | None = None):
@@ -69,8 +75,14 @@ class Rope:
         inv_freq, stage_factor = _scale(inv_freq, theta, on_top)
         self.inv_freq = inv_freq
         self.attention_factor = own_factor * stage_factor
+        self.longest = None
+        if own["rope_type"] == "dynamic" and not changes_rope(stage):
+            if not model.pretrained_length:
+                raise ValueError("model.rope_scaling of type dynamic needs model.pretrained_length, which it begins at")
+            self.longest = model.pretrained_length
         parts = [f"theta {theta:g}"]
-        parts += [f"{own['rope_type']} x{own['factor']:g}"] if own["rope_type"] != "default" else []
+        if own["rope_type"] not in ("default", "dynamic"):
+            parts.append(f"{own['rope_type']} x{own['factor']:g}")
         parts += [f"{stage.scaling} x{stage.factor:g}"] if stage.scaling != "none" else []
         self._text = ", then ".join(parts)
 
@@ -79,7 +91,12 @@ class Rope:
 
         Angles are products in float32, bit for bit those of Hugging Face's models: a model then scores the same here
         and there at any position. Their rounding reaches 0.03 radians at a million tokens, in the fastest frequencies
-        only."""
+        only. ValueError for positions from `longest` on (read on the host, if there is such a limit)."""
+        if self.longest is not None and positions_T.numel() and int(positions_T.max()) >= self.longest:
+            raise ValueError(
+                f"a text of {int(positions_T.max()) + 1} tokens for a model whose dynamic RoPE scaling begins at "
+                f"{self.longest}: beyond, {_DYNAMIC}"
+            )
         self.inv_freq = self.inv_freq.to(device)
         angles = positions_T.to(device=device, dtype=torch.float32)[:, None] * self.inv_freq
         angles_TD = torch.cat((angles, angles), dim=-1)
@@ -88,6 +105,11 @@ class Rope:
     def __str__(self) -> str:
         """Base and scalings in the order applied, for the plan: `theta 500000, then llama3 x8, then linear x4`."""
         return self._text
+
+
+def changes_rope(stage: RopeConfig) -> bool:
+    """True if a stage has a RoPE of its own; it then takes the place of a model's dynamic scaling."""
+    return stage.theta is not None or stage.scaling != "none"
 
 
 def stage_scaling(stage: RopeConfig) -> dict:
@@ -110,9 +132,15 @@ def check_stages(config: RunConfig) -> None:
     problems = []
     for name, stage in config.schedule.stages.items():
         try:
-            Rope(config.model, stage.rope)
+            longest = Rope(config.model, stage.rope).longest
         except ValueError as error:
             problems.append(f"schedule.stages.{name}: {error}")
+            continue
+        for key, length in ((f"schedule.stages.{name}.seq_len", stage.seq_len), ("eval.seq_len", config.eval.seq_len)):
+            if longest is not None and (length or 0) > longest:
+                problems.append(
+                    f"{key}={length}: the model's dynamic RoPE scaling begins at {longest}: beyond, {_DYNAMIC}"
+                )
     if problems:
         raise ConfigError(problems)
 
@@ -177,7 +205,7 @@ def _check_stage(stage: RopeConfig, own_kind: str, size: int) -> None:
 def _scale(inv_freq: torch.Tensor, theta: float, scaling: dict) -> tuple[torch.Tensor, float]:
     """`(inv_freq, attention_factor)` after one checked scaling in Hugging Face's format."""
     kind = scaling["rope_type"]
-    if kind == "default":
+    if kind in ("default", "dynamic"):
         return inv_freq, 1.0
     if kind == "linear":
         return inv_freq / scaling["factor"], 1.0

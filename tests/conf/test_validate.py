@@ -110,7 +110,7 @@ CASES = [
     ([("model.hiden_size", 64)], ["model.hiden_size=64", "unknown key", "hidden_size"]),
     ([("modle", {})], ["modle={}", "did you mean model"]),
     ([("model", 3)], ["model=3", "keys below it", "hidden_size"]),
-    ([("model.rope_scaling", {"type": "dynamic"})], ["rope_scaling.rope_type=dynamic", "llama3"]),
+    ([("model.rope_scaling", {"type": "spiral"})], ["rope_scaling.rope_type=spiral", "llama3"]),
     ([("data.sources", {})], ["data.sources={}", "data=embedded"]),
     ([("data.sources.books.path", None)], ["data.sources.books.path=null", "data.sources.books.name"]),
     ([("data.sources.books.name", "a/b")], ["data.sources.books.path=books.txt", "name=a/b", "null"]),

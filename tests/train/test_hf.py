@@ -44,6 +44,7 @@ MODELS = {
     "llama3.2": (LlamaConfig, {"tie_word_embeddings": True, "head_dim": 32}),
     "smollm2": (LlamaConfig, {"tie_word_embeddings": True, "rope_parameters": {"rope_theta": 1e5}}),
     "llama-linear": (LlamaConfig, {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}),
+    "llama-dynamic": (LlamaConfig, {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}),
     "mistral": (MistralConfig, {"sliding_window": None, "head_dim": 24}),
     "mistral-wide": (MistralConfig, {"sliding_window": 128}),
     "qwen2": (Qwen2Config, {"rope_parameters": {"rope_theta": 1e6}}),
@@ -157,10 +158,6 @@ REFUSED = {
     "headless": ({"architectures": ["LlamaForSequenceClassification"]}, ["LlamaForSequenceClassification"]),
     "activation": ({"hidden_act": "gelu"}, ["hidden_act=gelu"]),
     "biases": ({"attention_bias": True, "mlp_bias": True}, ["attention_bias=true", "mlp_bias=true"]),
-    "dynamic": (
-        {"rope_parameters": None, "rope_theta": 1e4, "rope_scaling": {"type": "dynamic", "factor": 2.0}},
-        ["rope_type=dynamic is refused", "no fixed angle"],
-    ),
     "longrope": (
         {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, **LONG}},
         ["rope_type=longrope is refused"],

@@ -1,13 +1,16 @@
 """train/rope.py against transformers' own RoPE, and the order in which a stage's scaling is applied."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from conf.schema import ModelConfig, RopeConfig
-from train.rope import Rope
+from conf.build import ConfigError
+from conf.schema import ModelConfig, RopeConfig, RunConfig, ScheduleConfig, StageConfig
+from train.rope import Rope, check_stages
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -145,6 +148,47 @@ def test_ntk_slows_what_the_models_own_scaling_left(scaling):
     assert not torch.allclose(both.inv_freq, alone.inv_freq)
 
 
+def test_dynamic_scaling_is_none_within_the_models_length_and_refused_beyond():
+    """Catches a dynamic model that is scaled where transformers does not scale it, or quietly left unscaled beyond; and
+    one that a stage cannot extend, or extends on top of a scaling that is in force no longer."""
+    config = llama_config({"rope_type": "dynamic", "factor": 4.0}, theta=10000.0, head_dim=16)
+    config.max_position_embeddings = 64
+    model = replace(
+        model_config({"rope_type": "dynamic", "factor": 4.0}, theta=10000.0, head_dim=16), pretrained_length=64
+    )
+    theirs = LlamaRotaryEmbedding(config)
+    x = torch.zeros(1, 1, 16)
+    cos, sin = Rope(model).cos_sin(torch.arange(64), torch.float32, "cpu")
+    within = theirs(x, torch.arange(64)[None])
+    assert torch.equal(cos, within[0][0]) and torch.equal(sin, within[1][0])
+    assert not torch.equal(theirs(x, torch.arange(65)[None])[0][0, :64], cos)  # one token more changes them all
+    with pytest.raises(ValueError, match=r"text of 65 tokens.*begins at 64.*ntk"):
+        Rope(model).cos_sin(torch.arange(65), torch.float32, "cpu")
+    plain = replace(model, rope_scaling=None)
+    for stage in (
+        RopeConfig(theta=5e5),
+        RopeConfig(scaling="ntk", factor=4.0),
+        RopeConfig(scaling="linear", factor=2.0),
+    ):
+        extended = Rope(model, stage)
+        assert torch.equal(extended.inv_freq, Rope(plain, stage).inv_freq)
+        assert extended.cos_sin(torch.arange(100), torch.float32, "cpu")[0].shape == (100, 16)
+    run = RunConfig(
+        model=model,
+        schedule=ScheduleConfig(
+            stages={
+                "a": StageConfig(seq_len=64),
+                "b": StageConfig(seq_len=128),
+                "c": StageConfig(seq_len=128, rope=stage),
+            }
+        ),
+    )
+    with pytest.raises(ConfigError) as error:
+        check_stages(run)
+    (line,) = error.value.problems
+    assert "schedule.stages.b.seq_len=128" in line and "begins at 64" in line
+
+
 def test_text_names_the_order():
     """Catches a plan that hides which scaling comes first."""
     rope = Rope(model_config(LLAMA3), RopeConfig(scaling="linear", factor=4.0))
@@ -154,7 +198,7 @@ def test_text_names_the_order():
 @pytest.mark.parametrize(
     "scaling,words",
     [
-        ({"rope_type": "dynamic", "factor": 2.0}, ["dynamic", "depend on the length", "rope.scaling=ntk"]),
+        ({"rope_type": "dynamic", "factor": 2.0}, ["dynamic", "model.pretrained_length"]),
         ({"rope_type": "longrope"}, ["longrope", "refused"]),
         ({"rope_type": "ntk"}, ["ntk", "unknown", "llama3"]),
         ({"rope_type": "linear"}, ["lacks factor"]),
