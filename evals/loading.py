@@ -15,7 +15,7 @@ import torch
 import yaml
 
 from conf.numbers import parse_length
-from conf.schema import DataConfig, LRConfig, RopeConfig, RunConfig
+from conf.schema import AttentionConfig, DataConfig, RunConfig, ScheduleConfig, StageConfig
 from conf.validate import freeze
 from data.tokenizer import load_tokenizer
 from moba.spec import AttentionSpec
@@ -79,25 +79,14 @@ def _load_pretrained(directory: Path, device: torch.device) -> TrainedModel:
     hf.load_weights(model, shape, directory)
     model.to(device=device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32).eval()
     length = shape.pretrained_length
-    stage = Stage(
-        name="pretrained",
-        index=0,
-        start=0,
-        end=0,
-        seq_len=length,
-        batch_tokens=length,
-        micro_tokens=length,
-        attention=hf.read_plan(directory, shape.num_layers),
-        rope=RopeConfig(),
-        mix={},
-        long_documents=None,
-        lr=LRConfig(),
-        lr_before=0,
-        lr_span=0,
-        reset_optimizer=False,
+    only = StageConfig(tokens=length, seq_len=length, batch_tokens=length, attention=AttentionConfig(kind="full"))
+    config = RunConfig(
+        model=shape,
+        data=DataConfig(tokenizer=str(directory)),
+        schedule=ScheduleConfig(tokens=length, stages={"pretrained": only}),
     )
+    stage = replace(build_schedule(config).stages[0], attention=hf.read_plan(directory, shape.num_layers))
     model.set_attention(stage.attention)
-    config = RunConfig(model=shape, data=DataConfig(tokenizer=str(directory)))
     return TrainedModel(model, config, stage, tokens=0, checkpoint=directory, device=device)
 
 
@@ -124,7 +113,7 @@ def attention_plan(text: str, trained: TrainedModel) -> tuple[AttentionSpec, ...
     if text == "stage":
         return own
     if text == "moba":
-        sparse = last_moba([*_stages_before(trained), trained.stage])
+        sparse = last_moba([*build_schedule(trained.config).stages[: trained.stage.index], trained.stage])
         if sparse is None:
             raise ValueError("attention=moba: it was not trained with MoBA; say <block size>x<top_k> such as 512x3")
         return portable(sparse)
@@ -136,9 +125,3 @@ def attention_plan(text: str, trained: TrainedModel) -> tuple[AttentionSpec, ...
     spec = AttentionSpec("moba", parse_length(block), int(top_k))
     replaced = "moba" if any(s.kind == "moba" for s in own) else "full"
     return tuple(spec if s.kind == replaced else s for s in own)
-
-
-def _stages_before(trained: TrainedModel) -> list[Stage]:
-    if not trained.config.schedule.stages:  # a Hugging Face model
-        return []
-    return list(build_schedule(trained.config).stages[: trained.stage.index])
