@@ -35,7 +35,7 @@ class KeyConvolution(nn.Module):
 
 def document_offsets(cu_seqlens: Tensor, num_tokens: int, device: torch.device) -> Tensor:
     """Tokens of the own document before each token of a pack, int64 [T]; waits for no device."""
-    bounds = cu_seqlens.to(device, non_blocking=True)
+    bounds = cu_seqlens.to(device=device, dtype=torch.int64, non_blocking=True)
     token_T = torch.arange(num_tokens, device=device)
     return token_T - bounds[torch.searchsorted(bounds, token_T, right=True) - 1]
 

@@ -217,7 +217,7 @@ def _layer_spec(settings: dict | None, layer: int, num_layers: int) -> Attention
     if len(entry) != 3:
         raise ValueError(f"plan[{layer}]={entry!r}: needs [kind, block_size, top_k]")
     if entry[0] == "sliding":
-        raise ValueError(f"plan[{layer}]={entry!r}: attn_implementation='moba' does not support sliding windows")
+        raise ValueError(f"plan[{layer}]={entry!r}: there are no sliding windows here; say full or moba")
     return AttentionSpec(*entry)
 
 

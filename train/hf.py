@@ -226,7 +226,7 @@ def windows(config: Any) -> list[str]:
         return [f"it has layers of {', '.join(others)}"]
     if window is None or window >= length or "sliding_attention" not in layers:
         return []
-    return [f"sliding_window={window} is shorter than its context of {length}, and attention here has no window"]
+    return [f"sliding_window={window} is shorter than its context of {length}, and such windows are not read"]
 
 
 def _rope(config: Any, problems: list[str]) -> tuple[float, dict[str, Any] | None]:

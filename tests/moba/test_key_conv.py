@@ -147,3 +147,24 @@ def test_windows_stay_when_decoding_is_dense():
     scores = torch.einsum("hd,shd->hs", q[-1], k[-4:].repeat_interleave(2, 1)) * HEAD_DIM**-0.5
     last = torch.einsum("hs,shd->hd", F.softmax(scores, -1), v[-4:].repeat_interleave(2, 1))
     torch.testing.assert_close(layer.o_proj(last.flatten()), want[-1])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("spec", [AttentionSpec(), AttentionSpec("sliding", window=11)], ids=str)
+def test_cuda_layer_equals_the_cpu(spec):
+    """Catches bounds of documents on another device, and half precision summed in half precision, with gradients."""
+    lengths, results = [50, 3, 0, 127], []
+    cos, sin = angles_at(torch.cat([torch.arange(n) for n in lengths]))
+    exact = make_layer(width=5, spec=spec)
+    half = make_layer(width=5, spec=spec).bfloat16().cuda()
+    exact.load_state_dict({name: value.double() for name, value in half.state_dict().items()})
+    x = random(sum(lengths), HIDDEN, seed=4).bfloat16()
+    for layer in (half, exact):
+        parameter = layer.k_conv.weight
+        angles = (angle.to(parameter.device, torch.float32 if layer is half else torch.float64) for angle in (cos, sin))
+        out = layer(x.to(parameter), *angles, bounds(lengths).to(parameter.device))
+        (gradient,) = torch.autograd.grad(out.square().sum(), parameter)
+        results.append([y.detach().double().cpu() for y in (out, gradient)])
+    for got, want in zip(*results):
+        assert (got - want).norm() < 3e-2 * want.norm()

@@ -333,6 +333,7 @@ def test_the_last_layers_stay_full():
         ({"plan": HYBRID[:2]}, "a MoBA plan of 2 layers for a model of 3"),
         ({"plan": [("moba", 8)] * LAYERS}, r"plan\[0\]"),
         ({"plan": [("mobo", 8, 2)] * LAYERS}, "kind='mobo'"),
+        ({"plan": [AttentionSpec("sliding", window=8)] * LAYERS}, "no sliding windows here; say full or moba"),
         ({"plan": HYBRID, "full_last": 1}, "full_last=1 with plan"),
         ({**SPARSE, "full_last": 4}, "full_last=4: the model has 3 layers"),
         ({**SPARSE, "decode": "dense"}, "decode='dense'"),
