@@ -91,7 +91,7 @@ def plot_positions(runs: Mapping[str, Evaluation], path: Path | str, dense_up_to
     have no gap drawn. `dense_up_to`: block size x top k, marked.
     """
     figure, axes, below = _panels(len(runs) > 1)
-    reference = list(runs.values())[-1]
+    reference, extents = list(runs.values())[-1], [0.0]
     for i, (label, run) in enumerate(runs.items()):
         curve = run.curve
         centres = (curve.edges[:-1] + curve.edges[1:]) / 2
@@ -107,13 +107,16 @@ def plot_positions(runs: Mapping[str, Evaluation], path: Path | str, dense_up_to
         gap = _gap(run, reference) if below is not None and i < len(runs) - 1 else None
         if gap is not None:
             same = f"{gap.num_documents} same documents" if gap.paired else "documents differ"
-            mean, band = gap.by_bucket.mean, np.nan_to_num(gap.band())
-            below.errorbar(centres, mean, yerr=np.nan_to_num(gap.interval()), label=f"{label}, {same}", **style)
+            mean, bars, band = gap.by_bucket.mean, np.nan_to_num(gap.interval()), np.nan_to_num(gap.band())
+            extents += [np.nanmin(mean - 1.5 * bars), np.nanmax(mean + 1.5 * bars)]
+            below.errorbar(centres, mean, yerr=bars, label=f"{label}, {same}", **style)
             below.fill_between(centres, mean - band, mean + band, color=style["color"], alpha=0.15, linewidth=0)
     longest = max(run.curve.max_length for run in runs.values())
     mark_dense(axes, dense_up_to, longest)
     if below is not None:
         _gap_axis(below, list(runs))
+        if max(extents) > min(extents):  # with few documents the band would flatten everything
+            below.set_ylim(min(extents), max(extents))
         below.axvline(dense_up_to or np.nan, color="0.4", linestyle=":", linewidth=1.2)
         if below.get_legend_handles_labels()[0]:
             below.legend(fontsize="small")
@@ -135,27 +138,68 @@ def _gap(run: Evaluation, reference: Evaluation) -> Any:
         return None
 
 
+def plot_held_out(runs: Mapping[str, Records], path: Path | str, boundaries: Boundaries = ()) -> None:
+    """Draws the held-out trailing loss of `eval` records over training tokens, with its 95 % band."""
+    figure, axes, _ = _panels(False)
+    for i, (label, records) in enumerate(runs.items()):
+        tokens, values = _points(records, "trailing_loss")
+        known = [record for record in records if record.get("trailing_loss") is not None]
+        width = interval(column(known, "trailing_se"), column(known, "documents"))
+        style = {"color": f"C{i % 10}"}
+        axes.plot(tokens, values, marker="o", markersize=3, linewidth=1.3, label=label, **style)
+        axes.fill_between(tokens, values - width, values + width, alpha=0.15, linewidth=0, **style)
+    axes.set_xlim(left=0)
+    mark_stages(axes, boundaries)
+    axes.set_ylabel("loss (nats a token)")
+    axes.set_title("Held-out trailing loss over training (band: 95 %, documents as clusters)")
+    token_axis(axes)
+    _finish(figure, axes, path)
+
+
+def plot_routing_history(runs: Mapping[str, Records], path: Path | str, boundaries: Boundaries = ()) -> None:
+    """Draws the share of full attention that the gate captured over training, with the best and a random choice's."""
+    figure, axes, _ = _panels(False)
+    kinds = {"captured": ("picked by the gate", "-"), "oracle_share": ("best", "--"), "random_share": ("random", ":")}
+    for i, (label, records) in enumerate(runs.items()):
+        for name, (what, line) in kinds.items():
+            tokens, values = _points(records, f"route/{name}")
+            axes.plot(tokens, values, line, color=f"C{i % 10}", marker="o", markersize=3, label=f"{label}: {what}")
+    axes.set_xlim(left=0)
+    axes.set_ylim(0, 1.02)
+    mark_stages(axes, boundaries)
+    axes.set_ylabel("share of full attention's probability")
+    axes.set_title("What the selected blocks hold (mean over MoBA layers and heads, first held-out document)")
+    token_axis(axes)
+    _finish(figure, axes, path)
+
+
 def plot_speed(runs: Mapping[str, Records], path: Path | str, boundaries: Boundaries = ()) -> None:
-    """Draws tokens/s of the run and MFU of attended pairs, or their TFLOP/s of one device where a run has no MFU."""
-    figure = Figure(figsize=(8, 6), layout="constrained")
-    upper, lower = figure.subplots(2, 1, sharex=True)
+    """Draws tokens/s of the run and MFU of attended pairs, or their TFLOP/s of one device where a run has no MFU; and
+    the peak of device memory, where it is known."""
+    with_memory = any(np.isfinite(column(records, "peak_memory_gib")).any() for records in runs.values())
+    figure = Figure(figsize=(8, 8 if with_memory else 6), layout="constrained")
+    upper, lower, *memory = figure.subplots(3 if with_memory else 2, 1, sharex=True)
     has_mfu = all(np.isfinite(column(records, "mfu")).any() for records in runs.values())
     for i, (label, records) in enumerate(runs.items()):
         tokens, speed = _points(records, "tokens_per_second")
         upper.plot(tokens, speed, color=f"C{i % 10}", linewidth=1.2, label=label)
         tokens, rate = _points(records, "mfu" if has_mfu else "tflops")
         lower.plot(tokens, 100 * rate if has_mfu else rate, color=f"C{i % 10}", linewidth=1.2)
+        for axes in memory:
+            tokens, peak = _points(records, "peak_memory_gib")
+            axes.plot(tokens, peak, color=f"C{i % 10}", linewidth=1.2)
+            axes.set_ylabel("peak memory (GiB)")
     upper.set_title("Speed of training; FLOPs of attended pairs; evaluations and checkpoints not timed")
     upper.set_ylabel("tokens/s, all devices")
     lower.set_ylabel("MFU (%)" if has_mfu else "TFLOP/s of one device")
-    for axes in (upper, lower):
+    for axes in (upper, lower, *memory):
         axes.set_ylim(0, 1.08 * axes.dataLim.y1)
         axes.grid(alpha=0.3)
     upper.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_count(value)))
     upper.set_xlim(left=0)
     mark_stages(upper, boundaries)
     mark_stages(lower, [(tokens, "") for tokens, _ in boundaries])
-    token_axis(lower)
+    token_axis(memory[0] if memory else lower)
     _finish(figure, upper, path)
 
 

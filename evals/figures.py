@@ -184,8 +184,11 @@ def token_axis(axes) -> None:
 
 
 def mark_stages(axes, boundaries: Boundaries) -> None:
-    """A dashed line with the stage's name where each stage starts."""
+    """A dashed line with the stage's name where each stage starts, as far as the axis reaches."""
+    right = axes.get_xlim()[1]
     for tokens, name in boundaries:
+        if tokens > right:  # of another run: its name, outside the axes, would be given their room
+            continue
         if tokens > 0:
             axes.axvline(tokens, color="black", linestyle="--", linewidth=1)
         axes.annotate(

@@ -1,99 +1,37 @@
 """Puts runs side by side in one HTML file that needs nothing else: tables, figures, and the conventions behind them.
 
-Everything is read from the run directories (metrics.jsonl and position_loss/), so that a report can be made on any
-machine they were copied to, during a run as well as after it.
+Everything is read from the run directories, so that a report can be made on any machine they were copied to, during a
+run as well as after it.
 """
 
 from __future__ import annotations
 
-import base64
-import html
 import json
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from conf.numbers import format_count, format_length
-from evals.comparison import column, plot_losses, plot_positions, plot_speed
-from evals.position_loss import Evaluation, load_evaluation
+from evals.comparison import (
+    column,
+    plot_held_out,
+    plot_losses,
+    plot_positions,
+    plot_routing_history,
+    plot_speed,
+)
+from evals.page import folded, image, note, page, table
+from evals.paired import difference
+from evals.results import commit
+from evals.run_files import ReportError, Run, read_run, unique_names
 from evals.statistics import half_width
-from train.metrics import FILE_NAME, read_metrics
 from train.progress import clock
 
+__all__ = ["ReportError", "write_report"]
+
 END_SHARE = 0.05  # "at the end" is the mean over this part of a run's or a stage's tokens
-
-
-class ReportError(ValueError):
-    """A directory that no report can be made from; the message says what is missing."""
-
-
-@dataclass(frozen=True)
-class Run:
-    """What a run directory says."""
-
-    name: str
-    """Short, and unlike the names of the other runs of the report."""
-    folder: Path
-    device: Mapping[str, Any]
-    """The newest `run` record."""
-    stages: list[dict[str, Any]]
-    train: list[dict[str, Any]]
-    evaluations: list[dict[str, Any]]
-    held_out: Evaluation | None
-    """The newest evaluation."""
-
-
-def read_run(folder: Path | str, name: str | None = None) -> Run:
-    """The run in `folder`. ReportError if there is none, it has not logged anything yet, or its log is damaged."""
-    folder = Path(folder)
-    path = folder / FILE_NAME
-    if not path.is_file():
-        what = "has no metrics.jsonl" if folder.is_dir() else "is not a directory"
-        raise ReportError(f"{folder} {what}; give run directories, such as runs/quickstart")
-    try:
-        records = read_metrics(path)
-    except ValueError as error:
-        raise ReportError(str(error)) from error
-    kinds: dict[str, list[dict[str, Any]]] = {kind: [] for kind in ("run", "stage", "train", "eval")}
-    for record in records:
-        kinds.setdefault(record["kind"], []).append(record)
-    if not kinds["train"]:
-        raise ReportError(f"{path} has no train line yet; wait for the run's first log interval")
-    evaluations = {record["tokens"]: record for record in kinds["eval"]}  # one that was repeated counts once
-    return Run(
-        name=name or folder.resolve().name,
-        folder=folder,
-        device=kinds["run"][-1] if kinds["run"] else {},
-        stages=kinds["stage"],
-        train=kinds["train"],
-        evaluations=list(evaluations.values()),
-        held_out=newest_evaluation(folder / "position_loss"),
-    )
-
-
-def newest_evaluation(folder: Path) -> Evaluation | None:
-    """The held-out evaluation of most tokens: those with a .json beside them are evaluations, the others training
-    losses."""
-    found = []
-    for path in folder.glob("*.npz"):
-        beside = path.with_suffix(".json")
-        if beside.exists():
-            found.append((json.loads(beside.read_text(encoding="utf-8")).get("tokens", 0), path))
-    return load_evaluation(max(found)[1]) if found else None
-
-
-def unique_names(folders: Sequence[Path]) -> list[str]:
-    """The shortest endings of the paths that tell them apart: the folder's name, else with its parents."""
-    parts = [path.resolve().parts for path in folders]
-    for length in range(1, max(map(len, parts)) + 1):
-        names = ["/".join(own[-length:]) for own in parts]
-        if len(set(names)) == len(names):
-            return names
-    raise ReportError("the same run directory was given twice")
 
 
 def write_report(folders: Sequence[Path | str], to: Path | str) -> Path:
@@ -106,27 +44,34 @@ def write_report(folders: Sequence[Path | str], to: Path | str) -> Path:
     to = Path(to)
     figures = draw_figures(runs, to / "figures")
     path = to / "report.html"
-    path.write_text(_page(runs, figures), encoding="utf-8")
+    path.write_text(page(" / ".join(run.name for run in runs), _sections(runs, figures)), encoding="utf-8")
     return path
 
 
-def draw_figures(runs: Sequence[Run], to: Path) -> list[Path]:
-    """Draws what the runs have data for as PNG files in `to`; returns their paths in the order of the report."""
+def draw_figures(runs: Sequence[Run], to: Path) -> dict[str, Path]:
+    """Draws what the runs have data for as PNG files in `to`: name -> path."""
     train = {run.name: run.train for run in runs}
     boundaries = stage_boundaries(runs)
-    figures = [to / "report_loss.png"]
-    plot_losses(train, figures[-1], boundaries)
+    figures = {
+        name: to / f"report_{name}.png" for name in ("loss", "trailing_loss", "held_out", "position", "route", "speed")
+    }
+    for path in figures.values():  # of an earlier report, of other runs
+        path.unlink(missing_ok=True)
+    plot_losses(train, figures["loss"], boundaries)
     if all(np.isfinite(column(run.train, "trailing_loss")).any() for run in runs):
-        figures.append(to / "report_trailing_loss.png")
         title = "Trailing training loss (last bucket of full-length documents or windows)"
-        plot_losses(train, figures[-1], boundaries, "trailing_loss", title)
+        plot_losses(train, figures["trailing_loss"], boundaries, "trailing_loss", title)
+    evaluations = {run.name: run.evaluations for run in runs if run.evaluations}
+    if evaluations:
+        plot_held_out(evaluations, figures["held_out"], boundaries)
     curves = {run.name: run.held_out for run in runs if run.held_out is not None}
     if curves:
-        figures.append(to / "report_position.png")
-        plot_positions(curves, figures[-1])
-    figures.append(to / "report_speed.png")
-    plot_speed(train, figures[-1], boundaries)
-    return figures
+        plot_positions(curves, figures["position"])
+    routed = {name: records for name, records in evaluations.items() if any("route/captured" in r for r in records)}
+    if routed:
+        plot_routing_history(routed, figures["route"], boundaries)
+    plot_speed(train, figures["speed"], boundaries)
+    return {name: path for name, path in figures.items() if path.is_file()}
 
 
 def stage_boundaries(runs: Sequence[Run]) -> list[tuple[int, str]]:
@@ -139,50 +84,130 @@ def stage_boundaries(runs: Sequence[Run]) -> list[tuple[int, str]]:
 
 # ---------------------------------------------------------------------------------------------------------- the page
 
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
-table { border-collapse: collapse; margin: 1rem 0; font-size: 14px; }
-th, td { padding: .3rem .7rem; border-bottom: 1px solid #ddd; text-align: right; font-variant-numeric: tabular-nums; }
-th:first-child, td:first-child, td.text { text-align: left; }
-img { max-width: 100%; display: block; margin: 1rem 0; }
-.note { color: #555; font-size: 13px; }
-"""
 
+def _sections(runs: Sequence[Run], figures: Mapping[str, Path]) -> list[tuple[str, str]]:
+    def show(*names: str) -> str:
+        return "\n".join(image(figures[name]) for name in names if name in figures)
 
-def _page(runs: Sequence[Run], figures: Sequence[Path]) -> str:
-    title = html.escape(" / ".join(run.name for run in runs))
-    images = "\n".join(_image(path) for path in figures)
     convention = next((run.device["convention"] for run in runs if "convention" in run.device), "")
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style></head><body>
-<h1>{title}</h1>
-{_table(_RUN_COLUMNS, [_run_row(run) for run in runs])}
-<p class="note">Losses are nats a token. At the end: mean over the last {END_SHARE:.0%} of the tokens. Held-out: the
-newest evaluation; trailing: last bucket of documents of full length, +- a 95 % interval, documents as clusters.</p>
-<h2>Stages</h2>
-{_table(_STAGE_COLUMNS, [row for run in runs for row in _stage_rows(run)])}
-<p class="note">Attended: share of the causal (query, key) pairs. {html.escape(convention)}</p>
-{images}
-</body></html>
-"""
+    return [
+        ("Runs", _runs(runs)),
+        ("Loss over tokens", show("loss", "trailing_loss", "held_out")),
+        ("Loss by position", show("position") + _paired(runs)),
+        ("Attention swap", _results(runs, "swap", _swap)),
+        ("Recall", _results(runs, "recall", _recall)),
+        ("Routing", show("route") + _results(runs, "routing", _routing)),
+        ("Stages", _stages(runs)),
+        ("Speed and memory", show("speed") + note(f"{convention} {_eval_cost(runs)}")),
+        ("Plans", "\n".join(folded(run.name, run.plan) for run in runs if run.plan)),
+    ]
 
 
-def _image(path: Path) -> str:
-    data = base64.b64encode(path.read_bytes()).decode("ascii")
-    return f'<img alt="{html.escape(path.stem)}" src="data:image/png;base64,{data}">'
-
-
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in columns)
-    body = "\n".join(
-        "<tr>" + "".join(f"<td{_kind(cell)}>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
+def _runs(runs: Sequence[Run]) -> str:
+    text = (
+        f"Losses are nats a token. At the end: mean over the last {END_SHARE:.0%} of the tokens. Held-out: the newest "
+        "evaluation; trailing: last bucket of documents of full length, +- a 95 % interval, documents as clusters. "
+        f"Commit of this report: {commit() or 'unknown'}."
     )
-    return f"<table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table>"
+    return table(_RUN_COLUMNS, [_run_row(run) for run in runs]) + note(text)
 
 
-def _kind(cell: str) -> str:
-    """Numbers to the right, words to the left."""
-    return "" if re.match(r"[-+]?[\d.]|$", cell) else ' class="text"'
+def _stages(runs: Sequence[Run]) -> str:
+    rows = [row for run in runs for row in _stage_rows(run)]
+    return table(_STAGE_COLUMNS, rows) + note("Attended: share of the causal (query, key) pairs.")
+
+
+def _paired(runs: Sequence[Run]) -> str:
+    """A table of each run minus the last one, on the documents both were evaluated on."""
+    *others, reference = (run for run in runs if run.held_out is not None) if len(runs) > 1 else (None,)
+    rows = []
+    for run in others:
+        try:
+            found = difference(run.held_out, reference.held_out)
+        except ValueError as error:
+            rows.append((f"{run.name} - {reference.name}", str(error)))
+            continue
+        first, last = (
+            f"{found.by_bucket.mean[b]:+.4f} +- {found.interval()[b]:.4f}" for b in (0, len(found.edges) - 2)
+        )
+        how = f"{found.num_documents} same documents" if found.paired else "other documents, errors added"
+        gap = abs(float(found.by_bucket.mean[-1]))
+        needed = found.summary(gap)["needed_for_80_percent_power"][-1] if gap else None
+        rows.append((f"{run.name} - {reference.name}", first, last, how, str(needed or "")))
+    if not rows:
+        return ""
+    columns = ("difference", "first bucket", "last bucket", "measured on", "documents to see the last with 80 % power")
+    return table(columns, rows) + note("95 % intervals over documents; another seed of training would move them too.")
+
+
+def _results(runs: Sequence[Run], kind: str, show: Any) -> str:
+    """What launch/evaluate.py left in the runs' evals/ folders, shown by show(record, path)."""
+    parts = []
+    for run in runs:
+        for path in run.results[kind]:
+            record = json.loads(path.read_text(encoding="utf-8"))
+            what = f"{run.name} at {format_count(record['tokens'])} tokens, {record['attention']}"
+            origin = f"{path.name}: commit {record['commit'] or 'unknown'}, {record['device']}, {record['date']}"
+            parts.append(f"<h3>{what}</h3>\n{show(record, path)}\n{note(origin)}")
+    return "\n".join(parts)
+
+
+def _with_error(value: Mapping[str, Any], form: str = ".4f") -> str:
+    error = "" if value["interval_95"] is None else f" +- {value['interval_95']:{form}}"
+    return f"{value['mean']:{form}}{error}"
+
+
+def _swap(record: Mapping[str, Any], path: Path) -> str:
+    names = ("loss", "loss_minus_full", "trailing", "trailing_minus_full")
+    rows = [(row["attention"], *(_with_error(row[name]) for name in names)) for row in record["variants"]]
+    cells = [
+        (
+            f"{cell['prefill']} x {cell['decode']}",
+            *(_with_error(cell[name]) for name in ("loss", "minus_full")),
+            f"{cell['kl_from_full']['mean']:.5f}",
+        )
+        for cell in record["prefill_decode"]
+    ]
+    last = f"loss of the last {record['last_tokens']} tokens"
+    tables = table(("attention", *(name.replace("_", " ") for name in names)), rows)
+    return (
+        tables
+        + table(("prefill x decode", last, "minus full", "KL from full"), cells)
+        + image(path.with_suffix(".png"))
+    )
+
+
+def _recall(record: Mapping[str, Any], path: Path) -> str:
+    rows = []
+    for task, found in record["tasks"].items():
+        for row in found["variants"]:
+            shares = []
+            for what in ("all", "far"):
+                value, (low, high) = row[what]["accuracy"], row[what]["interval_95"]
+                shares.append("" if value is None else f"{value:.3f} ({low:.3f} to {high:.3f})")
+            judged = {True: "yes", False: "no: too few blocks", None: ""}[found["gate_matters"]]
+            rows.append((task, row["attention"], *shares, f"{row['all']['nll']:.3f}", judged))
+    columns = ("task", "attention", "right answers", "of far evidence", "nats a token", "tests the gate")
+    return table(columns, rows) + image(path.with_suffix(".png"))
+
+
+def _routing(record: Mapping[str, Any], path: Path) -> str:
+    rows = [(name, _number(value["mean"], ".4f"), record["columns"][name]) for name, value in record["overall"].items()]
+    figures = [path.with_name(f"{path.stem}_{part}.png") for part in ("curves", "heads", "maps")]
+    return table(("mean of all heads", "", ""), rows) + "\n".join(
+        image(figure) for figure in figures if figure.is_file()
+    )
+
+
+def _eval_cost(runs: Sequence[Run]) -> str:
+    """What the evaluations during training took."""
+    parts = []
+    for run in runs:
+        seconds = [record["seconds"] for record in run.evaluations if record.get("seconds") is not None]
+        if seconds:
+            share = sum(seconds) / max(run.train[-1]["wall_seconds"], 1e-9)
+            parts.append(f"{run.name}: {len(seconds)} evaluations took {sum(seconds):.0f} s, {share:.1%} of the run.")
+    return " ".join(parts)
 
 
 _RUN_COLUMNS = (

@@ -21,8 +21,8 @@ import numpy as np  # noqa: E402
 from evals.comparison import plot_positions  # noqa: E402
 from evals.paired import Difference, difference  # noqa: E402
 from evals.position_loss import Evaluation, load_evaluation  # noqa: E402
-from evals.report import newest_evaluation  # noqa: E402
 from evals.results import commit, write_json  # noqa: E402
+from evals.run_files import newest_evaluation  # noqa: E402
 from launch.cli import UsageError, exits_on, key_values, split_paths  # noqa: E402
 
 KEYS = {

@@ -14,7 +14,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:] = [str(ROOT)] + [p for p in sys.path if Path(p or ".").resolve() != ROOT / "launch"]
 
-from evals.report import ReportError, unique_names, write_report  # noqa: E402
+from evals.report import ReportError, write_report  # noqa: E402
+from evals.run_files import unique_names  # noqa: E402
 from launch.cli import UsageError, exits_on, key_values, split_paths  # noqa: E402
 
 KEYS = {"to": "folder of the report (default: one run's own directory; for several, report_<names> beside the first)"}

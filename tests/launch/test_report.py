@@ -1,8 +1,10 @@
 """launch/report.py and evals/report.py: a report from run directories that needs nothing else, or one line of error."""
 
 import base64
+import html
 import json
 import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -12,8 +14,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
-from evals.report import read_run, stage_boundaries, unique_names
+from evals.report import stage_boundaries
+from evals.run_files import read_run, unique_names
 from launch.report import main
 from moba.spec import AttentionSpec
 from train.metrics import MetricsLog, stage_columns
@@ -127,8 +131,11 @@ def test_two_runs_give_one_page_with_everything_in_it(tmp_path, capsys):
     assert stages["a: full1"]["tokens"] == "4K" and stages["a: moba0"]["length"] == "2K"
     assert stages["a: moba0"]["attended"] == "12.5%" and stages["a: moba0"]["tokens/s"] == "5K"
     assert stages["a: moba0"]["MFU"] == "" and stages["a: moba0"]["TFLOP/s"] == "0.25"
-    assert len(page.sources) == 4 and all(source.startswith("data:image/png;base64,") for source in page.sources)
-    for source in page.sources:
+    pictures = [source for source in page.sources if not source.startswith("#")]
+    assert len(pictures) == 5 and all(source.startswith("data:image/png;base64,") for source in pictures)
+    gap = dict(zip(*(row for row in page.rows if row[0] in ("difference", "a - b"))))
+    assert gap["last bucket"] == "+0.5000 +- 0.0000" and gap["measured on"] == "2 same documents"
+    for source in pictures:
         image = base64.b64decode(source.split(",", 1)[1])
         width, height = struct.unpack(">II", image[16:24])
         assert image[:8] == b"\x89PNG\r\n\x1a\n" and width > 500 and height > 300
@@ -144,6 +151,89 @@ def test_one_run_reports_into_its_own_directory(tmp_path):
         "report_trailing_loss",
         "report_speed",
     }
+
+
+def add_results(run: Path, tokens: int, value: float):
+    """The results of launch/evaluate.py in a run, each with a picture."""
+    (run / "evals").mkdir(exist_ok=True)
+    origin = {"tokens": tokens, "attention": "moba 64x4", "commit": None, "device": "cpu", "date": "2026-01-01"}
+    mean = {"mean": value, "se": 0.1, "interval_95": 0.25}
+    kinds = ("loss", "loss_minus_full", "trailing", "trailing_minus_full")
+    cell = {"prefill": "moba", "decode": "full", "loss": mean, "minus_full": mean, "kl_from_full": mean}
+    answers = {"accuracy": value, "interval_95": [0.0, 1.0], "nll": 2.0}
+    records = {
+        "swap": {
+            "variants": [{"attention": "oracle", **dict.fromkeys(kinds, mean)}],
+            "last_tokens": 16,
+            "prefill_decode": [cell],
+        },
+        "recall": {
+            "tasks": {
+                "mqar": {"gate_matters": False, "variants": [{"attention": "local", "all": answers, "far": answers}]}
+            }
+        },
+        "routing": {"overall": {"captured": {"mean": value, "se": None}}, "columns": {"captured": "what <it> is"}},
+    }
+    figure = Figure(figsize=(2, 1))
+    for kind, record in records.items():
+        stem = run / "evals" / f"{kind}_{tokens:015d}_2K_stage"
+        stem.with_suffix(".json").write_text(json.dumps(origin | record))
+        figure.savefig(f"{stem}_curves.png" if kind == "routing" else f"{stem}.png")
+
+
+def test_results_and_plans_are_in_the_page(tmp_path):
+    """Catches results of an older checkpoint, tables and pictures left out, and a plan that is not shown."""
+    run = make_run(tmp_path / "a", [MOBA])
+    (run / "plan.txt").write_text("stage <sparse>")
+    add_results(run, 1000, 0.125)
+    add_results(run, 4000, 0.375)
+    main([str(run)])
+    text = (run / "report.html").read_text()
+    page = Page(text)
+    rows = {row[0]: row[1:] for row in page.rows}
+    assert rows["oracle"] == ["0.3750 +- 0.2500"] * 4 and rows["moba x full"][-1] == "0.37500"
+    assert rows["mqar"] == ["local", "0.375 (0.000 to 1.000)", "0.375 (0.000 to 1.000)", "2.000", "no: too few blocks"]
+    assert rows["captured"] == ["0.3750", "what <it> is"] and "0.125" not in text
+    assert "stage &lt;sparse&gt;" in text and len([s for s in page.sources if s[0] != "#"]) == 5 + 3
+
+
+def test_ten_runs_fit_in_a_page_and_old_figures_go(tmp_path):
+    """Catches a report that only works for a few runs, and figures of an earlier report shown as this one's."""
+    runs = [make_run(tmp_path / f"r{i}", [MOBA, FULL], loss=3.0 + i / 10, evaluate=i % 2 == 0) for i in range(10)]
+    main([*map(str, runs), f"to={tmp_path / 'out'}"])
+    page = Page((tmp_path / "out" / "report.html").read_text())
+    assert sum(row[0].startswith("r") and " - r8" in row[0] for row in page.rows) == 4, "only runs with a curve"
+    main([str(runs[1]), f"to={tmp_path / 'out'}"])
+    assert {path.stem for path in (tmp_path / "out" / "figures").iterdir()} == {
+        "report_loss",
+        "report_trailing_loss",
+        "report_speed",
+    }
+
+
+CHROME = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+
+
+@pytest.mark.skipif(CHROME is None, reason="no chromium or chrome on the path")
+def test_a_browser_shows_the_page(tmp_path):
+    """Catches a page whose pictures a browser cannot decode, or whose markup it has to mend into something else."""
+    run = make_run(tmp_path / "a", [MOBA, FULL])
+    add_results(run, 4000, 0.5)
+    main([str(run)])
+    probe = (
+        "<script>onload = () => { document.title = JSON.stringify({"
+        "widths: [...document.images].map(i => i.naturalWidth), tables: document.querySelectorAll('tbody').length,"
+        "headings: [...document.querySelectorAll('h2')].map(h => h.textContent),"
+        "loaded: performance.getEntriesByType('resource').filter(r => !r.name.startsWith('data:')).length }) }</script>"
+    )
+    page = tmp_path / "probe.html"
+    page.write_text((run / "report.html").read_text().replace("</head>", f"{probe}</head>"))
+    command = [CHROME, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    done = subprocess.run([*command, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(html.unescape(re.search(r"<title>(.*?)</title>", done.stdout)[1]))
+    assert len(found["widths"]) == 8 and min(found["widths"]) > 100 and found["loaded"] == 0
+    assert found["tables"] == 6 and {"Runs", "Attention swap", "Recall", "Routing"} <= set(found["headings"])
 
 
 def test_the_newest_evaluation_is_shown(tmp_path):

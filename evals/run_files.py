@@ -1,0 +1,96 @@
+"""What run directories hold, for those who put runs side by side: records, plan, evaluations and results."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from evals.position_loss import Evaluation, load_evaluation
+from train.metrics import FILE_NAME, read_metrics
+
+RESULTS = ("routing", "swap", "recall")
+
+
+class ReportError(ValueError):
+    """A directory that no report can be made from; the message says what is missing."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run directory says."""
+
+    name: str
+    """Short, and unlike the names of the other runs of the report."""
+    folder: Path
+    device: Mapping[str, Any]
+    """The newest `run` record."""
+    stages: list[dict[str, Any]]
+    train: list[dict[str, Any]]
+    evaluations: list[dict[str, Any]]
+    held_out: Evaluation | None
+    """The newest evaluation."""
+    plan: str
+    """What was printed at the start; empty if it was not kept."""
+    results: dict[str, list[Path]]
+    """Kind of result (RESULTS) -> .json files of it in evals/, those of the newest checkpoint."""
+
+
+def read_run(folder: Path | str, name: str | None = None) -> Run:
+    """The run in `folder`. ReportError if there is none, it has not logged anything yet, or its log is damaged."""
+    folder = Path(folder)
+    path = folder / FILE_NAME
+    if not path.is_file():
+        what = "has no metrics.jsonl" if folder.is_dir() else "is not a directory"
+        raise ReportError(f"{folder} {what}; give run directories, such as runs/quickstart")
+    try:
+        records = read_metrics(path)
+    except ValueError as error:
+        raise ReportError(str(error)) from error
+    kinds: dict[str, list[dict[str, Any]]] = {kind: [] for kind in ("run", "stage", "train", "eval")}
+    for record in records:
+        kinds.setdefault(record["kind"], []).append(record)
+    if not kinds["train"]:
+        raise ReportError(f"{path} has no train line yet; wait for the run's first log interval")
+    evaluations = {record["tokens"]: record for record in kinds["eval"]}  # one that was repeated counts once
+    return Run(
+        name=name or folder.resolve().name,
+        folder=folder,
+        device=kinds["run"][-1] if kinds["run"] else {},
+        stages=kinds["stage"],
+        train=kinds["train"],
+        evaluations=list(evaluations.values()),
+        held_out=newest_evaluation(folder / "position_loss"),
+        plan=(folder / "plan.txt").read_text(encoding="utf-8") if (folder / "plan.txt").is_file() else "",
+        results={kind: newest_results(folder / "evals", kind) for kind in RESULTS},
+    )
+
+
+def newest_evaluation(folder: Path) -> Evaluation | None:
+    """The held-out evaluation of most tokens: those with a .json beside them are evaluations, the others training
+    losses."""
+    found = []
+    for path in folder.glob("*.npz"):
+        beside = path.with_suffix(".json")
+        if beside.exists():
+            found.append((json.loads(beside.read_text(encoding="utf-8")).get("tokens", 0), path))
+    return load_evaluation(max(found)[1]) if found else None
+
+
+def newest_results(folder: Path, kind: str) -> list[Path]:
+    """The results `<kind>_<tokens>_....json` of most tokens, by name."""
+    found = sorted(folder.glob(f"{kind}_*.json"))
+    tokens = [path.stem.split("_")[1] for path in found]
+    return [path for path, at in zip(found, tokens) if at == max(tokens)]
+
+
+def unique_names(folders: Sequence[Path]) -> list[str]:
+    """The shortest endings of the paths that tell them apart: the folder's name, else with its parents."""
+    parts = [path.resolve().parts for path in folders]
+    for length in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(own[-length:]) for own in parts]
+        if len(set(names)) == len(names):
+            return names
+    raise ReportError("the same run directory was given twice")
