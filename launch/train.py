@@ -194,10 +194,11 @@ def _watch(observers: Observers, config: RunConfig, run_dir: Path, tracker: Trac
                 f"up to {record['end']:,} tokens"
             )
         elif kind == "eval":
+            trailing = f"trailing {_figure(record['trailing_loss'])} ({record['documents']} documents"
+            trailing = trailing if record["documents"] else "no answer in the last part of the context (0 documents"
             progress.say(
-                f"held out at {record['tokens']:,} tokens: loss {_figure(record['loss'])}, trailing "
-                f"{_figure(record['trailing_loss'])} ({record['documents']} documents of {record['eval_seq_len']})"
-                f"{_cost(record)}"
+                f"held out at {record['tokens']:,} tokens: loss {_figure(record['loss'])}, {trailing} of "
+                f"{record['eval_seq_len']}){_cost(record)}"
             )
         tracker.log(record)
 
