@@ -105,7 +105,7 @@ def test_text_says_what_an_extension_changes():
     values["schedule"]["tokens"] = None
     values["schedule"]["stages"] |= {
         "long": long | {"rope": {"scaling": "linear", "factor": 4}},
-        "ntk": {"tokens": "8K", "rope": {"scaling": "ntk", "factor": 4}},
+        "ntk": {"tokens": "8K", "rope": {"scaling": "ntk", "factor": 4}, "long_documents": {"share": 0.6}},
     }
     config = freeze(values)
     unknown = make_plan(config, 384)
@@ -114,7 +114,7 @@ def test_text_says_what_an_extension_changes():
 
     lengths = np.array([11] * 970 + [301])  # 9700 inputs in short documents, 300 in a long one
     plan = make_plan(config, 384, sources={"a": known(lengths)})
-    assert [stage.long_share for stage in plan.stages] == [0.03, 0.03, 0.0, 0.03]
+    assert [stage.long_share for stage in plan.stages] == pytest.approx([0.03, 0.03, 0.0, 0.6])
     assert make_plan(config, 384, sources={"a": known(lengths[-10:])}).stages[0].long_share == pytest.approx(300 / 390)
     text = " ".join(plan.text().split())
     for words in (
@@ -124,6 +124,9 @@ def test_text_says_what_an_extension_changes():
         "4 sequences a step; rate as the run's; optimizer moments kept",
         "long: 0.0% of the tokens come from documents that reach 1K. Warning",
         "full: 3.0% of the tokens come from documents that reach 256. Warning",
+        # 0.6 * 8192 tokens of a document of 300
+        "ntk: 60.0% of the tokens come from documents that reach 256 (3.0% as they come); documents of a >= 256 are"
+        " read 16 times",
     ):
         assert words in text, words
 
