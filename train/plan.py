@@ -55,6 +55,8 @@ class StagePlan:
     """Attended (query, key) pairs / causal pairs, over all layers."""
     dense: bool
     """MoBA layers whose blocks cover the whole context: they compute full attention."""
+    wide: bool
+    """Windows that cover the whole context: they hide nothing."""
     rope: str
     lr: str
     """Its schedule in words."""
@@ -164,6 +166,7 @@ def _stage_plan(
         attention=describe_layers(stage.attention),
         attended_share=attended / causal,
         dense=any(spec.kind == "moba" and spec.is_dense_at(stage.seq_len) for spec in stage.attention),
+        wide=any(spec.kind == "sliding" and spec.is_dense_at(stage.seq_len) for spec in stage.attention),
         rope=describe_rope(stage.rope, config),
         lr=describe_stage_lr(config, stage.name),
         reset_optimizer=stage.reset_optimizer,
@@ -318,7 +321,9 @@ def _stage_details(stage: StagePlan, later: bool) -> list[str]:
     lines += textwrap.wrap(text, WIDTH, initial_indent="    ", subsequent_indent="    ")
     if len(stage.mix) > 1:
         lines.append("    mix " + ", ".join(f"{name} {share:.1%}" for name, share in stage.mix.items()))
+    length = format_length(stage.seq_len)
+    if stage.wide:
+        lines.append(f"    warning: sliding windows hide nothing at this length: a window covers all of {length}")
     if stage.dense:
-        length = format_length(stage.seq_len)
         lines.append(f"    warning: MoBA is dense at this length: block_size * top_k covers all of {length}")
     return lines

@@ -74,11 +74,15 @@ def test_conversations_that_are_cut_are_counted():
 
 
 def test_dense_at_this_length_is_said():
-    """Catches a MoBA stage that is full attention in disguise."""
+    """Catches a stage of MoBA or windows that is full attention in disguise."""
     assert "warning" not in make_plan(config_of(), 384).text()
     plan = make_plan(config_of(attention={"block_size": 64, "top_k": 4}), 384)
     assert plan.stages[0].dense and "warning: MoBA is dense at this length" in plan.text()
     assert plan.stages[0].attended_share == 1.0
+    for window, is_wide in ((255, False), (256, True)):
+        plan = make_plan(config_of(attention={"pattern": "S", "window": window}), 384)
+        assert plan.stages[0].wide == is_wide == ("warning: sliding windows hide nothing" in plan.text())
+        assert (plan.stages[0].attended_share == 1.0) == is_wide
 
 
 def test_text_says_what_a_stage_changes():
