@@ -181,9 +181,10 @@ def chat_config(path, cache, template="plain", **fields):
     return DataConfig(sources={"main": source}, cache_dir=str(cache), chat_template=template)
 
 
-def test_messages_and_prompts_are_one(write_jsonl, tmp_path):
-    """Catches forms of the same conversation that train otherwise, also as parquet; one without an answer is counted,
-    not kept."""
+def test_messages_and_prompts_are_one(write_jsonl, tmp_path, monkeypatch):
+    """Catches forms of the same conversation that train otherwise, also as parquet or from the hub; one without an
+    answer is counted, not kept."""
+    import datasets
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -196,11 +197,15 @@ def test_messages_and_prompts_are_one(write_jsonl, tmp_path):
         chat_config(write_jsonl("p.jsonl", pairs), tmp_path / "3", prompt_field="q", response_field="a"),
     ]
     opened = [open_sources(config, log=said.append)["main"] for config in configs]
+    hub = SourceConfig(name="a/b", format="chat")
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: iter(ROWS))
+    there = DataConfig(sources={"main": hub}, cache_dir=str(tmp_path / "4"), chat_template="plain")
+    opened.append(open_sources(there, log=said.append)["main"])
     for source in opened:
         assert source.ids == ["a"] and source.is_chat and source.fingerprint == opened[0].fingerprint
         tokens, learnt = source.window(0, 0, 100), source.learnt(0, 0, 100)
         assert bytes(tokens[learnt][:-1].tolist()) == b" Ho" and tokens[learnt][-1] == 257
-    assert sum("left out 1 conversations without an assistant's turn" in line for line in said) == 2
+    assert sum("left out 1 conversations without an assistant's turn" in line for line in said) == 3
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,90 @@
+"""launch/train.py on conversations: killed and resumed, on one and two ranks, and against a plain computation."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+from functools import partial
+
+import pytest
+import torch
+from launch_runs import LINE, TINY, Act, assert_close_course, course
+
+from data.loader import Loader
+from data.packing import IGNORED
+from data.sources import open_sources
+from data.tokenizer import load_tokenizer
+from launch.config import load
+from train.model import Decoder
+from train.schedule import build_schedule
+from train.sizes import embedding_rows
+
+
+@pytest.fixture(scope="module")
+def arguments(house):
+    """run name -> a small run on conversations, and in its second stage on books beside them."""
+    rng = random.Random(1)
+    words = ["who", "what", "where", "when", "a", "the", "river", "stone", "is", "was"]
+
+    def said(longest):
+        return " ".join(rng.choice(words) for _ in range(rng.randint(1, longest)))
+
+    rows = []
+    for _ in range(60):
+        turns = [(role, said(30)) for _ in range(rng.randint(1, 4)) for role in ("user", "assistant")]
+        rows.append({"messages": [{"role": role, "content": text} for role, text in turns]})
+    path = house.root / "talks.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    books = next(text for text in house.data if text.startswith("data.path=")).removeprefix("data.path=")
+    cache = next(text for text in house.data if text.startswith("data.cache_dir="))
+    data = ["data=sft", f"data.sources.main.path={path}", f"+data.sources.books.path={books}", cache]
+    data += ["data.chat_template=plain", f"data.validation={{path: {path}, format: chat}}"]
+    mixes = ["schedule.stages.sparse.mix={main: 1}", "schedule.stages.full.mix={main: 2, books: 1}"]
+    return lambda name: [*TINY, *data, *mixes, f"run.dir={house.runs / name}"]
+
+
+def first_loss(overrides):
+    """(loss, learnt tokens) of the first step of a run: its packs one by one, in plain torch."""
+    config = load(overrides)
+    stage = build_schedule(config).stages[0]
+    model = Decoder(config.model, embedding_rows(config.model, load_tokenizer("bytes").vocab_size))
+    model.init_weights(config.run.seed)
+    model.set_attention(stage.attention)
+    loader = Loader(open_sources(config.data), seed=config.data.seed, interleave=config.data.interleave)
+    loader.set_stage(seq_len=stage.seq_len, batch_tokens=stage.batch_tokens, micro_tokens=stage.seq_len, mix=stage.mix)
+    total, learnt = 0.0, []
+    for batch in loader.next_step():
+        logits = model.logits(batch.tokens, batch.positions, batch.cu_seqlens).double()
+        chosen = batch.labels != IGNORED
+        total -= torch.log_softmax(logits, 1)[chosen, batch.labels[chosen]].sum().item()
+        learnt.append(int(chosen.sum()))
+    assert len(set(learnt)) > 1, "or a mean of means would pass"
+    return total / sum(learnt), sum(learnt)
+
+
+def test_runs_on_conversations(launcher, arguments, house):
+    """Catches a loss that is not the mean over the learnt tokens of the whole step, on one rank or two; masks or packs
+    that change when a killed run goes on; and cut conversations that nobody hears of."""
+    run = partial(launcher.run, arguments("sft"))
+    killed = run(act=Act(LINE, 6))
+    assert killed.code == -signal.SIGKILL, killed
+    ended = run()
+    assert ended.code == 0 and "continuing from" in ended.out, ended
+    whole = launcher.run(arguments("sft-whole"))
+    assert whole.code == 0 and "of 60 conversations" in whole.out and "are left out" in whole.out, whole
+    assert course(house.runs / "sft") == course(house.runs / "sft-whole")
+
+    lines = [record for record in course(house.runs / "sft-whole") if record["kind"] == "train"]
+    loss, learnt = first_loss(arguments("sft-whole"))
+    assert lines[0]["learnt_tokens"] == learnt and lines[0]["loss"] == pytest.approx(loss, rel=1e-5)
+    assert all(0 < line["learnt_tokens"] < 512 for line in lines[:4])
+
+    for rank in launcher.run_ranks(arguments("sft-two"), 2):
+        assert rank.code == 0, rank
+    assert_close_course(house.runs / "sft-two", house.runs / "sft-whole")
+    counted = [
+        [record["learnt_tokens"] for record in course(house.runs / name) if record["kind"] == "train"]
+        for name in ("sft-whole", "sft-two")
+    ]
+    assert counted[0] == counted[1] and len(set(counted[0])) > 3
