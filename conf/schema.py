@@ -78,8 +78,8 @@ class SyntheticConfig:
 
     task: str = "mqar"
     """`mqar`, `passkey`, `multi_key`, `multi_query`, `straddle` or `copy`."""
-    length: Any = field(default="2K", metadata=LENGTH)
-    """Inputs of a document, which is never cut: at most a stage's seq_len."""
+    length: Any = field(default=None, metadata=LENGTH)
+    """Inputs of a document, which is never cut: at most a stage's seq_len; null = schedule.seq_len."""
     pairs: int = 8
     """mqar, multi_query: pairs in a document, at most; as many questions."""
     min_pairs: int | None = None
@@ -88,8 +88,8 @@ class SyntheticConfig:
     """Tokens of a key, or of the start of a copy; null = the task's."""
     value_tokens: int | None = None
     """Tokens of a value, or of a copy; null = the task's."""
-    block_size: Any = field(default=64, metadata=LENGTH)
-    """straddle: the blocks whose boundary lies between key and value."""
+    block_size: Any = field(default=None, metadata=LENGTH)
+    """straddle: the blocks whose boundary lies between key and value; null = schedule.block_size."""
     symbols: int = 256
     """Token numbers in use, from 0; half of them keys. At most the tokenizer's."""
     num_documents: int = 1_000_000

@@ -46,7 +46,7 @@ def freeze(config: DictConfig | Mapping[str, Any], hardware: Hardware | None = N
         run_config,
         run=_fill_run(run_config),
         model=_fill_model(run_config.model),
-        data=_fill_sources(run_config.data, run_config.run.seed, problems),
+        data=_fill_synthetic(_fill_sources(run_config.data, run_config.run.seed, problems), run_config.schedule),
         schedule=_fill_schedule(run_config.schedule, problems),
     )
     run_config = _fill_shares(run_config, problems)
@@ -84,6 +84,24 @@ def _fill_sources(data: DataConfig, seed: int, problems: Problems) -> DataConfig
             problems.add(f"data.{key}", value, f"data.sources.main.{key}={getattr(main, key)} says otherwise; set one")
         sources["main"] = replace(main, **{key: value})
     return replace(data, path=None, name=None, sources=sources, seed=seed if data.seed is None else data.seed)
+
+
+def _fill_synthetic(data: DataConfig, schedule: ScheduleConfig) -> DataConfig:
+    """`data` with generated documents as long as the context, and blocks as the schedule's, where nothing is said."""
+
+    def fill(source: SourceConfig | None) -> SourceConfig | None:
+        if source is None or source.synthetic is None:
+            return source
+        own = source.synthetic
+        length = schedule.seq_len if own.length is None else own.length
+        block_size = schedule.block_size if own.block_size is None else own.block_size
+        return replace(source, synthetic=replace(own, length=length, block_size=block_size))
+
+    return replace(
+        data,
+        sources={name: fill(source) for name, source in data.sources.items()},
+        validation=fill(data.validation),
+    )
 
 
 def _fill_schedule(schedule: ScheduleConfig, problems: Problems) -> ScheduleConfig:

@@ -6,6 +6,7 @@ run as well as after it.
 
 from __future__ import annotations
 
+import html
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -148,7 +149,7 @@ def _results(runs: Sequence[Run], kind: str, show: Any) -> str:
             record = json.loads(path.read_text(encoding="utf-8"))
             what = f"{run.name} at {format_count(record['tokens'])} tokens, {record['attention']}"
             origin = f"{path.name}: commit {record['commit'] or 'unknown'}, {record['device']}, {record['date']}"
-            parts.append(f"<h3>{what}</h3>\n{show(record, path)}\n{note(origin)}")
+            parts.append(f"<h3>{html.escape(what)}</h3>\n{show(record, path)}\n{note(origin)}")
     return "\n".join(parts)
 
 

@@ -1,0 +1,155 @@
+"""Where routing, and not sparsity, costs recall: multi-query associative recall under several attentions.
+
+    python benchmarks/mqar.py to=results/mqar seeds=0,1,2 schedule.tokens=200M
+
+Trains a small model on data=synthetic/mqar with full attention, MoBA, MoBA with a full last layer, MoBA and then full
+attention, and with random and local blocks in the gate's place; then gives each of them the same questions under every
+attention of evals/swap.py. Writes results.json, a table, and a figure into `to`. The default setting has 64 blocks of
+16 tokens, of which a query sees 4: with few blocks, or many seen, random ones do as well, and nothing is learnt about
+the gate. An interrupted study goes on where it was.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from benchmarks.study import evaluate, origin, read_json, split, train
+from evals.figures import save, token_axis
+from evals.results import write_json
+from evals.swap import VARIANTS
+from launch.cli import exits_on, key_values
+from train.metrics import FILE_NAME, read_metrics
+
+GATE = "schedule.stages.sparse.attention.gate"
+RECIPES = {
+    "full": ["schedule=full_only"],
+    "moba": ["schedule=moba_only"],
+    "moba, last layer full": ["schedule=moba_only", "schedule.stages.sparse.attention.full_last=1"],
+    "moba, then full": ["schedule=moba_then_full"],
+    "random": ["schedule=moba_only", f"{GATE}=random"],
+    "local": ["schedule=moba_only", f"{GATE}=local"],
+}
+# Two layers are enough for the task; no token is learnt but the answers, so a step is many documents.
+SETTING = [
+    "model=tiny",
+    "model.num_layers=2",
+    "model.hidden_size=128",
+    "model.num_heads=2",
+    "model.num_kv_heads=2",
+    "model.head_dim=64",
+    "model.ffn_size=256",
+    "data=synthetic/mqar",
+    "schedule.tokens=200M",
+    "schedule.seq_len=1K",
+    "schedule.batch_tokens=64K",
+    "schedule.micro_tokens=64K",
+    "schedule.block_size=16",
+    "schedule.top_k=4",
+    "optim.lr.peak=2e-3",
+    "optim.lr.warmup_tokens=2%",
+    "eval.documents=64",
+    "eval.every_tokens=2%",
+    "logging.every_tokens=1M",
+]
+KEYS = {
+    "to": "folder of the results",
+    "runs": "folder of the runs (default: runs/ in it)",
+    "seeds": "comma-separated (default 0,1,2)",
+    "recipes": f"which, comma-separated by ';' (default: all of {'; '.join(RECIPES)})",
+    "samples": "documents of the final questions (default 256)",
+    "eval_device": "auto, cpu or cuda",
+}
+
+
+@exits_on(ValueError, OSError)
+def main() -> None:
+    """The command; see the module's text."""
+    overrides, arguments = split(sys.argv[1:])
+    values = key_values(arguments, KEYS, about=__doc__, required=["to"])
+    to, seeds = Path(values["to"]), [int(seed) for seed in values.get("seeds", "0,1,2").split(",")]
+    runs, chosen = Path(values.get("runs", to / "runs")), values.get("recipes", ";".join(RECIPES)).split(";")
+    options = [f"samples={values.get('samples', '256')}", f"device={values.get('eval_device', 'auto')}"]
+    found: dict[str, list[dict]] = {name.strip(): [] for name in chosen}
+    for seed in seeds:
+        for name in found:
+            folder = runs / f"{name.replace(', ', '_').replace(' ', '_')}_seed{seed}"
+            run = train(folder, [*SETTING, *RECIPES[name], *overrides], seed)
+            found[name].append(_result(run, options))
+    record = {**origin(sys.argv[1:]), "seeds": seeds, "setting": SETTING, "recipes": found}
+    write_json(to / "results.json", record)
+    text = _table(found)
+    (to / "table.md").write_text(text + "\n", encoding="utf-8")
+    draw(found, to / "mqar.png")
+    print(text)
+
+
+def _result(run: Path, options: list[str]) -> dict:
+    """What one run answers over training, and in the end under every attention. A run that ends with full attention is
+    asked under the blocks of the setting."""
+    records = read_metrics(run / FILE_NAME)
+    curve = [(r["tokens"], r["recall_all"]) for r in records if r["kind"] == "eval" and r.get("recall_all") is not None]
+    swapped = "moba" in [r for r in records if r["kind"] == "stage"][-1]["attention"]
+    block_size, top_k = (_setting(run, key) for key in ("block_size", "top_k"))
+    attention = "stage" if swapped else f"{block_size}x{top_k}"
+    result = read_json(evaluate(run, "recall", f"attention={attention}", *options))
+    task = result["tasks"]["mqar"]
+    rows = {row["attention"]: {what: row[what]["accuracy"] for what in ("all", "far")} for row in task["variants"]}
+    return {"curve": curve, "swap": rows, "device": result["device"], "gate_matters": task["gate_matters"]}
+
+
+def _setting(run: Path, key: str) -> int:
+    import yaml
+
+    return yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["schedule"][key]
+
+
+def _table(found: Mapping[str, list[dict]]) -> str:
+    """Markdown: a row a training recipe; its share of right far answers under each attention, mean (least to most) of
+    the seeds."""
+    lines = [f"| trained with | {' | '.join(VARIANTS)} |", f"|---|{'---|' * len(VARIANTS)}"]
+    for name, results in found.items():
+        cells = []
+        for kind in VARIANTS:
+            values = [result["swap"][kind]["far"] for result in results]
+            cells.append(f"{np.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def draw(found: Mapping[str, list[dict]], path: Path) -> None:
+    """Left: share of right answers over training, a line a seed. Right: the final weights under every attention."""
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    curves, bars = figure.subplots(1, 2)
+    width = 0.8 / len(VARIANTS)
+    for i, (name, results) in enumerate(found.items()):
+        for seed, result in enumerate(results):
+            if result["curve"]:
+                curves.plot(*zip(*result["curve"]), color=f"C{i}", linewidth=1.2, label=None if seed else name)
+        for v, kind in enumerate(VARIANTS):
+            values = [result["swap"][kind]["far"] for result in results]
+            place = i + (v - 2) * width
+            bars.bar(place, np.mean(values), width, color=f"C{v}", label=kind if i == 0 else None)
+            bars.plot([place] * len(values), values, "k.", markersize=3)
+    curves.set_xlim(left=0)
+    token_axis(curves)
+    curves.set_ylabel("share of right answers, own attention")
+    curves.set_title("Over training (a line a seed)", fontsize="medium")
+    bars.set_xticks(range(len(found)), found, rotation=15, fontsize="small")
+    bars.set_title("The same weights under other blocks: far answers alone", fontsize="medium")
+    bars.set_ylabel("share of right answers (dots: seeds)")
+    for axes in (curves, bars):
+        axes.set_ylim(0, 1.02)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
+    save(figure, path)
+
+
+if __name__ == "__main__":
+    main()
