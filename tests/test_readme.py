@@ -27,7 +27,7 @@ def ci_commands() -> list[str]:
     return [line.strip() for line in CI.splitlines() if line.strip() and not line.lstrip().startswith("#")]
 
 
-PAGES = [ROOT / "docs" / name for name in ("data.md", "runs.md", "recipes.md")]
+PAGES = [ROOT / "docs" / name for name in ("data.md", "runs.md", "recipes.md", "evals.md")]
 COMMANDS = bash_lines(README)
 OF_PAGES = [line for page in PAGES for line in bash_lines(page.read_text(encoding="utf-8"))]
 CONFIGURED = [line for line in COMMANDS + OF_PAGES if "launch/train.py" in line or "launch/plan.py" in line]
