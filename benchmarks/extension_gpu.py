@@ -5,8 +5,9 @@
 
 The first command, once and on any machine, tokenises the longest documents into `data`. The second prints how long it
 will take, makes two runs of launch/train.py with the same tokens, three stages each, and writes
-extension_gpu.{json,png} into `to`: trailing loss, tokens/s and peak memory at each length. Arguments with a dot go to
-both runs as they are. Budgets are in the ratio of TOKENS and fill `minutes`, by the plan's FLOPs and `tflops`.
+extension_gpu.{json,png} into `to`: trailing loss, tokens/s and peak memory at each length (the most that was held up
+to its end: it grows with the length). Arguments with a dot go to both runs as they are. Budgets are in the ratio of
+TOKENS and fill `minutes`, by the plan's FLOPs and `tflops`.
 """
 
 from __future__ import annotations
