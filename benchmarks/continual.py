@@ -118,7 +118,7 @@ class Study:
         self.results = json.loads(path.read_text()) if path.exists() else {"runs": {}, "measured": []}
         self.results |= {
             "machine": machine(),
-            "commit": values.get("commit") or commit(),
+            "commit": values.get("commit") or commit() or "unknown",
             "command": " ".join(a for a in sys.argv[1:] if a.partition("=")[0] not in PLACES),
             "seq_len": self.stage.seq_len,
             "moba": describe_plan(plan),

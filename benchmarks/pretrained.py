@@ -19,7 +19,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -50,7 +49,7 @@ from evals.statistics import half_width  # noqa: E402
 from launch import export  # noqa: E402
 from launch.cli import exits_on, key_values  # noqa: E402
 from launch.config import load  # noqa: E402
-from train import checkpoint, hf  # noqa: E402
+from train import checkpoint, hf, source_files  # noqa: E402
 from train.model import Decoder  # noqa: E402
 from train.optim import build_engine  # noqa: E402
 
@@ -76,8 +75,9 @@ def main() -> None:
     to.mkdir(parents=True, exist_ok=True)
     path = to / "pretrained.json"
     results = json.loads(path.read_text()) if path.exists() else {}
-    results |= {"model": directory.name, "machine": machine(), "commit": values.get("commit") or commit()}
-    print(f"{results['model']} on {results['machine']}, commit {results['commit']}", flush=True)
+    results["model"] = directory.name
+    stamp = {"machine": machine(), "commit": values.get("commit") or commit() or "unknown"}
+    print(f"{directory.name} on {stamp['machine']}, commit {stamp['commit']}", flush=True)
     config = DataConfig(tokenizer=str(directory), validation=SourceConfig(path=values["documents"]))
     source = open_validation(config, log=print)
 
@@ -87,15 +87,15 @@ def main() -> None:
 
     for part in values.get("parts", "logits,identity,position_loss").split(","):
         if part == "logits":
-            note(logits=compare_logits(directory, source))
+            note(logits=stamp | compare_logits(directory, source))
             print("logits:", results["logits"], flush=True)
         elif part == "identity":
-            note(identity=import_and_export(directory))
+            note(identity=stamp | import_and_export(directory))
             print("identity:", results["identity"], flush=True)
         else:
             for record in position_losses(directory, source, values):
                 kept = [r for r in results.get("position_loss", []) if _name(r) != _name(record)]
-                note(position_loss=[*kept, record])
+                note(position_loss=[*kept, stamp | record])
             print(table(results["position_loss"]))
             draw(results, to / "pretrained.png")
 
@@ -144,7 +144,7 @@ def compare_logits(directory: Path, source: Source) -> dict[str, Any]:
 
 def import_and_export(directory: Path) -> dict[str, Any]:
     """Takes the model into a training engine, saves a checkpoint without a step, exports it, and compares every tensor
-    by its SHA-256 and config.json by what transformers reads from it."""
+    by its SHA-256, config.json key by key, and the tokenizer's files byte by byte."""
     before = _digests(directory)
     dtype = {torch.bfloat16: "bf16", torch.float32: "fp32"}[next(iter(before.values()))[0]]
     world = distributed.init("cpu")
@@ -163,11 +163,11 @@ def import_and_export(directory: Path) -> dict[str, Any]:
             stage_end=False,
             keep=1,
         )
+        source_files.keep(config, run, directory)
         engine.destroy()
         distributed.shutdown()
         export.main([f"run={run}", f"to={out}", f"dtype={dtype}"])
         after = _digests(out)
-        was, now = (asdict(hf.read_shape(path)) for path in (directory, out))
         files = sorted(path.name for path in out.iterdir() if path.suffix != ".safetensors" and path.name != hf.CONFIG)
         raw = [json.loads((path / hf.CONFIG).read_text()) for path in (directory, out)]
         return {
@@ -175,7 +175,6 @@ def import_and_export(directory: Path) -> dict[str, Any]:
             "tensors_equal": sum(after.get(name) == digest for name, digest in before.items()),
             "tensors_added": sorted(after.keys() - before.keys()),
             "dtype": dtype,
-            "shape_differs_in": sorted(k for k in was if was[k] != now[k] and k != "name"),
             "config_differs_in": sorted(k for k in raw[0].keys() | raw[1].keys() if raw[0].get(k) != raw[1].get(k)),
             "files_equal": [
                 f for f in files if (directory / f).is_file() and (directory / f).read_bytes() == (out / f).read_bytes()
@@ -262,7 +261,7 @@ def draw(results: dict, path: Path) -> None:
         axes.legend(fontsize="small")
     figure.supxlabel(
         f"{results['model']} as it came, not trained with MoBA. Bars: 95 % intervals. "
-        f"{results['machine']}, commit {results['commit']}",
+        f"{records[-1]['machine']}, commit {records[-1]['commit']}",
         fontsize="x-small",
     )
     save(figure, path)
