@@ -19,6 +19,7 @@ from conf.trajectory import to_dict
 from conf.validate import freeze
 from data.tokenizer import load_tokenizer
 from evals.loading import attention_plan, load_trained, resolve_device
+from launch.compare import main as compare
 from launch.evaluate import main
 from moba.spec import AttentionSpec
 from train.checkpoint_dir import CheckpointError
@@ -203,6 +204,8 @@ def test_evaluate_writes_what_the_model_scores(run_dir, capsys):
     [
         ([], ["run"]),
         (["evals=[needles]"], ["needles", "position_loss"]),
+        (["evals=[routing]"], ["attention=512x3"]),
+        (["evals=[recall]", "tasks=[chess]"], ["tasks=chess", "passkey"]),
         (["cohort=all"], ["cohort=all", "fixed"]),
         (["bucket=3"], ["bucket=3", "divide"]),
         (["cluster=("], ["cluster=(", "regular expression"]),
@@ -221,6 +224,45 @@ def test_mistakes_are_one_message(run_dir, capsys, arguments, words):
     assert stopped.value.code == 2
     message = capsys.readouterr().err
     assert message.startswith("error: ") and all(word in message for word in words), message
+
+
+def test_routing_swap_and_recall_by_one_command(run_dir, capsys):
+    """Catches an eval that the command does not reach, measures another attention than asked for, or forgets where its
+    numbers come from."""
+    main([f"run={run_dir}", "evals=[routing,swap,recall]", "attention=16x2", "device=cpu", "documents=2", "samples=2",
+          "tasks=[passkey,straddle]", "last_tokens=8", f"to={run_dir / 'all'}"])  # fmt: skip
+    out, records = capsys.readouterr().out, {}
+    for path in (run_dir / "all").glob("*.json"):
+        records[path.stem.split("_")[0]] = record = json.loads(path.read_text())
+        assert record["attention"] == "moba 16x2" and record["dense_up_to"] == 32 and record["seconds"] > 0
+        assert {"commit", "config", "seed", "device", "date", "tokens", "torch"} <= set(record) and path.name in out
+        assert list(path.parent.glob(f"{path.stem}*.png"))
+    assert set(records) == {"routing", "swap", "recall"} and set(records["recall"]["tasks"]) == {"passkey", "straddle"}
+    assert records["recall"]["tasks"]["straddle"]["task"]["block_size"] == 16 and records["recall"]["seed"] == 0
+    assert records["routing"]["layers"] == [0, 1] and records["swap"]["last_tokens"] == 8
+
+
+def test_compare_subtracts_document_by_document(run_dir, capsys, tmp_path):
+    """Catches sides that are mixed up, or not paired, and a run directory that is not understood."""
+    for attention in ("full", "16x2"):
+        main([f"run={run_dir}", f"attention={attention}", "device=cpu", f"to={run_dir / 'sides'}"])
+    sides = [
+        run_dir / "sides" / f"position_loss_000000000003072_128_{attention}.json" for attention in ("16x2", "full")
+    ]
+    losses = [np.array(json.loads(side.read_text())["document_loss"]) for side in sides]
+    capsys.readouterr()
+    compare([*map(str, sides), "gap=0.5", f"to={tmp_path}"])
+    out = capsys.readouterr().out
+    record = json.loads(next(tmp_path.glob("*.json")).read_text())
+    np.testing.assert_allclose(record["difference"], (losses[0] - losses[1]).mean(axis=0), atol=1e-9)
+    assert record["num_documents"] == 4 and record["needed_for_interval"][-1] >= 2 and "4 documents" in out
+    assert next(tmp_path.glob("*.png")).stat().st_size > 10_000
+    assert f"{record['difference'][-1]:+.4f}" in out and abs(record["difference"][-1]) > 1e-3
+    for arguments, words in (([str(sides[0])], "two"), ([str(run_dir), str(sides[0])], "no evaluation"),
+                             ([*map(str, sides), "gap=-1"], "gap=-1")):  # fmt: skip
+        with pytest.raises(SystemExit) as stopped:
+            compare(arguments)
+        assert stopped.value.code == 2 and words in capsys.readouterr().err
 
 
 def test_no_checkpoint_and_no_gpu(tmp_path):
