@@ -11,7 +11,8 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
 from evals.figures import interval, length_axis, save
-from evals.routing import SHARES, RoutingReport, model_hit_rate
+from evals.routing import SHARES, RoutingReport
+from evals.routing_numbers import model_hit_rate
 
 HEAT_MAPS = {
     "captured_all": "captured share",

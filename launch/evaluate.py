@@ -17,8 +17,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -27,17 +26,14 @@ sys.path[:] = [str(ROOT)] + [p for p in sys.path if Path(p or ".").resolve() != 
 from train import distributed  # noqa: E402 - first: it decides what torch reads when it is imported
 
 # isort: split
-import torch  # noqa: E402
-from tqdm import tqdm  # noqa: E402
 
 from conf.numbers import format_length, parse_length  # noqa: E402
-from conf.schema import SourceConfig, SyntheticConfig  # noqa: E402
+from conf.schema import SyntheticConfig  # noqa: E402
 from data.errors import DataError  # noqa: E402
-from data.sources import open_validation  # noqa: E402
 from data.synthetic import SIZES, SyntheticSource  # noqa: E402
 from data.tokenizer import load_tokenizer  # noqa: E402
-from data.validation import COHORTS, HeldOut, held_out_documents  # noqa: E402
-from evals.loading import TrainedModel, attention_plan, load_trained  # noqa: E402
+from data.validation import COHORTS  # noqa: E402
+from evals.loading import attention_plan, load_trained  # noqa: E402
 from evals.position_loss import evaluate  # noqa: E402
 from evals.recall import recall, save_recall  # noqa: E402
 from evals.recall import table as recall_table  # noqa: E402
@@ -47,9 +43,9 @@ from evals.routing_figures import draw_routing  # noqa: E402
 from evals.statistics import half_width  # noqa: E402
 from evals.swap import swap  # noqa: E402
 from launch.cli import UsageError, exits_on, key_values  # noqa: E402
+from launch.job import Job, open_tracker  # noqa: E402
 from train.checkpoint import CheckpointError  # noqa: E402
 from train.position_loss import bucket_edges, default_num_buckets  # noqa: E402
-from train.tracking import Tracker  # noqa: E402
 
 KEYS = {
     "run": "run directory (its newest checkpoint), or one checkpoint's directory",
@@ -72,79 +68,6 @@ KEYS = {
 }
 
 
-@dataclass
-class Job:
-    """What every eval is given."""
-
-    trained: TrainedModel
-    values: dict[str, str]
-    rank: int
-    world_size: int
-    reduce: Callable[[torch.Tensor], torch.Tensor]
-    tracker: Tracker | None
-
-    @property
-    def folder(self) -> Path:
-        """Where results go."""
-        return _folder(self.trained, self.values)
-
-    def say(self, line: str) -> None:
-        """Prints on rank 0."""
-        if self.rank == 0:
-            print(line, flush=True)
-
-    def watch(self, what: str) -> Callable[[Iterable], Iterable]:
-        """A progress bar around a loop, on rank 0 and a terminal."""
-        return lambda items: tqdm(items, desc=what, leave=False, disable=True if self.rank else None)
-
-    def log(self, name: str, numbers: dict[str, float], figure: Path) -> None:
-        """Sends numbers and a figure to wandb, if asked for."""
-        if self.tracker is not None:
-            self.tracker.log({"kind": name, "tokens": self.trained.tokens, **numbers})
-            self.tracker.image(f"figures/{name}", figure, self.trained.tokens)
-
-    def integer(self, key: str, default: int) -> int:
-        """The whole number given for a key, at least 1."""
-        text = self.values.get(key, str(default))
-        if not text.isdecimal() or int(text) < 1:
-            raise UsageError(f"{key}={text}: must be a whole number of at least 1")
-        return int(text)
-
-    @property
-    def seq_len(self) -> int:
-        """Length of the held-out documents."""
-        if "seq_len" in self.values:
-            return parse_length(self.values["seq_len"])
-        return self.trained.config.eval.seq_len or self.trained.stage.seq_len
-
-    def held_out(self, edges=None) -> HeldOut:
-        """The documents to measure on, of the cohort that `edges` means to data.validation."""
-        config = self.trained.config.data
-        if "data" in self.values:
-            config = replace(config, validation=_given_source(self.values))
-        elif "id_field" in self.values:
-            raise UsageError("id_field is for documents named by data=")
-        barrier = distributed.barrier if self.world_size > 1 else None
-        source = open_validation(config, rank_zero=self.rank == 0, barrier=barrier, log=self.say)
-        if source is None:
-            raise UsageError(f"{self.trained.checkpoint} was trained without held-out documents; name some: data=...")
-        limit = self.integer("documents", self.trained.config.eval.documents)
-        return held_out_documents(source, self.seq_len, limit, edges)
-
-    def cluster_of(self, document_id: str) -> str:
-        """The cluster of a document."""
-        found = re.match(self.values["cluster"], document_id) if "cluster" in self.values else None
-        return found[found.re.groups and 1] if found else document_id
-
-
-def _given_source(values: dict[str, str]) -> SourceConfig:
-    return SourceConfig(path=str(Path(values["data"]).expanduser()), id_field=values.get("id_field", "id"))
-
-
-def _folder(trained: TrainedModel, values: dict[str, str]) -> Path:
-    return Path(values["to"]).expanduser() if "to" in values else trained.checkpoint.parents[1] / "evals"
-
-
 @exits_on(CheckpointError, DataError, ValueError, OSError, speaks=lambda: distributed.launched().rank == 0)
 def main(argv: list[str] | None = None) -> None:
     """The command; see the module's text."""
@@ -156,7 +79,7 @@ def main(argv: list[str] | None = None) -> None:
         device, reduce = distributed.init(device).device, distributed.all_reduce_sum
     trained = load_trained(values["run"], device)
     trained.model.set_attention(attention_plan(values.get("attention", "stage"), trained))
-    tracker = _tracker(trained, values) if launched.rank == 0 else None
+    tracker = open_tracker(trained, values) if launched.rank == 0 else None
     job = Job(trained, values, launched.rank, launched.world_size, reduce, tracker)
     for name in chosen:
         EVALS[name](job)
@@ -181,16 +104,6 @@ def _choices(values: dict[str, str]) -> list[str]:
     except re.error as error:
         raise UsageError(f"cluster={values['cluster']}: not a regular expression ({error})") from error
     return chosen
-
-
-def _tracker(trained: TrainedModel, values: dict[str, str]) -> Tracker | None:
-    if values.get("wandb", "disabled") == "disabled":
-        return None
-    folder = _folder(trained, values)
-    folder.mkdir(parents=True, exist_ok=True)
-    logging = replace(trained.config.logging, wandb=values["wandb"])
-    name = f"{trained.config.run.name} evals"
-    return Tracker(folder, logging, name=name, config={"evaluate": values, "run": trained.config.run.name}, fresh=True)
 
 
 def position_loss(job: Job) -> None:

@@ -9,8 +9,9 @@ import torch
 
 from conf.schema import ModelConfig
 from data.packing import Batch
-from evals.routing import HEAD, diagnose, model_hit_rate
+from evals.routing import HEAD, diagnose
 from evals.routing_figures import draw_routing
+from evals.routing_numbers import model_hit_rate
 from moba.gates import select
 from moba.spec import AttentionSpec
 from train.model import Decoder

@@ -12,7 +12,7 @@ def test_clustered_intervals_cover_at_their_rate(num_clusters):
     have 1 to 6 documents of 50 to 150 tokens. The interval should hold the true mean in 95 of 100 experiments."""
     rng = np.random.default_rng(0)
     covered = naive = 0
-    experiments = 1500
+    experiments = 700
     for _ in range(experiments):
         clusters = np.repeat(np.arange(num_clusters), rng.integers(1, 7, num_clusters))
         counts = rng.integers(50, 151, len(clusters))

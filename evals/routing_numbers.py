@@ -1,0 +1,100 @@
+"""The numbers of one layer on one document, head by head, and FlashMoBA's model of how often a gate should hit.
+
+Shapes: T tokens of a document, H query heads, M blocks, C sampled queries, K = top_k.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moba.attention import full_attention, moba_attention
+from moba.routing import BlockLayout, gate_scores, layout_means
+from moba.spec import AttentionSpec
+from moba.stats import BlockMass, block_load, captured_share, oracle_share, random_share
+
+
+def whole_document(q, k, v, spec: AttentionSpec, selection, layout: BlockLayout) -> dict[str, Tensor]:
+    """[H] values that rest on every query."""
+    sparse_THD, sparse_lse_HT = moba_attention(
+        q, k, v, block_size=spec.block_size, top_k=spec.top_k, gate=spec.gate, backend=spec.backend, return_lse=True
+    )
+    full_THD, full_lse_HT = full_attention(q, k, v, return_lse=True)
+    routed_T = layout.query_block_T >= spec.top_k
+    error_THD, full_THD = (sparse_THD.double() - full_THD.double())[routed_T], full_THD.double()[routed_T]
+    load = block_load(selection, layout)
+    open_M = load.expected_M > 0
+    load_HM = load.picks_HM[:, open_M] / load.expected_M[open_M]
+    share_HM = load_HM / load_HM.sum(1, keepdim=True)
+    return {
+        "captured_all": (sparse_lse_HT - full_lse_HT)[:, routed_T].double().exp().mean(1),
+        "output_error": error_THD.norm(dim=(0, 2)) / full_THD.norm(dim=(0, 2)),
+        "load_entropy": torch.special.entr(share_HM).sum(1) / max(math.log(int(open_M.sum())), 1e-6),
+        "max_load": load_HM.amax(1),
+        "dead_share": (load_HM == 0).double().mean(1),
+    }
+
+
+def sampled_queries(
+    q, k, mass: BlockMass, selection_HCK, layout: BlockLayout, rows, spec: AttentionSpec
+) -> dict[str, Tensor]:
+    """[H, C] values that rest on the sampled queries' masses and scores (of one document, whose queries all route)."""
+    history_HCM, candidates_CM = mass.history_HCM, mass.candidates_CM
+    blocks_M = torch.arange(layout.num_blocks, device=q.device)
+    own_C1, routed = layout.query_block_T[rows, None], spec.top_k - 1
+    best_HC1 = history_HCM.argmax(-1, keepdim=True)
+    wanted_HCM = torch.zeros_like(history_HCM, dtype=torch.bool)
+    wanted_HCM.scatter_(2, history_HCM.topk(routed, dim=-1).indices, True)
+    picked_HCM = picked_blocks(selection_HCK, layout.num_blocks)
+    latest_CM = candidates_CM & (blocks_M >= own_C1 - routed)
+
+    scores_HCM = gate_scores(q[rows], layout_means(k, layout)).double()
+    sorted_HCM = scores_HCM.masked_fill(~candidates_CM, float("-inf")).sort(-1, descending=True).values
+    _, spread_HC = _moments(scores_HCM, candidates_CM.expand_as(scores_HCM))
+    others_HCM = candidates_CM.expand_as(scores_HCM).scatter(2, best_HC1, False)
+    mean_HC, noise_HC = _moments(scores_HCM, others_HCM)
+    return {
+        "captured": captured_share(mass, selection_HCK, layout, rows),
+        "oracle": oracle_share(mass, spec.top_k),
+        "local": mass.own_HC + (history_HCM * latest_CM).sum(-1),
+        "random": random_share(mass, spec.top_k),
+        "own": mass.own_HC,
+        "recall": (wanted_HCM & (picked_HCM > 0)).sum(-1) / max(1, routed),
+        "hit": picked_HCM.gather(2, best_HC1)[..., 0],
+        "margin": (sorted_HCM[..., routed - 1] - sorted_HCM[..., routed]) / spread_HC if routed else 0 * spread_HC,
+        "snr": (scores_HCM.gather(2, best_HC1)[..., 0] - mean_HC) / (math.sqrt(2) * noise_HC),
+    }
+
+
+def picked_blocks(selection_HCK: Tensor, num_blocks: int) -> Tensor:
+    """float64 [H, C, M]: 1 where a history block was picked (of one document, so that blocks are the pack's)."""
+    history = selection_HCK[:, :, :-1].long()
+    picked = torch.zeros(*history.shape[:2], num_blocks, dtype=torch.float64, device=history.device)
+    return picked.scatter_add_(2, history.clamp(min=0), (history >= 0).double())
+
+
+def _moments(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation over the last dimension, where `mask`."""
+    count = mask.sum(-1)
+    mean = (values * mask).sum(-1) / count
+    variance = ((values - mean[..., None]) ** 2 * mask).sum(-1) / (count - 1)
+    return mean, variance.sqrt()
+
+
+def model_hit_rate(snr: np.ndarray | float, candidates: float, picks: int) -> np.ndarray:
+    """FlashMoBA's model: the probability that the wanted block is among the `picks` best of `candidates`, for a
+    signal-to-noise ratio as `RoutingReport` measures it.
+
+    Every block's score has normal noise of one size, the wanted one a higher mean; `snr` is that gap over the standard
+    deviation of the difference of two scores. Averaged over the wanted block's own noise z, which all its comparisons
+    share: E_z P(Binomial(candidates - 1, 1 - Phi(sqrt(2) snr + z)) < picks), by Gauss-Hermite quadrature.
+    """
+    nodes, weights = np.polynomial.hermite_e.hermegauss(64)
+    shift = math.sqrt(2) * np.asarray(snr, dtype=np.float64)[..., None] + nodes
+    beats = 0.5 * np.vectorize(math.erfc)(shift / math.sqrt(2))
+    others = round(candidates) - 1
+    below = sum(math.comb(others, j) * beats**j * (1 - beats) ** (others - j) for j in range(min(picks, others + 1)))
+    return (below * weights).sum(-1) / weights.sum()
