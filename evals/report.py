@@ -161,21 +161,18 @@ def _with_error(value: Mapping[str, Any], form: str = ".4f") -> str:
 def _swap(record: Mapping[str, Any], path: Path) -> str:
     names = ("loss", "loss_minus_full", "trailing", "trailing_minus_full")
     rows = [(row["attention"], *(_with_error(row[name]) for name in names)) for row in record["variants"]]
-    cells = [
-        (
-            f"{cell['prefill']} x {cell['decode']}",
-            *(_with_error(cell[name]) for name in ("loss", "minus_full")),
-            f"{cell['kl_from_full']['mean']:.5f}",
-        )
-        for cell in record["prefill_decode"]
-    ]
+    costs = [(what, _with_error(value)) for what, value in record["trailing_costs"].items()]
+    cells = []
+    for cell in record["prefill_decode"]:
+        losses = (_with_error(cell[name]) for name in ("loss", "minus_full"))
+        cells.append((f"{cell['prefill']} x {cell['decode']}", *losses, f"{cell['kl_from_full']['mean']:.5f}"))
     last = f"loss of the last {record['last_tokens']} tokens"
-    tables = table(("attention", *(name.replace("_", " ") for name in names)), rows)
-    return (
-        tables
-        + table(("prefill x decode", last, "minus full", "KL from full"), cells)
-        + image(path.with_suffix(".png"))
-    )
+    tables = [
+        table(("attention", *(name.replace("_", " ") for name in names)), rows),
+        table(("trailing loss, document by document", "difference"), costs),
+        table(("prefill x decode", last, "minus full", "KL from full"), cells),
+    ]
+    return "\n".join([*tables, image(path.with_suffix(".png"))])
 
 
 def _recall(record: Mapping[str, Any], path: Path) -> str:

@@ -103,6 +103,7 @@ def _by_distance(report: RoutingReport, axes) -> None:
         axes.bar(octaves + offset, mean_2E[i, : last + 1], width=0.4, label=label)
     names = [f"{2**e}" if e == 0 else f"{2**e}-{2 ** (e + 1) - 1}" for e in octaves]
     axes.set_xticks(octaves, names, fontsize="x-small")
+    axes.set_ylim(0, 1.2 * mean_2E.max())  # room for the legend
     axes.set_xlabel("blocks back")
     axes.set_ylabel("share of the history")
     axes.set_title("How far back: the gate, and what it should follow", fontsize="small")

@@ -90,6 +90,17 @@ class SwapReport:
             rows.append(row)
         return rows
 
+    def costs(self) -> dict[str, dict[str, float | None]]:
+        """What the trailing loss says, as paired differences: sparsity's price, the gate's, and what the gate is
+        worth."""
+        trailing = {name: one.document_loss[:, -1] for name, one in self.evaluations.items()}
+        pairs = {
+            "sparsity costs (oracle - full)": ("oracle", "full"),
+            "the gate costs (moba - oracle)": ("moba", "oracle"),
+            "the gate is worth (random - moba)": ("random", "moba"),
+        }
+        return {what: _mean(trailing[a] - trailing[b], self.clusters) for what, (a, b) in pairs.items()}
+
     def cells(self) -> list[dict[str, Any]]:
         """One row a pair of prefill and decode attention."""
         rows = []
@@ -116,12 +127,8 @@ class SwapReport:
                 for what in ("loss", "trailing")
             ]
             lines.append(f"{row['attention']:<9}  " + "  ".join(cells))
-        trailing = {row["attention"]: row["trailing"]["mean"] for row in self.rows()}
-        lines.append(
-            f"trailing: sparsity costs {trailing['oracle'] - trailing['full']:+.4f}, the gate "
-            f"{trailing['moba'] - trailing['oracle']:+.4f} on top; random blocks would cost "
-            f"{trailing['random'] - trailing['moba']:+.4f} more than the gate's"
-        )
+        lines.append("trailing loss, document by document:")
+        lines += [f"  {what}: {_with_error(value)}" for what, value in self.costs().items()]
         lines.append(
             f"\nlast {self.last_tokens} tokens\n{'prefill':<9}{'decode':<7}  {'loss':>8}  {'minus full':>20}  {'KL':>9}"
         )
@@ -140,6 +147,7 @@ class SwapReport:
             "num_documents": len(self.clusters),
             "num_clusters": len(set(self.clusters)),
             "variants": self.rows(),
+            "trailing_costs": self.costs(),
             "last_tokens": self.last_tokens,
             "prefill_decode": self.cells(),
         }

@@ -68,6 +68,10 @@ def test_variants_are_the_plans_they_name(model, documents, report):
         assert row["loss"]["mean"] == pytest.approx(means[row["attention"]].mean(), abs=1e-9)
         assert row["loss_minus_full"]["mean"] == pytest.approx(gap.mean(), abs=1e-9)
         assert row["loss_minus_full"]["se"] == pytest.approx(gap.std(ddof=1) / 2, abs=1e-9)
+    trailing = {name: one.document_loss[:, -1] for name, one in report.evaluations.items()}
+    gate = report.costs()["the gate costs (moba - oracle)"]
+    assert gate["mean"] == pytest.approx((trailing["moba"] - trailing["oracle"]).mean())
+    assert gate["se"] == pytest.approx((trailing["moba"] - trailing["oracle"]).std(ddof=1) / 2)
     assert len({round(m.mean(), 6) for m in means.values()}) == len(VARIANTS), "no two variants are alike"
 
 

@@ -164,6 +164,7 @@ def add_results(run: Path, tokens: int, value: float):
     records = {
         "swap": {
             "variants": [{"attention": "oracle", **dict.fromkeys(kinds, mean)}],
+            "trailing_costs": {"sparsity costs": mean},
             "last_tokens": 16,
             "prefill_decode": [cell],
         },
@@ -192,6 +193,7 @@ def test_results_and_plans_are_in_the_page(tmp_path):
     page = Page(text)
     rows = {row[0]: row[1:] for row in page.rows}
     assert rows["oracle"] == ["0.3750 +- 0.2500"] * 4 and rows["moba x full"][-1] == "0.37500"
+    assert rows["sparsity costs"] == ["0.3750 +- 0.2500"]
     assert rows["mqar"] == ["local", "0.375 (0.000 to 1.000)", "0.375 (0.000 to 1.000)", "2.000", "no: too few blocks"]
     assert rows["captured"] == ["0.3750", "what <it> is"] and "0.125" not in text
     assert "stage &lt;sparse&gt;" in text and len([s for s in page.sources if s[0] != "#"]) == 5 + 3
@@ -233,7 +235,7 @@ def test_a_browser_shows_the_page(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(html.unescape(re.search(r"<title>(.*?)</title>", done.stdout)[1]))
     assert len(found["widths"]) == 8 and min(found["widths"]) > 100 and found["loaded"] == 0
-    assert found["tables"] == 6 and {"Runs", "Attention swap", "Recall", "Routing"} <= set(found["headings"])
+    assert found["tables"] == 7 and {"Runs", "Attention swap", "Recall", "Routing"} <= set(found["headings"])
 
 
 def test_the_newest_evaluation_is_shown(tmp_path):
