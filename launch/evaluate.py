@@ -48,9 +48,9 @@ from train.checkpoint import CheckpointError  # noqa: E402
 from train.position_loss import bucket_edges, default_num_buckets  # noqa: E402
 
 KEYS = {
-    "run": "run directory (its newest checkpoint), or one checkpoint's directory",
+    "run": "run directory (its newest checkpoint), a checkpoint, or, with data=, a Hugging Face directory",
     "evals": "which, such as [position_loss,routing] (default: position_loss)",
-    "attention": "stage (as trained, default), full, or <block size>x<top_k> such as 512x3",
+    "attention": "stage (as trained, default), moba (the last trained with), full, or <block size>x<top_k> (512x3)",
     "seq_len": "length of the held-out documents (default: eval.seq_len of the run, else its stage's length)",
     "documents": "held-out documents at most (default: eval.documents of the run)",
     "data": "held-out documents instead of the run's: embedded, a file, a glob or a directory",

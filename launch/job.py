@@ -17,6 +17,7 @@ from data.validation import HeldOut, held_out_documents
 from evals.loading import TrainedModel
 from launch.cli import UsageError
 from train import distributed
+from train.source_files import run_directory
 from train.tracking import Tracker
 
 
@@ -91,7 +92,7 @@ def _given_source(values: dict[str, str]) -> SourceConfig:
 
 def folder_of(trained: TrainedModel, values: dict[str, str]) -> Path:
     """Where results go."""
-    return Path(values["to"]).expanduser() if "to" in values else trained.checkpoint.parents[1] / "evals"
+    return Path(values["to"]).expanduser() if "to" in values else run_directory(trained.checkpoint) / "evals"
 
 
 def open_tracker(trained: TrainedModel, values: dict[str, str]) -> Tracker | None:

@@ -39,7 +39,7 @@ def keep(config: RunConfig, run_dir: Path, source: Path | None) -> None:
         if given.is_file():
             found["tokenizer.json"] = given
     if source is not None:
-        model = source if (source / CONFIG).is_file() else _run_dir(source) / FOLDER
+        model = source if (source / CONFIG).is_file() else run_directory(source) / FOLDER
         found |= {name: model / name for name in MODEL_FILES}
     for name, path in found.items():
         if path.is_file() and not _is_same(path, run_dir / FOLDER / name):
@@ -49,7 +49,7 @@ def keep(config: RunConfig, run_dir: Path, source: Path | None) -> None:
 
 def tokenizer_name(config: RunConfig, checkpoint: Path) -> str:
     """data.tokenizer of the run that a checkpoint belongs to: the kept copy where there is one."""
-    name, folder = config.data.tokenizer, _run_dir(checkpoint) / FOLDER
+    name, folder = config.data.tokenizer, run_directory(checkpoint) / FOLDER
     if _path(name) is None or not any((folder / file).is_file() for file in TOKENIZER_FILES):
         return name
     return str(folder / "tokenizer.json" if Path(name).suffix == ".json" else folder)
@@ -57,12 +57,12 @@ def tokenizer_name(config: RunConfig, checkpoint: Path) -> str:
 
 def model_file(checkpoint: Path, name: str) -> Path | None:
     """The kept file of MODEL_FILES, None if the run has none."""
-    path = _run_dir(checkpoint) / FOLDER / name
+    path = run_directory(checkpoint) / FOLDER / name
     return path if path.is_file() else None
 
 
-def _run_dir(source: Path) -> Path:
-    """The run directory of a run or of one of its checkpoints."""
+def run_directory(source: Path) -> Path:
+    """The run directory of a run or of one of its checkpoints; any other directory is itself."""
     return source.parents[1] if source.parent.name == "checkpoints" else source
 
 
