@@ -65,6 +65,7 @@ KEYS = {
 }
 LOGIT_DOCUMENTS, LOGIT_TOKENS = 4, 1024
 BUCKET = 2048
+FEW = 5  # clusters below which an interval says nothing
 
 
 @exits_on(ConfigError, DataError, checkpoint.CheckpointError)
@@ -242,11 +243,14 @@ def draw(results: dict, path: Path) -> None:
     for axes, length in zip(figure.subplots(1, len(lengths), squeeze=False)[0], lengths):
         for i, record in enumerate(r for r in records if r["seq_len"] == length):
             centres = [(a + b) / 2 for a, b in pairwise(record["edges"])]
-            errors = [0 if se is None else half_width(se, n) for se, n in zip(record["se"], record["clusters"])]
             name = "full" if record["attention"] == "full" else f"MoBA {record['attention']}"
-            axes.errorbar(
-                centres, record["mean"], yerr=errors, color=f"C{i}", marker="o", markersize=4, capsize=2, label=name
-            )
+            axes.plot(centres, record["mean"], color=f"C{i}", marker="o", markersize=5, label=name)
+            if record["num_clusters"] >= FEW:
+                errors = half_width(record["se"], record["clusters"])
+                axes.errorbar(centres, record["mean"], yerr=errors, color=f"C{i}", fmt="none", capsize=2)
+            else:
+                for losses in record["document_loss"]:
+                    axes.plot(centres, losses, color=f"C{i}", linestyle="", marker="_", markersize=9)
         if record["native"] < length:
             axes.axvline(record["native"], color="black", linestyle="--", linewidth=1)
             axes.annotate(
@@ -260,7 +264,8 @@ def draw(results: dict, path: Path) -> None:
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
     figure.supxlabel(
-        f"{results['model']} as it came, not trained with MoBA. Bars: 95 % intervals. "
+        f"{results['model']} as it came, not trained with MoBA.\n"
+        f"Bars: 95 % intervals; dashes: single documents, where there are fewer than {FEW} clusters.\n"
         f"{records[-1]['machine']}, commit {records[-1]['commit']}",
         fontsize="x-small",
     )
