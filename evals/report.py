@@ -120,7 +120,10 @@ def _stages(runs: Sequence[Run]) -> str:
 
 def _paired(runs: Sequence[Run]) -> str:
     """A table of each run minus the last one, on the documents both were evaluated on."""
-    *others, reference = (run for run in runs if run.held_out is not None) if len(runs) > 1 else (None,)
+    measured = [run for run in runs if run.held_out is not None]
+    if len(measured) < 2:
+        return ""
+    *others, reference = measured
     rows = []
     for run in others:
         try:
@@ -135,8 +138,6 @@ def _paired(runs: Sequence[Run]) -> str:
         gap = abs(float(found.by_bucket.mean[-1]))
         needed = found.summary(gap)["needed_for_80_percent_power"][-1] if gap else None
         rows.append((f"{run.name} - {reference.name}", first, last, how, str(needed or "")))
-    if not rows:
-        return ""
     columns = ("difference", "first bucket", "last bucket", "measured on", "documents to see the last with 80 % power")
     return table(columns, rows) + note("95 % intervals over documents; another seed of training would move them too.")
 

@@ -118,12 +118,16 @@ class Launcher:
         act: Act | None = None,
         prepare: Callable[[], None] | None = None,
         environment: dict[str, str] | None = None,
+        script: Path = SCRIPT,
     ) -> Forked:
-        """Forks `python launch/train.py *arguments`. prepare(): called in the fork first; must pickle."""
+        """Forks `python launch/train.py *arguments`, or another script. prepare(): called in the fork first; must
+        pickle."""
         self._count += 1
         folder = self._folder / f"{self._count:03d}"
         folder.mkdir(parents=True)
-        process = self._context.Process(target=_run, args=(list(arguments), folder, act, prepare, environment or {}))
+        process = self._context.Process(
+            target=_run, args=(list(arguments), folder, act, prepare, environment or {}, script)
+        )
         process.start()
         return Forked(process, folder)
 
@@ -131,7 +135,9 @@ class Launcher:
         """How `python launch/train.py *arguments` ended."""
         return self.start(arguments, **options).wait()
 
-    def run_ranks(self, arguments: Sequence[str], num_ranks: int, *, act: Act | None = None) -> list[Finished]:
+    def run_ranks(
+        self, arguments: Sequence[str], num_ranks: int, *, act: Act | None = None, script: Path = SCRIPT
+    ) -> list[Finished]:
         """How each rank of a run of several ended. They see the world as torchrun's workers do; `act` is rank 0's.
 
         As torchrun does, ends the others where one failed.
@@ -144,7 +150,7 @@ class Launcher:
         started = []
         for rank in range(num_ranks):
             world = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            started.append(self.start(arguments, environment=world, act=None if rank else act))
+            started.append(self.start(arguments, environment=world, act=None if rank else act, script=script))
         ended = [started[0].wait()]
         for run in started[1:]:
             if ended[0].code:
@@ -153,7 +159,7 @@ class Launcher:
         return ended
 
 
-def _run(arguments, folder, act, prepare, environment) -> None:
+def _run(arguments, folder, act, prepare, environment, script) -> None:
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT), number)
     os.environ.update(environment)
@@ -162,8 +168,8 @@ def _run(arguments, folder, act, prepare, environment) -> None:
     if act is not None:
         run_dir = next(text.removeprefix("run.dir=") for text in arguments if text.startswith("run.dir="))
         sys.addaudithook(_watcher(run_dir, act))
-    sys.argv = [str(SCRIPT), *arguments]
-    runpy.run_path(str(SCRIPT), run_name="__main__")
+    sys.argv = [str(script), *arguments]
+    runpy.run_path(str(script), run_name="__main__")
 
 
 def _watcher(run_dir: str, act: Act) -> Callable[[str, tuple], None]:
