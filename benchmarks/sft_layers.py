@@ -362,7 +362,7 @@ def draw(results: dict, path: Path) -> None:
     )
     num_seeds = len({row["seed"] for row in rows})
     figure.supxlabel(
-        f"{num_seeds} seeds: dots; band: +- one standard deviation. Held-out conversations. Dotted: an "
+        f"{num_seeds} seed(s): dots; band: +- one standard deviation. Held-out conversations. Dotted: an "
         "answer whose digit is guessed, all else known.",
         fontsize="x-small",
     )
