@@ -1,6 +1,6 @@
 """Where routing, and not sparsity, costs recall: multi-query associative recall under several attentions.
 
-    python benchmarks/mqar.py to=results/mqar seeds=0,1,2 schedule.tokens=200M
+    python benchmarks/mqar.py to=results/mqar seeds=0,1,2
 
 Trains a small model on data=synthetic/mqar with full attention, MoBA, MoBA with a full last layer, MoBA and then full
 attention, and with random and local blocks in the gate's place; then gives each of them the same questions under every
@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 from matplotlib.figure import Figure
 
-from benchmarks.study import evaluate, origin, read_json, split, train
+from benchmarks.study import check_equal_tokens, evaluate, origin, read_json, split, train
 from evals.figures import save, token_axis
 from evals.results import write_json
 from evals.swap import VARIANTS
@@ -46,7 +46,7 @@ SETTING = [
     "model.head_dim=64",
     "model.ffn_size=256",
     "data=synthetic/mqar",
-    "schedule.tokens=200M",
+    "schedule.tokens=196608000",  # 3000 steps, of which 90 % are whole too
     "schedule.seq_len=1K",
     "schedule.batch_tokens=64K",
     "schedule.micro_tokens=64K",
@@ -76,6 +76,7 @@ def main() -> None:
     to, seeds = Path(values["to"]), [int(seed) for seed in values.get("seeds", "0,1,2").split(",")]
     runs, chosen = Path(values.get("runs", to / "runs")), values.get("recipes", ";".join(RECIPES)).split(";")
     options = [f"samples={values.get('samples', '256')}", f"device={values.get('eval_device', 'auto')}"]
+    check_equal_tokens({name: [*SETTING, *own, *overrides] for name, own in RECIPES.items()})
     found: dict[str, list[dict]] = {name.strip(): [] for name in chosen}
     for seed in seeds:
         for name in found:

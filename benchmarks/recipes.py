@@ -1,8 +1,8 @@
 """Three recipes on equal tokens, data and seeds: MoBA alone, full attention, and MoBA with full attention at the end.
 
     python benchmarks/recipes.py to=results/recipes seeds=0,1,2 model=125m data.tokenizer=bpe-32k \\
-        schedule.tokens=200M schedule.seq_len=32K schedule.batch_tokens=256K schedule.block_size=512 schedule.top_k=3 \\
-        eval_documents=64
+        schedule.tokens=209715200 schedule.seq_len=32K schedule.batch_tokens=256K schedule.block_size=512 \\
+        schedule.top_k=3 eval_documents=64
 
 Trains each recipe with each seed through launch/train.py, evaluates the last checkpoint on held-out documents (eval_*
 arguments go to launch/evaluate.py without the prefix), and writes into `to`: results.json, a table, figure 5a of the
@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
-from benchmarks.study import evaluate, origin, read_json, split, train
+from benchmarks.study import check_equal_tokens, evaluate, origin, read_json, split, train
 from evals.comparison import plot_losses, plot_positions
 from evals.paired import difference
 from evals.position_loss import Evaluation, load_evaluation
@@ -52,6 +52,7 @@ def main() -> None:
     to, seeds = Path(values["to"]), [int(seed) for seed in values.get("seeds", "0,1,2").split(",")]
     runs = Path(values.get("runs", to / "runs"))
     options = [f"{key.removeprefix('eval_')}={value}" for key, value in values.items() if key.startswith("eval_")]
+    check_equal_tokens({name: [f"schedule={schedule}", *overrides] for name, schedule in RECIPES.items()})
     found: dict[str, list[Evaluation]] = {name: [] for name in RECIPES}
     for seed in seeds:
         for name, schedule in RECIPES.items():

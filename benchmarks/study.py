@@ -5,13 +5,22 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from evals.results import commit  # noqa: E402
+from launch.config import load  # noqa: E402
+
+
+def check_equal_tokens(recipes: Mapping[str, Sequence[str]]) -> None:
+    """ValueError unless these overrides all train on as many tokens: stages are rounded up to whole steps."""
+    tokens = {name: load(list(overrides)).schedule.tokens for name, overrides in recipes.items()}
+    if len(set(tokens.values())) > 1:
+        budgets = ", ".join(f"{name} {count:,}" for name, count in tokens.items())
+        raise ValueError(f"not equal tokens: {budgets}; choose schedule.tokens so that 90 % and 10 % are whole steps")
 
 
 def train(folder: Path, overrides: Sequence[str], seed: int) -> Path:
