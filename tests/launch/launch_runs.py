@@ -163,6 +163,7 @@ def _run(arguments, folder, act, prepare, environment, script) -> None:
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT), number)
     os.environ.update(environment)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in a shell's background would ignore it
     if prepare is not None:
         prepare()
     if act is not None:
