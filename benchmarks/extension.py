@@ -27,6 +27,7 @@ from matplotlib.figure import Figure  # noqa: E402
 
 from conf.numbers import format_length  # noqa: E402
 from evals.figures import length_axis, save  # noqa: E402
+from evals.results import short_commit  # noqa: E402
 from launch.cli import exits_on, key_values  # noqa: E402
 from train import checkpoint  # noqa: E402
 from train.metrics import FILE_NAME, read_metrics  # noqa: E402
@@ -71,7 +72,7 @@ def main() -> None:
         later = [*common, *stages(way, everything[1:]), *after(chain[:1])]
         folders[way] = [chain[0], run(runs / way, later)]
     results = {
-        "commit": values.get("commit") or git_commit(),
+        "commit": values.get("commit") or short_commit(),
         "command": command_line(),
         "machine": f"{platform.machine()} CPU, 1 process; {round(time.monotonic() - began)} s in all",
         "one_run_and_four_chained": compared,
@@ -218,12 +219,6 @@ def command_line() -> str:
     """What was asked for, without the places of this machine."""
     places = ("to=", "runs=", "data=", "data.cache_dir=", "commit=")
     return " ".join(text for text in sys.argv[1:] if not text.startswith(places))
-
-
-def git_commit() -> str:
-    """The commit of this checkout, `-dirty` with changes; `unknown` outside of one."""
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ import numpy as np  # noqa: E402
 import pyarrow.parquet as pq  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
-from benchmarks.extension import command_line, git_commit  # noqa: E402
+from benchmarks.extension import command_line  # noqa: E402
 from conf.build import ConfigError  # noqa: E402
 from conf.numbers import format_length, parse_length  # noqa: E402
 from data.errors import DataError  # noqa: E402
@@ -33,6 +33,7 @@ from data.prepare import prepare  # noqa: E402
 from data.shards import TokenShards  # noqa: E402
 from data.tokenizer import load_tokenizer  # noqa: E402
 from evals.figures import save  # noqa: E402
+from evals.results import short_commit  # noqa: E402
 from evals.statistics import half_width  # noqa: E402
 from launch.cli import UsageError, exits_on, key_values  # noqa: E402
 from launch.config import detect_hardware, load  # noqa: E402
@@ -78,7 +79,7 @@ def main() -> None:
     common = stages_of(lengths, data) + overrides
     seconds = 60 * float(values.get("minutes", 9)) - SECONDS_BESIDE * len(KINDS)
     budgets = fit_budgets(lengths, common, seconds, 1e12 * float(values.get("tflops", 180)))
-    results = {"commit": values.get("commit") or git_commit(), "command": command_line(), "runs": {}}
+    results = {"commit": values.get("commit") or short_commit(), "command": command_line(), "runs": {}}
     for kind in KINDS:
         folder = runs / kind
         command = [sys.executable, str(ROOT / "launch" / "train.py"), *common, *budgets, *attention_of(kind, lengths)]

@@ -26,7 +26,6 @@ import multiprocessing
 import platform
 import random
 import statistics
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -45,6 +44,7 @@ from data.sources import SHIPPED_TEXT, open_validation  # noqa: E402
 from data.tokenizer import load_tokenizer  # noqa: E402
 from data.validation import held_out_documents  # noqa: E402
 from evals.loading import load_trained  # noqa: E402
+from evals.results import short_commit  # noqa: E402
 from launch.cli import UsageError, exits_on, key_values  # noqa: E402
 from train.metrics import FILE_NAME, read_metrics  # noqa: E402
 
@@ -107,7 +107,7 @@ def main() -> None:
     to.parent.mkdir(parents=True, exist_ok=True)
     results = {
         "command": " ".join(["python benchmarks/sft_layers.py", *(a for a in sys.argv[1:] if "commit=" not in a)]),
-        "commit": values.get("commit") or _commit(),
+        "commit": values.get("commit") or short_commit(),
         "hardware": _hardware(),
         "unit": "nats a learnt token, held-out conversations, at the end of fine-tuning",
         "setting": setting,
@@ -388,11 +388,6 @@ def _hardware() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     return f"{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} thread(s)"
-
-
-def _commit() -> str:
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from evals.results import short_commit  # noqa: E402
 from launch.cli import exits_on, key_values  # noqa: E402
 from train.metrics import FILE_NAME, read_metrics  # noqa: E402
 
@@ -49,7 +50,7 @@ def main() -> None:
     shared = [text for text in overrides if ":" not in text.partition("=")[0]]
     common = [f"schedule.tokens={tokens}", f"schedule.batch_tokens={batch}", *shared]
     results = {
-        "commit": values.get("commit") or _commit(),
+        "commit": values.get("commit") or short_commit(),
         "command": " ".join(a for a in arguments if not a.startswith(("to=", "data.cache_dir=", "commit="))),
         "runs": {},
     }
@@ -164,11 +165,6 @@ def _table(results: dict) -> None:
             print(f"| {name}, {stage} | {row['attention']} | {row['steps']} | " + " | ".join(cells) + " |")
         if run["resumed"]:
             print(f"\nresumed after SIGKILL: {run['resumed']}\n")
-
-
-def _commit() -> str:
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":

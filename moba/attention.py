@@ -112,10 +112,7 @@ def full_attention(
     def run(name: str):
         return run_full(name, q, k, v, longest, **documents, **options)
 
-    candidates = FULL_BACKENDS.get(q.device.type, ELSEWHERE)
-    if backend in ("auto", "triton"):
-        return _first_available("full", candidates if backend == "auto" else ("triton", *candidates), run)
-    return run(backend)
+    return _dense_by("full", backend, q.device, run)
 
 
 def sliding_attention(
@@ -149,12 +146,7 @@ def sliding_attention(
     def run(name: str):
         return run_sliding(name, q, k, v, longest, window=window, deterministic=deterministic, **documents)
 
-    candidates = FULL_BACKENDS.get(q.device.type, ELSEWHERE)
-    if backend in ("auto", "triton"):
-        candidates = candidates if backend == "auto" else ("triton", *candidates)
-        out, lse = _first_available("sliding", candidates, run)
-    else:
-        out, lse = run(backend)
+    out, lse = _dense_by("sliding", backend, q.device, run)
     return (out, lse.detach()) if return_lse else out
 
 
@@ -187,6 +179,17 @@ def attention(
 
 
 # -------------------- choice of a backend
+
+
+def _dense_by(what: str, backend: str, device: torch.device, run: Callable[[str], Output]) -> Output:
+    """The result of dense attention by the backend that was named. "triton" has none: it stands for "auto", and the
+    log says so."""
+    candidates = FULL_BACKENDS.get(device.type, ELSEWHERE)
+    if backend == "auto":
+        return _first_available(what, candidates, run)
+    if backend == "triton":
+        return _first_available(what, ("triton", *candidates), run)
+    return run(backend)
 
 
 def _first_available(what: str, candidates: Sequence[str], run: Callable[[str], Output]) -> Output:
