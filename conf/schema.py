@@ -84,6 +84,8 @@ class SyntheticConfig:
     """mqar, multi_query: pairs in a document, at most; as many questions."""
     min_pairs: int | None = None
     """mqar, multi_query: pairs at least (few are learnt first); null = pairs."""
+    repeats: int = 1
+    """mqar, multi_query: questions for each pair. Several make the task quicker to learn."""
     key_tokens: int | None = None
     """Tokens of a key, or of the start of a copy; null = the task's."""
     value_tokens: int | None = None
@@ -91,7 +93,7 @@ class SyntheticConfig:
     block_size: Any = field(default=None, metadata=LENGTH)
     """straddle: the blocks whose boundary lies between key and value; null = schedule.block_size."""
     symbols: int = 256
-    """Token numbers in use, from 0; half of them keys. At most the tokenizer's."""
+    """Token numbers in use, from 0: half of them keys, a quarter values, a quarter filler. At most the tokenizer's."""
     num_documents: int = 1_000_000
     """Documents of an epoch."""
     seed: int = 0

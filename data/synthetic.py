@@ -2,10 +2,12 @@
 known.
 
 A document is filler with keys and values in it, and questions: a key that occurred before, whose value has to follow.
-Only the values behind a question are learnt. Filler and values come from the upper half of the symbols, keys from the
-lower half. Documents are made when they are read, from (task, seed, number): nothing is stored.
+Only the values behind a question are learnt. Keys come from the lower half of the symbols, values from the quarter above
+it, filler from the last quarter: which tokens can be answers is learnt first, and which of them is one, after that.
+Documents are made when they are read, from (task, seed, number): nothing is stored.
 
-    mqar         pairs all over the first half, questions all over the second (multi-query associative recall)
+    mqar         pairs all over the first half, questions all over the second (multi-query associative recall); with
+                 `repeats` each is asked for that often
     passkey      one pair somewhere, one question at the end
     multi_key    nothing but pairs, of keys that share tokens; one question at the end
     multi_query  pairs all over, all questions together at the end: one block of queries, many blocks of keys
@@ -26,7 +28,7 @@ import numpy as np
 from conf.schema import SyntheticConfig
 from data.errors import DataError
 
-VERSION = 1
+VERSION = 2
 HELD_OUT = 4096  # held-out documents, at most
 # key tokens, value tokens where the configuration says nothing
 SIZES = {
@@ -40,7 +42,7 @@ SIZES = {
 
 
 class Answer(NamedTuple):
-    """What has to be recalled: tokens [start, start + length) of a document, which stood at `needle` before."""
+    """What has to be recalled: tokens [start, start + length) of a document, which last stood at `needle` before."""
 
     start: int
     length: int
@@ -123,9 +125,8 @@ def filled(config: SyntheticConfig, vocab_size: int) -> SyntheticConfig:
         pairs = config.length // item
     if pairs > (config.symbols // 2) ** config.key_tokens:
         raise DataError(f"{where}: {pairs} pairs need as many keys; raise symbols={config.symbols} or key_tokens")
-    needed = {"mqar": 2 * item * (config.pairs + 1), "multi_query": 2 * item * (config.pairs + 1)}.get(
-        config.task, 4 * item
-    )
+    many = config.task in ("mqar", "multi_query")
+    needed = 2 * item * (config.pairs * config.repeats + 1) if many else 4 * item
     if config.task == "straddle":
         needed = max(needed, 2 * config.block_size + 2 * item)
     if config.length < needed:
@@ -157,9 +158,9 @@ class _Draw:
 
 
 def _filler(config: SyntheticConfig, draw: _Draw) -> np.ndarray:
-    """int64 [length + 1] of value symbols."""
-    low = config.symbols // 2
-    return low + draw.below(config.symbols - low, config.length + 1)
+    """int64 [length + 1] of the last quarter of the symbols."""
+    count = config.symbols // 4
+    return config.symbols - count + draw.below(count, config.length + 1)
 
 
 def _pairs(config: SyntheticConfig, draw: _Draw, count: int) -> np.ndarray:
@@ -167,7 +168,7 @@ def _pairs(config: SyntheticConfig, draw: _Draw, count: int) -> np.ndarray:
     base, low = config.symbols // 2, config.symbols // 2
     numbers = draw.distinct(base**config.key_tokens, count)
     keys = numbers[:, None] // base ** np.arange(config.key_tokens) % base
-    values = low + draw.below(config.symbols - low, count * config.value_tokens).reshape(count, -1)
+    values = low + draw.below(config.symbols // 4, count * config.value_tokens).reshape(count, -1)
     return np.concatenate([keys, values], axis=1)
 
 
@@ -187,14 +188,18 @@ def _ask(config: SyntheticConfig, tokens: np.ndarray, pair: np.ndarray, needle: 
 def _mqar(config: SyntheticConfig, draw: _Draw, together: bool = False) -> Sample:
     tokens, item = _filler(config, draw), config.key_tokens + config.value_tokens
     count = config.min_pairs + draw.below(config.pairs - config.min_pairs + 1)
-    pairs, end = _pairs(config, draw, count), len(tokens)
-    border = end - count * item if together else end // 2
+    pairs, end, num_asked = _pairs(config, draw, count), len(tokens), count * config.repeats
+    border = end - num_asked * item if together else end // 2
     places = _slots(draw, 0, border, item, count)
-    asked = border + np.arange(count) * item if together else _slots(draw, border, end, item, count)
-    for place, pair in zip(places, pairs):
-        tokens[place : place + item] = pair
-    order = draw.distinct(count, count)
-    return Sample(tokens, tuple(_ask(config, tokens, pairs[i], places[i], at) for i, at in zip(order, asked.tolist())))
+    asked = border + np.arange(num_asked) * item if together else _slots(draw, border, end, item, num_asked)
+    order = np.concatenate([draw.distinct(count, count) for _ in range(config.repeats)])
+    tokens[places[:, None] + np.arange(item)] = pairs
+    tokens[asked[:, None] + np.arange(item)] = pairs[order]
+    latest, answers = (places + config.key_tokens).tolist(), []
+    for start, which in zip((asked + config.key_tokens).tolist(), order.tolist()):
+        answers.append(Answer(start, config.value_tokens, latest[which]))
+        latest[which] = start
+    return Sample(tokens, tuple(answers))
 
 
 def _one_pair(config: SyntheticConfig, draw: _Draw) -> Sample:

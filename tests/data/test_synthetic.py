@@ -56,6 +56,20 @@ def test_answers_stand_where_they_are_said_to(task):
     assert task not in ("mqar", "multi_query") or (max(numbers) == 8 and min(numbers) == 2)
 
 
+@pytest.mark.parametrize("task", ["mqar", "multi_query"])
+def test_repeated_questions_point_to_the_latest_occurrence(task):
+    """Catches distances measured to a pair that an earlier question has repeated since, and keys asked too seldom."""
+    source = make(task, pairs=5, min_pairs=3, repeats=4)
+    for i in range(20):
+        tokens, answers = (sample := source.sample(i)).tokens, sample.answers
+        asked = [int(tokens[a.start - 1]) for a in answers]
+        assert sorted(asked) == sorted(list(set(asked)) * 4) and 3 <= len(set(asked)) <= 5
+        assert [a.start for a in answers] == sorted(a.start for a in answers)
+        for (start, _, needle), key in zip(answers, asked):
+            before = [p for p in range(start - 1) if tokens[p] == key]
+            assert needle == before[-1] + 1 and tokens[needle] == tokens[start]
+
+
 def test_documents_follow_from_seed_and_number():
     """Catches documents that depend on what was read before, and held-out ones that training sees."""
     source, again = make("mqar"), make("mqar")
