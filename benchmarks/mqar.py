@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 from matplotlib.figure import Figure
 
-from benchmarks.study import check_equal_tokens, evaluate, origin, read_json, split, train
+from benchmarks.study import check_equal_tokens, evaluate, origin, read_json, run_all, split, train
 from evals.figures import save, token_axis
 from evals.results import write_json
 from evals.swap import VARIANTS
@@ -64,6 +64,7 @@ KEYS = {
     "seeds": "comma-separated (default 0,1,2)",
     "recipes": f"which, comma-separated by ';' (default: all of {'; '.join(RECIPES)})",
     "samples": "documents of the final questions (default 256)",
+    "jobs": "runs at a time (default 1)",
     "eval_device": "auto, cpu or cuda",
 }
 
@@ -77,12 +78,16 @@ def main() -> None:
     runs, chosen = Path(values.get("runs", to / "runs")), values.get("recipes", ";".join(RECIPES)).split(";")
     options = [f"samples={values.get('samples', '256')}", f"device={values.get('eval_device', 'auto')}"]
     check_equal_tokens({name: [*SETTING, *own, *overrides] for name, own in RECIPES.items()})
-    found: dict[str, list[dict]] = {name.strip(): [] for name in chosen}
-    for seed in seeds:
-        for name in found:
-            folder = runs / f"{name.replace(', ', '_').replace(' ', '_')}_seed{seed}"
-            run = train(folder, [*SETTING, *RECIPES[name], *overrides], seed)
-            found[name].append(_result(run, options))
+    names, jobs = [name.strip() for name in chosen], int(values.get("jobs", 1))
+
+    def one(task: tuple[int, str]) -> dict:
+        seed, name = task
+        folder = runs / f"{name.replace(', ', '_').replace(' ', '_')}_seed{seed}"
+        run = train(folder, [*SETTING, *RECIPES[name], *overrides], seed, log=jobs > 1)
+        return _result(run, options, log=jobs > 1)
+
+    results = run_all(one, [(seed, name) for seed in seeds for name in names], jobs)
+    found = {name: results[i :: len(names)] for i, name in enumerate(names)}
     record = {**origin(sys.argv[1:]), "seeds": seeds, "setting": SETTING, "recipes": found}
     write_json(to / "results.json", record)
     text = _table(found)
@@ -91,7 +96,7 @@ def main() -> None:
     print(text)
 
 
-def _result(run: Path, options: list[str]) -> dict:
+def _result(run: Path, options: list[str], log: bool) -> dict:
     """What one run answers over training, and in the end under every attention. A run that ends with full attention is
     asked under the blocks of the setting."""
     records = read_metrics(run / FILE_NAME)
@@ -99,7 +104,7 @@ def _result(run: Path, options: list[str]) -> dict:
     swapped = "moba" in [r for r in records if r["kind"] == "stage"][-1]["attention"]
     block_size, top_k = (_setting(run, key) for key in ("block_size", "top_k"))
     attention = "stage" if swapped else f"{block_size}x{top_k}"
-    result = read_json(evaluate(run, "recall", f"attention={attention}", *options))
+    result = read_json(evaluate(run, "recall", f"attention={attention}", *options, log=log))
     task = result["tasks"]["mqar"]
     rows = {row["attention"]: {what: row[what]["accuracy"] for what in ("all", "far")} for row in task["variants"]}
     return {"curve": curve, "swap": rows, "device": result["device"], "gate_matters": task["gate_matters"]}

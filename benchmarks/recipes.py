@@ -7,8 +7,9 @@
 Trains each recipe with each seed through launch/train.py, evaluates the last checkpoint on held-out documents (eval_*
 arguments go to launch/evaluate.py without the prefix), and writes into `to`: results.json, a table, figure 5a of the
 MoBA paper (loss by position with intervals, and the paired differences from full attention), and the training loss
-around the switch. Documents are averaged over seeds before they are compared; how far seeds differ is listed. An
-interrupted study goes on where it was.
+around the switch. An argument stage.<key>=<value> goes to every stage of each recipe, as stage.rope.theta=400000 for a
+model that is continued at a greater length (model=from_source init.source=<model>). Documents are averaged over seeds
+before they are compared; how far seeds differ is listed. An interrupted study goes on where it was.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
-from benchmarks.study import check_equal_tokens, evaluate, origin, read_json, split, train
+from benchmarks.study import check_equal_tokens, evaluate, origin, read_json, run_all, split, train
 from evals.comparison import plot_losses, plot_positions
 from evals.paired import difference
 from evals.position_loss import Evaluation, load_evaluation
@@ -32,10 +33,12 @@ from launch.cli import exits_on, key_values
 from train.metrics import FILE_NAME, read_metrics
 
 RECIPES = {"moba": "moba_only", "moba_then_full": "moba_then_full", "full": "full_only"}
+STAGES = {"moba": ["sparse"], "moba_then_full": ["sparse", "full"], "full": ["full"]}
 KEYS = {
     "to": "folder of the results",
     "runs": "folder of the runs (default: runs/ in it)",
     "seeds": "comma-separated (default 0,1,2)",
+    "jobs": "runs at a time (default 1)",
     "eval_data": "held-out documents (default: the run's own)",
     "eval_id_field": "column that names them",
     "eval_documents": "how many, at most",
@@ -52,14 +55,18 @@ def main() -> None:
     to, seeds = Path(values["to"]), [int(seed) for seed in values.get("seeds", "0,1,2").split(",")]
     runs = Path(values.get("runs", to / "runs"))
     options = [f"{key.removeprefix('eval_')}={value}" for key, value in values.items() if key.startswith("eval_")]
-    check_equal_tokens({name: [f"schedule={schedule}", *overrides] for name, schedule in RECIPES.items()})
-    found: dict[str, list[Evaluation]] = {name: [] for name in RECIPES}
-    for seed in seeds:
-        for name, schedule in RECIPES.items():
-            run = train(runs / f"{name}_seed{seed}", [f"schedule={schedule}", *overrides], seed)
-            path = evaluate(run, "position_loss", *options)
-            found[name].append(load_evaluation(path))
-    sample = read_json(path)
+    recipes, jobs = {name: _overrides(name, overrides) for name in RECIPES}, int(values.get("jobs", 1))
+    check_equal_tokens(recipes)
+
+    def one(task: tuple[int, str]) -> Path:
+        seed, name = task
+        run = train(runs / f"{name}_seed{seed}", recipes[name], seed, log=jobs > 1)
+        return evaluate(run, "position_loss", *options, log=jobs > 1)
+
+    paths = run_all(one, [(seed, name) for seed in seeds for name in RECIPES], jobs)
+    evaluations = [load_evaluation(path) for path in paths]
+    found = {name: evaluations[i :: len(RECIPES)] for i, name in enumerate(RECIPES)}
+    sample = read_json(paths[0])
     means = {name: over_seeds(evaluations) for name, evaluations in found.items()}
     plot_positions(means, to / "figure_5a.png", _dense_up_to(runs, seeds[0]))
     losses = {name: read_metrics(runs / f"{name}_seed{seeds[0]}" / FILE_NAME) for name in RECIPES}
@@ -80,6 +87,15 @@ def main() -> None:
     text = _table(record)
     (to / "table.md").write_text(text + "\n", encoding="utf-8")
     print(text)
+
+
+def _overrides(name: str, overrides: Sequence[str]) -> list[str]:
+    """A recipe's overrides of the configuration."""
+    own = [f"schedule={RECIPES[name]}"]
+    for text in overrides:
+        is_stage = text.startswith("stage.")
+        own += [f"schedule.stages.{stage}.{text[6:]}" for stage in STAGES[name]] if is_stage else [text]
+    return own
 
 
 def over_seeds(evaluations: Sequence[Evaluation]) -> Evaluation:

@@ -2,19 +2,24 @@
 
     python benchmarks/sft_layers.py to=docs/results/sft_layers
     python benchmarks/sft_layers.py to=docs/results/sft_layers seq_len=1K block_size=32 top_k=3 hidden=128 names=12 \\
-        documents=30000 held_out=256 pretrain_tokens=100M sft_tokens=6M batch_tokens=32K lr=2e-3
+        documents=30000 held_out=256 pretrain_tokens=100M sft_tokens=6M batch_tokens=32K lr=2e-3 jobs=6
+    python benchmarks/sft_layers.py to=docs/results/sft_layers base=runs/moba_seed0,runs/moba_seed1,runs/moba_seed2 \\
+        seq_len=16K block_size=512 top_k=3 sft_tokens=2M batch_tokens=64K lr=2e-4 schedule.stages.sparse.rope.theta=4e5
 
-The first is for a CPU, the second for a GPU. For each seed a model is pretrained with MoBA in all layers; then it is
-fine-tuned once for each number of full layers, with the same data and budget. What is compared is the loss on held-out
-answers: of all, and of those in the last sixteenth of the context ("trailing"). Everything runs through
-launch/train.py. Finished runs are kept in `work`: the same command goes on after an interruption.
+The first is for a CPU, the others for a GPU. For each seed a model is pretrained with MoBA in all layers, or is taken
+from `base`; then it is fine-tuned once for each number of full layers, with the same data and budget. What is compared
+is the loss on held-out answers: of all, and of those in the last sixteenth of the context ("trailing"); and how many
+answers come out right, each of their tokens being the likeliest one behind the right ones before it. Everything runs
+through launch/train.py, to which arguments with a dot go as they are. Finished runs are kept in `work`: the same
+command goes on after an interruption.
 
-The data is made here, from the shipped books. Names are signs ("@", "#"), each with a digit in a line of its own
-("@7"). A conversation has them in the first half of a passage, and asks for one half way through and for another at its
-very end; the answer is the sign's line. So answers have to be copied from far back, and the sign decides which. Other
-digits and signs are taken out of the passages. In pretraining such lines stand in plain text again and again, about
-half of each document, so that a tiny model learns to look for them in a short time, which it would not do for prose.
-How many of the digits come out right is measured too; by chance it is one in ten.
+Models of `base` are fine-tuned on the embedded chat set (data/chat_set.py), whose answers are lines of a book far back
+in the context. For models made here, too small to read books, the data is made here as well. Names are signs ("@",
+"#"), each with a digit in a line of its own ("@7"). A conversation has them in the first half of a passage, and asks
+for one half way through and for another at its very end; the answer is the sign's line. So answers have to be copied
+from far back, and the sign decides which. Other digits and signs are taken out of the passages. In pretraining such
+lines stand in plain text again and again, about half of each document, so that a tiny model learns to look for them in
+a short time, which it would not do for prose. By chance one answer in ten is right.
 """
 
 from __future__ import annotations
@@ -36,6 +41,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
+from benchmarks.study import run_all, split  # noqa: E402
 from conf.numbers import parse_length, parse_tokens  # noqa: E402
 from data.chat_set import read_works  # noqa: E402
 from data.packing import IGNORED  # noqa: E402
@@ -51,6 +57,8 @@ from train.metrics import FILE_NAME, read_metrics  # noqa: E402
 KEYS = {
     "to": "results: <to>.json and <to>.png",
     "work": "folder for data and runs (default runs/sft_layers)",
+    "base": "runs or models, comma-separated, one for each seed, instead of pretraining models here",
+    "jobs": "runs at a time (default 1)",
     "names": "signs in a document (default 4)",
     "seq_len": "context (default 128)",
     "block_size": "tokens a block (default 16)",
@@ -75,14 +83,16 @@ CODES_SHARE = 0.5  # of a document of pretraining
 @exits_on(ValueError, OSError)
 def main() -> None:
     """The command; see the module's text."""
-    values = key_values(sys.argv[1:], KEYS, about=__doc__, required=["to"])
+    overrides, arguments = split(sys.argv[1:])
+    values = key_values(arguments, KEYS, about=__doc__, required=["to"])
     work = Path(values.get("work", "runs/sft_layers"))
+    bases = [Path(run) for run in values["base"].split(",")] if "base" in values else None
     setting = {
         "names": int(values.get("names", 4)),
         "seq_len": parse_length(values.get("seq_len", "128")),
         "block_size": parse_length(values.get("block_size", "16")),
         "top_k": int(values.get("top_k", 2)),
-        "layers": int(values.get("layers", 12)),
+        "layers": load_trained(bases[0], "cpu").config.model.num_layers if bases else int(values.get("layers", 12)),
         "hidden": int(values.get("hidden", 64)),
         "heads": int(values.get("heads", 2)),
         "pretrain_tokens": parse_tokens(values.get("pretrain_tokens", "500K")),
@@ -91,8 +101,10 @@ def main() -> None:
         "lr": float(values.get("lr", 3e-3)),
         "documents": int(values.get("documents", 4000)),
         "held_out": int(values.get("held_out", 64)),
+        "base": [run.name for run in bases] if bases else None,
+        "overrides": overrides,
     }
-    counts = [int(n) for n in values.get("full_last", "0,1,3,5,10,12").split(",")]
+    counts = [int(n) for n in values.get("full_last", f"0,1,3,5,10,{setting['layers']}").split(",")]
     if any(not 0 <= n <= setting["layers"] for n in counts):
         raise UsageError(f"full_last={values['full_last']}: between 0 and layers={setting['layers']}")
     if not 2 <= setting["names"] <= len(SIGNS):
@@ -102,26 +114,24 @@ def main() -> None:
     if kept.exists() and json.loads(kept.read_text()) != setting:
         raise UsageError(f"{work} holds runs of another setting: choose another work=, or remove it")
     kept.write_text(json.dumps(setting, indent=1))
-    make_data(work, setting)
-    to = Path(values["to"])
-    to.parent.mkdir(parents=True, exist_ok=True)
+    jobs, seeds = int(values.get("jobs", 1)), range(len(bases) if bases else int(values.get("seeds", 3)))
+    if bases is None:
+        make_data(work, setting)
+        bases = run_all(lambda seed: pretrain(work, setting, seed), seeds, jobs)
     results = {
         "command": " ".join(["python benchmarks/sft_layers.py", *(a for a in sys.argv[1:] if "commit=" not in a)]),
         "commit": values.get("commit") or short_commit(),
         "hardware": _hardware(),
         "unit": "nats a learnt token, held-out conversations, at the end of fine-tuning",
         "setting": setting,
-        "rows": [],
+        "rows": run_all(
+            lambda task: fine_tune(work, setting, *task, bases[task[0]]), [(s, n) for s in seeds for n in counts], jobs
+        ),
     }
-    for seed in range(int(values.get("seeds", 3))):
-        base = pretrain(work, setting, seed)
-        for count in counts:
-            row = fine_tune(work, setting, seed, count, base)
-            print(json.dumps({key: value for key, value in row.items() if key != "answers"}), flush=True)
-            results["rows"].append(row)
-        # After each seed: an interrupted series leaves what it has.
-        to.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-        draw(results, to.with_suffix(".png"))
+    to = Path(values["to"])
+    to.parent.mkdir(parents=True, exist_ok=True)
+    to.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    draw(results, to.with_suffix(".png"))
     _show(results)
 
 
@@ -218,47 +228,57 @@ def pretrain(work: Path, setting: dict, seed: int) -> Path:
 def fine_tune(work: Path, setting: dict, seed: int, full_last: int, base: Path) -> dict:
     """What fine-tuning with full attention in the last layers comes to."""
     folder = work / f"sft_{seed}_{full_last}"
+    own, length = setting["base"] is None, setting["seq_len"]
+    train_set, held_out = (
+        f"{work}/{name}.jsonl" if own else f"embedded-chat:{length}" for name in ("chat", "held_out")
+    )
     overrides = [
         "data=sft",
-        f"data.path={work}/chat.jsonl",
+        f"data.path={train_set}",
         "data.chat_template=plain",
-        f"data.validation={{path: {work}/held_out.jsonl, format: chat}}",
+        f"data.validation={{path: '{held_out}', format: chat}}",
         f"eval.documents={setting['held_out']}",
         "eval.every_tokens=0",
         f"init.source={base}",
     ]
-    _train(folder, setting, seed, overrides, setting["sft_tokens"], setting["lr"] / 2, full_last)
+    lr = setting["lr"] / 2 if own else setting["lr"]
+    _train(folder, setting, seed, overrides, setting["sft_tokens"], lr, full_last)
     records = read_metrics(folder / FILE_NAME)
     held_out = [record for record in records if record["kind"] == "eval"][-1]
     losses = [record["loss"] for record in records if record["kind"] == "train" and record["loss"] is not None]
     share, answers = answered(folder, setting["held_out"])
+    print(f"{folder.name}: held-out loss {held_out['loss']:.4f}, answers right {share:.3f}", flush=True)
     return {
         "seed": seed,
         "full_last": full_last,
         "loss": held_out["loss"],
         "trailing_loss": held_out["trailing_loss"],
         "train_loss": statistics.fmean(losses[-len(losses) // 4 :]),
-        "right_digits": share,
+        "right_answers": share,
         "answers": answers,
     }
 
 
 def _train(folder: Path, setting: dict, seed: int, overrides: Sequence[str], tokens: int, lr: float, full_last: int):
     """Runs launch/train.py in a process of its own, unless the run is there already."""
+    hidden, heads = setting["hidden"], setting["heads"]
+    shape = {
+        "model.name": "sft_layers",
+        "model.hidden_size": hidden,
+        "model.num_layers": setting["layers"],
+        "model.num_heads": heads,
+        "model.num_kv_heads": heads,
+        "model.head_dim": hidden // heads,
+        "model.ffn_size": 2 * hidden,
+        # Narrow models start faster with larger weights: products of width 64 at 0.02 are next to nothing.
+        "model.init_std": round(0.5 / hidden**0.5, 4),
+    }
     common = {
         "run.dir": folder,
         "run.name": folder.name,
         "run.seed": seed,
         "data.cache_dir": folder.parent / "cache",
-        "model.name": "sft_layers",
-        "model.hidden_size": setting["hidden"],
-        "model.num_layers": setting["layers"],
-        "model.num_heads": setting["heads"],
-        "model.num_kv_heads": setting["heads"],
-        "model.head_dim": setting["hidden"] // setting["heads"],
-        "model.ffn_size": 2 * setting["hidden"],
-        # Narrow models start faster with larger weights: products of width 64 at 0.02 are next to nothing.
-        "model.init_std": round(0.5 / setting["hidden"] ** 0.5, 4),
+        **(shape if setting["base"] is None else {"model": "from_source"}),
         "schedule": "moba_only",
         "schedule.tokens": tokens,
         "schedule.seq_len": setting["seq_len"],
@@ -275,6 +295,7 @@ def _train(folder: Path, setting: dict, seed: int, overrides: Sequence[str], tok
         "logging.figures": "false",
         "logging.progress": "false",
     }
+    overrides = [*overrides, *setting["overrides"]]
     arguments = [*(f"{key}={value}" for key, value in common.items()), *overrides]
     log = folder.parent / f"{folder.name}.log"
     process = _context().Process(target=_child, args=(arguments, str(log)))
@@ -307,22 +328,23 @@ def _child(arguments: list[str], log: str) -> None:
 
 @torch.no_grad()
 def answered(run: Path, count: int) -> tuple[float, list[dict[str, str]]]:
-    """(share of the digits that are the likeliest ones given the right ones before, some answers)."""
+    """(share of the answers of which every token is the likeliest given the right ones before, some answers)."""
     trained = load_trained(run)
     tokenizer = load_tokenizer(trained.config.data.tokenizer)
     held_out = held_out_documents(open_validation(trained.config.data), trained.stage.seq_len, count)
-    right, total, shown = 0, 0, []
+    right, shown = [], []
     for index in range(len(held_out)):
         batch = held_out[index][1].to(trained.device)
         rows = torch.nonzero(batch.labels != IGNORED)[:, 0]
         logits = trained.model.logits(batch.tokens, batch.positions, batch.cu_seqlens, rows=rows)
         said, wanted = logits[:, : tokenizer.vocab_size].argmax(1).cpu(), batch.labels[rows].cpu()
-        codes = torch.tensor([chr(c) in DIGITS for c in wanted.tolist()])
-        right += int((said == wanted)[codes].sum())
-        total += int(codes.sum())
-        if len(shown) < 3:
-            shown.append({"wanted": tokenizer.decode(wanted), "said": tokenizer.decode(said)})
-    return right / max(total, 1), shown
+        starts = torch.nonzero(torch.diff(rows.cpu()) > 1)[:, 0] + 1
+        for answer, truth in zip(said.tensor_split(starts), wanted.tensor_split(starts)):
+            right.append(bool((answer == truth).all()))
+        # The last answer of each conversation: the one with the most context.
+        if len(shown) < 5:
+            shown.append({"wanted": tokenizer.decode(truth.tolist()), "said": tokenizer.decode(answer.tolist())})
+    return statistics.fmean(right), shown
 
 
 # -------------------- results
@@ -349,7 +371,8 @@ def draw(results: dict, path: Path) -> None:
         axes.plot(counts, means, marker="o")
         for n, v in zip(counts, values):
             axes.plot([n] * len(v), v, ".", color="0.3", markersize=4)
-        axes.axhline(math.log(len(DIGITS)) / 4, color="0.6", linestyle=":", linewidth=1)
+        if setting["base"] is None:
+            axes.axhline(math.log(len(DIGITS)) / 4, color="0.6", linestyle=":", linewidth=1)
         axes.set_xticks(counts, ["0\n(MoBA)"] + [str(n) for n in counts[1:-1]] + [f"{counts[-1]}\n(full)"])
         axes.set_xlabel("full-attention layers, counted from the last")
         axes.set_ylabel("SFT loss (nats a learnt token)")
@@ -361,9 +384,9 @@ def draw(results: dict, path: Path) -> None:
         fontsize="medium",
     )
     num_seeds = len({row["seed"] for row in rows})
+    guess = " Dotted: an answer whose digit is guessed, all else known." if setting["base"] is None else ""
     figure.supxlabel(
-        f"{num_seeds} seed(s): dots; band: +- one standard deviation. Held-out conversations. Dotted: an "
-        "answer whose digit is guessed, all else known.",
+        f"{num_seeds} seed(s): dots; band: +- one standard deviation. Held-out conversations.{guess}",
         fontsize="x-small",
     )
     figure.savefig(path, dpi=110)
@@ -371,11 +394,11 @@ def draw(results: dict, path: Path) -> None:
 
 def _show(results: dict) -> None:
     print(f"\n{results['hardware']}, commit {results['commit']}; {results['unit']}\n")
-    print("| full layers | loss | trailing loss | digits right |\n|---|---|---|---|")
+    print("| full layers | loss | trailing loss | answers right |\n|---|---|---|---|")
     for n in sorted({row["full_last"] for row in results["rows"]}):
         rows = [row for row in results["rows"] if row["full_last"] == n]
         cells = []
-        for key in ("loss", "trailing_loss", "right_digits"):
+        for key in ("loss", "trailing_loss", "right_answers"):
             values = [row[key] for row in rows]
             cells.append(f"{statistics.fmean(values):.3f} ({', '.join(f'{v:.3f}' for v in values)})")
         print(f"| {n} | " + " | ".join(cells) + " |")

@@ -1,12 +1,19 @@
-"""What the studies share: runs of launch/train.py and launch/evaluate.py, one process each, that are not made twice."""
+"""What the studies share: runs of launch/train.py and launch/evaluate.py, one process each, that are not made twice.
+
+Small models leave a large GPU idle between their launches: several runs at a time (`jobs`) fill it. What a run says
+then goes to <run>.log beside it.
+"""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -23,23 +30,52 @@ def check_equal_tokens(recipes: Mapping[str, Sequence[str]]) -> None:
         raise ValueError(f"not equal tokens: {budgets}; choose schedule.tokens so that 90 % and 10 % are whole steps")
 
 
-def train(folder: Path, overrides: Sequence[str], seed: int) -> Path:
+Task, Result = TypeVar("Task"), TypeVar("Result")
+
+
+def run_all(function: Callable[[Task], Result], tasks: Iterable[Task], jobs: int) -> list[Result]:
+    """function(task) of each task, in their order, `jobs` at a time; those not begun are dropped when one fails."""
+    pool = ThreadPoolExecutor(jobs)
+    try:
+        return list(pool.map(function, tasks))
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def train(folder: Path, overrides: Sequence[str], seed: int, *, log: bool = False) -> Path:
     """The run directory, once launch/train.py has finished there with these overrides; it goes on with a run that was
-    interrupted, and sees by itself that one is finished."""
-    command = [sys.executable, str(ROOT / "launch" / "train.py"), *overrides, f"run.dir={folder}", f"run.seed={seed}"]
-    print(f"== {folder.name}", flush=True)
-    subprocess.run(command, check=True)
+    interrupted, and sees by itself that one is finished. `log`: what it says goes to <folder>.log."""
+    _launch("train.py", [*overrides, f"run.dir={folder}", f"run.seed={seed}"], folder, log)
     return folder
 
 
-def evaluate(run: Path, name: str, *arguments: str) -> Path:
+def evaluate(run: Path, name: str, *arguments: str, log: bool = False) -> Path:
     """The .json that launch/evaluate.py writes for one eval of a run, made if it is not there."""
     found = sorted((run / "evals" / name).glob("*.json"))
     if not found:
-        command = [sys.executable, str(ROOT / "launch" / "evaluate.py"), f"run={run}", f"evals=[{name}]"]
-        subprocess.run([*command, *arguments, f"to={run / 'evals' / name}"], check=True)
-        found = sorted((run / "evals" / name).glob("*.json"))
+        to = run / "evals" / name
+        _launch("evaluate.py", [f"run={run}", f"evals=[{name}]", *arguments, f"to={to}"], run, log)
+        found = sorted(to.glob("*.json"))
     return found[0]
+
+
+def _launch(script: str, arguments: Sequence[str], run: Path, log: bool) -> None:
+    """Runs a script of launch/ to its end. ValueError if it fails, with the last of what it said where that went to a
+    file."""
+    print(f"== {run.name}: {script}", flush=True)
+    began, path = time.monotonic(), run.with_name(f"{run.name}.log")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, str(ROOT / "launch" / script), *arguments]
+    if log:
+        with path.open("ab") as file:
+            code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT).returncode
+        tail = "\n".join(["", *path.read_text(errors="replace").splitlines()[-5:]])
+    else:
+        code, tail = subprocess.run(command).returncode, ""
+    if code != 0:
+        raise ValueError(f"{run.name}: {script} failed with exit status {code}{tail}")
+    if log:
+        print(f"   {run.name}: {script} done, {time.monotonic() - began:.0f} s", flush=True)
 
 
 def origin(arguments: Sequence[str]) -> dict[str, str | None]:
