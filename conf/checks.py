@@ -168,7 +168,8 @@ def _check_synthetic(key: str, source: SourceConfig, problems: Problems) -> None
             problems.add(f"{key}.{field}", getattr(source, field), f"has no meaning with {key}.synthetic; leave it out")
     key = f"{key}.synthetic"
     _one_of(f"{key}.task", synthetic.task, SYNTHETIC_TASKS, problems)
-    for field in ("length", "pairs", "min_pairs", "repeats", "key_tokens", "value_tokens", "block_size", "num_documents"):
+    counts = ("length", "pairs", "min_pairs", "repeats", "key_tokens", "value_tokens", "block_size", "num_documents")
+    for field in counts:
         _at_least(f"{key}.{field}", getattr(synthetic, field), 1, problems)
     _at_least(f"{key}.symbols", synthetic.symbols, 4, problems)
     if synthetic.min_pairs is not None and synthetic.min_pairs > synthetic.pairs:

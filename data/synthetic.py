@@ -2,8 +2,8 @@
 known.
 
 A document is filler with keys and values in it, and questions: a key that occurred before, whose value has to follow.
-Only the values behind a question are learnt. Keys come from the lower half of the symbols, values from the quarter above
-it, filler from the last quarter: which tokens can be answers is learnt first, and which of them is one, after that.
+Only the values behind a question are learnt. Keys come from the lower half of the symbols, values from the third
+quarter, filler from the last: which tokens can be answers is learnt first, and which of them is one, after that.
 Documents are made when they are read, from (task, seed, number): nothing is stored.
 
     mqar         pairs all over the first half, questions all over the second (multi-query associative recall); with
