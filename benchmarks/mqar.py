@@ -78,6 +78,7 @@ KEYS = {
     "samples": "documents of the final questions (default 256)",
     "jobs": "runs at a time (default 1)",
     "eval_device": "auto, cpu or cuda",
+    "commit": "commit of the code, where this is no git checkout",
 }
 
 

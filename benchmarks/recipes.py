@@ -44,6 +44,7 @@ KEYS = {
     "eval_documents": "how many, at most",
     "eval_cluster": "regular expression of their clusters",
     "eval_device": "auto, cpu or cuda",
+    "commit": "commit of the code, where this is no git checkout",
 }
 
 

@@ -79,10 +79,13 @@ def _launch(script: str, arguments: Sequence[str], run: Path, log: bool) -> None
 
 
 def origin(arguments: Sequence[str]) -> dict[str, str | None]:
-    """What the results of a study carry: the commit, and the command without paths of this machine."""
-    kept = [a for a in arguments if not a.startswith(("to=", "runs=", "data.cache_dir="))]
+    """What the results of a study carry: the commit (`commit=`, or that of this checkout), and the command without
+    paths of this machine."""
+    kept = [a for a in arguments if not a.startswith(("to=", "runs=", "data.cache_dir=", "commit="))]
     script = Path(sys.argv[0])
-    return {"commit": commit(), "command": " ".join(["python", f"benchmarks/{script.name}", *kept])}
+    given = [a.removeprefix("commit=") for a in arguments if a.startswith("commit=")]
+    command = " ".join(["python", f"benchmarks/{script.name}", *kept])
+    return {"commit": given[-1] if given else commit(), "command": command}
 
 
 def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -6,7 +6,8 @@
 The architecture is that of the model it started from, or a plain Llama, Qwen2 or Qwen3, with the RoPE of the
 checkpoint's stage. Loaded as it is, the model attends to everything; after `import moba.transformers`,
 attn_implementation="moba" gives each layer the attention of that stage, or of the last one before that had MoBA:
-config.json holds it. The tokenizer, its chat template and generation settings come along.
+config.json holds it. The tokenizer, the chat template that the run was trained with, else the tokenizer's own, and
+generation settings come along.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import yaml  # noqa: E402
 
 from conf.validate import freeze  # noqa: E402
 from data.errors import DataError  # noqa: E402
+from data.sft import ChatTemplate, load_template  # noqa: E402
 from data.tokenizer import EMBEDDED, SHIPPED, Tokenizer, load_tokenizer  # noqa: E402
 from launch.cli import UsageError, exits_on, key_values  # noqa: E402
 from train import checkpoint_dir, hf_export, source_files  # noqa: E402
@@ -58,7 +60,8 @@ def main(argv: list[str] | None = None) -> None:
     if generation is not None:
         shutil.copyfile(generation, temporary / generation.name)
     (temporary / "config.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
-    save_tokenizer(tokenizer, temporary)
+    template = freeze(yaml.safe_load(saved.config_yaml)).data.chat_template
+    save_tokenizer(tokenizer, temporary, None if template is None else load_template(template, tokenizer))
     files = hf_export.write_weights(checkpoint, temporary, saved.meta["parameters"], dtype)
     if to.exists():
         to.rmdir()
@@ -90,8 +93,16 @@ def describe(saved: Saved, dtype: str) -> tuple[Tokenizer, dict]:
     return tokenizer, hf_export.as_it_came(json.loads(original.read_text(encoding="utf-8")), description)
 
 
-def save_tokenizer(tokenizer: Tokenizer, to: Path) -> None:
-    """Writes a tokenizer into `to` such that AutoTokenizer loads it: its own files, or equal ones where it has none."""
+def save_tokenizer(tokenizer: Tokenizer, to: Path, template: ChatTemplate | None = None) -> None:
+    """Writes a tokenizer into `to` such that AutoTokenizer loads it: its own files, or equal ones where it has none;
+    with `template` in place of its chat template."""
+    _save_files(tokenizer, to)
+    if template is not None:
+        (to / "chat_template.json").unlink(missing_ok=True)
+        (to / "chat_template.jinja").write_text(template.source, encoding="utf-8")
+
+
+def _save_files(tokenizer: Tokenizer, to: Path) -> None:
     path = Path(tokenizer.name).expanduser()
     if tokenizer.name != "bytes" and tokenizer.name not in SHIPPED and path.is_dir():
         for name in (*source_files.TOKENIZER_FILES, "generation_config.json"):

@@ -10,11 +10,14 @@ from functools import partial
 import pytest
 import torch
 from launch_runs import LINE, TINY, Act, assert_close_course, course
+from transformers import AutoTokenizer
 
 from data.loader import Loader
 from data.packing import IGNORED
+from data.sft import ChatEncoder, load_template
 from data.sources import open_sources
 from data.tokenizer import load_tokenizer
+from launch import export
 from launch.config import load
 from train.model import Decoder
 from train.schedule import build_schedule
@@ -65,7 +68,8 @@ def first_loss(overrides):
 
 def test_runs_on_conversations(launcher, arguments, house):
     """Catches a loss that is not the mean over the learnt tokens of the whole step, on one rank or two; masks or packs
-    that change when a killed run goes on; and cut conversations that nobody hears of."""
+    that change when a killed run goes on; cut conversations that nobody hears of; and an export whose tokenizer writes
+    conversations in another way than they were learnt in."""
     run = partial(launcher.run, arguments("sft"))
     killed = run(act=Act(LINE, 6))
     assert killed.code == -signal.SIGKILL, killed
@@ -88,3 +92,9 @@ def test_runs_on_conversations(launcher, arguments, house):
         for name in ("sft-whole", "sft-two")
     ]
     assert counted[0] == counted[1] and len(set(counted[0])) > 3
+
+    export.main([f"run={house.runs / 'sft-whole'}", f"to={house.root / 'hf'}"])
+    talk = [{"role": "user", "content": "who was"}, {"role": "assistant", "content": "the river"}]
+    tokenizer = load_tokenizer("bytes")
+    theirs = AutoTokenizer.from_pretrained(house.root / "hf").apply_chat_template(talk)["input_ids"]
+    assert theirs == ChatEncoder(tokenizer, load_template("plain", tokenizer)).encode(talk)[0].tolist()
