@@ -66,7 +66,7 @@ KEYS = {
     "layers": "layers of the model (default 12)",
     "hidden": "width (default 64)",
     "heads": "heads (default 2)",
-    "full_last": "numbers of full layers (default 0,1,3,5,10,12)",
+    "full_last": "numbers of full layers (default 0,1,3,5,10 and all)",
     "seeds": "how many (default 3)",
     "pretrain_tokens": "budget of pretraining (default 500K)",
     "sft_tokens": "budget of each fine-tuning (default 80K)",
@@ -104,9 +104,12 @@ def main() -> None:
         "base": [run.name for run in bases] if bases else None,
         "overrides": overrides,
     }
-    counts = [int(n) for n in values.get("full_last", f"0,1,3,5,10,{setting['layers']}").split(",")]
-    if any(not 0 <= n <= setting["layers"] for n in counts):
-        raise UsageError(f"full_last={values['full_last']}: between 0 and layers={setting['layers']}")
+    layers = setting["layers"]
+    default = ",".join(str(n) for n in (0, 1, 3, 5, 10) if n < layers) + f",{layers}"
+    text = values.get("full_last", default)
+    counts = [int(n) for n in text.split(",")]
+    if any(not 0 <= n <= layers for n in counts):
+        raise UsageError(f"full_last={text}: between 0 and layers={layers}")
     if not 2 <= setting["names"] <= len(SIGNS):
         raise UsageError(f"names={setting['names']}: between 2 and {len(SIGNS)}")
     work.mkdir(parents=True, exist_ok=True)
