@@ -101,7 +101,7 @@ def main() -> None:
 
     results = run_all(one, [(seed, name) for seed in seeds for name in names], jobs)
     found = {name: results[i :: len(names)] for i, name in enumerate(names)}
-    record = {**origin(sys.argv[1:]), "seeds": seeds, "setting": SETTING, "recipes": found}
+    record = {**origin(sys.argv[1:], values.get("commit")), "seeds": seeds, "setting": SETTING, "recipes": found}
     write_json(to / "results.json", record)
     text = _table(found)
     (to / "table.md").write_text(text + "\n", encoding="utf-8")

@@ -75,7 +75,7 @@ def main() -> None:
     train_losses = {name: [r for r in records if r["kind"] == "train"] for name, records in losses.items()}
     plot_losses(train_losses, to / "training_loss.png", stages)
     record = {
-        **origin(sys.argv[1:]),
+        **origin(sys.argv[1:], values.get("commit")),
         "device": sample["device"],
         "seeds": seeds,
         "num_documents": sample["num_documents"],

@@ -78,14 +78,12 @@ def _launch(script: str, arguments: Sequence[str], run: Path, log: bool) -> None
         print(f"   {run.name}: {script} done, {time.monotonic() - began:.0f} s", flush=True)
 
 
-def origin(arguments: Sequence[str]) -> dict[str, str | None]:
-    """What the results of a study carry: the commit (`commit=`, or that of this checkout), and the command without
-    paths of this machine."""
+def origin(arguments: Sequence[str], label: str | None) -> dict[str, str | None]:
+    """What the results of a study carry: the commit (`label`, or that of this checkout), and the command without paths
+    of this machine."""
     kept = [a for a in arguments if not a.startswith(("to=", "runs=", "data.cache_dir=", "commit="))]
-    script = Path(sys.argv[0])
-    given = [a.removeprefix("commit=") for a in arguments if a.startswith("commit=")]
-    command = " ".join(["python", f"benchmarks/{script.name}", *kept])
-    return {"commit": given[-1] if given else commit(), "command": command}
+    command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *kept])
+    return {"commit": label or commit(), "command": command}
 
 
 def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -22,6 +22,7 @@ sys.path[:] = [str(ROOT)] + [p for p in sys.path if Path(p or ".").resolve() != 
 
 import yaml  # noqa: E402
 
+from conf.schema import RunConfig  # noqa: E402
 from conf.validate import freeze  # noqa: E402
 from data.errors import DataError  # noqa: E402
 from data.sft import ChatTemplate, load_template  # noqa: E402
@@ -51,7 +52,10 @@ def main(argv: list[str] | None = None) -> None:
     verify(checkpoint, [f for f in checkpoint_dir.manifest(checkpoint) if not f.startswith(("optimizer", "rng"))])
     saved = read(checkpoint)
     dtype = values.get("dtype", saved.meta["precision"])
-    tokenizer, description = describe(saved, dtype)
+    config = freeze(yaml.safe_load(saved.config_yaml))
+    tokenizer, description = describe(saved, config, dtype)
+    own = config.data.chat_template
+    template = None if own is None else load_template(own, tokenizer)
     # Filled under another name, so that an interrupted export is not taken for a model.
     temporary = to.with_name(f".{to.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -60,8 +64,7 @@ def main(argv: list[str] | None = None) -> None:
     if generation is not None:
         shutil.copyfile(generation, temporary / generation.name)
     (temporary / "config.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
-    template = freeze(yaml.safe_load(saved.config_yaml)).data.chat_template
-    save_tokenizer(tokenizer, temporary, None if template is None else load_template(template, tokenizer))
+    save_tokenizer(tokenizer, temporary, template)
     files = hf_export.write_weights(checkpoint, temporary, saved.meta["parameters"], dtype)
     if to.exists():
         to.rmdir()
@@ -69,9 +72,8 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{checkpoint} -> {to}: {description['architectures'][0]}, {dtype}, {len(files)} file(s) of weights")
 
 
-def describe(saved: Saved, dtype: str) -> tuple[Tokenizer, dict]:
-    """`(tokenizer, content of config.json)` of a checkpoint of ours."""
-    config = freeze(yaml.safe_load(saved.config_yaml))
+def describe(saved: Saved, config: RunConfig, dtype: str) -> tuple[Tokenizer, dict]:
+    """`(tokenizer, content of config.json)` of a checkpoint of ours, whose run had this configuration."""
     tokenizer = load_tokenizer(source_files.tokenizer_name(config, saved.path))
     # A checkpoint at a stage's end belongs to that stage, though the next step would be of the next one.
     schedule = build_schedule(config)
