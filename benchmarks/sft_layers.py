@@ -52,6 +52,7 @@ from data.validation import held_out_documents  # noqa: E402
 from evals.loading import load_trained  # noqa: E402
 from evals.results import short_commit  # noqa: E402
 from launch.cli import UsageError, exits_on, key_values  # noqa: E402
+from train.generation import Sampling, generate  # noqa: E402
 from train.metrics import FILE_NAME, read_metrics  # noqa: E402
 
 KEYS = {
@@ -78,6 +79,7 @@ KEYS = {
 }
 DIGITS, SIGNS = "0123456789", "@#$%&*+=<>^~"
 CODES_SHARE = 0.5  # of a document of pretraining
+SHOWN = 5  # answers kept to be read
 
 
 @exits_on(ValueError, OSError)
@@ -229,8 +231,11 @@ def pretrain(work: Path, setting: dict, seed: int) -> Path:
 
 
 def fine_tune(work: Path, setting: dict, seed: int, full_last: int, base: Path) -> dict:
-    """What fine-tuning with full attention in the last layers comes to."""
+    """What fine-tuning with full attention in the last layers comes to; kept in the run's folder."""
     folder = work / f"sft_{seed}_{full_last}"
+    kept = folder / "sft_layers.json"
+    if kept.exists():
+        return json.loads(kept.read_text(encoding="utf-8"))
     own, length = setting["base"] is None, setting["seq_len"]
     train_set, held_out = (
         f"{work}/{name}.jsonl" if own else f"embedded-chat:{length}" for name in ("chat", "held_out")
@@ -251,7 +256,7 @@ def fine_tune(work: Path, setting: dict, seed: int, full_last: int, base: Path) 
     losses = [record["loss"] for record in records if record["kind"] == "train" and record["loss"] is not None]
     share, answers = answered(folder, setting["held_out"])
     print(f"{folder.name}: held-out loss {held_out['loss']:.4f}, answers right {share:.3f}", flush=True)
-    return {
+    row = {
         "seed": seed,
         "full_last": full_last,
         "loss": held_out["loss"],
@@ -260,6 +265,8 @@ def fine_tune(work: Path, setting: dict, seed: int, full_last: int, base: Path) 
         "right_answers": share,
         "answers": answers,
     }
+    kept.write_text(json.dumps(row), encoding="utf-8")
+    return row
 
 
 def _train(folder: Path, setting: dict, seed: int, overrides: Sequence[str], tokens: int, lr: float, full_last: int):
@@ -331,7 +338,8 @@ def _child(arguments: list[str], log: str) -> None:
 
 @torch.no_grad()
 def answered(run: Path, count: int) -> tuple[float, list[dict[str, str]]]:
-    """(share of the answers of which every token is the likeliest given the right ones before, some answers)."""
+    """(share of the answers of which every token is the likeliest given the right ones before, what the model writes
+    by itself as the last answer of the first conversations, and what was wanted)."""
     trained = load_trained(run)
     tokenizer = load_tokenizer(trained.config.data.tokenizer)
     held_out = held_out_documents(open_validation(trained.config.data), trained.stage.seq_len, count)
@@ -340,13 +348,17 @@ def answered(run: Path, count: int) -> tuple[float, list[dict[str, str]]]:
         batch = held_out[index][1].to(trained.device)
         rows = torch.nonzero(batch.labels != IGNORED)[:, 0]
         logits = trained.model.logits(batch.tokens, batch.positions, batch.cu_seqlens, rows=rows)
-        said, wanted = logits[:, : tokenizer.vocab_size].argmax(1).cpu(), batch.labels[rows].cpu()
+        likeliest, labels = logits[:, : tokenizer.vocab_size].argmax(1).cpu(), batch.labels[rows].cpu()
         starts = torch.nonzero(torch.diff(rows.cpu()) > 1)[:, 0] + 1
-        for answer, truth in zip(said.tensor_split(starts), wanted.tensor_split(starts)):
-            right.append(bool((answer == truth).all()))
-        # The last answer of each conversation: the one with the most context.
-        if len(shown) < 5:
-            shown.append({"wanted": tokenizer.decode(truth.tolist()), "said": tokenizer.decode(answer.tolist())})
+        wanted = labels.tensor_split(starts)
+        right.extend(bool((a == w).all()) for a, w in zip(likeliest.tensor_split(starts), wanted))
+        if len(shown) < SHOWN:
+            # The last answer has the most context; its last token ends the turn.
+            *text, end = wanted[-1].tolist()
+            prompt = batch.tokens[: rows[-len(wanted[-1])] + 1].tolist()
+            greedy, most = Sampling(temperature=0), 2 * len(text) + 8
+            said = generate(trained.model, prompt, max_new_tokens=most, sampling=greedy, stop={end})
+            shown.append({"wanted": tokenizer.decode(text), "said": tokenizer.decode(list(said))})
     return statistics.fmean(right), shown
 
 
