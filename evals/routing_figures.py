@@ -132,7 +132,8 @@ def _by_layer(report: RoutingReport, axes) -> None:
     for label, height in (*parts, ("lost to sparsity", 1 - oracle)):
         axes.bar(range(len(report.layers)), height, bottom=bottom, label=label)
         bottom = bottom + height
-    axes.set_xticks(range(len(report.layers)), report.layers)
+    step = -(-len(report.layers) // 16)  # more labels would run into each other
+    axes.set_xticks(range(0, len(report.layers), step), report.layers[::step])
     axes.set_ylim(0, 1.35)  # room for the legend
     axes.set_xlabel("layer")
     axes.set_ylabel("share of full attention")
