@@ -7,6 +7,7 @@ then goes to <run>.log beside it.
 from __future__ import annotations
 
 import json
+import statistics
 import subprocess
 import sys
 import time
@@ -20,6 +21,9 @@ sys.path.insert(0, str(ROOT))
 
 from evals.results import commit  # noqa: E402
 from launch.config import load  # noqa: E402
+from train.metrics import FILE_NAME  # noqa: E402
+
+SPEEDS = ("tokens_per_second", "tflops", "mfu", "mfu_dense_equivalent", "attended_share")
 
 
 def check_equal_tokens(recipes: Mapping[str, Sequence[str]]) -> None:
@@ -94,6 +98,19 @@ def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
         [a for a, own in zip(arguments, is_override) if own],
         [a for a, own in zip(arguments, is_override) if not own],
     )
+
+
+def steps_logged(run_dir: Path) -> int:
+    """Lines of steps in a run's metrics so far (where every step is logged, as by default)."""
+    path = run_dir / FILE_NAME
+    return path.read_bytes().count(b'"kind": "train"') if path.exists() else 0
+
+
+def speeds(train: Sequence[Mapping]) -> dict[str, float | None]:
+    """Of `train` records: the medians of what they say of speed, None where they do not know it, and rank 0's peak of
+    memory so far."""
+    medians = {key: statistics.median(r[key] for r in train) if train[0][key] is not None else None for key in SPEEDS}
+    return {**medians, "peak_memory_gib": max((r["peak_memory_gib"] or 0) for r in train) or None}
 
 
 def read_json(path: Path) -> dict:

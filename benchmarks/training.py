@@ -23,6 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.study import speeds  # noqa: E402
 from evals.results import short_commit  # noqa: E402
 from launch.cli import exits_on, key_values  # noqa: E402
 from train.metrics import FILE_NAME, read_metrics  # noqa: E402
@@ -102,16 +103,11 @@ def _summary(folder: Path) -> dict:
         train = [r for r in records if r["kind"] == "train" and r["stage"] == stage["stage"]]
         steady = train[SKIP_INTERVALS:] or train
         evaluations = [r for r in records if r["kind"] == "eval" and r["stage"] == stage["stage"]]
-        medians = {
-            key: statistics.median(r[key] for r in steady) if steady[0][key] is not None else None
-            for key in ("tokens_per_second", "tflops", "mfu", "mfu_dense_equivalent", "attended_share")
-        }
         stages[stage["stage"]] = {
             "attention": stage["attention"],
             "seq_len": stage["seq_len"],
             "steps": len(train),
-            **medians,
-            "peak_memory_gib": max((r["peak_memory_gib"] or 0) for r in train) or None,
+            **speeds(steady),
             "loss_first": train[0]["loss"],
             "loss_last": statistics.fmean(r["loss"] for r in train[-10:]),
             "held_out": evaluations[-1]["loss"] if evaluations else None,

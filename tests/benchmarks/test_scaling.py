@@ -1,0 +1,113 @@
+"""benchmarks/scaling.py: its figures from metrics and traces written by hand, and what it makes of a run that fails."""
+
+import sys
+
+import pytest
+
+from benchmarks import scaling
+from benchmarks.scaling_runs import Failed, kept, started, wait
+from benchmarks.scaling_tables import add_efficiency, communication, publish
+from benchmarks.study import speeds
+
+RECORD = {
+    "hardware": "8 x GPU",
+    "torch": "2",
+    "deepspeed": "0",
+    "commit": "abc",
+    "command": "c",
+    "convention": "v",
+    "setting": {"seq_len": 32768},
+}
+
+
+def row(gpus, rates, zero=1, model="m"):
+    """A row as throughput makes it, from hand-written metrics of steps."""
+    rest = {"tflops": 1.0, "mfu": 0.4, "mfu_dense_equivalent": 1.25, "attended_share": 0.3}
+    train = [{"tokens_per_second": r, **rest, "peak_memory_gib": 10.0 + i} for i, r in enumerate(rates)]
+    shares = {"communication": 0.25, "communication_exposed": 0.125}
+    return {"model": model, "attention": "a", "zero": zero, "gpus": gpus, **speeds(train), **shares}
+
+
+def test_efficiency_is_a_gpus_speed_over_that_of_the_fewest_of_its_kind(tmp_path):
+    """Catches speeds that are not divided by the GPUs, a reference of another ZeRO stage or model, a mean that one slow
+    step moves, and failures that vanish from the table or stand in for a reference."""
+    failed = {"model": "big", "attention": "a", "zero": 3, "gpus": 2, "failed": "out of memory"}
+    rows = [row(1, [90, 100, 1e6]), row(8, [720, 1, 721]), row(1, [50], 2), row(8, [400], 2)]
+    rows += [failed, row(4, [80], 3, "big"), row(8, [120], 3, "big")]
+    add_efficiency(rows)
+    assert [r.get("efficiency") for r in rows] == [1, 0.9, 1, 1, None, 1, 0.75]
+    assert [r.get("against") for r in rows] == [1, 1, 1, 1, None, 4, 4]
+    lines = publish(RECORD | {"throughput": rows}, tmp_path).splitlines()
+    assert "| m | a | 1 | 8 | 720 | 90.0% | 40.0% | 125.0% | 12 | 25.0% | 12.5% |" in lines
+    assert any(line.startswith("| big | a | 3 | 8 | 120 | 75.0% (against 4 GPUs) |") for line in lines)
+    assert any("failed: out of memory" in line for line in lines)
+    assert (tmp_path / "scaling.png").stat().st_size > 10_000
+
+
+def test_communication_is_the_time_in_which_nccl_runs_counted_once():
+    """Catches kernels that overlap and are counted twice, hidden communication that is taken for exposed, and host
+    events or labels that are taken for kernels."""
+
+    def event(name, ts, dur, cat="kernel"):
+        return {"ph": "X", "name": name, "cat": cat, "ts": ts, "dur": dur}
+
+    events = [
+        {"ph": "M", "name": "process_name"},
+        event("cudaLaunchKernel", 0, 5000, "cuda_runtime"),
+        event("nccl:all_reduce", 0, 5000, "gpu_user_annotation"),
+        event("gemm", 100, 400),
+        event("ncclDevKernel_AllReduce", 400, 200),  # 100 hidden, 100 exposed
+        event("ncclDevKernel_AllGather", 550, 100),  # 50 in common with the one before, 50 more exposed
+        event("gemm", 900, 200),
+        event("ncclDevKernel_AllGather", 950, 50),  # hidden
+    ]
+    assert communication(events) == pytest.approx({"communication": 0.3, "communication_exposed": 0.15})
+    assert communication(events[:4]) == {"communication": 0, "communication_exposed": 0}
+    on_cpu = [event("aten::mm", 0, 100, "cpu_op"), event("gloo:all_reduce", 50, 30, "user_annotation")]
+    assert communication(on_cpu) == {"communication": 0.3, "communication_exposed": None}
+
+
+def test_a_failed_run_is_a_result_and_leaves_no_process(tmp_path):
+    """Catches a run out of memory that ends the study, one that is tried again for it, and other failures that are kept
+    for good; and workers, in sessions of their own, that outlive the measurement."""
+    script, made = tmp_path / "fail.py", []
+    script.write_text("import sys, time\nif sys.argv[1] == 'sleep': time.sleep(600)\nraise SystemExit(sys.argv[1])\n")
+
+    def make(words):
+        def measure(folder):
+            made.append(words)
+            with started([str(script)], [words], 1, folder) as process:
+                wait(process, folder, lambda: False)
+
+        return kept(tmp_path / "run", [words], measure)
+
+    for _ in range(2):
+        assert make("CUDA out of memory. Tried") == {"failed": "out of memory"}
+    for _ in range(2):
+        assert make("ValueError: no such thing") == {"failed": "ValueError: no such thing"}
+    assert len(made) == 3
+    with pytest.raises(Failed), started([str(script)], ["sleep"], 1, tmp_path / "run") as process:
+        while not (workers := process.children()):
+            pass
+        raise Failed("as if measured")
+    assert not any(worker.is_running() for worker in [process, *workers])
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["device=cuda", "gpus=1,4096"], ["gpus=1,4096", "GPUs; use", "device=cpu"]),
+        (["device=cpu", "schedule.seq_len=4K"], ["schedule.seq_len=4K", "seq_len"]),
+        (["device=cpu", "gpus=1"], ["gpus=1", "2 or more"]),
+    ],
+)
+def test_a_mistake_is_named_before_anything_runs(arguments, words, monkeypatch, tmp_path, capsys):
+    """Catches more GPUs than there are, a length that would be overridden in silence, and one process compared with
+    itself."""
+    monkeypatch.setattr(sys, "argv", ["scaling.py", f"to={tmp_path}", "models=tiny", "tokens_per_gpu=32K", *arguments])
+    monkeypatch.setattr(scaling.signal, "signal", lambda *_: None)
+    with pytest.raises(SystemExit) as ended:
+        scaling.main()
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and error.count("\n") == 1 and all(word in error for word in words), error
+    assert list(tmp_path.iterdir()) == []
