@@ -4,7 +4,8 @@
     python benchmarks/sft_layers.py to=docs/results/sft_layers seq_len=1K block_size=32 top_k=3 hidden=128 names=12 \\
         documents=30000 held_out=256 pretrain_tokens=100M sft_tokens=6M batch_tokens=32K lr=2e-3 jobs=6
     python benchmarks/sft_layers.py to=docs/results/sft_layers base=runs/moba_seed0,runs/moba_seed1,runs/moba_seed2 \\
-        seq_len=16K block_size=512 top_k=3 sft_tokens=2M batch_tokens=64K lr=2e-4 schedule.stages.sparse.rope.theta=4e5
+        seq_len=16K block_size=512 top_k=3 full_last=0,1,3,5,10,20,30 held_out=48 sft_tokens=2M batch_tokens=64K \\
+        lr=2e-4 jobs=4 schedule.micro_tokens=16K schedule.stages.sparse.rope.theta=400000
 
 The first is for a CPU, the others for a GPU. For each seed a model is pretrained with MoBA in all layers, or is taken
 from `base`; then it is fine-tuned once for each number of full layers, with the same data and budget. What is compared
@@ -41,7 +42,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
-from benchmarks.study import run_all, split  # noqa: E402
+from benchmarks.study import read_json, run_all, split  # noqa: E402
 from conf.numbers import parse_length, parse_tokens  # noqa: E402
 from data.chat_set import read_works  # noqa: E402
 from data.packing import IGNORED  # noqa: E402
@@ -50,7 +51,7 @@ from data.sources import SHIPPED_TEXT, open_validation  # noqa: E402
 from data.tokenizer import load_tokenizer  # noqa: E402
 from data.validation import held_out_documents  # noqa: E402
 from evals.loading import load_trained  # noqa: E402
-from evals.results import short_commit  # noqa: E402
+from evals.results import short_commit, write_json  # noqa: E402
 from launch.cli import UsageError, exits_on, key_values  # noqa: E402
 from train.generation import Sampling, generate  # noqa: E402
 from train.metrics import FILE_NAME, read_metrics  # noqa: E402
@@ -235,7 +236,7 @@ def fine_tune(work: Path, setting: dict, seed: int, full_last: int, base: Path) 
     folder = work / f"sft_{seed}_{full_last}"
     kept = folder / "sft_layers.json"
     if kept.exists():
-        return json.loads(kept.read_text(encoding="utf-8"))
+        return read_json(kept)
     own, length = setting["base"] is None, setting["seq_len"]
     train_set, held_out = (
         f"{work}/{name}.jsonl" if own else f"embedded-chat:{length}" for name in ("chat", "held_out")
@@ -265,7 +266,7 @@ def fine_tune(work: Path, setting: dict, seed: int, full_last: int, base: Path) 
         "right_answers": share,
         "answers": answers,
     }
-    kept.write_text(json.dumps(row), encoding="utf-8")
+    write_json(kept, row)
     return row
 
 
@@ -398,10 +399,11 @@ def draw(results: dict, path: Path) -> None:
         f" MoBA {setting['block_size']}x{setting['top_k']}",
         fontsize="medium",
     )
-    num_seeds = len({row["seed"] for row in rows})
+    # An interrupted study has fewer seeds for some numbers of layers.
+    seeds = " or ".join(str(n) for n in sorted({sum(row["full_last"] == n for row in rows) for n in counts}))
     guess = " Dotted: an answer whose digit is guessed, all else known." if setting["base"] is None else ""
     figure.supxlabel(
-        f"{num_seeds} seed(s): dots; band: +- one standard deviation. Held-out conversations.{guess}",
+        f"{seeds} seed(s): dots; band: +- one standard deviation. Held-out conversations.{guess}",
         fontsize="x-small",
     )
     figure.savefig(path, dpi=110)
