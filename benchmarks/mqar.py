@@ -28,7 +28,7 @@ from benchmarks.study import check_equal_tokens, evaluate, origin, read_json, ru
 from evals.figures import save, token_axis
 from evals.results import write_json
 from evals.swap import VARIANTS
-from launch.cli import exits_on, key_values
+from launch.cli import UsageError, exits_on, key_values
 from train.metrics import FILE_NAME, read_metrics
 
 GATE = "schedule.stages.sparse.attention.gate"
@@ -90,8 +90,10 @@ def main() -> None:
     to, seeds = Path(values["to"]), [int(seed) for seed in values.get("seeds", "0,1,2").split(",")]
     runs, chosen = Path(values.get("runs", to / "runs")), values.get("recipes", ";".join(RECIPES)).split(";")
     options = [f"samples={values.get('samples', '256')}", f"device={values.get('eval_device', 'auto')}"]
-    check_equal_tokens({name: [*SETTING, *own, *overrides] for name, own in RECIPES.items()})
     names, jobs = [name.strip() for name in chosen], int(values.get("jobs", 1))
+    if unknown := [name for name in names if name not in RECIPES]:
+        raise UsageError(f"recipes={'; '.join(unknown)}: unknown; there are {'; '.join(RECIPES)}")
+    check_equal_tokens({name: [*SETTING, *own, *overrides] for name, own in RECIPES.items()})
 
     def one(task: tuple[int, str]) -> dict:
         seed, name = task

@@ -79,11 +79,11 @@ def _covered(events: Iterable[Mapping]) -> float:
 
 
 def publish(record: Mapping, to: Path) -> str:
-    """Writes results.json, table.md and scaling.png; returns the text of the tables."""
+    """Writes results.json, table.md and, of more than one number of GPUs, scaling.png; returns the tables' text."""
     write_json(to / "results.json", dict(record))
     text = table(record)
     (to / "table.md").write_text(text + "\n", encoding="utf-8")
-    if any("failed" not in row for row in record.get("throughput", ())):
+    if len({row["gpus"] for row in record.get("throughput", ()) if "failed" not in row}) > 1:
         draw(record, to / "scaling.png")
     return text
 
