@@ -283,7 +283,7 @@ def kill(study: Study, setup: Setup) -> dict:
         starts = [r["tokens"] for r in read_metrics(folder / FILE_NAME) if r["kind"] == "run"]
         return {
             "seconds_until_all_ended": None if alive else round(seconds, 1),
-            "message": next((plain(line).partition(" of binary")[0] for line in said if "exitcode: -9" in line), None),
+            "message": next((text for line in said if (text := plain(line)).startswith("error: another process")), None),
             "lines_said": len(said),
             "continued_from_step": starts[-1] // batch,
             **_compared(study, {"losses": [r["loss"] for r in train_lines(folder)[: study.loss_steps]]}, whole),

@@ -7,11 +7,14 @@ print the plan, start the processes, open the data, build the trainer, train.
 from __future__ import annotations
 
 import errno
+import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parents[1]
 # Python puts launch/ itself first, where `train` would be this file.
@@ -58,6 +61,9 @@ MISTAKES = (
     RunLocked,
     checkpoint.CheckpointError,
 )
+EXIT_LOST = 1
+# After this long torchrun has seen which process ended first, and has ended the others; its report names that one.
+TORCHRUN_SECONDS = 2
 # Of the system's errors: no room, no permission, or not the kind of file it has to be.
 FILE_ERRORS = {
     getattr(errno, name)
@@ -94,11 +100,30 @@ def _mistakes_in_words(config: RunConfig) -> Iterator[None]:
         yield
     except MISTAKES as error:
         raise ConfigError([str(error)]) from error
+    except RuntimeError as error:
+        if not distributed.lost_peer(error):
+            raise
+        _leave_lost_run(config)
     except OSError as error:
         if error.errno not in FILE_ERRORS:
             raise
         places = f"The run writes into {config.run.dir} and {config.data.cache_dir}"
         raise ConfigError([f"{error}. {places}. The checkpoints that were saved are as they were"]) from error
+
+
+def _leave_lost_run(config: RunConfig) -> NoReturn:
+    """Ends this process: another one is gone, and nothing that all take part in can be done any more."""
+    if distributed.first_to_report():
+        print(
+            "error: another process of this run has ended, so the run ends here. Its own message, or the signal that "
+            "ended it, is in torchrun's report. The same command again goes on from the newest checkpoint in "
+            f"{config.run.dir}, if there is one",
+            file=sys.stderr,
+            flush=True,
+        )
+    sys.stdout.flush()
+    time.sleep(TORCHRUN_SECONDS)
+    os._exit(EXIT_LOST)  # the usual way out waits for the others, and with NCCL for a long time
 
 
 def _saved_run(run_dir: Path) -> checkpoint.Saved | None:

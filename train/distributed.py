@@ -8,6 +8,7 @@ sees a `World` and the few collectives below. It also holds the flag that SIGTER
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import warnings
@@ -24,6 +25,8 @@ import torch.distributed as dist
 from conf.build import ConfigError
 
 SIGNALS_TO_FORCE = 3
+# How gloo and NCCL say that the process at the other end is gone. Their errors have no type of their own.
+PEER_GONE = re.compile(r"(closed|reset) by peer|Broken pipe|remote process exited|ncclRemoteError")
 
 
 @dataclass(frozen=True)
@@ -153,6 +156,20 @@ def drop_if_empty(*names: str) -> None:
     for name in names:
         if os.environ.get(name) == "":
             del os.environ[name]
+
+
+def lost_peer(error: RuntimeError) -> bool:
+    """Whether this is a collective that failed because another process of the run has ended."""
+    return PEER_GONE.search(str(error)) is not None
+
+
+def first_to_report() -> bool:
+    """True in the first process of the run that asks, also when others, rank 0 among them, are gone: what counts is
+    kept by torchrun."""
+    try:
+        return dist.distributed_c10d._get_default_store().add("reports", 1) == 1
+    except RuntimeError:  # torchrun is gone, too
+        return True
 
 
 def shutdown() -> None:

@@ -247,13 +247,14 @@ def test_a_stop_within_a_log_interval_leaves_its_line_whole(launcher, command, h
 def test_ranks_may_come_and_go(launcher, command, house, whole):
     """Catches data, sums or weights that depend on the number of ranks: a run of two under torchrun has a rank killed
     and goes on alone; one alone is killed, goes on as two under torchrun, and is stopped by SIGTERM. Each part has
-    the uninterrupted run's losses."""
+    the uninterrupted run's losses. Also a survivor that leaves a traceback, says nothing, or hangs."""
     run_dir = house.runs / "two-one"
     process = start_real(command("two-one"), house.root, num_ranks=2)
     wait_until(lambda: has_lines(run_dir, 4), process)
     os.kill(rank_0(run_dir), signal.SIGKILL)
     ended = finish_real(process)
     assert ended.code > 0 and "finished:" not in ended.out, ended
+    assert ended.err.count("error: another process of this run has ended") == 1 and "[rank" not in ended.err, ended
     assert read_metrics(run_dir / "metrics.jsonl")[0]["num_devices"] == 2
     ended = launcher.run(command("two-one"))
     assert ended.code == 0 and "continuing from" in ended.out, ended

@@ -43,6 +43,23 @@ def test_an_unknown_device_is_refused():
         distributed.init("gpu")
 
 
+@pytest.mark.parametrize(
+    ("text", "lost"),
+    [
+        ("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:24464", True),
+        ("[gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:50870: Connection reset by peer", True),
+        ("NCCL error in: ncclRemoteError: A call failed possibly due to a network error", True),
+        ("NCCL error in: ncclInvalidUsage: Duplicate GPU detected", False),
+        ("mat1 and mat2 shapes cannot be multiplied (2x3 and 4x5)", False),
+        ("CUDA out of memory. Tried to allocate 2.00 GiB", False),
+    ],
+)
+def test_a_lost_peer_is_told_from_a_bug(text, lost):
+    """Catches a bug whose traceback is taken for the end of another process, and the reverse. Real kills are in
+    tests/launch/test_train.py."""
+    assert distributed.lost_peer(RuntimeError(text)) is lost
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_sets_the_flag_and_a_third_interrupts(number):
     """Catches a handler that kills at once, or one that can never be overruled."""
