@@ -55,7 +55,7 @@ KEYS = {
     "models": "files of conf/model (default paper_545m,paper_1_5b,llama3_8b)",
     "attentions": "files of conf/exp, of which the first stage is run (default moba_32k,full_32k)",
     "zero": "ZeRO stages (default 1,2,3)",
-    "device": "auto (default), cuda, or cpu: processes on the CPU in place of GPUs",
+    "device": "cuda (default), or cpu: processes on the CPU in place of GPUs",
     "seq_len": "context (default 32K)",
     "tokens_per_gpu": "tokens a step and GPU (default 128K)",
     "warmup": "steps not counted (default 3)",
@@ -171,15 +171,16 @@ def main() -> None:
 def _study(values: dict[str, str], to: Path, overrides: list[str]) -> Study:
     """The arguments, checked. UsageError or ConfigError."""
     there = torch.cuda.device_count()
-    device = values.get("device", "auto")
-    device = ("cuda" if there else "cpu") if device == "auto" else device
+    device = values.get("device", "cuda")
     if device not in TOLERANCE:
-        raise UsageError(f"device={device}: choose auto, cuda or cpu")
+        raise UsageError(f"device={device}: choose cuda or cpu")
+    if device == "cuda" and not there:
+        raise UsageError("device=cuda: torch sees no GPU here; device=cpu measures processes on the CPU")
     default = ",".join(str(n) for n in (1, 2, 4, 8) if n <= there) or "1" if device == "cuda" else "1,2"
     gpus = _numbers(values, "gpus", default, least=1)
     if device == "cuda" and max(gpus) > there:
-        hint = f"gpus={','.join(str(n) for n in gpus if n <= there)}, or " if there else ""
-        raise UsageError(f"gpus={values.get('gpus', default)}: this host has {there} GPUs; use {hint}device=cpu")
+        fit = ",".join(str(n) for n in gpus if n <= there) or there
+        raise UsageError(f"gpus={values['gpus']}: GPUs on this host: {there}; use gpus={fit}, or device=cpu")
     fixed = ("schedule.seq_len", "schedule.batch_tokens", "schedule.tokens", "model", "deepspeed", "run.dir", "+exp")
     if taken := [text for text in overrides if text.partition("=")[0] in fixed]:
         raise UsageError(f"{', '.join(taken)}: the study sets this itself; its keys are {', '.join(KEYS)}")
@@ -283,7 +284,9 @@ def kill(study: Study, setup: Setup) -> dict:
         starts = [r["tokens"] for r in read_metrics(folder / FILE_NAME) if r["kind"] == "run"]
         return {
             "seconds_until_all_ended": None if alive else round(seconds, 1),
-            "message": next((text for line in said if (text := plain(line)).startswith("error: another process")), None),
+            "message": next(
+                (text for line in said if (text := plain(line)).startswith("error: another process")), None
+            ),
             "lines_said": len(said),
             "continued_from_step": starts[-1] // batch,
             **_compared(study, {"losses": [r["loss"] for r in train_lines(folder)[: study.loss_steps]]}, whole),

@@ -94,16 +94,19 @@ def test_a_failed_run_is_a_result_and_leaves_no_process(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "arguments, words",
+    "arguments, gpus, words",
     [
-        (["device=cuda", "gpus=1,4096"], ["gpus=1,4096", "GPUs; use", "device=cpu"]),
-        (["device=cpu", "schedule.seq_len=4K"], ["schedule.seq_len=4K", "seq_len"]),
-        (["device=cpu", "gpus=1"], ["gpus=1", "2 or more"]),
+        ([], 0, ["device=cuda", "no GPU", "device=cpu"]),
+        (["gpus=1,4096"], 2, ["gpus=1,4096", "this host: 2; use gpus=1, or device=cpu"]),
+        (["gpus=4"], 2, ["gpus=4", "use gpus=2,"]),
+        (["device=cpu", "schedule.seq_len=4K"], 0, ["schedule.seq_len=4K", "seq_len"]),
+        (["device=cpu", "gpus=1"], 0, ["gpus=1", "2 or more"]),
     ],
 )
-def test_a_mistake_is_named_before_anything_runs(arguments, words, monkeypatch, tmp_path, capsys):
-    """Catches more GPUs than there are, a length that would be overridden in silence, and one process compared with
-    itself."""
+def test_a_mistake_is_named_before_anything_runs(arguments, gpus, words, monkeypatch, tmp_path, capsys):
+    """Catches a CPU measured in silence in place of GPUs, more GPUs than there are, a length that would be overridden
+    in silence, and one process compared with itself."""
+    monkeypatch.setattr(scaling.torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr(sys, "argv", ["scaling.py", f"to={tmp_path}", "models=tiny", "tokens_per_gpu=32K", *arguments])
     monkeypatch.setattr(scaling.signal, "signal", lambda *_: None)
     with pytest.raises(SystemExit) as ended:
