@@ -126,6 +126,18 @@ def _leave_lost_run(config: RunConfig) -> NoReturn:
     os._exit(EXIT_LOST)  # the usual way out waits for the others, and with NCCL for a long time
 
 
+def _say_stuck(config: RunConfig, name: str) -> None:
+    """What is known of a process that does not come to an end after a signal."""
+    if distributed.first_to_report():
+        print(
+            f"error: {name} came {distributed.STUCK_SECONDS} s ago, and the step in hand has not ended or is not saved. "
+            "If another process of this run is gone, which torchrun reports, it never will: the same command again "
+            f"goes on from the newest checkpoint in {config.run.dir}, if there is one",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
 def _saved_run(run_dir: Path) -> checkpoint.Saved | None:
     """The newest checkpoint of the run in this directory, or None if it has none."""
     checkpoint_dir.refuse_incomplete(run_dir)
@@ -183,7 +195,7 @@ def _train(config: RunConfig, tokenizer: Tokenizer, plan: Callable[..., Plan]) -
         )
         progress = Progress(schedule.total_tokens, tokens=trainer.tokens, bar=config.logging.progress)
         _watch(observers, config, run_dir, tracker, progress)
-    preemption = distributed.PreemptionFlag().install()
+    preemption = distributed.PreemptionFlag(stuck=partial(_say_stuck, config)).install()
     try:
         finished = trainer.fit(preemption)
     finally:

@@ -10,8 +10,11 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import sys
+import threading
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -25,6 +28,7 @@ import torch.distributed as dist
 from conf.build import ConfigError
 
 SIGNALS_TO_FORCE = 3
+STUCK_SECONDS = 20  # torchrun kills 30 s after its SIGTERM
 # How gloo and NCCL say that the process at the other end is gone. Their errors have no type of their own.
 PEER_GONE = re.compile(r"(closed|reset) by peer|Broken pipe|remote process exited|ncclRemoteError")
 
@@ -193,10 +197,13 @@ class PreemptionFlag:
     taken as impatience and interrupts at once.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, stuck: Callable[[str], None] = lambda name: None, seconds: float = STUCK_SECONDS) -> None:
+        """`stuck(name of the signal)` is called from a thread where the flag is still installed `seconds` later. NCCL
+        lets a process wait for one that is gone, and while it waits Python's handlers do not run."""
         self.received: str | None = None
         self._count = 0
         self._previous: dict[int, Any] = {}
+        self._stuck, self._seconds = stuck, seconds
 
     @property
     def requested(self) -> bool:
@@ -207,13 +214,31 @@ class PreemptionFlag:
         """Returns self, having replaced the handlers of SIGTERM and SIGINT (main thread only)."""
         for number in (signal.SIGTERM, signal.SIGINT):
             self._previous[number] = signal.signal(number, self._handle)
+        bell, self._ring = socket.socketpair()
+        self._ring.setblocking(False)
+        signal.set_wakeup_fd(self._ring.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, args=(bell,), daemon=True).start()
         return self
 
     def uninstall(self) -> None:
         """Puts the earlier handlers back."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        if self._previous:
+            signal.set_wakeup_fd(-1)
+            self._ring.close()
         self._previous.clear()
+
+    def _watch(self, bell: socket.socket) -> None:
+        """Waits for a signal, then for the end. What wakes it is written by C code the moment a signal arrives."""
+        with bell:
+            if number := bell.recv(1):
+                bell.settimeout(self._seconds)
+                try:
+                    while bell.recv(64):
+                        pass
+                except TimeoutError:
+                    self._stuck(signal.Signals(number[0]).name)
 
     def _handle(self, number: int, frame: Any) -> None:
         self.received = self.received or signal.Signals(number).name

@@ -4,6 +4,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 import torch
@@ -76,6 +78,41 @@ def test_a_signal_sets_the_flag_and_a_third_interrupts(number):
     finally:
         flag.uninstall()
     assert signal.getsignal(number) == before
+
+
+def test_a_process_that_waits_for_ever_says_so():
+    """Catches a message that needs Python's handlers: they do not run in a process that waits in C, as NCCL does for
+    one that is gone. Here that is a lock taken twice."""
+    code = """if True:
+        import ctypes, os, signal, threading
+        from train.distributed import PreemptionFlag
+
+        def stuck(name):
+            print(name, flag.received, flush=True)
+            os._exit(0)
+
+        flag = PreemptionFlag(stuck, seconds=0.1).install()
+        threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        libc, lock = ctypes.CDLL(None), ctypes.create_string_buffer(128)
+        libc.pthread_mutex_lock(lock)
+        libc.pthread_mutex_lock(lock)
+    """
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False, timeout=120, capture_output=True)
+    assert (ended.returncode, ended.stdout) == (0, b"SIGTERM None\n"), ended
+
+
+def test_a_process_that_stops_in_time_says_nothing():
+    """Catches a message about a run that was saved."""
+    said = []
+    flag = PreemptionFlag(said.append, seconds=0.2).install()
+    threads = threading.active_count()
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert flag.requested
+    flag.uninstall()
+    deadline = time.monotonic() + 60
+    while threading.active_count() >= threads and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert threading.active_count() == threads - 1 and not said
 
 
 def test_importing_reads_no_environment_and_no_deepspeed():
