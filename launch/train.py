@@ -130,7 +130,7 @@ def _say_stuck(config: RunConfig, name: str) -> None:
     """What is known of a process that does not come to an end after a signal."""
     if distributed.first_to_report():
         print(
-            f"error: {name} came {distributed.STUCK_SECONDS} s ago, and the step in hand has not ended or is not saved. "
+            f"error: {name} came {distributed.STUCK_SECONDS} s ago; the step in hand has not ended or is not saved. "
             "If another process of this run is gone, which torchrun reports, it never will: the same command again "
             f"goes on from the newest checkpoint in {config.run.dir}, if there is one",
             file=sys.stderr,
