@@ -63,7 +63,7 @@ KEYS = {
     "heads": "heads (default 1)",
     "full_last": "numbers of full layers (default 0,1,3,5,10 and all)",
     "seeds": "how many (default 3)",
-    "pretrain_tokens": "budget of pretraining (default 2M)",
+    "pretrain_tokens": "budget of pretraining (default 3M)",
     "sft_tokens": "budget of each fine-tuning (default 400K)",
     "batch_tokens": "tokens a step (default 4K)",
     "lr": "peak of pretraining (default 3e-3); fine-tuning takes a third of it, and all of it with base=",
@@ -88,7 +88,7 @@ def main() -> None:
         "layers": load_trained(bases[0], "cpu").config.model.num_layers if bases else int(values.get("layers", 12)),
         "hidden": int(values.get("hidden", 64)),
         "heads": int(values.get("heads", 1)),
-        "pretrain_tokens": parse_tokens(values.get("pretrain_tokens", "2M")),
+        "pretrain_tokens": parse_tokens(values.get("pretrain_tokens", "3M")),
         "sft_tokens": parse_tokens(values.get("sft_tokens", "400K")),
         "batch_tokens": parse_length(values.get("batch_tokens", "4K")),
         "lr": float(values.get("lr", 3e-3)),
@@ -153,6 +153,8 @@ def pretrain(work: Path, setting: dict, seed: int) -> Path:
         *(f"model.{key}={value}" for key, value in shape.items()),
         *_recall("mqar", setting, ", repeats: 7"),
         "optim.lr.warmup_tokens=2%",
+        # What is looked up is learnt all of a sudden, sooner or later: the rate must not have fallen by then.
+        "optim.lr.kind=wsd",
     ]
     _train(folder, setting, seed, overrides, setting["pretrain_tokens"], setting["lr"], full_last=0)
     return folder
