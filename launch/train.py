@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -113,11 +114,12 @@ def _mistakes_in_words(config: RunConfig) -> Iterator[None]:
 
 def _leave_lost_run(config: RunConfig) -> NoReturn:
     """Ends this process: another one is gone, and nothing that all take part in can be done any more."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's comes at this moment, and nothing would be said
     if distributed.first_to_report():
         print(
-            "error: another process of this run has ended, so the run ends here. Its own message, or the signal that "
-            "ended it, is in torchrun's report. The same command again goes on from the newest checkpoint in "
-            f"{config.run.dir}, if there is one",
+            "error: another process of this run has ended, so all end. If it did not say why, torchrun's report names "
+            f"it and its signal. What was done after the newest checkpoint in {config.run.dir} is lost; the same "
+            "command again goes on from there, or from the start if there is none",
             file=sys.stderr,
             flush=True,
         )
@@ -199,9 +201,9 @@ def _train(config: RunConfig, tokenizer: Tokenizer, plan: Callable[..., Plan]) -
     try:
         finished = trainer.fit(preemption)
     finally:
-        preemption.uninstall()
         if world.is_main:
             progress.close()
+        preemption.uninstall()
     if world.is_main:
         _say_goodbye(finished, preemption, config, trainer)
         tracker.finish()

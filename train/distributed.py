@@ -29,8 +29,8 @@ from conf.build import ConfigError
 
 SIGNALS_TO_FORCE = 3
 STUCK_SECONDS = 20  # torchrun kills 30 s after its SIGTERM
-# How gloo and NCCL say that the process at the other end is gone. Their errors have no type of their own.
-PEER_GONE = re.compile(r"(closed|reset) by peer|Broken pipe|remote process exited|ncclRemoteError")
+# How gloo and NCCL say that the process at the other end is gone. No type of error stands for that alone.
+PEER_GONE = re.compile(r"(closed|reset) by (remote )?peer|Broken pipe|remote process exited|ncclRemoteError")
 
 
 @dataclass(frozen=True)
@@ -163,13 +163,20 @@ def drop_if_empty(*names: str) -> None:
 
 
 def lost_peer(error: RuntimeError) -> bool:
-    """Whether this is a collective that failed because another process of the run has ended."""
-    return PEER_GONE.search(str(error)) is not None
+    """Whether this is a collective that failed because another process of the run has ended.
+
+    gloo raises a plain RuntimeError that names its source file, NCCL a DistBackendError. NCCL raises that for memory
+    and mistaken use as well, so the text has to say it, too.
+    """
+    text = str(error)
+    return (isinstance(error, dist.DistError) or "gloo/" in text) and PEER_GONE.search(text) is not None
 
 
 def first_to_report() -> bool:
     """True in the first process of the run that asks, also when others, rank 0 among them, are gone: what counts is
-    kept by torchrun."""
+    kept by torchrun. Without torchrun rank 0 would keep it, so there it is True in each."""
+    if not (dist.is_initialized() and dist.is_torchelastic_launched()):
+        return True
     try:
         return dist.distributed_c10d._get_default_store().add("reports", 1) == 1
     except RuntimeError:  # torchrun is gone, too

@@ -19,6 +19,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 import torch
 import yaml
@@ -31,6 +32,7 @@ from launch_runs import (
     SWITCH,
     Act,
     assert_close_course,
+    assert_lost,
     assert_same_run,
     assert_tidy,
     course,
@@ -246,15 +248,14 @@ def test_a_stop_within_a_log_interval_leaves_its_line_whole(launcher, command, h
 
 def test_ranks_may_come_and_go(launcher, command, house, whole):
     """Catches data, sums or weights that depend on the number of ranks: a run of two under torchrun has a rank killed
-    and goes on alone; one alone is killed, goes on as two under torchrun, and is stopped by SIGTERM. Each part has
-    the uninterrupted run's losses. Also a survivor that leaves a traceback, says nothing, or hangs."""
+    and goes on alone; one alone is killed, goes on as two under torchrun, loses its other rank, and is stopped by
+    SIGTERM. Each part has the uninterrupted run's losses. Also a survivor, rank 0 or not, that leaves a traceback, says
+    nothing, or hangs."""
     run_dir = house.runs / "two-one"
     process = start_real(command("two-one"), house.root, num_ranks=2)
     wait_until(lambda: has_lines(run_dir, 4), process)
     os.kill(rank_0(run_dir), signal.SIGKILL)
-    ended = finish_real(process)
-    assert ended.code > 0 and "finished:" not in ended.out, ended
-    assert ended.err.count("error: another process of this run has ended") == 1 and "[rank" not in ended.err, ended
+    assert_lost(finish_real(process))
     assert read_metrics(run_dir / "metrics.jsonl")[0]["num_devices"] == 2
     ended = launcher.run(command("two-one"))
     assert ended.code == 0 and "continuing from" in ended.out, ended
@@ -263,6 +264,11 @@ def test_ranks_may_come_and_go(launcher, command, house, whole):
     ended = launcher.run(command("one-two"), act=Act(LINE, 9))
     assert ended.code == -signal.SIGKILL, ended
     run_dir = house.runs / "one-two"
+    before = len(train_losses(run_dir))
+    process = start_real(command("one-two"), house.root, num_ranks=2)
+    wait_until(lambda: has_lines(run_dir, before + 1), process)
+    next(rank for rank in psutil.Process(process.pid).children() if rank.pid != rank_0(run_dir)).kill()
+    assert_lost(finish_real(process))
     before = len(train_losses(run_dir))
     process = start_real(command("one-two"), house.root, num_ranks=2)
     wait_until(lambda: has_lines(run_dir, before + 1), process)
@@ -275,11 +281,13 @@ def test_ranks_may_come_and_go(launcher, command, house, whole):
 
 
 def test_two_ranks_repeat_bit_for_bit(launcher, command, house, whole):
-    """Catches sums over ranks that are resumed in another order, and state that only rank 0 saves."""
+    """Catches sums over ranks that are resumed in another order, state that only rank 0 saves, and a survivor that
+    says anything but one line where the other is killed in a save."""
     for ended in launcher.run_ranks(command("two"), 2):
         assert ended.code == 0, ended
-    first, _ = launcher.run_ranks(command("two-killed"), 2, act=Act(f"os.rename {SAVE.format(SWITCH)}"))
+    first, second = launcher.run_ranks(command("two-killed"), 2, act=Act(f"os.rename {SAVE.format(SWITCH)}"))
     assert first.code == -signal.SIGKILL, first
+    assert second.code and second.err.count("\n") == second.err.count("error: another process") == 1, second
     for ended in launcher.run_ranks(command("two-killed"), 2):
         assert ended.code == 0, ended
     assert course(house.runs / "two-killed") == course(house.runs / "two")

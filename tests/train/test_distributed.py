@@ -9,6 +9,7 @@ import time
 
 import pytest
 import torch
+import torch.distributed as dist
 from engine_runs import ROOT
 
 from train import distributed
@@ -45,21 +46,74 @@ def test_an_unknown_device_is_refused():
         distributed.init("gpu")
 
 
+def test_every_collective_knows_a_killed_peer(tmp_path):
+    """Catches words of gloo that are not known, in the first collective after a real kill or in later ones, and the
+    error of a wrong call that is taken for it."""
+    code = """if True:
+        import os, signal, sys
+        import torch
+        import torch.distributed as dist
+        from train import distributed
+
+        def said(call):
+            try:
+                call()
+            except RuntimeError as error:
+                return distributed.lost_peer(error), str(error)
+
+        rank = int(sys.argv[2])
+        dist.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=rank, world_size=2)
+        wrong = said(lambda: dist.broadcast(torch.ones(2, 2).to_sparse(), src=0))
+        assert wrong and not wrong[0], wrong
+        distributed.barrier()
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        collectives = {
+            "large": lambda: distributed.all_reduce_sum(torch.ones(1 << 22)),
+            "small": lambda: distributed.any_rank(torch.ones(1)),
+            "barrier": distributed.barrier,
+            "gather": lambda: distributed.gather_objects(rank),
+            "receive": lambda: distributed.broadcast_object(rank, src=1),
+            "send": lambda: distributed.broadcast_object(rank),
+        }
+        order = sys.argv[3:] + [name for name in collectives if name not in sys.argv[3:]]
+        for name in order:
+            print(name, *said(collectives[name]), flush=True)
+        os._exit(0)  # as launch/train.py does: the usual way out takes gloo's threads down while they run
+    """
+    for first in ("large", "gather"):
+        command = [sys.executable, "-c", code, str(tmp_path / first)]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        ranks = [subprocess.Popen([*command, str(rank), first], cwd=ROOT, **pipes) for rank in range(2)]
+        (out, err), _ = [rank.communicate(timeout=120) for rank in ranks]
+        assert [rank.returncode for rank in ranks] == [0, -signal.SIGKILL], out + err
+        lines = out.splitlines()
+        assert len(lines) == 6 and lines[0].startswith(first) and all(line.split()[1] == "True" for line in lines), out
+
+
 @pytest.mark.parametrize(
-    ("text", "lost"),
+    ("error", "lost"),
     [
-        ("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:24464", True),
-        ("[gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:50870: Connection reset by peer", True),
-        ("NCCL error in: ncclRemoteError: A call failed possibly due to a network error", True),
-        ("NCCL error in: ncclInvalidUsage: Duplicate GPU detected", False),
-        ("mat1 and mat2 shapes cannot be multiplied (2x3 and 4x5)", False),
-        ("CUDA out of memory. Tried to allocate 2.00 GiB", False),
+        (RuntimeError("[gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:50870: Connection reset by peer"), True),
+        (dist.DistBackendError("NCCL error in: ncclRemoteError: A call failed possibly due to a network error"), True),
+        (dist.DistBackendError("ncclSystemError: socketProgress: Connection closed by remote peer host<5>"), True),
+        (dist.DistBackendError("NCCL error in: ncclInvalidUsage: Duplicate GPU detected"), False),
+        (dist.DistBackendError("ncclUnhandledCudaError: Last error: Cuda failure 2 'out of memory'"), False),
+        (RuntimeError("[gloo/allreduce.cc:25] Enforce fail: size of inputs does not match"), False),
+        (RuntimeError("the download failed: Connection reset by peer"), False),
+        (RuntimeError("Broken pipe"), False),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), False),
     ],
 )
-def test_a_lost_peer_is_told_from_a_bug(text, lost):
-    """Catches a bug whose traceback is taken for the end of another process, and the reverse. Real kills are in
-    tests/launch/test_train.py."""
-    assert distributed.lost_peer(RuntimeError(text)) is lost
+def test_a_lost_peer_is_told_from_a_bug(error, lost):
+    """Catches a bug whose traceback is taken for the end of another process, and the reverse, in words that no CPU run
+    brings about."""
+    assert distributed.lost_peer(error) is lost
+
+
+def test_the_end_of_a_process_can_be_reported_before_the_group_is_there():
+    """Catches a traceback in place of the report."""
+    assert distributed.first_to_report()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
