@@ -99,6 +99,7 @@ def test_a_failed_run_is_a_result_and_leaves_no_process(tmp_path):
         ([], 0, ["device=cuda", "no GPU", "device=cpu"]),
         (["gpus=1,4096"], 2, ["gpus=1,4096", "this host: 2; use gpus=1, or device=cpu"]),
         (["gpus=4"], 2, ["gpus=4", "use gpus=2,"]),
+        (["gpus=2"], 1, ["gpus=2: GPUs on this host: 1; use gpus=1, or device=cpu"]),
         (["device=cpu", "schedule.seq_len=4K"], 0, ["schedule.seq_len=4K", "seq_len"]),
         (["device=cpu", "gpus=1"], 0, ["gpus=1", "2 or more"]),
     ],
