@@ -176,7 +176,7 @@ def _study(values: dict[str, str], to: Path, overrides: list[str]) -> Study:
         raise UsageError(f"device={device}: choose cuda or cpu")
     if device == "cuda" and not there:
         raise UsageError("device=cuda: torch sees no GPU here; device=cpu measures processes on the CPU")
-    default = ",".join(str(n) for n in (1, 2, 4, 8) if n <= there) or "1" if device == "cuda" else "1,2"
+    default = ",".join(str(n) for n in (1, 2, 4, 8) if n <= there) if device == "cuda" else "1,2"
     gpus = _numbers(values, "gpus", default, least=1)
     if device == "cuda" and max(gpus) > there:
         fit = ",".join(str(n) for n in gpus if n <= there) or there
@@ -284,9 +284,7 @@ def kill(study: Study, setup: Setup) -> dict:
         starts = [r["tokens"] for r in read_metrics(folder / FILE_NAME) if r["kind"] == "run"]
         return {
             "seconds_until_all_ended": None if alive else round(seconds, 1),
-            "message": next(
-                (text for line in said if (text := plain(line)).startswith("error: another process")), None
-            ),
+            "message": next((text for line in said if (text := plain(line)).startswith("error: ")), None),
             "lines_said": len(said),
             "continued_from_step": starts[-1] // batch,
             **_compared(study, {"losses": [r["loss"] for r in train_lines(folder)[: study.loss_steps]]}, whole),

@@ -38,14 +38,14 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
-from benchmarks.study import read_json, run_all, split  # noqa: E402
+from benchmarks.study import origin, read_json, run_all, split  # noqa: E402
 from conf.numbers import parse_length, parse_tokens  # noqa: E402
 from data.packing import IGNORED  # noqa: E402
 from data.sources import open_validation  # noqa: E402
 from data.tokenizer import load_tokenizer  # noqa: E402
 from data.validation import held_out_documents  # noqa: E402
 from evals.loading import load_trained  # noqa: E402
-from evals.results import short_commit, write_json  # noqa: E402
+from evals.results import write_json  # noqa: E402
 from launch.cli import UsageError, exits_on, key_values  # noqa: E402
 from train.generation import Sampling, generate  # noqa: E402
 from train.metrics import FILE_NAME, read_metrics  # noqa: E402
@@ -113,8 +113,7 @@ def main() -> None:
     if bases is None:
         bases = run_all(lambda seed: pretrain(work, setting, seed), seeds, jobs)
     results = {
-        "command": " ".join(["python benchmarks/sft_layers.py", *_said(sys.argv[1:])]),
-        "commit": values.get("commit") or short_commit(),
+        **origin(sys.argv[1:], values.get("commit")),
         "hardware": _hardware(),
         "unit": "nats a learnt token, held-out documents, at the end of fine-tuning",
         "setting": setting,
@@ -151,7 +150,7 @@ def pretrain(work: Path, setting: dict, seed: int) -> Path:
     overrides = [
         "model=tiny",
         *(f"model.{key}={value}" for key, value in shape.items()),
-        *_recall("mqar", setting, ", repeats: 7"),
+        *_recall("mqar", ", repeats: 7"),
         "optim.lr.warmup_tokens=2%",
         # What is looked up is learnt all of a sudden, sooner or later: the rate must not have fallen by then.
         "optim.lr.kind=wsd",
@@ -160,14 +159,12 @@ def pretrain(work: Path, setting: dict, seed: int) -> Path:
     return folder
 
 
-def _recall(task: str, setting: dict, more: str = "") -> list[str]:
+def _recall(task: str, more: str = "") -> list[str]:
     """Overrides for a task of data/synthetic.py; `more` goes to the training documents alone."""
     return [
         f"data=synthetic/{task}",
         f"data.sources.{task}.synthetic={{task: {task}, {RECALL}{more}}}",
         f"data.validation.synthetic={{task: {task}, {RECALL}}}",
-        f"eval.documents={setting['held_out']}",
-        "eval.every_tokens=0",
         "optim.weight_decay=0.01",
     ]
 
@@ -180,8 +177,6 @@ def _chat(setting: dict) -> list[str]:
         f"data.path={conversations}",
         "data.chat_template=plain",
         f"data.validation={{path: '{conversations}', format: chat}}",
-        f"eval.documents={setting['held_out']}",
-        "eval.every_tokens=0",
     ]
 
 
@@ -192,7 +187,7 @@ def fine_tune(work: Path, setting: dict, seed: int, full_last: int, base: Path) 
     if kept.exists():
         return read_json(kept)
     own = setting["base"] is None
-    data = _recall("multi_query", setting) if own else _chat(setting)
+    data = _recall("multi_query") if own else _chat(setting)
     lr = setting["lr"] / 3 if own else setting["lr"]
     overrides = ["model=from_source", f"init.source={base}", *data]
     _train(folder, setting, seed, overrides, setting["sft_tokens"], lr, full_last)
@@ -232,6 +227,8 @@ def _train(folder: Path, setting: dict, seed: int, overrides: Sequence[str], tok
         "schedule.stages.sparse.attention.full_last": full_last,
         "optim.lr.peak": lr,
         "optim.lr.warmup_tokens": "10%",
+        "eval.documents": setting["held_out"],
+        "eval.every_tokens": 0,
         "checkpoint.every_tokens": 0,
         "logging.wandb": "disabled",
         "logging.figures": "false",
@@ -359,11 +356,6 @@ def _show(results: dict) -> None:
     for row in results["rows"]:
         if row["seed"] == 0:
             print(f"{row['full_last']} full layers: {row['answers']}")
-
-
-def _said(arguments: Sequence[str]) -> list[str]:
-    """The arguments without what only this machine needs."""
-    return [a for a in arguments if not a.startswith(("commit=", "work="))]
 
 
 def _hardware() -> str:

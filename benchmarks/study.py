@@ -85,7 +85,7 @@ def _launch(script: str, arguments: Sequence[str], run: Path, log: bool) -> None
 def origin(arguments: Sequence[str], label: str | None) -> dict[str, str | None]:
     """What the results of a study carry: the commit (`label`, or that of this checkout), and the command without paths
     of this machine."""
-    kept = [a for a in arguments if not a.startswith(("to=", "runs=", "data.cache_dir=", "commit="))]
+    kept = [a for a in arguments if not a.startswith(("to=", "runs=", "work=", "data.cache_dir=", "commit="))]
     command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *kept])
     return {"commit": label or commit(), "command": command}
 

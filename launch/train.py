@@ -115,14 +115,11 @@ def _mistakes_in_words(config: RunConfig) -> Iterator[None]:
 def _leave_lost_run(config: RunConfig) -> NoReturn:
     """Ends this process: another one is gone, and nothing that all take part in can be done any more."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's comes at this moment, and nothing would be said
-    if distributed.first_to_report():
-        print(
-            "error: another process of this run has ended, so all end. If it did not say why, torchrun's report names "
-            f"it and its signal. What was done after the newest checkpoint in {config.run.dir} is lost; the same "
-            "command again goes on from there, or from the start if there is none",
-            file=sys.stderr,
-            flush=True,
-        )
+    _report_once(
+        "another process of this run has ended, so all end. If it did not say why, torchrun's report names it and "
+        f"its signal. What was done after the newest checkpoint in {config.run.dir} is lost; the same command again "
+        "goes on from there, or from the start if there is none"
+    )
     sys.stdout.flush()
     time.sleep(TORCHRUN_SECONDS)
     os._exit(EXIT_LOST)  # the usual way out waits for the others, and with NCCL for a long time
@@ -130,14 +127,17 @@ def _leave_lost_run(config: RunConfig) -> NoReturn:
 
 def _say_stuck(config: RunConfig, name: str) -> None:
     """What is known of a process that does not come to an end after a signal."""
+    _report_once(
+        f"{name} came {distributed.STUCK_SECONDS} s ago; the step in hand has not ended or is not saved. If another "
+        "process of this run is gone, which torchrun reports, it never will: the same command again goes on from the "
+        f"newest checkpoint in {config.run.dir}, if there is one"
+    )
+
+
+def _report_once(text: str) -> None:
+    """Says it, unless another process of the run has reported something."""
     if distributed.first_to_report():
-        print(
-            f"error: {name} came {distributed.STUCK_SECONDS} s ago; the step in hand has not ended or is not saved. "
-            "If another process of this run is gone, which torchrun reports, it never will: the same command again "
-            f"goes on from the newest checkpoint in {config.run.dir}, if there is one",
-            file=sys.stderr,
-            flush=True,
-        )
+        print(f"error: {text}", file=sys.stderr, flush=True)
 
 
 def _saved_run(run_dir: Path) -> checkpoint.Saved | None:
