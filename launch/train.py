@@ -199,10 +199,14 @@ def _train(config: RunConfig, tokenizer: Tokenizer, plan: Callable[..., Plan]) -
         _watch(observers, config, run_dir, tracker, progress)
     preemption = distributed.PreemptionFlag(stuck=partial(_say_stuck, config)).install()
     try:
-        finished = trainer.fit(preemption)
+        # In here as well: torchrun's SIGTERM must not end a process that is about to say that another one is lost.
+        with _mistakes_in_words(config):
+            try:
+                finished = trainer.fit(preemption)
+            finally:
+                if world.is_main:
+                    progress.close()
     finally:
-        if world.is_main:
-            progress.close()
         preemption.uninstall()
     if world.is_main:
         _say_goodbye(finished, preemption, config, trainer)
