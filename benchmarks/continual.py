@@ -45,8 +45,8 @@ from evals.statistics import clustered_mean, half_width  # noqa: E402
 from launch.cli import exits_on, key_values  # noqa: E402
 from launch.config import load  # noqa: E402
 from moba.spec import AttentionSpec  # noqa: E402
-from train.checkpoint_dir import CheckpointError, checkpoints  # noqa: E402
-from train.metrics import FILE_NAME, describe_plan, read_metrics  # noqa: E402
+from train.checkpoint.checkpoint_dir import CheckpointError, checkpoints  # noqa: E402
+from train.record.metrics import FILE_NAME, describe_plan, read_metrics  # noqa: E402
 from train.schedule import build_schedule  # noqa: E402
 
 KEYS = {

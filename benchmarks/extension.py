@@ -29,9 +29,9 @@ from conf.numbers import format_length  # noqa: E402
 from evals.figures import length_axis, save  # noqa: E402
 from evals.results import short_commit  # noqa: E402
 from launch.cli import exits_on, key_values  # noqa: E402
-from train import checkpoint  # noqa: E402
-from train.metrics import FILE_NAME, read_metrics  # noqa: E402
-from train.position_loss import PositionCurve  # noqa: E402
+from train.checkpoint import store  # noqa: E402
+from train.record.metrics import FILE_NAME, read_metrics  # noqa: E402
+from train.record.position_loss import PositionCurve  # noqa: E402
 
 KEYS = {
     "to": "folder of the results",
@@ -133,8 +133,8 @@ def compare(one: Path, chain: list[Path]) -> dict:
     if ours != theirs:
         first = next((a, b) for a, b in zip(ours, theirs) if a != b)
         raise SystemExit(f"the chain is not the one run: {first[0]} against {first[1]}")
-    ends = [checkpoint.newest(folder) for folder in (one, chain[-1])]
-    loaders = [checkpoint.read(path).state["loader"] for path in ends]
+    ends = [store.newest(folder) for folder in (one, chain[-1])]
+    loaders = [store.read(path).state["loader"] for path in ends]
     if loaders[0] != loaders[1]:
         raise SystemExit(f"the chain stands elsewhere in the data: {loaders[0]} against {loaders[1]}")
     files = sorted(path.name for path in ends[0].glob("*-of-*.safetensors"))

@@ -37,9 +37,9 @@ from evals.results import short_commit  # noqa: E402
 from evals.statistics import half_width  # noqa: E402
 from launch.cli import UsageError, exits_on, key_values  # noqa: E402
 from launch.config import detect_hardware, load  # noqa: E402
-from train.metrics import FILE_NAME, read_metrics  # noqa: E402
-from train.plan import make_plan  # noqa: E402
-from train.position_loss import PositionCurve  # noqa: E402
+from train.plan.plan import make_plan  # noqa: E402
+from train.record.metrics import FILE_NAME, read_metrics  # noqa: E402
+from train.record.position_loss import PositionCurve  # noqa: E402
 
 KEYS = {
     "corpus": "folder of parquet files: prepare the documents and stop",

@@ -29,7 +29,7 @@ from evals.figures import save, token_axis
 from evals.results import write_json
 from evals.swap import VARIANTS
 from launch.cli import UsageError, exits_on, key_values
-from train.metrics import FILE_NAME, read_metrics
+from train.record.metrics import FILE_NAME, read_metrics
 
 GATE = "schedule.stages.sparse.attention.gate"
 RECIPES = {

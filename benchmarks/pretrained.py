@@ -26,7 +26,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from train import distributed  # noqa: E402 - first: it decides what torch reads when it is imported
+from train.engine.world import init_world, shutdown  # noqa: E402 - first: decides what torch reads
 
 # isort: split
 import torch  # noqa: E402
@@ -49,9 +49,10 @@ from evals.statistics import half_width  # noqa: E402
 from launch import export  # noqa: E402
 from launch.cli import exits_on, key_values  # noqa: E402
 from launch.config import load  # noqa: E402
-from train import checkpoint, hf, source_files  # noqa: E402
-from train.model import Decoder  # noqa: E402
-from train.optim import build_engine  # noqa: E402
+from train.checkpoint import store  # noqa: E402
+from train.engine.optim import build_engine  # noqa: E402
+from train.hf import pretrained, source_files  # noqa: E402
+from train.model.decoder import Decoder  # noqa: E402
 
 KEYS = {
     "model": "Hugging Face directory of the model",
@@ -68,7 +69,7 @@ BUCKET = 2048
 FEW = 5  # clusters below which an interval says nothing
 
 
-@exits_on(ConfigError, DataError, checkpoint.CheckpointError)
+@exits_on(ConfigError, DataError, store.CheckpointError)
 def main() -> None:
     """The command; see the module's text."""
     values = key_values(sys.argv[1:], KEYS, about=__doc__, required=["model", "documents", "to"])
@@ -148,13 +149,13 @@ def import_and_export(directory: Path) -> dict[str, Any]:
     by its SHA-256, config.json key by key, and the tokenizer's files byte by byte."""
     before = _digests(directory)
     dtype = {torch.bfloat16: "bf16", torch.float32: "fp32"}[next(iter(before.values()))[0]]
-    world = distributed.init("cpu")
+    world = init_world("cpu")
     config = load(["+exp=quickstart", "model=from_source", f"init.source={directory}"])
     engine = build_engine(Decoder(config.model, config.model.vocab_size), config, world)
-    hf.load_engine(engine, config.model, directory)
+    pretrained.load_engine(engine, config.model, directory)
     with tempfile.TemporaryDirectory() as folder:
         run, out = Path(folder) / "run", Path(folder) / "out"
-        checkpoint.save(
+        store.save(
             run,
             engine,
             tokens=1000,
@@ -166,11 +167,13 @@ def import_and_export(directory: Path) -> dict[str, Any]:
         )
         source_files.keep(config, run, directory)
         engine.destroy()
-        distributed.shutdown()
+        shutdown()
         export.main([f"run={run}", f"to={out}", f"dtype={dtype}"])
         after = _digests(out)
-        files = sorted(path.name for path in out.iterdir() if path.suffix != ".safetensors" and path.name != hf.CONFIG)
-        raw = [json.loads((path / hf.CONFIG).read_text()) for path in (directory, out)]
+        files = sorted(
+            path.name for path in out.iterdir() if path.suffix != ".safetensors" and path.name != pretrained.CONFIG
+        )
+        raw = [json.loads((path / pretrained.CONFIG).read_text()) for path in (directory, out)]
         return {
             "tensors": len(before),
             "tensors_equal": sum(after.get(name) == digest for name, digest in before.items()),
@@ -186,7 +189,7 @@ def import_and_export(directory: Path) -> dict[str, Any]:
 def _digests(directory: Path) -> dict[str, tuple[torch.dtype, str]]:
     """Tensor name -> (dtype, SHA-256 of its bytes)."""
     digests = {}
-    for file in sorted(set(hf.weight_map(directory).values())):
+    for file in sorted(set(pretrained.weight_map(directory).values())):
         with safe_open(directory / file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 - not a dict
                 tensor = tensors.get_tensor(name).contiguous()

@@ -17,14 +17,14 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:] = [str(ROOT)] + [p for p in sys.path if Path(p or ".").resolve() != ROOT / "benchmarks"]
 
-from train import distributed  # noqa: E402 - first: it decides what torch reads when it is imported
+from train.engine.world import launch_environment  # noqa: E402 - first: decides what torch reads
 
 # isort: split
 import torch  # noqa: E402
 from torch.profiler import ProfilerActivity  # noqa: E402
 
 from benchmarks.study import steps_logged  # noqa: E402
-from train.model import Decoder  # noqa: E402
+from train.model.decoder import Decoder  # noqa: E402
 
 
 class Profile:
@@ -54,7 +54,7 @@ class Profile:
 
 def main(trace: str, first: str, last: str, *overrides: str) -> None:
     """Trains; see the module's text."""
-    if distributed.launched().rank == 0:
+    if launch_environment().rank == 0:
         run_dir = next(text.removeprefix("run.dir=") for text in overrides if text.startswith("run.dir="))
         # Kernels alone where there is a GPU: the host's operators would make the trace ten times as large, and slower.
         on_gpu = torch.cuda.is_available() and "run.device=cpu" not in overrides

@@ -30,7 +30,7 @@ from evals.position_loss import Evaluation, load_evaluation
 from evals.results import write_json
 from evals.statistics import clustered_mean
 from launch.cli import exits_on, key_values
-from train.metrics import FILE_NAME, read_metrics
+from train.record.metrics import FILE_NAME, read_metrics
 
 RECIPES = {"moba": "moba_only", "moba_then_full": "moba_then_full", "full": "full_only"}
 STAGES = {"moba": ["sparse"], "moba_then_full": ["sparse", "full"], "full": ["full"]}

@@ -45,7 +45,7 @@ from benchmarks.study import origin, speeds, split, steps_logged  # noqa: E402
 from conf.numbers import format_length, parse_length  # noqa: E402
 from launch.cli import UsageError, exits_on, key_values  # noqa: E402
 from launch.config import detect_hardware, load  # noqa: E402
-from train.metrics import FILE_NAME, read_metrics  # noqa: E402
+from train.record.metrics import FILE_NAME, read_metrics  # noqa: E402
 
 KEYS = {
     "to": "folder of the results",

@@ -15,7 +15,7 @@ import psutil
 
 from benchmarks.study import ROOT, read_json, steps_logged
 from evals.results import write_json
-from train.metrics import FILE_NAME, read_metrics
+from train.record.metrics import FILE_NAME, read_metrics
 
 STALL_SECONDS, ENDED_SECONDS = 900, 120
 OUT_OF_MEMORY = "out of memory"

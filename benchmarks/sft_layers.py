@@ -47,8 +47,8 @@ from data.validation import held_out_documents  # noqa: E402
 from evals.loading import load_trained  # noqa: E402
 from evals.results import write_json  # noqa: E402
 from launch.cli import UsageError, exits_on, key_values  # noqa: E402
-from train.generation import Sampling, generate  # noqa: E402
-from train.metrics import FILE_NAME, read_metrics  # noqa: E402
+from train.model.generation import Sampling, generate  # noqa: E402
+from train.record.metrics import FILE_NAME, read_metrics  # noqa: E402
 
 KEYS = {
     "to": "results: <to>.json and <to>.png",

@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 
 from evals.results import commit  # noqa: E402
 from launch.config import load  # noqa: E402
-from train.metrics import FILE_NAME  # noqa: E402
+from train.record.metrics import FILE_NAME  # noqa: E402
 
 SPEEDS = ("tokens_per_second", "tflops", "mfu", "mfu_dense_equivalent", "attended_share")
 

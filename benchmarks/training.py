@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.study import speeds  # noqa: E402
 from evals.results import short_commit  # noqa: E402
 from launch.cli import exits_on, key_values  # noqa: E402
-from train.metrics import FILE_NAME, read_metrics  # noqa: E402
+from train.record.metrics import FILE_NAME, read_metrics  # noqa: E402
 
 KEYS = {
     "to": "folder of the results",

@@ -36,7 +36,7 @@ class ModelConfig:
     ffn_size: int = 384
     """Width of the SwiGLU hidden layer."""
     vocab_size: int | None = None
-    """Rows of the embedding; null = the tokenizer's size rounded up to a multiple of 128 (train/sizes.py)."""
+    """Rows of the embedding; null = the tokenizer's size rounded up to a multiple of 128 (train/model/sizes.py)."""
     tie_embeddings: bool = True
     """One matrix for the embedding and the output projection."""
     qkv_bias: bool = False

@@ -17,7 +17,7 @@ from matplotlib.ticker import FuncFormatter
 
 from conf.numbers import format_count, format_length
 from evals.statistics import half_width
-from train.position_loss import PositionCurve
+from train.record.position_loss import PositionCurve
 
 Boundaries = Sequence[tuple[int, str]]  # (tokens at which a stage starts, its name)
 

@@ -19,13 +19,13 @@ from conf.schema import AttentionConfig, DataConfig, RunConfig, ScheduleConfig, 
 from conf.validate import freeze
 from data.tokenizer import load_tokenizer
 from moba.spec import AttentionSpec
-from train import hf, source_files
-from train.checkpoint import load_weights, read
-from train.checkpoint_dir import find
-from train.model import Decoder
-from train.optim import resolve_precision
+from train.checkpoint.checkpoint_dir import find
+from train.checkpoint.store import load_weights, read
+from train.engine.optim import resolve_precision
+from train.hf import pretrained, source_files
+from train.model.decoder import Decoder
+from train.model.sizes import embedding_rows
 from train.schedule import Stage, build_schedule, last_moba
-from train.sizes import embedding_rows
 
 
 @dataclass
@@ -52,7 +52,7 @@ def load_trained(source: Path | str, device: str | torch.device = "auto") -> Tra
     can put right.
     """
     target = device if isinstance(device, torch.device) else resolve_device(device)
-    if (Path(source).expanduser() / hf.CONFIG).is_file():
+    if (Path(source).expanduser() / pretrained.CONFIG).is_file():
         return _load_pretrained(Path(source).expanduser(), target)
     checkpoint = find(Path(source).expanduser())
     saved = read(checkpoint)
@@ -73,10 +73,10 @@ def load_trained(source: Path | str, device: str | torch.device = "auto") -> Tra
 
 def _load_pretrained(directory: Path, device: torch.device) -> TrainedModel:
     """The model of a Hugging Face directory, with the tokenizer that lies there, as if trained in one stage."""
-    shape = hf.read_shape(directory)
+    shape = pretrained.read_shape(directory)
     shape = replace(shape, loss_tile=parse_length(shape.loss_tile))
     model = Decoder(shape, shape.vocab_size)
-    hf.load_weights(model, shape, directory)
+    pretrained.load_weights(model, shape, directory)
     model.to(device=device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32).eval()
     length = shape.pretrained_length
     only = StageConfig(tokens=length, seq_len=length, batch_tokens=length, attention=AttentionConfig(kind="full"))
@@ -85,7 +85,7 @@ def _load_pretrained(directory: Path, device: torch.device) -> TrainedModel:
         data=DataConfig(tokenizer=str(directory)),
         schedule=ScheduleConfig(tokens=length, stages={"pretrained": only}),
     )
-    stage = replace(build_schedule(config).stages[0], attention=hf.read_plan(directory, shape.num_layers))
+    stage = replace(build_schedule(config).stages[0], attention=pretrained.read_plan(directory, shape.num_layers))
     model.set_attention(stage.attention)
     return TrainedModel(model, config, stage, tokens=0, checkpoint=directory, device=device)
 

@@ -29,7 +29,7 @@ import torch
 from data.packing import IGNORED, Batch
 from evals.figures import plot_curves
 from evals.statistics import clustered_mean
-from train.position_loss import PositionCurve, Trailing, bucket_edges, default_num_buckets
+from train.record.position_loss import PositionCurve, Trailing, bucket_edges, default_num_buckets
 
 FORMAT = 2
 FIXED_POINT = 2.0**32

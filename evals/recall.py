@@ -29,7 +29,7 @@ from evals.results import write_json
 from evals.statistics import Estimate, clustered_mean, wilson
 from evals.swap import VARIANTS, under, variant
 from moba.spec import AttentionSpec
-from train.model import Decoder
+from train.model.decoder import Decoder
 
 MIN_BLOCKS = 32
 MAX_SEEN = 1 / 8

@@ -28,7 +28,7 @@ from evals.paired import difference
 from evals.results import commit
 from evals.run_files import ReportError, Run, read_run, unique_names
 from evals.statistics import half_width
-from train.progress import clock
+from train.record.progress import clock
 
 __all__ = ["ReportError", "write_report"]
 

@@ -14,7 +14,7 @@ import torch
 from conf.trajectory import to_dict
 from evals.loading import TrainedModel
 from moba.spec import AttentionSpec
-from train.metrics import describe_plan
+from train.record.metrics import describe_plan
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -38,7 +38,7 @@ from moba.stats import (
     block_mass,
     routed_queries,
 )
-from train.model import Decoder
+from train.model.decoder import Decoder
 
 MAX_CELLS = 64
 NUM_BUCKETS = 16

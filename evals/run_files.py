@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from evals.position_loss import Evaluation, load_evaluation
-from train.metrics import FILE_NAME, read_metrics
+from train.record.metrics import FILE_NAME, read_metrics
 
 RESULTS = ("routing", "swap", "recall")
 

@@ -33,7 +33,7 @@ from evals.results import write_json
 from evals.statistics import clustered_mean, half_width
 from moba.layer import KVCache
 from moba.spec import AttentionSpec
-from train.model import Decoder
+from train.model.decoder import Decoder
 
 VARIANTS = ("moba", "oracle", "random", "local", "full")
 PARTS = ("moba", "full")

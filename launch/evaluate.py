@@ -23,7 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:] = [str(ROOT)] + [p for p in sys.path if Path(p or ".").resolve() != ROOT / "launch"]
 
-from train import distributed  # noqa: E402 - first: it decides what torch reads when it is imported
+from train.engine.world import init_world, launch_environment, shutdown  # noqa: E402 - first: decides what torch reads
 
 # isort: split
 
@@ -44,8 +44,9 @@ from evals.statistics import half_width  # noqa: E402
 from evals.swap import swap  # noqa: E402
 from launch.cli import UsageError, exits_on, key_values  # noqa: E402
 from launch.job import Job, open_tracker  # noqa: E402
-from train.checkpoint import CheckpointError  # noqa: E402
-from train.position_loss import bucket_edges, default_num_buckets  # noqa: E402
+from train.checkpoint.store import CheckpointError  # noqa: E402
+from train.engine.collectives import all_reduce_sum  # noqa: E402
+from train.record.position_loss import bucket_edges, default_num_buckets  # noqa: E402
 
 KEYS = {
     "run": "run directory (its newest checkpoint), a checkpoint, or, with data=, a Hugging Face directory",
@@ -68,15 +69,15 @@ KEYS = {
 }
 
 
-@exits_on(CheckpointError, DataError, ValueError, OSError, speaks=lambda: distributed.launched().rank == 0)
+@exits_on(CheckpointError, DataError, ValueError, OSError, speaks=lambda: launch_environment().rank == 0)
 def main(argv: list[str] | None = None) -> None:
     """The command; see the module's text."""
     values = key_values(sys.argv[1:] if argv is None else argv, KEYS, about=__doc__, required=["run"])
     chosen = _choices(values)
-    launched = distributed.launched()
+    launched = launch_environment()
     device, reduce = values.get("device", "auto"), lambda tensor: tensor
     if launched.world_size > 1:
-        device, reduce = distributed.init(device).device, distributed.all_reduce_sum
+        device, reduce = init_world(device).device, all_reduce_sum
     trained = load_trained(values["run"], device)
     trained.model.set_attention(attention_plan(values.get("attention", "stage"), trained))
     tracker = open_tracker(trained, values) if launched.rank == 0 else None
@@ -86,7 +87,7 @@ def main(argv: list[str] | None = None) -> None:
     if tracker is not None:
         tracker.finish()
     if launched.world_size > 1:
-        distributed.shutdown()
+        shutdown()
 
 
 def _choices(values: dict[str, str]) -> list[str]:

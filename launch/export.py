@@ -28,8 +28,9 @@ from data.errors import DataError  # noqa: E402
 from data.sft import ChatTemplate, load_template  # noqa: E402
 from data.tokenizer import EMBEDDED, SHIPPED, Tokenizer, load_tokenizer  # noqa: E402
 from launch.cli import UsageError, exits_on, key_values  # noqa: E402
-from train import checkpoint_dir, hf_export, source_files  # noqa: E402
-from train.checkpoint import CheckpointError, Saved, find, read, verify  # noqa: E402
+from train.checkpoint import checkpoint_dir  # noqa: E402
+from train.checkpoint.store import CheckpointError, Saved, find, read, verify  # noqa: E402
+from train.hf import hf_export, source_files  # noqa: E402
 from train.schedule import build_schedule, last_moba  # noqa: E402
 
 KEYS = {

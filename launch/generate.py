@@ -26,8 +26,8 @@ from data.sft import ChatEncoder, load_template  # noqa: E402
 from data.tokenizer import Tokenizer, load_tokenizer  # noqa: E402
 from evals.loading import TrainedModel, attention_plan, load_trained  # noqa: E402
 from launch.cli import UsageError, exits_on, key_values  # noqa: E402
-from train.checkpoint import CheckpointError  # noqa: E402
-from train.generation import Sampling, TextStream, generate  # noqa: E402
+from train.checkpoint.store import CheckpointError  # noqa: E402
+from train.model.generation import Sampling, TextStream, generate  # noqa: E402
 
 KEYS = {
     "run": "run directory (its newest checkpoint), one checkpoint's directory, or a Hugging Face directory",

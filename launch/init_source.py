@@ -34,12 +34,12 @@ def with_source(plain: dict[str, Any], overrides: Sequence[str]) -> dict[str, An
         raise ConfigError(["model=from_source: from which? Set init.source=<Hugging Face model, run or checkpoint>"])
     if source is None or not (takes or (Path(source).expanduser() / "config.json").is_file()):
         return plain
-    from train import hf
+    from train.hf import pretrained
 
-    if not hf.is_model(source):
+    if not pretrained.is_model(source):
         return _with_run(plain, source, overrides)
-    directory = hf.locate(source, weights=False)
-    shape = hf.read_shape(directory)
+    directory = pretrained.locate(source, weights=False)
+    shape = pretrained.read_shape(directory)
     given = plain["model"] if takes else _complete(plain["model"])
     problems = _differences(given, shape)
     problems += [
@@ -59,13 +59,14 @@ def with_source(plain: dict[str, Any], overrides: Sequence[str]) -> dict[str, An
 
 def _with_run(plain: dict[str, Any], source: str, overrides: Sequence[str]) -> dict[str, Any]:
     """The shape and the tokenizer of a run or checkpoint of this project."""
-    from train import checkpoint, source_files
+    from train.checkpoint import store
+    from train.hf import source_files
 
     try:
-        found = checkpoint.find(Path(source).expanduser())
-    except checkpoint.CheckpointError as error:
+        found = store.find(Path(source).expanduser())
+    except store.CheckpointError as error:
         raise ConfigError([f"init.source={source}: {error}; nor is it a Hugging Face model"]) from error
-    saved = freeze(yaml.safe_load(checkpoint.read(found).config_yaml))
+    saved = freeze(yaml.safe_load(store.read(found).config_yaml))
     tokenizer = source_files.tokenizer_name(saved, found)
     problems = _differences(plain["model"], saved.model)
     if problems:
@@ -79,13 +80,13 @@ def _complete(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _differences(given: dict[str, Any], shape: ModelConfig) -> list[str]:
-    from train import hf
+    from train.hf import pretrained
 
     problems = Problems()
     built = build(ModelConfig, given, problems)
     problems.raise_if_any()
     try:
-        lines = hf.differences({key: getattr(built, key) for key in given}, shape)
+        lines = pretrained.differences({key: getattr(built, key) for key in given}, shape)
     except ValueError as error:
         lines = [str(error)]
     hint = "the model section does not fit init.source; model=from_source takes it from there"
@@ -96,9 +97,9 @@ def _filled(
     plain: dict[str, Any], shape: ModelConfig, tokenizer: str | None, overrides: Sequence[str]
 ) -> dict[str, Any]:
     """`plain` with the shape, and with the tokenizer unless there is none or the command line sets one."""
-    from train import hf
+    from train.hf import pretrained
 
-    taken = {name: getattr(shape, name) for name in (*hf.SHAPE, "pretrained_length")}
+    taken = {name: getattr(shape, name) for name in (*pretrained.SHAPE, "pretrained_length")}
     name = shape.name if plain["model"].get("name") == FROM_SOURCE else plain["model"].get("name", shape.name)
     filled = plain | {"model": plain["model"] | taken | {"name": name}}
     if tokenizer is not None and not any(text.lstrip("+").startswith("data.tokenizer=") for text in overrides):

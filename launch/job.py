@@ -16,9 +16,9 @@ from data.sources import open_validation
 from data.validation import HeldOut, held_out_documents
 from evals.loading import TrainedModel
 from launch.cli import UsageError
-from train import distributed
-from train.source_files import run_directory
-from train.tracking import Tracker
+from train.engine import collectives
+from train.hf.source_files import run_directory
+from train.record.tracking import Tracker
 
 
 @dataclass
@@ -73,7 +73,7 @@ class Job:
             config = replace(config, validation=_given_source(self.values))
         elif "id_field" in self.values:
             raise UsageError("id_field is for documents named by data=")
-        barrier = distributed.barrier if self.world_size > 1 else None
+        barrier = collectives.barrier if self.world_size > 1 else None
         source = open_validation(config, rank_zero=self.rank == 0, barrier=barrier, log=self.say)
         if source is None:
             raise UsageError(f"{self.trained.checkpoint} was trained without held-out documents; name some: data=...")

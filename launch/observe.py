@@ -20,11 +20,12 @@ from evals.recall import recall
 from evals.results import Stopwatch
 from evals.swap import VARIANTS, under, variant
 from moba.stats import mean_stats, record_routing
-from train.distributed import World, all_reduce_sum
+from train.engine.collectives import all_reduce_sum
+from train.engine.world import World
 from train.loop import CURVES
-from train.metrics import FILE_NAME, read_metrics
-from train.model import Decoder
-from train.position_loss import PositionCurve
+from train.model.decoder import Decoder
+from train.record.metrics import FILE_NAME, read_metrics
+from train.record.position_loss import PositionCurve
 from train.schedule import Schedule, Stage
 
 FIGURES = "figures"

@@ -21,9 +21,9 @@ from data.errors import DataError  # noqa: E402
 from data.sources import known_sources  # noqa: E402
 from data.tokenizer import load_tokenizer  # noqa: E402
 from launch.config import detect_hardware, load, run_command  # noqa: E402
-from train.plan import make_plan  # noqa: E402
-from train.rope import check_stages  # noqa: E402
-from train.sizes import embedding_rows  # noqa: E402
+from train.model.rope import check_stages  # noqa: E402
+from train.model.sizes import embedding_rows  # noqa: E402
+from train.plan.plan import make_plan  # noqa: E402
 
 USAGE = """\
 usage: python launch/plan.py +exp=<name> [group=choice ...] [key=value ...] [num_gpus=8] [gpu_memory=80GB]

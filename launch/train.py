@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Python puts launch/ itself first, where `train` would be this file.
 sys.path[:] = [str(ROOT)] + [p for p in sys.path if Path(p or ".").resolve() != ROOT / "launch"]
 
-from train import distributed  # noqa: E402 - first: it decides what torch reads when it is imported
+from train.engine.world import init_world, launch_environment, shutdown  # noqa: E402 - first: decides what torch reads
 
 # isort: split
 import yaml  # noqa: E402
@@ -36,17 +36,20 @@ from data.tokenizer import Tokenizer, load_tokenizer  # noqa: E402
 from launch.config import detect_hardware, load, run_command  # noqa: E402
 from launch.observe import FIGURES, HeldOutEvaluator, draw_figures  # noqa: E402
 from moba.attention import BackendUnavailable  # noqa: E402
-from train import checkpoint, checkpoint_dir, hf, source_files  # noqa: E402
-from train.guards import NonFiniteError, RunLocked, lock_run  # noqa: E402
+from train.checkpoint import checkpoint_dir, store  # noqa: E402
+from train.checkpoint.run_lock import RunLocked, lock_run  # noqa: E402
+from train.engine import collectives, signals  # noqa: E402
+from train.hf import pretrained, source_files  # noqa: E402
 from train.loop import Observers, Trainer, read_checked  # noqa: E402
-from train.metrics import MetricsError  # noqa: E402
-from train.plan import Plan, make_plan  # noqa: E402
-from train.position_loss import PositionCurve  # noqa: E402
-from train.progress import Progress  # noqa: E402
-from train.rope import check_stages  # noqa: E402
+from train.model.rope import check_stages  # noqa: E402
+from train.model.sizes import embedding_rows  # noqa: E402
+from train.non_finite import NonFiniteError  # noqa: E402
+from train.plan.plan import Plan, make_plan  # noqa: E402
+from train.record.metrics import MetricsError  # noqa: E402
+from train.record.position_loss import PositionCurve  # noqa: E402
+from train.record.progress import Progress  # noqa: E402
+from train.record.tracking import Tracker  # noqa: E402
 from train.schedule import build_schedule  # noqa: E402
-from train.sizes import embedding_rows  # noqa: E402
-from train.tracking import Tracker  # noqa: E402
 
 USAGE = """\
 usage: torchrun [--nproc_per_node=N] launch/train.py +exp=<name> [group=choice ...] [key=value ...]
@@ -60,7 +63,7 @@ MISTAKES = (
     MetricsError,
     NonFiniteError,
     RunLocked,
-    checkpoint.CheckpointError,
+    store.CheckpointError,
 )
 EXIT_LOST = 1
 # After this long torchrun has seen which process ended first, and has ended the others; its report names that one.
@@ -74,7 +77,7 @@ FILE_ERRORS = {
 
 def main(overrides: list[str]) -> None:
     """Trains as these overrides say. ConfigError for the user's mistakes."""
-    launched = distributed.launched()
+    launched = launch_environment()
     hardware = detect_hardware(launched.world_size, launched.local_world_size)
     config = load(overrides, hardware)
     check_stages(config)
@@ -102,7 +105,7 @@ def _mistakes_in_words(config: RunConfig) -> Iterator[None]:
     except MISTAKES as error:
         raise ConfigError([str(error)]) from error
     except RuntimeError as error:
-        if not distributed.lost_peer(error):
+        if not signals.lost_peer(error):
             raise
         _leave_lost_run(config)
     except OSError as error:
@@ -128,7 +131,7 @@ def _leave_lost_run(config: RunConfig) -> NoReturn:
 def _say_stuck(config: RunConfig, name: str) -> None:
     """What is known of a process that does not come to an end after a signal."""
     _report_once(
-        f"{name} came {distributed.STUCK_SECONDS} s ago; the step in hand has not ended or is not saved. If another "
+        f"{name} came {signals.STUCK_SECONDS} s ago; the step in hand has not ended or is not saved. If another "
         "process of this run is gone, which torchrun reports, it never will: the same command again goes on from the "
         f"newest checkpoint in {config.run.dir}, if there is one"
     )
@@ -136,18 +139,18 @@ def _say_stuck(config: RunConfig, name: str) -> None:
 
 def _report_once(text: str) -> None:
     """Says it, unless another process of the run has reported something."""
-    if distributed.first_to_report():
+    if signals.first_to_report():
         print(f"error: {text}", file=sys.stderr, flush=True)
 
 
-def _saved_run(run_dir: Path) -> checkpoint.Saved | None:
+def _saved_run(run_dir: Path) -> store.Saved | None:
     """The newest checkpoint of the run in this directory, or None if it has none."""
     checkpoint_dir.refuse_incomplete(run_dir)
-    newest = checkpoint.newest(run_dir)
+    newest = store.newest(run_dir)
     return None if newest is None else read_checked(newest)
 
 
-def _refuse_another_trajectory(config: RunConfig, saved: checkpoint.Saved) -> None:
+def _refuse_another_trajectory(config: RunConfig, saved: store.Saved) -> None:
     """ConfigError if this configuration would change the losses of the run that was saved."""
     differences = trajectory_diff(freeze(yaml.safe_load(saved.config_yaml)), config)
     if differences:
@@ -159,11 +162,11 @@ def _refuse_another_trajectory(config: RunConfig, saved: checkpoint.Saved) -> No
 
 
 def _train(config: RunConfig, tokenizer: Tokenizer, plan: Callable[..., Plan]) -> None:
-    world = distributed.init(config.run.device)
+    world = init_world(config.run.device)
     run_dir, schedule = Path(config.run.dir), build_schedule(config)
     lock = lock_run(run_dir, world)
     if world.is_main:
-        checkpoint.clean_stale(run_dir)
+        store.clean_stale(run_dir)
 
     progress = None
 
@@ -171,7 +174,7 @@ def _train(config: RunConfig, tokenizer: Tokenizer, plan: Callable[..., Plan]) -
         if world.is_main:
             print(line, flush=True) if progress is None else progress.say(line)
 
-    opening = {"rank_zero": world.is_main, "barrier": distributed.barrier, "log": say}
+    opening = {"rank_zero": world.is_main, "barrier": collectives.barrier, "log": say}
     sources = open_sources(config.data, **opening)
     held_out = open_validation(config.data, **opening)
     known = plan(sources=sources)
@@ -197,7 +200,7 @@ def _train(config: RunConfig, tokenizer: Tokenizer, plan: Callable[..., Plan]) -
         )
         progress = Progress(schedule.total_tokens, tokens=trainer.tokens, bar=config.logging.progress)
         _watch(observers, config, run_dir, tracker, progress)
-    preemption = distributed.PreemptionFlag(stuck=partial(_say_stuck, config)).install()
+    preemption = signals.PreemptionFlag(stuck=partial(_say_stuck, config)).install()
     try:
         # In here as well: torchrun's SIGTERM must not end a process that is about to say that another one is lost.
         with _mistakes_in_words(config):
@@ -212,7 +215,7 @@ def _train(config: RunConfig, tokenizer: Tokenizer, plan: Callable[..., Plan]) -
         _say_goodbye(finished, preemption, config, trainer)
         tracker.finish()
         lock.release()
-    distributed.shutdown()
+    shutdown()
 
 
 def _keep_source(config: RunConfig) -> None:
@@ -220,7 +223,7 @@ def _keep_source(config: RunConfig) -> None:
     source = None
     if config.init.source is not None:
         given = Path(config.init.source).expanduser()
-        source = hf.locate(given, weights=False) if hf.is_model(given) else given
+        source = pretrained.locate(given, weights=False) if pretrained.is_model(given) else given
     source_files.keep(config, Path(config.run.dir), source)
 
 
@@ -277,4 +280,4 @@ def _say_goodbye(finished: bool, preemption, config: RunConfig, trainer: Trainer
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main, sys.argv[1:], USAGE, quiet=distributed.launched().rank > 0))
+    sys.exit(run_command(main, sys.argv[1:], USAGE, quiet=launch_environment().rank > 0))

@@ -100,7 +100,7 @@ def test_hydra_is_used_by_train_and_plan_alone():
 def test_only_distributed_reads_the_environment():
     """Catches configuration that comes in through the back door."""
     readers = {str(path.relative_to(ROOT)) for path in SOURCES if reads_environment(path)}
-    assert readers == {"train/distributed.py"}
+    assert readers == {"train/engine/world.py"}
 
 
 def test_all_packages_are_installed():

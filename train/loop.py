@@ -22,18 +22,22 @@ from data.loader import Loader
 from data.packing import Batch
 from data.sources import Source
 from data.tokenizer import Tokenizer
-from train import checkpoint, engine_state, hf
-from train.distributed import PreemptionFlag, World, all_reduce_sum
-from train.guards import NonFiniteGuard
-from train.metrics import FILE_NAME, MetricsLog, stage_columns
-from train.model import Decoder
-from train.optim import build_engine
-from train.position_loss import PositionCurve, PositionLoss
-from train.rng import load_rng, seed_rank
+from train.checkpoint import store
+from train.checkpoint.rng import load_rng, seed_rank
+from train.engine import engine_state
+from train.engine.collectives import all_reduce_sum
+from train.engine.optim import build_engine
+from train.engine.signals import PreemptionFlag
+from train.engine.world import World
+from train.hf import pretrained
+from train.model.decoder import Decoder
+from train.model.sizes import embedding_rows
+from train.non_finite import NonFiniteGuard
+from train.record.metrics import FILE_NAME, MetricsLog, stage_columns
+from train.record.position_loss import PositionCurve, PositionLoss
+from train.record.throughput import Throughput, Work
 from train.schedule import Schedule, Stage
-from train.sizes import embedding_rows
 from train.step import StepResult, train_step
-from train.throughput import Throughput, Work
 
 CURVES = "position_loss"
 
@@ -61,10 +65,10 @@ class Observers:
     """Gets lines for people."""
 
 
-def read_checked(path: Path) -> checkpoint.Saved:
+def read_checked(path: Path) -> store.Saved:
     """A checkpoint without its weights and moments, the files it comes from verified. Raises CheckpointError."""
-    checkpoint.verify(path, (checkpoint.STATE, checkpoint.CONFIG, checkpoint.TENSORS))
-    return checkpoint.read(path)
+    store.verify(path, (store.STATE, store.CONFIG, store.TENSORS))
+    return store.read(path)
 
 
 class Trainer:
@@ -117,7 +121,7 @@ class Trainer:
         self.throughput = Throughput(config.model, vocab_size, num_devices=world.world_size, device_name=name)
         self._stage_loss: PositionLoss | None = None
         self._interval_loss: PositionLoss | None = None
-        self._saved: checkpoint.Saved | None = None  # until its sums are taken up
+        self._saved: store.Saved | None = None  # until its sums are taken up
         self._watch_missing = False
         self._reset_interval()
         self._start()
@@ -313,7 +317,7 @@ class Trainer:
         tensors = {name: total.state_dict()["state"] for name, total in sums.items()}
         tensors["interval_sum"] = all_reduce_sum(self._interval_sum.clone())
         with self.throughput.paused():
-            self.last_checkpoint = checkpoint.save(
+            self.last_checkpoint = store.save(
                 self.run_dir,
                 self.engine,
                 tokens=self.tokens,
@@ -326,7 +330,7 @@ class Trainer:
 
     def _start(self) -> None:
         """Takes up the newest checkpoint of this run; else the weights of init.source; else starts fresh."""
-        newest = checkpoint.newest(self.run_dir)
+        newest = store.newest(self.run_dir)
         if newest is not None:
             self._resume(newest)
         elif self.config.init.source is not None:
@@ -336,8 +340,8 @@ class Trainer:
             self.observers.evaluate.forget_after(self.tokens)
 
     def _resume(self, path: Path) -> None:
-        checkpoint.load_engine(self.engine, path)
-        self._saved = saved = checkpoint.read(path)
+        store.load_engine(self.engine, path)
+        self._saved = saved = store.read(path)
         self.tokens, self.step, self.last_checkpoint = saved.tokens, saved.state["step"], path
         self._watch_missing = not saved.state["watched"]
         self.loader.load_state_dict(saved.state["loader"])
@@ -364,19 +368,19 @@ class Trainer:
 
     def _start_from(self, source: Path) -> None:
         """Takes weights from a Hugging Face model; or from a run or a checkpoint, with what init.* asks for besides."""
-        if hf.is_model(source):
-            path = hf.load_engine(self.engine, self.config.model, source)
+        if pretrained.is_model(source):
+            path = pretrained.load_engine(self.engine, self.config.model, source)
             self.observers.say(f"starting from {path}: weights")
             return
-        path = checkpoint.find(source)
+        path = store.find(source)
         saved = read_checked(path)
         theirs = saved.state["tokenizer"]
         if theirs["fingerprint"] != self._tokenizer["fingerprint"]:
-            raise checkpoint.CheckpointError(
+            raise store.CheckpointError(
                 f"init.source={source} was trained with another tokenizer, {theirs['name']!r}; here data.tokenizer is "
                 f"{self._tokenizer['name']!r}, whose tokens have other numbers"
             )
-        checkpoint.load_engine(self.engine, path, optimizer=self.config.init.optimizer)
+        store.load_engine(self.engine, path, optimizer=self.config.init.optimizer)
         taken = ["weights"] + ["optimizer state"] * self.config.init.optimizer
         if self.config.init.data:
             self.loader.load_state_dict(saved.state["loader"])

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from conf.schema import AttentionConfig, LongDocumentsConfig, LRConfig, RopeConfig, RunConfig
 from moba.spec import AttentionSpec
-from train.sizes import layer_letters
+from train.model.sizes import layer_letters
 
 
 @dataclass(frozen=True)

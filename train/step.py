@@ -28,8 +28,9 @@ from typing import Any
 import torch
 
 from data.packing import IGNORED, Batch
-from train.distributed import World, all_reduce_sum
-from train.optim import set_lr
+from train.engine.collectives import all_reduce_sum
+from train.engine.optim import set_lr
+from train.engine.world import World
 
 
 @dataclass(frozen=True)

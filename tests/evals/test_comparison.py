@@ -6,7 +6,7 @@ import pytest
 from evals.comparison import column, smooth
 from evals.paired import difference
 from evals.position_loss import Evaluation
-from train.position_loss import PositionCurve, Trailing
+from train.record.position_loss import PositionCurve, Trailing
 
 NUM_DOCUMENTS, NUM_BUCKETS = 12, 4
 

@@ -22,9 +22,9 @@ from evals.loading import attention_plan, load_trained, resolve_device
 from launch.compare import main as compare
 from launch.evaluate import main
 from moba.spec import AttentionSpec
-from train.checkpoint_dir import CheckpointError
-from train.model import Decoder
-from train.position_loss import PositionCurve
+from train.checkpoint.checkpoint_dir import CheckpointError
+from train.model.decoder import Decoder
+from train.record.position_loss import PositionCurve
 
 ROOT = Path(__file__).resolve().parents[2]
 MOBA = AttentionSpec("moba", block_size=16, top_k=2)
@@ -34,20 +34,21 @@ import sys
 from pathlib import Path
 import yaml
 from conf.validate import freeze
-from train import checkpoint, distributed
-from train.model import Decoder
-from train.optim import build_engine
+from train.checkpoint import store
+from train.engine.world import init_world, shutdown
+from train.model.decoder import Decoder
+from train.engine.optim import build_engine
 run_dir = Path(sys.argv[1])
 text = (run_dir / "config.yaml").read_text()
 config = freeze(yaml.safe_load(text))
-world = distributed.init("cpu")
+world = init_world("cpu")
 model = Decoder(config.model, 384)
 model.init_weights(5)
 engine = build_engine(model, config, world)
 common = dict(state={}, tensors={}, config_yaml=text, stage_end=True, keep=9)
 for tokens in (1024, 2048, 3072):
-    checkpoint.save(run_dir, engine, tokens=tokens, **common)
-distributed.shutdown()
+    store.save(run_dir, engine, tokens=tokens, **common)
+shutdown()
 """
 
 

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from data.packing import Batch
 from evals.figures import length_axis, plot_curves, plot_heatmap, plot_history
 from evals.position_loss import evaluate, load_evaluation
-from train.position_loss import PositionCurve, PositionLoss
+from train.record.position_loss import PositionCurve, PositionLoss
 
 LENGTH = 64
 

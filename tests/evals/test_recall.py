@@ -11,8 +11,8 @@ from data.synthetic import SyntheticSource
 from evals.recall import RecallReport, recall, save_recall, score, table
 from evals.swap import VARIANTS, under, variant
 from moba.spec import AttentionSpec
-from train.generation import Sampling, generate
-from train.model import Decoder
+from train.model.decoder import Decoder
+from train.model.generation import Sampling, generate
 
 LENGTH, SYMBOLS = 64, 8
 MOBA = AttentionSpec("moba", 8, 2)

@@ -13,7 +13,7 @@ from evals.routing import HEAD, diagnose
 from evals.routing_numbers import model_hit_rate
 from moba.gates import select
 from moba.spec import AttentionSpec
-from train.model import Decoder
+from train.model.decoder import Decoder
 
 LENGTH, SIZE, TOP_K, LAYERS, HEADS = 96, 8, 3, 2, 4
 

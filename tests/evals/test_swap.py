@@ -11,7 +11,7 @@ from data.packing import Batch
 from evals.swap import VARIANTS, swap, under, variant
 from moba.layer import KVCache
 from moba.spec import AttentionSpec
-from train.model import Decoder
+from train.model.decoder import Decoder
 
 LENGTH, LAST = 64, 12
 FULL, MOBA = AttentionSpec("full"), AttentionSpec("moba", 8, 3)

@@ -15,19 +15,21 @@ sys.path[:] = [str(ROOT)] + [p for p in sys.path if Path(p or ".").resolve() != 
 
 from conf.trajectory import to_dict  # noqa: E402
 from launch.config import load  # noqa: E402
-from train import checkpoint, distributed, hf  # noqa: E402
-from train.model import Decoder  # noqa: E402
-from train.optim import build_engine  # noqa: E402
+from train.checkpoint import store  # noqa: E402
+from train.engine.optim import build_engine  # noqa: E402
+from train.engine.world import init_world, shutdown  # noqa: E402
+from train.hf import pretrained  # noqa: E402
+from train.model.decoder import Decoder  # noqa: E402
 
-world = distributed.init("cpu")
+world = init_world("cpu")
 for line in Path(sys.argv[1]).read_text().splitlines():
     run_dir, tokens, overrides = json.loads(line)
     config = load(overrides)
     model = Decoder(config.model, config.model.vocab_size)
     model.init_weights(seed=1)
     engine = build_engine(model, config, world)
-    hf.load_engine(engine, config.model, config.init.source)
-    checkpoint.save(
+    pretrained.load_engine(engine, config.model, config.init.source)
+    store.save(
         Path(run_dir),
         engine,
         tokens=tokens,
@@ -38,4 +40,4 @@ for line in Path(sys.argv[1]).read_text().splitlines():
         keep=1,
     )
     engine.destroy()
-distributed.shutdown()
+shutdown()

@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file
 
-from train.metrics import read_metrics
+from train.record.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "launch" / "train.py"

@@ -20,7 +20,7 @@ from launch.config import (
     load,
     run_command,
 )
-from train.sizes import num_parameters
+from train.model.sizes import num_parameters
 
 GROUPS = ("model", "data", "schedule", "optim", "deepspeed", "logging")
 

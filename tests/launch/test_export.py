@@ -19,8 +19,8 @@ from data.tokenizer import load_tokenizer
 from evals.loading import load_trained
 from launch import export
 from moba.spec import AttentionSpec
-from train import hf, hf_export
-from train.rope import Rope
+from train.hf import hf_export, pretrained
+from train.model.rope import Rope
 
 HERE = Path(__file__).resolve().parent
 SIZES = {
@@ -166,10 +166,10 @@ def test_the_config_says_what_the_run_did(folder):
 @pytest.mark.parametrize("name", RUNS)
 def test_an_export_can_be_imported_again(folder, name):
     """Catches a config.json that our own reader takes for another model."""
-    was, now = hf.read_shape(folder / "source" / name), hf.read_shape(folder / "out" / name)
+    was, now = pretrained.read_shape(folder / "source" / name), pretrained.read_shape(folder / "out" / name)
     rope = ("rope_theta", "rope_scaling")
-    same = {key: value for key, value in vars(was).items() if key in hf.SHAPE and key not in rope}
-    assert hf.differences(same, now) == []
+    same = {key: value for key, value in vars(was).items() if key in pretrained.SHAPE and key not in rope}
+    assert pretrained.differences(same, now) == []
     stage = load_trained(folder / "run" / name, "cpu").stage.rope
     torch.testing.assert_close(Rope(now).inv_freq, Rope(was, stage).inv_freq, rtol=1e-6, atol=0)
     assert Rope(now).attention_factor == pytest.approx(Rope(was, stage).attention_factor)

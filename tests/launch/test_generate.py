@@ -11,8 +11,8 @@ from data.tokenizer import load_tokenizer
 from evals.loading import TrainedModel, attention_plan
 from launch.export import save_tokenizer
 from launch.generate import main
-from train.generation import Sampling, generate
-from train.model import Decoder
+from train.model.decoder import Decoder
+from train.model.generation import Sampling, generate
 from train.schedule import build_schedule
 
 PROMPT = "a bad cab, a dead deed; " * 3

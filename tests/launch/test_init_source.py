@@ -12,7 +12,7 @@ from conf.validate import ConfigError
 from data.tokenizer import load_tokenizer
 from launch.config import load
 from launch.export import save_tokenizer
-from train import checkpoint_dir
+from train.checkpoint import checkpoint_dir
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ from data.synthetic import SyntheticSource
 from evals.swap import VARIANTS, under, variant
 from launch.observe import HeldOutEvaluator
 from moba.spec import AttentionSpec
-from train.distributed import World
-from train.model import Decoder
+from train.engine.world import World
+from train.model.decoder import Decoder
 
 LENGTH, MOBA = 64, AttentionSpec("moba", 4, 2)
 

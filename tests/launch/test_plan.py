@@ -9,7 +9,7 @@ import pytest
 
 from launch.config import choices_of, load, run_command
 from launch.plan import USAGE, main, split_machine
-from train.plan import make_plan
+from train.plan.plan import make_plan
 
 ROOT = Path(__file__).resolve().parents[2]
 

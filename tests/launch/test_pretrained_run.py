@@ -14,8 +14,8 @@ from data.tokenizer import load_tokenizer
 from evals.loading import attention_plan, load_trained
 from launch import export, generate
 from moba.spec import AttentionSpec
-from train import hf_export
-from train.hf import read_shape
+from train.hf import hf_export
+from train.hf.pretrained import read_shape
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 SIZES |= {"num_key_value_heads": 2, "vocab_size": 4224, "max_position_embeddings": 512}

@@ -20,8 +20,8 @@ from evals.report import stage_boundaries
 from evals.run_files import read_run, unique_names
 from launch.report import main
 from moba.spec import AttentionSpec
-from train.metrics import MetricsLog, stage_columns
-from train.position_loss import PositionCurve, Trailing
+from train.record.metrics import MetricsLog, stage_columns
+from train.record.position_loss import PositionCurve, Trailing
 
 ROOT = Path(__file__).resolve().parents[2]
 FULL, MOBA = AttentionSpec("full"), AttentionSpec("moba", 64, 4)

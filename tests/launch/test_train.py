@@ -49,7 +49,7 @@ from launch_runs import (
 from safetensors.torch import load_file
 
 from train.loop import Trainer
-from train.metrics import read_metrics
+from train.record.metrics import read_metrics
 
 # -------------------- the run as a user starts it
 
@@ -301,7 +301,7 @@ def test_two_ranks_repeat_bit_for_bit(launcher, command, house, whole):
 
 def record_switches(path: Path) -> None:
     """Makes the run write down a digest of all that its engine holds before and after each stage is entered."""
-    from train import engine_state
+    from train.engine import engine_state
     from train.loop import Trainer
 
     enter = Trainer._enter

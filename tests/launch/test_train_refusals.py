@@ -29,7 +29,7 @@ from launch_runs import (
     start_real,
 )
 
-from train import checkpoint
+from train.checkpoint import store
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +180,7 @@ def test_a_full_disk_costs_nothing_that_was_saved(launcher, command, house, whol
     assert_refused(ended, "1 problem:", *words)
     assert saved_in(run_dir) == [f"tokens_{tokens:015d}" for tokens in (1536, 3072)]
     for name in saved_in(run_dir):
-        checkpoint.verify(run_dir / "checkpoints" / name)
+        store.verify(run_dir / "checkpoints" / name)
     assert_tidy(run_dir)
 
     size = (run_dir / "metrics.jsonl").stat().st_size

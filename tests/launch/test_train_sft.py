@@ -19,9 +19,9 @@ from data.sources import open_sources
 from data.tokenizer import load_tokenizer
 from launch import export
 from launch.config import load
-from train.model import Decoder
+from train.model.decoder import Decoder
+from train.model.sizes import embedding_rows
 from train.schedule import build_schedule
-from train.sizes import embedding_rows
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from transformers import (
 from conf.schema import ModelConfig
 from moba.spec import AttentionSpec
 from moba.transformers import TokenLayout, configure, token_layout
-from train.model import Decoder
+from train.model.decoder import Decoder
 
 VOCAB, LAYERS, LENGTH = 97, 3, 75
 SPARSE = {"block_size": 8, "top_k": 2}

@@ -15,7 +15,7 @@ import torch
 from conf.schema import DeepSpeedConfig, LRConfig, ModelConfig, OptimConfig, RunConfig
 from data.packing import IGNORED, Batch
 from moba.spec import AttentionSpec
-from train.model import Decoder
+from train.model.decoder import Decoder
 
 ROOT = Path(__file__).resolve().parents[2]
 VOCAB, LENGTH = 61, 48

@@ -20,10 +20,12 @@ import torch
 from engine_runs import ENGINES, LAST, SAVE_AT, build_model, config_of, learning_rate, micro_batches, other_stage
 from safetensors import safe_open
 
-from train import checkpoint, engine_state
-from train.distributed import World, all_reduce_sum, any_rank, gather_objects, init, shutdown
-from train.optim import build_engine
-from train.rng import load_rng, seed_rank
+from train.checkpoint import store
+from train.checkpoint.rng import load_rng, seed_rank
+from train.engine import engine_state
+from train.engine.collectives import all_reduce_sum, any_rank, gather_objects
+from train.engine.optim import build_engine
+from train.engine.world import World, init_world, shutdown
 from train.step import StepResult, train_step
 
 
@@ -40,7 +42,7 @@ def steps(engine: Any, numbers: range, world: World) -> list[dict[str, Any]]:
 
 
 def save(directory: Path, engine: Any, tokens: int) -> Path:
-    return checkpoint.save(
+    return store.save(
         directory,
         engine,
         tokens=tokens,
@@ -123,20 +125,20 @@ def reset(engine: Any, world: World) -> dict[str, Any]:
 def full_disk(engine: Any, directory: Path, world: World) -> dict[str, Any]:
     """Saving where the last rank may write no file longer than 4 KB."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    before = checkpoint.newest(directory)
+    before = store.newest(directory)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     if world.rank == world.world_size - 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
     message = None
     try:
         save(directory, engine, 99)
-    except checkpoint.CheckpointError as error:
+    except store.CheckpointError as error:
         message = str(error)
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     return {
         "messages": gather_objects(message),
         "left": sorted(path.name for path in (directory / "checkpoints").iterdir()),
-        "newest_kept": checkpoint.newest(directory) == before,
+        "newest_kept": store.newest(directory) == before,
     }
 
 
@@ -190,8 +192,8 @@ def second(directory: Path, world: World) -> dict[str, Any]:
             sources["other_stage"] = f"{other_stage(name)}-{world.world_size}"
         mine: dict[str, Any] = {}
         for kind, run in sources.items():
-            path = directory / run / "checkpoints" / checkpoint.checkpoint_dir.directory_name(SAVE_AT)
-            checkpoint.load_engine(engine, path)
+            path = directory / run / "checkpoints" / store.checkpoint_dir.directory_name(SAVE_AT)
+            store.load_engine(engine, path)
             load_rng(path, seed=5)
             mine[kind] = {"exact": files_hold(path, engine), "draws": gather_objects(draws())}
             mine[kind]["steps"] = steps(engine, range(SAVE_AT, LAST + 1 if kind == "same" else LAST - 1), world)
@@ -202,9 +204,9 @@ def second(directory: Path, world: World) -> dict[str, Any]:
 
 if __name__ == "__main__":
     role, target = sys.argv[1], Path(sys.argv[2])
-    here = init("cpu")
+    here = init_world("cpu")
     # So that the small model fills several files and several rounds of gathering.
-    checkpoint.SHARD_BYTES, engine_state.GATHER_ELEMENTS = 3000, 100
+    store.SHARD_BYTES, engine_state.GATHER_ELEMENTS = 3000, 100
     content = {"first": first, "second": second}[role](target, here)
     if here.is_main:
         (target / f"{role}-{here.world_size}.json").write_text(json.dumps(content))

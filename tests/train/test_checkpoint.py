@@ -17,9 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from train import checkpoint, checkpoint_dir
-from train.checkpoint import CheckpointError, newest, verify
-from train.engine_state import Slot
+from train.checkpoint import checkpoint_dir, store
+from train.checkpoint.store import CheckpointError, newest, verify
+from train.engine.engine_state import Slot
 
 WORLDS = (1, 2)
 NAME = checkpoint_dir.directory_name(SAVE_AT)
@@ -93,13 +93,13 @@ def saved(first_runs, runs_dir, tmp_path) -> Path:
 
 def test_a_checkpoint_holds_what_was_given(saved):
     """Catches state that does not come back, and a tied weight stored twice."""
-    content = checkpoint.read(newest(saved))
+    content = store.read(newest(saved))
     assert content.state == {"step": SAVE_AT, "names": ["a", "b"]}
     assert content.tokens == SAVE_AT
     assert content.tensors["sums"].tolist() == [0, 1, 2]
     assert content.config_yaml == "run:\n  name: test\n"
     assert content.meta["optimizer_step"] == SAVE_AT
-    names = [name for name, _ in checkpoint.iter_weights(newest(saved))]
+    names = [name for name, _ in store.iter_weights(newest(saved))]
     assert sorted(names) == sorted(content.meta["parameters"]) == sorted(dict(build_model().named_parameters()))
     assert "model.embed_tokens.weight" in names
     assert "lm_head.weight" not in names
@@ -109,7 +109,7 @@ def test_a_checkpoint_holds_what_was_given(saved):
 def test_weights_load_into_a_plain_model(saved):
     """Catches weights of init.source that differ from the files, are rounded to bf16, or break the tie."""
     model = build_model()
-    used = checkpoint.load_weights(model, saved)
+    used = store.load_weights(model, saved)
     assert used == newest(saved)
     tensors = {}
     for file in used.glob("model-*.safetensors"):
@@ -125,7 +125,7 @@ def test_a_checkpoint_before_the_first_step_has_no_moments(first_runs, runs_dir)
     assert not list(path.glob("optimizer*"))
     model = build_model()
     start = [p.detach().bfloat16().float() for p in model.parameters()]
-    checkpoint.load_weights(model, path)
+    store.load_weights(model, path)
     assert all(torch.equal(a, b) for a, b in zip(start, model.parameters()))
 
 
@@ -135,13 +135,13 @@ def test_weights_of_another_model_are_refused_by_name(saved):
     model.model.layers[0].mlp.up_proj = torch.nn.Linear(16, 8, bias=False)
     says = r"layers\.0\.mlp\.up_proj\.weight is \(24, 16\) in the checkpoint and \(8, 16\) in the model"
     with pytest.raises(CheckpointError, match=says):
-        checkpoint.load_weights(model, saved)
+        store.load_weights(model, saved)
 
 
 def test_a_directory_without_a_checkpoint_is_said_to_be_one(tmp_path):
     """Catches random weights where a source was asked for."""
     with pytest.raises(CheckpointError, match="neither a checkpoint nor a run directory"):
-        checkpoint.load_weights(build_model(), tmp_path)
+        store.load_weights(build_model(), tmp_path)
 
 
 @settings(deadline=None, max_examples=25)
@@ -150,8 +150,8 @@ def test_every_parameter_is_written_once_by_its_owner(sizes, world_size):
     """Catches a parameter lost or written twice, an unbounded shard, a rank with two in a round, a reused name."""
     slots = [Slot(str(i), (n,), None, 0, 0, 0, False) for i, n in enumerate(sizes)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "SHARD_BYTES", 2000)
-        rounds = checkpoint._plan(slots, "model", 8, world_size)
+        patch.setattr(store, "SHARD_BYTES", 2000)
+        rounds = store._plan(slots, "model", 8, world_size)
     shards = [shard for turn in rounds for shard in turn]
     assert sorted(int(slot.name) for shard in shards for slot in shard.slots) == list(range(len(sizes)))
     assert all(int(slot.name) % world_size == shard.owner for shard in shards for slot in shard.slots)
@@ -169,8 +169,8 @@ def test_any_range_of_a_tensor_is_read_right(tmp_path_factory, shape, data):
     save_file({"x": tensor}, directory / "x.safetensors")
     start = data.draw(st.integers(0, tensor.numel() - 1))
     size = data.draw(st.integers(1, tensor.numel() - start))
-    with checkpoint.ExitStack() as stack:
-        files = checkpoint.TensorFiles(directory, {"x": "x.safetensors"}, stack)
+    with store.ExitStack() as stack:
+        files = store.TensorFiles(directory, {"x": "x.safetensors"}, stack)
         assert torch.equal(files.elements("x", tuple(shape), start, size), tensor.flatten()[start : start + size])
 
 
@@ -222,7 +222,7 @@ def test_damage_is_found_when_weights_are_loaded(saved):
     with pytest.raises(
         CheckpointError, match=rf"{file.name} does not match its SHA-256.*There is no good one before it"
     ):
-        checkpoint.load_weights(build_model(), newest(saved))
+        store.load_weights(build_model(), newest(saved))
 
 
 def test_what_is_not_whole_is_never_the_newest(tmp_path):
@@ -253,7 +253,7 @@ SAVER = """
 import random, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[3])
-from train import checkpoint_dir as cd
+from train.checkpoint import checkpoint_dir as cd
 run_dir, tokens = Path(sys.argv[1]), int(sys.argv[2])
 while True:
     for _ in range(2):  # the second save replaces the first

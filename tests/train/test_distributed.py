@@ -11,8 +11,9 @@ import torch
 import torch.distributed as dist
 from engine_runs import ROOT
 
-from train import distributed
-from train.distributed import PreemptionFlag
+from train.engine import signals
+from train.engine.signals import PreemptionFlag
+from train.engine.world import init_world
 
 
 def test_any_rank_is_seen_by_all(first_runs):
@@ -36,13 +37,13 @@ def test_skipped_steps_are_announced(first_runs):
 def test_a_missing_gpu_is_said_before_anything_starts():
     """Catches a traceback out of NCCL."""
     with pytest.raises(ValueError, match=r"run\.device=cuda.*cpu or auto"):
-        distributed.init("cuda")
+        init_world("cuda")
 
 
 def test_an_unknown_device_is_refused():
     """Catches a typo that becomes the CPU."""
     with pytest.raises(ValueError, match="choose one of auto, cpu, cuda"):
-        distributed.init("gpu")
+        init_world("gpu")
 
 
 def test_every_collective_knows_a_killed_peer(tmp_path):
@@ -52,32 +53,32 @@ def test_every_collective_knows_a_killed_peer(tmp_path):
         import os, signal, sys
         import torch
         import torch.distributed as dist
-        from train import distributed
+        from train.engine import collectives, signals
 
         def said(call):
             try:
                 call()
             except RuntimeError as error:
-                return distributed.lost_peer(error), str(error)
+                return signals.lost_peer(error), str(error)
 
         rank = int(sys.argv[2])
         dist.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=rank, world_size=2)
         wrong = said(lambda: dist.broadcast(torch.ones(2, 2).to_sparse(), src=0))
         assert wrong and not wrong[0], wrong
-        distributed.barrier()
+        collectives.barrier()
         if rank == 1:
             os.kill(os.getpid(), signal.SIGKILL)
-        collectives = {
-            "large": lambda: distributed.all_reduce_sum(torch.ones(1 << 22)),
-            "small": lambda: distributed.any_rank(torch.ones(1)),
-            "barrier": distributed.barrier,
-            "gather": lambda: distributed.gather_objects(rank),
-            "receive": lambda: distributed.broadcast_object(rank, src=1),
-            "send": lambda: distributed.broadcast_object(rank),
+        calls = {
+            "large": lambda: collectives.all_reduce_sum(torch.ones(1 << 22)),
+            "small": lambda: collectives.any_rank(torch.ones(1)),
+            "barrier": collectives.barrier,
+            "gather": lambda: collectives.gather_objects(rank),
+            "receive": lambda: collectives.broadcast_object(rank, src=1),
+            "send": lambda: collectives.broadcast_object(rank),
         }
-        order = sys.argv[3:] + [name for name in collectives if name not in sys.argv[3:]]
+        order = sys.argv[3:] + [name for name in calls if name not in sys.argv[3:]]
         for name in order:
-            print(name, *said(collectives[name]), flush=True)
+            print(name, *said(calls[name]), flush=True)
         os._exit(0)  # as launch/train.py does: the usual way out takes gloo's threads down while they run
     """
     for first in ("large", "gather"):
@@ -107,12 +108,12 @@ def test_every_collective_knows_a_killed_peer(tmp_path):
 def test_a_lost_peer_is_told_from_a_bug(error, lost):
     """Catches a bug whose traceback is taken for the end of another process, and the reverse, in words that no CPU run
     brings about."""
-    assert distributed.lost_peer(error) is lost
+    assert signals.lost_peer(error) is lost
 
 
 def test_the_end_of_a_process_can_be_reported_before_the_group_is_there():
     """Catches a traceback in place of the report."""
-    assert distributed.first_to_report()
+    assert signals.first_to_report()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -138,7 +139,7 @@ def test_a_process_that_waits_for_ever_says_so():
     one that is gone. Here that is a lock taken twice."""
     code = """if True:
         import ctypes, os, signal, threading
-        from train.distributed import PreemptionFlag
+        from train.engine.signals import PreemptionFlag
 
         def stuck(name):
             print(name, flag.received, flush=True)
@@ -168,6 +169,6 @@ def test_a_process_that_stops_in_time_says_nothing():
 
 def test_importing_reads_no_environment_and_no_deepspeed():
     """Catches a module that imports deepspeed before `init` has told it which accelerator there is."""
-    modules = "train.distributed, train.optim, train.step, train.checkpoint, train.engine_state, train.guards"
+    modules = "train.engine.world, train.engine.optim, train.step, train.checkpoint.store, train.engine.engine_state"
     code = f"import sys, {modules}; sys.exit('deepspeed' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

@@ -1,4 +1,4 @@
-"""train/generation.py against forward passes over whole texts, and drawing against the definition of its options."""
+"""Generation against forward passes over whole texts, and drawing against the definition of its options."""
 
 import collections
 
@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from conf.schema import ModelConfig
 from data.tokenizer import load_tokenizer
 from moba.spec import AttentionSpec
-from train.generation import Sampling, TextStream, draw, generate
-from train.model import Decoder
+from train.model.decoder import Decoder
+from train.model.generation import Sampling, TextStream, draw, generate
 
 VOCAB, LENGTH, NEW = 96, 50, 16
 MOBA, OTHER, FULL = AttentionSpec("moba", 8, 2), AttentionSpec("moba", 4, 3), AttentionSpec("full")

@@ -17,9 +17,9 @@ from transformers import (
 
 from conf.build import ConfigError
 from conf.schema import ModelConfig
-from train import hf
-from train.checkpoint import CheckpointError
-from train.model import Decoder
+from train.checkpoint.store import CheckpointError
+from train.hf import pretrained
+from train.model.decoder import Decoder
 
 SIZES = {
     "vocab_size": 300,
@@ -67,9 +67,9 @@ def make(name_or_class, **options):
 
 def load(directory):
     """Our model of a directory."""
-    shape = hf.read_shape(directory)
+    shape = pretrained.read_shape(directory)
     model = Decoder(shape, shape.vocab_size).eval()
-    assert hf.load_weights(model, shape, directory) == directory
+    assert pretrained.load_weights(model, shape, directory) == directory
     return model
 
 
@@ -132,23 +132,23 @@ def test_the_old_layout_of_rope_is_read(name, spelling, tmp_path):
     """Catches reading only transformers 5's rope_parameters: hub files have rope_theta and rope_scaling."""
     theirs = make(name)
     theirs.save_pretrained(tmp_path)
-    shape = hf.read_shape(tmp_path)
+    shape = pretrained.read_shape(tmp_path)
     parameters = dict(theirs.config.rope_parameters)
     theta, kind = parameters.pop("rope_theta"), parameters.pop("rope_type")
     scaling = None if kind == "default" else parameters | {spelling: kind}
     edit(tmp_path, rope_parameters=None, rope_theta=theta, rope_scaling=scaling)
     assert "rope_parameters" not in (tmp_path / "config.json").read_text()
-    assert hf.read_shape(tmp_path) == shape
+    assert pretrained.read_shape(tmp_path) == shape
     assert shape.rope_theta == theta != 10000 or name == "llama-linear"
 
 
 def test_what_a_config_leaves_out_is_the_familys_default(llama, copy):
     """Catches defaults of ours where transformers' differ: Llama 2 files have no rope_theta, some no head count."""
     edit(copy, rope_parameters=None, num_key_value_heads=None, head_dim=None, rms_norm_eps=None, architectures=None)
-    shape = hf.read_shape(copy)
+    shape = pretrained.read_shape(copy)
     assert (shape.rope_theta, shape.num_kv_heads, shape.head_dim, shape.norm_eps) == (10000.0, 4, 16, 1e-6)
     assert shape.pretrained_length == 128 and not shape.tie_embeddings
-    assert hf.read_shape(llama).norm_eps == 1e-5
+    assert pretrained.read_shape(llama).norm_eps == 1e-5
 
 
 LONG = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "original_max_position_embeddings": 32}
@@ -250,13 +250,20 @@ def test_leftovers_of_old_files_are_ignored(copy):
 
 def test_a_model_of_another_shape_lists_all_differences(llama):
     """Catches a message that names one difference at a time, or a RoPE that is silently replaced."""
-    shape = hf.read_shape(llama)
-    assert hf.differences(vars(shape), shape) == []
-    assert hf.differences({"norm_eps": 9.999999747378752e-06}, shape) == [] != hf.differences({"norm_eps": 1e-6}, shape)
-    assert hf.differences({"hidden_size": 64, "head_dim": None, "rope_scaling": {"rope_type": "default"}}, shape) == []
+    shape = pretrained.read_shape(llama)
+    assert pretrained.differences(vars(shape), shape) == []
+    assert (
+        pretrained.differences({"norm_eps": 9.999999747378752e-06}, shape)
+        == []
+        != pretrained.differences({"norm_eps": 1e-6}, shape)
+    )
+    assert (
+        pretrained.differences({"hidden_size": 64, "head_dim": None, "rope_scaling": {"rope_type": "default"}}, shape)
+        == []
+    )
     other = ModelConfig(hidden_size=32, num_kv_heads=2, ffn_size=96, vocab_size=384, rope_theta=5e5, norm_eps=1e-5)
     with pytest.raises(ConfigError) as error:
-        hf.load_weights(Decoder(other, 384), other, llama)
+        pretrained.load_weights(Decoder(other, 384), other, llama)
     named = sorted(line.split("=")[0] for line in error.value.problems)
     wrong = ("hidden_size", "num_layers", "vocab_size", "tie_embeddings", "rope_theta")
     assert named == sorted(f"model.{name}" for name in wrong)
@@ -268,9 +275,11 @@ def test_a_hub_id_that_cannot_be_had_names_the_alternatives(monkeypatch, tmp_pat
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-    assert hf.is_model("nobody/nothing") and not hf.is_model(tmp_path) and not hf.is_model("a/b/c")
+    assert (
+        pretrained.is_model("nobody/nothing") and not pretrained.is_model(tmp_path) and not pretrained.is_model("a/b/c")
+    )
     with pytest.raises(ConfigError) as error:
-        hf.locate("nobody/nothing")
+        pretrained.locate("nobody/nothing")
     (line,) = error.value.problems
     for word in ("init.source=nobody/nothing", "run directory", "checkpoint", "config.json", "hf download"):
         assert word in line

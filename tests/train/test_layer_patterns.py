@@ -7,12 +7,12 @@ import pytest
 import torch
 from test_model import VOCAB, losses_and_gradients, make_model, make_pack
 
-import train.model
+import train.model.decoder
 from moba.layer import KVCache
 from moba.spec import AttentionSpec
-from train.describe import describe_layers, describe_model
-from train.generation import Sampling, generate
-from train.sizes import num_parameters
+from train.model.generation import Sampling, generate
+from train.model.sizes import num_parameters
+from train.plan.describe import describe_layers, describe_model
 
 SLIDING, MOBA, FULL = AttentionSpec("sliding", window=9), AttentionSpec("moba", block_size=8, top_k=2), AttentionSpec()
 LAYOUT = {"num_layers": 4, "rope_pattern": "RN", "key_conv": 3, "key_conv_pattern": "-k"}
@@ -76,7 +76,7 @@ def test_compiled_equals_eager_and_documents_compile_nothing(monkeypatch):
     from torch._dynamo.utils import counters
 
     compile_once = functools.cache(lambda function: torch.compile(function, backend="aot_eager"))
-    monkeypatch.setattr(train.model, "_compiled", compile_once)
+    monkeypatch.setattr(train.model.decoder, "_compiled", compile_once)
     torch._dynamo.reset()
     counters.clear()
     models = [patterned((SLIDING, MOBA), num_layers=2, compile=c) for c in (False, True)]

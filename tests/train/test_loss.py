@@ -1,4 +1,4 @@
-"""train/loss.py against torch's own cross-entropy in float64, and its promise never to hold all logits."""
+"""train/model/loss.py against torch's own cross-entropy in float64, and its promise never to hold all logits."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from data.packing import IGNORED
-from train.loss import tiled_cross_entropy
+from train.model.loss import tiled_cross_entropy
 
 
 def make_case(num_tokens=53, width=24, vocab=71, dtype=torch.float32, seed=0):

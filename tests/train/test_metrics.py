@@ -1,4 +1,4 @@
-"""train/metrics.py: the log survives kills, keeps floats exactly and is strict JSON."""
+"""train/record/metrics.py: the log survives kills, keeps floats exactly and is strict JSON."""
 
 import json
 import math
@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moba.spec import AttentionSpec
-from train.metrics import MetricsLog, describe_plan, read_metrics
+from train.record.metrics import MetricsLog, describe_plan, read_metrics
 
 FULL = AttentionSpec("full")
 MOBA = AttentionSpec("moba", block_size=4, top_k=2)

@@ -1,4 +1,4 @@
-"""train/model.py against transformers' Llama, Qwen2 and Qwen3 on the same weights, and what a switch may not touch."""
+"""The decoder against transformers' Llama, Qwen2 and Qwen3 on the same weights, and what a switch may not touch."""
 
 import copy
 import functools
@@ -12,13 +12,13 @@ import torch
 import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-import train.model
+import train.model.decoder
 from conf.schema import ModelConfig, RopeConfig
 from data.packing import IGNORED
 from moba.layer import KVCache
 from moba.spec import AttentionSpec
-from train.model import Decoder, OutputProjection
-from train.sizes import num_parameters
+from train.model.decoder import Decoder, OutputProjection
+from train.model.sizes import num_parameters
 
 ROOT = Path(__file__).resolve().parents[2]
 VOCAB = 96
@@ -232,7 +232,7 @@ def test_compiled_layers_equal_eager_and_are_compiled_once(monkeypatch):
     from torch._dynamo.utils import counters
 
     compile_once = functools.cache(lambda function: torch.compile(function, backend="aot_eager"))
-    monkeypatch.setattr(train.model, "_compiled", compile_once)
+    monkeypatch.setattr(train.model.decoder, "_compiled", compile_once)
     torch._dynamo.reset()
     counters.clear()
     models = [make_model(num_layers=2, qk_norm=True, tie_embeddings=True, compile=c) for c in (False, True)]
@@ -433,12 +433,12 @@ import torch
 from conf.schema import DeepSpeedConfig, LRConfig, ModelConfig, OptimConfig, RunConfig
 from data.packing import Batch
 from moba.spec import AttentionSpec
-from train import distributed
-from train.model import Decoder
-from train.optim import build_engine, param_groups
+from train.engine.world import init_world, shutdown
+from train.model.decoder import Decoder
+from train.engine.optim import build_engine, param_groups
 from train.step import train_step
 
-world = distributed.init("cpu")
+world = init_world("cpu")
 zero = {"stage3_param_persistence_threshold": 10, "sub_group_size": 500}
 config = RunConfig(
     deepspeed=DeepSpeedConfig(zero_stage=3, precision="fp32", extra={"zero_optimization": zero}),
@@ -471,7 +471,7 @@ for tied, recompute in ((True, True), (False, False)):
         where = (batch.tokens, batch.positions, batch.cu_seqlens)
         torch.testing.assert_close(model.logits(*where), plain.logits(*where), rtol=1e-3, atol=1e-4)
 print("equal")
-distributed.shutdown()
+shutdown()
 """
 
 
@@ -485,20 +485,20 @@ def test_sharded_parameters_train_as_whole_ones():
 COMPILED = """
 import functools
 import torch
-import train.model
+import train.model.decoder
 from conf.schema import DeepSpeedConfig, LRConfig, ModelConfig, OptimConfig, RunConfig
 from data.packing import Batch
 from moba.spec import AttentionSpec
-from train import distributed
-from train.optim import build_engine
+from train.engine.world import init_world, shutdown
+from train.engine.optim import build_engine
 from train.step import train_step
 
-train.model._compiled = functools.cache(lambda function: torch.compile(function, backend="aot_eager"))
-world = distributed.init("cpu")
+train.model.decoder._compiled = functools.cache(lambda function: torch.compile(function, backend="aot_eager"))
+world = init_world("cpu")
 runs = []
 for stage, compiled in ((0, False), (0, True), (1, True), (2, True)):
     shape = dict(hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, ffn_size=64, loss_tile=16)
-    model = train.model.Decoder(ModelConfig(**shape, compile=compiled), 64)
+    model = train.model.decoder.Decoder(ModelConfig(**shape, compile=compiled), 64)
     model.init_weights(3)
     deepspeed = DeepSpeedConfig(zero_stage=stage, precision="fp32")
     optim = OptimConfig(lr=LRConfig(peak=0.01))
@@ -514,7 +514,7 @@ for stage, compiled in ((0, False), (0, True), (1, True), (2, True)):
 for i in (3, 6, 9):
     torch.testing.assert_close(torch.tensor(runs[i : i + 3]), torch.tensor(runs[:3]), rtol=1e-4, atol=0)
 print("compiled", torch._dynamo.utils.counters["stats"]["unique_graphs"])
-distributed.shutdown()
+shutdown()
 """
 
 

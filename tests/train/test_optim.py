@@ -7,8 +7,8 @@ import torch
 from engine_runs import build_model
 
 from conf.schema import DeepSpeedConfig, RunConfig
-from train.distributed import World
-from train.optim import deepspeed_config, param_groups, resolve_precision
+from train.engine.optim import deepspeed_config, param_groups, resolve_precision
+from train.engine.world import World
 
 CPU = World(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
 CUDA = World(rank=0, world_size=1, local_rank=0, device=torch.device("cuda", 0))

@@ -12,10 +12,10 @@ from conf.hardware import Hardware
 from conf.schema import DeepSpeedConfig, ModelConfig, SourceConfig
 from conf.validate import freeze, to_dict
 from moba.spec import AttentionSpec
-from train.describe import describe_layers
-from train.memory import estimate_memory
-from train.plan import make_plan
-from train.sizes import num_parameters
+from train.model.sizes import num_parameters
+from train.plan.describe import describe_layers
+from train.plan.memory import estimate_memory
+from train.plan.plan import make_plan
 
 MODEL = {"hidden_size": 64, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2, "ffn_size": 96}
 GB = 1024**3

@@ -1,4 +1,4 @@
-"""train/position_loss.py against loops over documents, and its standard errors against what really varies."""
+"""train/record/position_loss.py against loops over documents, and its standard errors against what really varies."""
 
 import math
 
@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.packing import IGNORED
-from train.position_loss import PositionCurve, PositionLoss, bucket_edges, default_num_buckets
+from train.record.position_loss import PositionCurve, PositionLoss, bucket_edges, default_num_buckets
 
 
 def make_pack(windows, rng, share_ignored=0.2):

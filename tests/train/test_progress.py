@@ -1,4 +1,4 @@
-"""train/progress.py: readable on a terminal and in a log file alike."""
+"""train/record/progress.py: readable on a terminal and in a log file alike."""
 
 import io
 import os
@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from train.progress import Progress, clock, describe
+from train.record.progress import Progress, clock, describe
 
 
 class Terminal(io.StringIO):
@@ -24,7 +24,7 @@ def lines_of_terminal(monkeypatch):
     """Sets how many lines the terminal says it has; 30 to begin with."""
 
     def set_lines(lines):
-        monkeypatch.setattr("train.progress.os.get_terminal_size", lambda fd: os.terminal_size((100, lines)))
+        monkeypatch.setattr("train.record.progress.os.get_terminal_size", lambda fd: os.terminal_size((100, lines)))
 
     set_lines(30)
     return set_lines
@@ -61,7 +61,7 @@ def test_a_log_file_gets_a_line_for_each_tenth():
 def test_a_slow_run_speaks_every_half_minute(monkeypatch):
     """Catches a long run whose log stays silent between two tenths."""
     now = 0.0
-    monkeypatch.setattr("train.progress.time.monotonic", lambda: now)
+    monkeypatch.setattr("train.record.progress.time.monotonic", lambda: now)
     stream = io.StringIO()
     progress = Progress(1_000_000, stream=stream)
     for step in range(100):

@@ -1,4 +1,4 @@
-"""train/rope.py against transformers' own RoPE, and the order in which a stage's scaling is applied."""
+"""train/model/rope.py against transformers' own RoPE, and the order in which a stage's scaling is applied."""
 
 from dataclasses import replace
 
@@ -10,7 +10,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from conf.build import ConfigError
 from conf.schema import ModelConfig, RopeConfig, RunConfig, ScheduleConfig, StageConfig
-from train.rope import Rope, check_stages
+from train.model.rope import Rope, check_stages
 
 LLAMA3 = {
     "rope_type": "llama3",

@@ -5,7 +5,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from conf.schema import ModelConfig
-from train.sizes import matmul_flops_per_token, num_parameters, padded_vocab_size
+from train.model.sizes import matmul_flops_per_token, num_parameters, padded_vocab_size
 
 SHAPES = [
     {"hidden_size": 64, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2, "ffn_size": 176, "tie_embeddings": True},

@@ -1,4 +1,4 @@
-"""train/throughput.py: the rates count what the written convention says, and the clock runs only while training."""
+"""Throughput: the rates count what the written convention says, and the clock runs only while training."""
 
 from types import SimpleNamespace
 
@@ -6,7 +6,7 @@ import pytest
 
 from conf.schema import ModelConfig
 from moba.spec import AttentionSpec
-from train.throughput import CONVENTION, Throughput, Work, batch_work, peak_tflops
+from train.record.throughput import CONVENTION, Throughput, Work, batch_work, peak_tflops
 
 FULL = AttentionSpec("full")
 MOBA = AttentionSpec("moba", block_size=4, top_k=2)
@@ -108,7 +108,7 @@ def test_peak_by_device_name(name, peak):
 def test_paused_time_is_not_training_time(monkeypatch):
     """Catches an evaluation that is charged to training speed, also when it ends in an error."""
     clock = SimpleNamespace(now=100.0)
-    monkeypatch.setattr("train.metrics.time.perf_counter", lambda: clock.now)
+    monkeypatch.setattr("train.record.metrics.time.perf_counter", lambda: clock.now)
     meter = Throughput(MODEL, 256)
     clock.now += 2.0
     with pytest.raises(KeyError), meter.paused():

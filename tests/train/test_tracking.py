@@ -1,4 +1,4 @@
-"""train/tracking.py: what reaches wandb's offline files is what was logged; nothing that wandb does can stop a run."""
+"""Tracking: what reaches wandb's offline files is what was logged; nothing that wandb does can stop a run."""
 
 import json
 import struct
@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from wandb.proto.wandb_internal_pb2 import Record
 
 from conf.schema import LoggingConfig
-from train.tracking import Tracker, run_id
+from train.record.tracking import Tracker, run_id
 
 HEADER = 7  # bytes before the first block of a .wandb file, and of each chunk's checksum, length and type
 BLOCK = 32 * 1024
@@ -153,7 +153,7 @@ def test_an_unreachable_server_does_not_stop_the_run(tmp_path, monkeypatch):
     """Catches an exception or a long wait where there is a key but no network."""
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
-    monkeypatch.setattr("train.tracking.INIT_SECONDS", 2.0)
+    monkeypatch.setattr("train.record.tracking.INIT_SECONDS", 2.0)
     wandb.teardown()
     tracker, said = open_tracker(tmp_path)
     tracker.log(train(100, loss=2.5))

@@ -16,7 +16,7 @@ from torch import Tensor
 from data.tokenizer import Tokenizer
 from moba.layer import KVCache
 from moba.spec import AttentionSpec
-from train.model import Decoder
+from train.model.decoder import Decoder
 
 CHUNK_TOKENS = 8192
 CONTEXT_TOKENS = 8

@@ -34,10 +34,11 @@ from safetensors.torch import load_file, save_file
 from torch import distributed as dist
 from torch import nn
 
-from train import checkpoint_dir, engine_state, rng
-from train.checkpoint_dir import FORMAT_VERSION, STATE, CheckpointError, clean_stale, find, newest, verify
-from train.distributed import barrier, gather_objects
-from train.engine_state import MASTER, MOMENTS, Slot
+from train.checkpoint import checkpoint_dir, rng
+from train.checkpoint.checkpoint_dir import FORMAT_VERSION, STATE, CheckpointError, clean_stale, find, newest, verify
+from train.engine import engine_state
+from train.engine.collectives import barrier, gather_objects
+from train.engine.engine_state import MASTER, MOMENTS, Slot
 
 __all__ = [
     "CheckpointError",

@@ -16,7 +16,7 @@ from torch import nn
 
 from conf.build import ConfigError
 from conf.schema import DeepSpeedConfig, RunConfig
-from train.distributed import World
+from train.engine.world import World
 
 
 def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -89,9 +89,9 @@ def build_engine(model: nn.Module, config: RunConfig, world: World) -> Any:
     asked for). Raises ConfigError for what DeepSpeed does not take.
 
     Every rank must hold the same weights, whatever the stage; ZeRO partitions them afterwards. Needs
-    `distributed.init` first.
+    `init_world` first.
     """
-    import deepspeed  # after distributed.init, which decides what it finds
+    import deepspeed  # after init_world, which decides what it finds
     from pydantic import ValidationError  # with which DeepSpeed reads its configuration
 
     optim = config.optim

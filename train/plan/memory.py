@@ -1,6 +1,6 @@
 """An estimate of the memory one process needs, from the configuration alone.
 
-Model states follow ZeRO's own accounting; activations are counted tensor by tensor for the decoder of train/model.py.
+Model states follow ZeRO's own accounting; activations are counted tensor by tensor for train/model/decoder.py.
 Allocator fragmentation, NCCL and CUDA's own share are not in it: VERDICT_SHARE leaves them room. No torch.
 """
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from conf.schema import DeepSpeedConfig, ModelConfig
 from moba.spec import AttentionSpec
-from train.sizes import head_dim, key_conv_widths, num_kv_heads, num_parameters
+from train.model.sizes import head_dim, key_conv_widths, num_kv_heads, num_parameters
 
 VERDICT_SHARE = 0.92
 REDUCE_BUCKET = 500_000_000

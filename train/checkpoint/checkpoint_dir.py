@@ -1,8 +1,8 @@
 """The directory of a checkpoint: filled under a hidden name, renamed when whole, checked before it is read.
 
 Nothing here knows what the files hold, except that state.json says whether the checkpoint ends a stage. `newest`
-trusts names, manifests and sizes; `verify` reads every byte. All of it is done by one process; train/checkpoint.py
-adds the ranks.
+trusts names, manifests and sizes; `verify` reads every byte. All of it is done by one process; store.py adds the
+ranks.
 """
 
 from __future__ import annotations

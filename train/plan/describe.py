@@ -13,8 +13,8 @@ from conf.schema import LRConfig, RopeConfig, RunConfig, SourceConfig
 from data.mixture import long_share, make_pools, passes
 from data.sources import Source
 from moba.spec import AttentionSpec
+from train.model.sizes import head_dim, key_conv_widths, ntk_theta, num_kv_heads, rope_layers
 from train.schedule import Stage
-from train.sizes import head_dim, key_conv_widths, ntk_theta, num_kv_heads, rope_layers
 
 FEW_LONG = 0.05  # of a stage's tokens
 

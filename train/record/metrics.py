@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from moba.spec import AttentionSpec
-from train.describe import describe_layers
+from train.plan.describe import describe_layers
 
 FILE_NAME = "metrics.jsonl"
 

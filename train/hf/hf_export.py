@@ -19,10 +19,10 @@ from transformers import AutoConfig
 from conf.build import ConfigError
 from conf.schema import ModelConfig, RopeConfig
 from moba.spec import AttentionSpec
-from train.checkpoint import MODEL_INDEX, TensorFiles, read_index
-from train.hf import FAMILIES, SINGLE_FILE, windows
-from train.rope import Rope, changes_rope, check_rope_scaling, stage_scaling
-from train.sizes import head_dim, ntk_theta, num_kv_heads, rope_layers
+from train.checkpoint.store import MODEL_INDEX, TensorFiles, read_index
+from train.hf.pretrained import FAMILIES, SINGLE_FILE, windows
+from train.model.rope import Rope, changes_rope, check_rope_scaling, stage_scaling
+from train.model.sizes import head_dim, ntk_theta, num_kv_heads, rope_layers
 
 SHARD_BYTES = 4 * 2**30
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from engine_runs import ROOT
 
-from train.guards import NonFiniteError, NonFiniteGuard, RunLock, RunLocked
+from train.checkpoint.run_lock import RunLock, RunLocked
+from train.non_finite import NonFiniteError, NonFiniteGuard
 
 
 def test_only_steps_in_a_row_end_the_run():
@@ -32,7 +33,7 @@ def test_no_limit_never_ends_the_run():
 
 def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path):
     """Catches two runs writing to one directory, and a lock that outlives a killed process."""
-    code = "import sys, time; from pathlib import Path; from train.guards import RunLock\n"
+    code = "import sys, time; from pathlib import Path; from train.checkpoint.run_lock import RunLock\n"
     code += "lock = RunLock(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
     holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     try:

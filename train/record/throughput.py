@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from conf.schema import ModelConfig
 from moba.flops import attended_pairs, attention_flops, causal_pairs
 from moba.spec import AttentionSpec
-from train.sizes import head_dim, matmul_flops_per_token
+from train.model.sizes import head_dim, matmul_flops_per_token
 
 CONVENTION = (
     "TFLOP/s and MFU are those of one device. They count model FLOPs of forward and backward (3 x forward; what is "

@@ -2,7 +2,7 @@
 
 Read are dense Llama-, Mistral-, Qwen2- and Qwen3-shaped models in safetensors, in one file or several. Their tensors
 have the names and layout of ours, so nothing is converted: each rank reads the ranges it holds. Whatever such a model
-may have that ours has not is refused by name. train/hf_export.py is the way out.
+may have that ours has not is refused by name. train/hf/hf_export.py is the way out.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from torch import nn
 from conf.build import ConfigError, show
 from conf.schema import ModelConfig
 from moba.spec import AttentionSpec
-from train import engine_state
-from train.checkpoint import MODEL_INDEX, CheckpointError, TensorFiles, compare_parameters, read_index
-from train.distributed import barrier
-from train.rope import check_rope_scaling
+from train.checkpoint.store import MODEL_INDEX, CheckpointError, TensorFiles, compare_parameters, read_index
+from train.engine import engine_state
+from train.engine.collectives import barrier
+from train.model.rope import check_rope_scaling
 
 CONFIG, SINGLE_FILE = "config.json", "model.safetensors"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")

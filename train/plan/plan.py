@@ -19,7 +19,8 @@ from conf.numbers import format_length, format_memory
 from conf.schema import RunConfig
 from data.sources import Source
 from moba.flops import attended_pairs, attention_flops, causal_pairs
-from train.describe import (
+from train.model.sizes import head_dim, matmul_flops_per_token, num_parameters
+from train.plan.describe import (
     describe_data,
     describe_engine,
     describe_layers,
@@ -31,9 +32,8 @@ from train.describe import (
     reach,
     uses_bf16,
 )
-from train.memory import VERDICT_SHARE, Memory, estimate_memory
+from train.plan.memory import VERDICT_SHARE, Memory, estimate_memory
 from train.schedule import Schedule, Stage, build_schedule
-from train.sizes import head_dim, matmul_flops_per_token, num_parameters
 
 MOST_GPUS = 4096
 WIDTH = 118
@@ -108,7 +108,7 @@ def make_plan(
     hardware: Hardware | None = None,
     sources: Mapping[str, Source] | None = None,
 ) -> Plan:
-    """The plan of a frozen configuration for a model with `vocab_size` embedding rows (train.sizes.embedding_rows).
+    """The plan of a frozen configuration for a model with `vocab_size` embedding rows (train/model/sizes.py).
 
     `hardware` says how many processes share the work and how much memory a GPU has; without it, one GPU of unknown
     size. `sources` are those whose documents are tokenised already.

@@ -20,7 +20,7 @@ import torch
 from conf.build import ConfigError
 from conf.checks import NEED_ORIGINAL_LENGTH, ROPE_SCALINGS
 from conf.schema import ModelConfig, RopeConfig, RunConfig
-from train.sizes import head_dim, ntk_theta
+from train.model.sizes import head_dim, ntk_theta
 
 _REFUSED = {
     "longrope": "its per-frequency factors switch with the length at hand",

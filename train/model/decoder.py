@@ -23,9 +23,9 @@ from torch.utils.checkpoint import checkpoint
 from conf.schema import ModelConfig, RopeConfig
 from moba.layer import KVCache, LayerCache, MoBAAttention, RMSNorm
 from moba.spec import AttentionSpec
-from train.loss import tiled_cross_entropy
-from train.rope import Rope
-from train.sizes import head_dim, key_conv_widths, num_kv_heads, rope_layers
+from train.model.loss import tiled_cross_entropy
+from train.model.rope import Rope
+from train.model.sizes import head_dim, key_conv_widths, num_kv_heads, rope_layers
 
 RESIDUAL_OUTPUTS = ("o_proj.weight", "down_proj.weight")
 

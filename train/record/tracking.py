@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from conf.schema import LoggingConfig
-from train.distributed import drop_if_empty
+from train.engine.world import drop_if_empty
 
 ID_FILE = "wandb_id.txt"
 INIT_SECONDS = 20.0

@@ -1,0 +1,132 @@
+"""This process among all of them: its device, the process group and DeepSpeed's communication. The one place that reads
+the environment.
+
+Import it before torch: it decides what torch and its libraries read when they are imported.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+# Before torch loads OpenMP: threads that wait for each other give their core away instead of spinning. On a CPU that
+# something else uses too, spinning makes a run ten times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import torch
+import torch.distributed as dist
+
+from conf.build import ConfigError
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all of them."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one process that prints and writes what is not per rank."""
+        return self.rank == 0
+
+
+class Launched(NamedTuple):
+    """What torchrun says of this process; one process alone without torchrun."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+
+
+def launch_environment() -> Launched:
+    """Returns this process's place, before anything is started."""
+    defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    return Launched(*(int(os.environ.get(key, default)) for key, default in defaults.items()))
+
+
+def init_world(device: str = "auto") -> World:
+    """Returns this process's World, with torch.distributed (nccl on CUDA, gloo on CPU) and DeepSpeed's communication
+    ready.
+
+    `device` is "auto", "cpu" or "cuda". Raises ConfigError for a device that is not there. Without torchrun's
+    variables it is a group of one process that opens no port.
+    """
+    kind = _device_kind(device)
+    rank, world_size, local_rank, _ = launch_environment()
+    target = torch.device("cpu")
+    if kind == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise ConfigError(
+                [
+                    f"local rank {local_rank} has no GPU of its own: torch sees {torch.cuda.device_count()} on this "
+                    "host. Start at most that many processes a host (torchrun --nproc_per_node)"
+                ]
+            )
+        target = torch.device("cuda", local_rank)
+        torch.cuda.set_device(target)
+    if not dist.is_initialized():
+        _start_process_group(kind, target, alone="WORLD_SIZE" not in os.environ)
+    _start_deepspeed(kind)
+    return World(rank, world_size, local_rank, target)
+
+
+def _device_kind(device: str) -> str:
+    if device not in ("auto", "cpu", "cuda"):
+        raise ConfigError([f"run.device={device!r}: choose one of auto, cpu, cuda"])
+    has_cuda = torch.cuda.is_available()
+    if device == "cuda" and not has_cuda:
+        raise ConfigError(["run.device=cuda: torch sees no CUDA device here; use run.device=cpu or auto"])
+    return "cuda" if has_cuda and device != "cpu" else "cpu"
+
+
+def _start_process_group(kind: str, target: torch.device, alone: bool) -> None:
+    backend = "nccl" if kind == "cuda" else "gloo"
+    # device_id tells NCCL which GPU a collective without tensors (barrier) belongs to.
+    options: dict[str, Any] = {"device_id": target} if kind == "cuda" else {}
+    if alone:
+        options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    dist.init_process_group(backend, **options)
+
+
+def _start_deepspeed(kind: str) -> None:
+    """Imports deepspeed so that it neither compiles anything nor fills the screen, and hands it the process group."""
+    if kind == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("LOCAL_RANK", "0")  # its engine insists on that one
+    # It calls collectives that torch 2.13 deprecates, once a step and rank.
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed.*is deprecated", category=FutureWarning)
+    import deepspeed
+    import deepspeed.ops
+
+    # On CPU it would build a shared-memory all-reduce with g++ (a minute, or an error without a compiler) that only its
+    # inference path uses. Its own table of what can be built here is where to say no.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(verbose=False)
+
+
+def drop_if_empty(*names: str) -> None:
+    """Unsets environment variables that are set to nothing, for libraries that stumble over that."""
+    for name in names:
+        if os.environ.get(name) == "":
+            del os.environ[name]
+
+
+def shutdown() -> None:
+    """Ends the process group after all ranks arrived, with everything printed.
+
+    Leaving it to the interpreter's exit lets a fast rank tear down connections that a slow one still waits on, which
+    now and then aborts the process after all work was done.
+    """
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
