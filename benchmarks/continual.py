@@ -30,13 +30,14 @@ import numpy as np  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
-from benchmarks.pretrained import clusters, machine  # noqa: E402
+from benchmarks.pretrained import machine  # noqa: E402
 from conf.build import ConfigError  # noqa: E402
 from conf.numbers import format_count, format_length  # noqa: E402
 from conf.schema import RopeConfig  # noqa: E402
 from data.errors import DataError  # noqa: E402
 from data.sources import open_validation  # noqa: E402
 from data.validation import HeldOut, held_out_documents  # noqa: E402
+from evals.context import Context, clusters_by  # noqa: E402
 from evals.figures import length_axis, save, token_axis  # noqa: E402
 from evals.loading import TrainedModel, load_trained, portable  # noqa: E402
 from evals.position_loss import evaluate  # noqa: E402
@@ -175,13 +176,8 @@ class Study:
         if any(what.items() <= record.items() for record in self.results["measured"]):
             return
         trained.model.set_attention(self.plans[attention])
-        found = evaluate(
-            trained.model,
-            self.documents,
-            seq_len=self.documents.seq_len,
-            device=trained.device,
-            cluster_of=clusters(self.values.get("cluster", ".*")),
-        )
+        context = Context(trained.model, trained.device, cluster_of=clusters_by(self.values.get("cluster", ".*")))
+        found = evaluate(context, self.documents, seq_len=self.documents.seq_len)
         self.results["measured"].append(what | found.summary())
         self._write()
         value, se, _, count = found.curve.trailing

@@ -14,11 +14,10 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-import re
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -41,6 +40,7 @@ from conf.trajectory import to_dict  # noqa: E402
 from data.errors import DataError  # noqa: E402
 from data.sources import Source, open_validation  # noqa: E402
 from data.validation import held_out_documents  # noqa: E402
+from evals.context import Context, clusters_by  # noqa: E402
 from evals.figures import length_axis, save  # noqa: E402
 from evals.loading import attention_plan, load_trained  # noqa: E402
 from evals.position_loss import evaluate  # noqa: E402
@@ -106,12 +106,6 @@ def machine() -> str:
     """The GPU, or the processor with the threads that torch uses of it, and torch's version."""
     cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     return f"{torch.cuda.get_device_name() if torch.cuda.is_available() else cpu}, torch {torch.__version__}"
-
-
-def clusters(pattern: str) -> Callable[[str], str]:
-    """From a document's id to its cluster, the part that the pattern matches from the beginning; the id if it does
-    not."""
-    return lambda name: match[0] if (match := re.match(pattern, name)) else name
 
 
 @torch.no_grad()
@@ -207,14 +201,8 @@ def position_losses(directory: Path, source: Source, values: dict[str, str]) -> 
         for attention in values.get("attention", "full,128x8,512x3").split(","):
             trained.model.set_attention(attention_plan(attention, trained))
             began = time.monotonic()
-            found = evaluate(
-                trained.model,
-                documents,
-                seq_len=seq_len,
-                device=trained.device,
-                num_buckets=max(1, seq_len // BUCKET),
-                cluster_of=clusters(values.get("cluster", ".*")),
-            )
+            context = Context(trained.model, trained.device, cluster_of=clusters_by(values.get("cluster", ".*")))
+            found = evaluate(context, documents, seq_len=seq_len, num_buckets=max(1, seq_len // BUCKET))
             seconds = round(time.monotonic() - began, 1)
             print(
                 f"{format_length(seq_len)} {attention}: {found.curve.mean.round(3).tolist()}, {seconds} s", flush=True

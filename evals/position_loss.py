@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,16 +26,19 @@ from typing import Any
 import numpy as np
 import torch
 
+from conf.numbers import format_length, parse_length
 from data.packing import IGNORED, Batch
+from data.validation import COHORTS
+from evals.context import Context
 from evals.figures import plot_curves
-from evals.statistics import clustered_mean
+from evals.protocol import Eval, Job, Result
+from evals.statistics import clustered_mean, half_width
 from train.record.position_loss import PositionCurve, Trailing, bucket_edges, default_num_buckets
 
 FORMAT = 2
 FIXED_POINT = 2.0**32
 LARGEST = 1e6
 """Nats; a loss beyond counts as not finite (the sums are 64 bits wide)."""
-LossFn = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,23 +59,21 @@ class Evaluation:
     """Tokens whose loss was infinite, NaN or beyond LARGEST, which are left out of every mean."""
     cohort: str = "fixed"
 
-    def save(self, folder: Path | str, stem: str, **info: Any) -> Path:
-        """Writes `stem`.npz, .json and .png into `folder` (made if missing) and returns the path of the json.
-
-        `info` goes into the json as it is: tokens seen, attention, what else tells evaluations apart. Its
-        `dense_up_to`, if there, is a line in the figure.
-        """
-        base = Path(folder) / stem
-        base.parent.mkdir(parents=True, exist_ok=True)
+    def result(self, title: str, dense_up_to: int | None = None) -> Result:
+        """The evaluation as files and text. `title` is the curve's in the figure, `dense_up_to` a line there."""
+        value, se, _, clusters = self.curve.trailing
+        error = f"+- {half_width(se, clusters):.4f} (95 %, {clusters:.0f} clusters)"
+        known = error if se == se else "(one cluster: no error estimate)"
         table = {name: getattr(self, name) for name in ("document_ids", "document_keys", "document_clusters")}
-        np.savez_compressed(
-            base.with_name(f"{stem}.npz"), **self.curve.arrays(), document_loss=self.document_loss, **table
+        return Result(
+            length=self.curve.max_length,
+            record=self.summary(),
+            text=f"trailing loss {value:.4f} {known}",
+            numbers={"trailing_loss": value, "trailing_se": se},
+            arrays={**self.curve.arrays(), "document_loss": self.document_loss, **table},
+            figures={"": lambda path: plot_curves({title: self.curve}, path, dense_up_to=dense_up_to)},
+            suffix="" if self.cohort == "fixed" else self.cohort,
         )
-        label = ", ".join(str(info[key]) for key in ("run", "attention") if key in info) or stem
-        plot_curves({label: self.curve}, base.with_name(f"{stem}.png"), dense_up_to=info.get("dense_up_to"))
-        path = base.with_name(f"{stem}.json")
-        path.write_text(json.dumps({**info, **self.summary()}, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        return path
 
     def summary(self) -> dict[str, Any]:
         """The evaluation without its per-position arrays, as plain JSON values (null for NaN)."""
@@ -106,39 +107,31 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    loss_fn: LossFn,
+    context: Context,
     documents: Sequence[tuple[str, Batch]],
     *,
     seq_len: int,
-    device: torch.device | str,
     num_buckets: int | None = None,
     cohort: str = "fixed",
-    cluster_of: Callable[[str], str] = str,
-    rank: int = 0,
-    world_size: int = 1,
-    reduce: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor,
-    watch: Callable[[Iterable[int]], Iterable[int]] = iter,
+    what: str = "position_loss",
 ) -> Evaluation:
     """Scores each document once and returns the Evaluation of all of them, on every rank.
 
-    `loss_fn(tokens, positions, cu_seqlens, labels)` returns float `[T]` losses (a Decoder or an engine around one).
     `documents` are (id, batch of one document), as of data.validation for this cohort and these buckets; every rank is
-    given all of them and takes each world_size-th; `reduce` sums an int64 tensor over ranks. All ranks run the same
-    number of forward passes, as sharded parameters need: a rank left over repeats a document without counting it.
-    `cluster_of(id)` names a document's cluster; `watch` wraps the loop (a progress bar).
+    given all of them. `what` names the progress bar.
     """
+    loss_fn, device = context.loss_fn, context.device
     num_buckets = num_buckets or default_num_buckets(seq_len)
     edges_E = torch.from_numpy(bucket_edges(num_buckets, seq_len)).to(device)
     by_position = torch.zeros(2, seq_len, dtype=torch.int64, device=device)
     # Of each document and bucket: sum, tokens counted, tokens there (without labels too, but not if not finite).
     table = torch.zeros(3, len(documents), num_buckets, dtype=torch.int64, device=device)
     non_finite = torch.zeros(1, dtype=torch.int64, device=device)
-    for start in watch(range(0, len(documents), world_size)):
-        index = start + rank
-        batch = documents[index if index < len(documents) else 0][1].to(device)
+    for index, counts in context.share(len(documents), what):
+        batch = documents[index][1].to(device)
         assert batch.cu_seqlens.numel() == 2 and batch.tokens.numel() <= seq_len, (batch.tokens.numel(), seq_len)
         losses_T = loss_fn(batch.tokens, batch.positions, batch.cu_seqlens, batch.labels)
-        if index < len(documents):
+        if counts:
             good_T = losses_T.abs() <= LARGEST  # false for NaN too
             counted_T = good_T & (batch.labels != IGNORED)
             fixed_T = (torch.where(counted_T, losses_T, 0).double() * FIXED_POINT).round().long()
@@ -147,9 +140,9 @@ def evaluate(
             by_position.index_add_(1, batch.positions, values_3T[:2])
             table[:, index].index_add_(1, bucket_T, values_3T)
             non_finite += (~good_T).sum()
-    table, by_position = (reduce(x).cpu().numpy() for x in (table, by_position))
+    table, by_position = (context.reduce(x).cpu().numpy() for x in (table, by_position))
     names = [(name, _key(batch), batch.tokens.numel()) for name, batch in documents]
-    clusters = [cluster_of(name) for name, _, _ in names]
+    clusters = [context.cluster_of(name) for name, _, _ in names]
     sums_NB, counts_NB = table[0] / FIXED_POINT, table[1]
     is_full_N = np.array([length == seq_len for _, _, length in names])
     return Evaluation(
@@ -158,7 +151,7 @@ def evaluate(
         document_keys=[key for _, key, _ in names],
         document_clusters=clusters,
         document_loss=_divide(np.where(table[2] == np.diff(edges_E.cpu()), sums_NB, np.nan), counts_NB),
-        num_non_finite=int(reduce(non_finite).item()),
+        num_non_finite=int(context.reduce(non_finite).item()),
         cohort=cohort,
     )
 
@@ -210,3 +203,36 @@ def load_evaluation(path: Path | str) -> Evaluation:
         return Evaluation(curve, *lists, loss, record["num_non_finite"], record["cohort"].partition(":")[0])
     except (OSError, KeyError, ValueError) as error:
         raise ValueError(f"{base} is no saved loss-by-position evaluation (.json with its .npz): {error}") from error
+
+
+def run(job: Job) -> Result:
+    """The loss by position of the held-out documents of the cohort that was asked for."""
+    seq_len, cohort = job.seq_len, job.values.get("cohort", "fixed")
+    num_buckets = _num_buckets(job, seq_len)
+    documents = job.held_out(bucket_edges(num_buckets, seq_len) if cohort == "available" else None)
+    job.say(f"position_loss: {len(documents)} documents, {format_length(seq_len)} tokens, {job.attention}")
+    found = evaluate(job.context, documents, seq_len=seq_len, num_buckets=num_buckets, cohort=cohort)
+    return found.result(job.title, job.dense_up_to)
+
+
+def _num_buckets(job: Job, seq_len: int) -> int:
+    if "bucket" not in job.values:
+        return default_num_buckets(seq_len)
+    bucket = parse_length(job.values["bucket"])
+    if bucket < 1 or seq_len % bucket:
+        raise ValueError(f"bucket={job.values['bucket']}: must divide the length, {format_length(seq_len)}")
+    return seq_len // bucket
+
+
+EVAL = Eval(
+    name="position_loss",
+    about="the loss by position on held-out documents, those of the run's own data unless others are named. The same "
+    "weights can be measured under another attention, and on documents of another length; launch/compare.py puts two "
+    "results beside each other.",
+    run=run,
+    keys={
+        "cohort": "fixed (default: documents of full length) or available (each bucket: all that fill it)",
+        "bucket": "tokens a bucket, a divisor of the length (default: 2K; a sixteenth below 32K)",
+    },
+    choices={"cohort": COHORTS},
+)

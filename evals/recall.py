@@ -11,139 +11,48 @@ Shapes: N documents, A answers of a document (padded with NaN), W variants of at
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 
-from data.synthetic import Sample, SyntheticSource
-from evals.figures import save
-from evals.position_loss import plain
-from evals.results import write_json
-from evals.statistics import Estimate, clustered_mean, wilson
+from conf.numbers import format_length
+from conf.schema import SyntheticConfig
+from data.synthetic import SIZES, Sample, SyntheticSource
+from data.tokenizer import load_tokenizer
+from evals.context import Context
+from evals.page import image
+from evals.page import table as html_table
+from evals.protocol import Eval, Job, Result, names
+from evals.recall_report import RecallReport, draw_recall, table
 from evals.swap import VARIANTS, under, variant
-from moba.spec import AttentionSpec
 from train.model.decoder import Decoder
-
-MIN_BLOCKS = 32
-MAX_SEEN = 1 / 8
-
-
-@dataclass(frozen=True, eq=False)
-class RecallReport:
-    """What one model answers in one task."""
-
-    source: SyntheticSource
-    variants: tuple[str, ...]
-    correct_WNA: np.ndarray
-    """[W, N, A] 1 where the whole answer is right, else 0."""
-    nll_WNA: np.ndarray
-    """[W, N, A] mean loss of the answer's tokens, nats."""
-    distance_NA: np.ndarray
-    """[N, A] tokens between an answer and its evidence."""
-    blocks_back_NA: np.ndarray | None
-    """[N, A] blocks between them; None if no layer is MoBA."""
-    spec: AttentionSpec | None
-    """The first MoBA layer's."""
-
-    @property
-    def gate_matters(self) -> bool | None:
-        """Whether the setting tests the gate: at least MIN_BLOCKS blocks, of which at most MAX_SEEN are seen; None
-        without MoBA."""
-        if self.spec is None:
-            return None
-        num_blocks = self.source.config.length // self.spec.block_size
-        return num_blocks >= MIN_BLOCKS and self.spec.top_k <= MAX_SEEN * num_blocks
-
-    @property
-    def far_NA(self) -> np.ndarray:
-        """bool [N, A]: answers that only the gate can reach; all without MoBA."""
-        known = np.isfinite(self.distance_NA)
-        return known if self.blocks_back_NA is None else known & (self.blocks_back_NA >= self.spec.top_k)
-
-    def accuracy(self, name: str, chosen_NA: np.ndarray | None = None) -> Estimate:
-        """Share of right answers of a variant, documents as clusters; of the `chosen` ones."""
-        return self._mean(self.correct_WNA[self.variants.index(name)], chosen_NA)
-
-    def _mean(self, values_NA: np.ndarray, chosen_NA: np.ndarray | None) -> Estimate:
-        known_NA = np.isfinite(values_NA) if chosen_NA is None else chosen_NA
-        sums_N = np.where(known_NA, values_NA, 0).sum(1)
-        return clustered_mean(sums_N, known_NA.sum(1), list(range(len(sums_N))))
-
-    def rows(self) -> list[dict[str, Any]]:
-        """One row a variant, as JSON values."""
-        rows = []
-        for w, name in enumerate(self.variants):
-            row: dict[str, Any] = {"attention": name}
-            for what, chosen in (("all", np.isfinite(self.distance_NA)), ("far", self.far_NA)):
-                found = self.accuracy(name, chosen)
-                row[what] = {
-                    "accuracy": plain([found.mean])[0],
-                    "se": plain([found.se])[0],
-                    "interval_95": plain(self.interval(found)),
-                    "nll": plain([self._mean(self.nll_WNA[w], chosen).mean])[0],
-                    "answers": int(found.count),
-                }
-            rows.append(row)
-        return rows
-
-    @staticmethod
-    def interval(found: Estimate) -> tuple[float, float]:
-        """The 95 % interval of an accuracy: Wilson's, of as many independent answers as its clustered error says the
-        answers are worth (as documents, where all are right or all wrong)."""
-        if not found.count:
-            return 0.0, 1.0
-        share, se = float(found.mean), float(found.se)
-        worth = share * (1 - share) / se**2 if se > 0 else float(found.clusters)
-        return wilson(share, min(worth, float(found.count)))
-
-    def summary(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return {
-            "task": asdict(self.source.config),
-            "num_documents": len(self.distance_NA),
-            "far": None if self.spec is None else f"evidence at least {self.spec.top_k} blocks back",
-            "gate_matters": self.gate_matters,
-            "variants": self.rows(),
-        }
 
 
 @torch.no_grad()
 def recall(
-    model: Decoder,
-    source: SyntheticSource,
-    *,
-    samples: int,
-    variants: tuple[str, ...] = VARIANTS,
-    device: torch.device | str,
-    rank: int = 0,
-    world_size: int = 1,
-    reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor,
-    watch: Callable[[Iterable], Iterable] = iter,
+    context: Context, source: SyntheticSource, *, samples: int, variants: tuple[str, ...] = VARIANTS
 ) -> RecallReport:
     """The RecallReport of a model on the first `samples` documents of the source, on every rank. With MoBA layers in
     the plan in force under `variants` of it (evals/swap.py), else as it is ("full"). All ranks run the same number of
     forward passes."""
-    plan, count = model.attention, min(samples, source.num_documents)
+    model, plan, count = context.model, context.model.attention, min(samples, source.num_documents)
     spec = next((spec for spec in plan if spec.kind == "moba"), None)
     variants = ("full",) if spec is None else variants
     documents = [source.sample(i) for i in range(count)]
     width = max(len(document.answers) for document in documents)
-    table = torch.zeros(2, len(variants), count, width, dtype=torch.float64, device=device)
+    sums = torch.zeros(2, len(variants), count, width, dtype=torch.float64, device=context.device)
     for w, name in enumerate(variants):
         with under(model, variant(plan, name)):
-            for start in watch(range(0, count, world_size)):
-                index = start + rank
-                scores_2A = score(model, documents[index if index < count else 0], device)
-                if index < count:
-                    table[:, w, index, : scores_2A.shape[1]] = scores_2A
-    correct_WNA, nll_WNA = reduce(table).cpu().numpy()
+            for index, counts in context.share(count, source.config.task):
+                scores_2A = score(model, documents[index], context.device)
+                if counts:
+                    sums[:, w, index, : scores_2A.shape[1]] = scores_2A
+    correct_WNA, nll_WNA = context.reduce(sums).cpu().numpy()
     distance_NA, blocks_NA = (np.full((count, width), np.nan) for _ in range(2))
     for i, document in enumerate(documents):
         for a, (start, _, needle) in enumerate(document.answers):
@@ -174,75 +83,75 @@ def score(model: Decoder, sample: Sample, device: torch.device | str) -> Tensor:
     )
 
 
-def table(reports: Mapping[str, RecallReport]) -> str:
-    """The accuracies as text: one line a task and variant."""
-    lines = [f"{'task':<12}{'attention':<10}{'right':>7}  {'95 %':>15}{'far':>8}  {'95 %':>15}{'nll':>9}"]
-    for task, report in reports.items():
-        for row in report.rows():
-            cells = []
-            for what in ("all", "far"):
-                value, (low, high) = row[what]["accuracy"], row[what]["interval_95"]
-                known = value is not None
-                cells += [f"{value:>7.3f}", f"{low:.3f} to {high:.3f}"] if known else [" " * 7, ""]
-            right, bounds, far, far_bounds = cells
-            nll = row["all"]["nll"]
-            name = f"{task:<12}{row['attention']:<10}"
-            lines.append(f"{name}{right}  {bounds:>15} {far}  {far_bounds:>15}{nll:>9.3f}")
-        if report.gate_matters is False:
-            lines.append(
-                f"{task}: too few blocks to say something about the gate (at least {MIN_BLOCKS}, of which top_k is at "
-                f"most {MAX_SEEN:.0%})"
-            )
-    return "\n".join(lines)
+def run(job: Job) -> Result:
+    """The right answers in generated documents of each task that was asked for."""
+    sources = {config.task: _synthetic_source(job, config) for config in _tasks(job)}
+    samples = job.integer("samples", 64)
+    reports = {}
+    for task, source in sources.items():
+        job.say(f"recall: {samples} documents of {task}, {format_length(source.config.length)} tokens")
+        reports[task] = recall(job.context, source, samples=samples)
+    return result(reports)
 
 
-def save_recall(reports: Mapping[str, RecallReport], folder: Path, stem: str, **info: Any) -> Path:
-    """Writes `stem`.json, .npz and .png into `folder` and returns the path of the json."""
-    path = write_json(folder / f"{stem}.json", {**info, "tasks": {t: r.summary() for t, r in reports.items()}})
+def result(reports: Mapping[str, RecallReport]) -> Result:
+    """The reports of some tasks as files and text."""
     arrays = {f"{task}_{name}": getattr(r, f"{name}_WNA") for task, r in reports.items() for name in ("correct", "nll")}
     arrays |= {f"{task}_distance": report.distance_NA for task, report in reports.items()}
-    np.savez_compressed(folder / f"{stem}.npz", **arrays)
-    draw_recall(reports, folder / f"{stem}.png")
-    return path
+    configs = [report.source.config for report in reports.values()]
+    return Result(
+        length=max(config.length for config in configs),
+        record={"tasks": {task: report.summary() for task, report in reports.items()}},
+        text=table(reports),
+        numbers={f"{t}_{row['attention']}": row["all"]["accuracy"] for t, r in reports.items() for row in r.rows()},
+        arrays=arrays,
+        figures={"": lambda path: draw_recall(reports, path)},
+        seed=min(config.seed for config in configs),
+    )
 
 
-def draw_recall(reports: Mapping[str, RecallReport], path: Path) -> None:
-    """Draws, for each task, the accuracy of every variant with its 95 % interval, and over the distance."""
-    figure = Figure(figsize=(max(5.0, 3.2 * len(reports)), 6.5), layout="constrained")
-    for column, (task, report) in enumerate(reports.items()):
-        bars, lines = figure.add_subplot(2, len(reports), column + 1), None
-        for w, name in enumerate(report.variants):
-            found = report.accuracy(name, report.far_NA)
-            low, high = report.interval(found)
-            height = float(np.nan_to_num(found.mean))
-            error = np.nan_to_num([[height - low], [high - height]]).clip(min=0)
-            bars.bar(w, height, yerr=error, color=_color(name), capsize=3)
-        bars.set_xticks(range(len(report.variants)), report.variants, fontsize="x-small")
-        note = "" if report.gate_matters is not False else "\n(too few blocks to judge the gate)"
-        far = "all answers" if report.spec is None else f"evidence {report.spec.top_k}+ blocks back"
-        bars.set_title(f"{task}: {far}{note}", fontsize="small")
-        lines = figure.add_subplot(2, len(reports), len(reports) + column + 1)
-        _over_distance(report, lines)
-        for axes in (bars, lines):
-            axes.set_ylim(0, 1.02)
-            axes.grid(alpha=0.3)
-    figure.supylabel("share of right answers", fontsize="small")
-    save(figure, path)
+def _tasks(job: Job) -> list[SyntheticConfig]:
+    """Those asked for by name; else what the run was trained or validated on; else all."""
+    data = job.trained.config.data
+    own = {
+        one.synthetic.task: one.synthetic for one in (*data.sources.values(), data.validation) if one and one.synthetic
+    }
+    if "tasks" not in job.values and own and "seq_len" not in job.values:
+        return list(own.values())
+    chosen = names(job.values, "tasks", SIZES, default=",".join(own or SIZES))
+    block_size = next((spec.block_size for spec in job.trained.model.attention if spec.kind == "moba"), 64)
+    shape = {"length": job.seq_len, "block_size": block_size}
+    return [replace(own.get(name, SyntheticConfig(task=name)), **shape) for name in chosen]
 
 
-def _over_distance(report: RecallReport, axes) -> None:
-    edges = np.unique(np.nanquantile(report.distance_NA, np.linspace(0, 1, 7)))
-    for name in report.variants:
-        points = []
-        for low, high in itertools.pairwise(edges):
-            inside = (report.distance_NA >= low) & (report.distance_NA <= high)
-            points.append(((low + high) / 2, report.accuracy(name, inside).mean))
-        if points:
-            axes.plot(*zip(*points), marker="o", markersize=3, color=_color(name), label=name)
-    if len(edges) > 1:
-        axes.legend(fontsize="x-small")
-    axes.set_xlabel("tokens back to the evidence", fontsize="small")
+def _synthetic_source(job: Job, config: SyntheticConfig) -> SyntheticSource:
+    vocab_size = load_tokenizer(job.trained.config.data.tokenizer).vocab_size
+    return SyntheticSource(config.task, config, vocab_size, held_out=True)
 
 
-def _color(name: str) -> str:
-    return f"C{VARIANTS.index(name)}"
+def page(record: Mapping[str, Any], path: Path) -> str:
+    """The shares of right answers, and the figure."""
+    rows = []
+    for task, found in record["tasks"].items():
+        for row in found["variants"]:
+            shares = []
+            for what in ("all", "far"):
+                value, (low, high) = row[what]["accuracy"], row[what]["interval_95"]
+                shares.append("" if value is None else f"{value:.3f} ({low:.3f} to {high:.3f})")
+            judged = {True: "yes", False: "no: too few blocks", None: ""}[found["gate_matters"]]
+            rows.append((task, row["attention"], *shares, f"{row['all']['nll']:.3f}", judged))
+    columns = ("task", "attention", "right answers", "of far evidence", "nats a token", "tests the gate")
+    return html_table(columns, rows) + image(path.with_suffix(".png"))
+
+
+EVAL = Eval(
+    name="recall",
+    about="the share of right answers in generated tasks, of those that need the gate, under the same attentions.",
+    run=run,
+    keys={
+        "tasks": "such as [mqar,passkey] (default: the run's own, else all)",
+        "samples": "documents of each task (default 64)",
+    },
+    heading="Recall",
+    page=page,
+)

@@ -25,9 +25,11 @@ from evals.comparison import (
 )
 from evals.page import folded, image, note, page, table
 from evals.paired import difference
+from evals.protocol import Eval
 from evals.results import commit
 from evals.run_files import ReportError, Run, read_run, unique_names
 from evals.statistics import half_width
+from evals.table import EVALS
 from train.record.progress import clock
 
 __all__ = ["ReportError", "write_report"]
@@ -91,13 +93,14 @@ def _sections(runs: Sequence[Run], figures: Mapping[str, Path]) -> list[tuple[st
         return "\n".join(image(figures[name]) for name in names if name in figures)
 
     convention = next((run.device["convention"] for run in runs if "convention" in run.device), "")
+    results = {name: _results(runs, one) for name, one in EVALS.items() if one.page is not None}
+    routing = show("route") + results.pop("routing")
     return [
         ("Runs", _runs(runs)),
         ("Loss over tokens", show("loss", "trailing_loss", "held_out")),
         ("Loss by position", show("position") + _paired(runs)),
-        ("Attention swap", _results(runs, "swap", _swap)),
-        ("Recall", _results(runs, "recall", _recall)),
-        ("Routing", show("route") + _results(runs, "routing", _routing)),
+        *((EVALS[name].heading, found) for name, found in results.items()),
+        (EVALS["routing"].heading, routing),
         ("Stages", _stages(runs)),
         ("Speed and memory", show("speed") + note(f"{convention} {_eval_cost(runs)}")),
         ("Plans", "\n".join(folded(run.name, run.plan) for run in runs if run.plan)),
@@ -142,60 +145,17 @@ def _paired(runs: Sequence[Run]) -> str:
     return table(columns, rows) + note("95 % intervals over documents; another seed of training would move them too.")
 
 
-def _results(runs: Sequence[Run], kind: str, show: Any) -> str:
-    """What launch/evaluate.py left in the runs' evals/ folders, shown by show(record, path)."""
+def _results(runs: Sequence[Run], one: Eval) -> str:
+    """What launch/evaluate.py left in the runs' evals/ folders for an eval."""
+    assert one.page is not None
     parts = []
     for run in runs:
-        for path in run.results[kind]:
+        for path in run.results[one.name]:
             record = json.loads(path.read_text(encoding="utf-8"))
             what = f"{run.name} at {format_count(record['tokens'])} tokens, {record['attention']}"
             origin = f"{path.name}: commit {record['commit'] or 'unknown'}, {record['device']}, {record['date']}"
-            parts.append(f"<h3>{html.escape(what)}</h3>\n{show(record, path)}\n{note(origin)}")
+            parts.append(f"<h3>{html.escape(what)}</h3>\n{one.page(record, path)}\n{note(origin)}")
     return "\n".join(parts)
-
-
-def _with_error(value: Mapping[str, Any], form: str = ".4f") -> str:
-    error = "" if value["interval_95"] is None else f" +- {value['interval_95']:{form}}"
-    return f"{value['mean']:{form}}{error}"
-
-
-def _swap(record: Mapping[str, Any], path: Path) -> str:
-    names = ("loss", "loss_minus_full", "trailing", "trailing_minus_full")
-    rows = [(row["attention"], *(_with_error(row[name]) for name in names)) for row in record["variants"]]
-    costs = [(what, _with_error(value)) for what, value in record["trailing_costs"].items()]
-    cells = []
-    for cell in record["prefill_decode"]:
-        losses = (_with_error(cell[name]) for name in ("loss", "minus_full"))
-        cells.append((f"{cell['prefill']} x {cell['decode']}", *losses, f"{cell['kl_from_full']['mean']:.5f}"))
-    last = f"loss of the last {record['last_tokens']} tokens"
-    tables = [
-        table(("attention", *(name.replace("_", " ") for name in names)), rows),
-        table(("trailing loss, document by document", "difference"), costs),
-        table(("prefill x decode", last, "minus full", "KL from full"), cells),
-    ]
-    return "\n".join([*tables, image(path.with_suffix(".png"))])
-
-
-def _recall(record: Mapping[str, Any], path: Path) -> str:
-    rows = []
-    for task, found in record["tasks"].items():
-        for row in found["variants"]:
-            shares = []
-            for what in ("all", "far"):
-                value, (low, high) = row[what]["accuracy"], row[what]["interval_95"]
-                shares.append("" if value is None else f"{value:.3f} ({low:.3f} to {high:.3f})")
-            judged = {True: "yes", False: "no: too few blocks", None: ""}[found["gate_matters"]]
-            rows.append((task, row["attention"], *shares, f"{row['all']['nll']:.3f}", judged))
-    columns = ("task", "attention", "right answers", "of far evidence", "nats a token", "tests the gate")
-    return table(columns, rows) + image(path.with_suffix(".png"))
-
-
-def _routing(record: Mapping[str, Any], path: Path) -> str:
-    rows = [(name, _number(value["mean"], ".4f"), record["columns"][name]) for name, value in record["overall"].items()]
-    figures = [path.with_name(f"{path.stem}_{part}.png") for part in ("curves", "heads", "maps")]
-    return table(("mean of all heads", "", ""), rows) + "\n".join(
-        image(figure) for figure in figures if figure.is_file()
-    )
 
 
 def _eval_cost(runs: Sequence[Run]) -> str:

@@ -13,9 +13,8 @@ distance, Y cells of a map.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +22,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from conf.numbers import format_length
 from data.packing import Batch
-from evals.position_loss import plain
-from evals.results import write_json
+from evals.context import Context
+from evals.page import image, table
+from evals.protocol import Eval, Job, Result
+from evals.routing_figures import figures
 from evals.routing_numbers import picked_blocks, sampled_queries, whole_document
-from evals.statistics import Estimate, clustered_mean, half_width
+from evals.routing_report import HEAD, SHARES, RoutingReport
 from moba.gates import select
 from moba.layer import MoBAAttention
 from moba.routing import BlockLayout
@@ -43,129 +45,16 @@ from train.model.decoder import Decoder
 MAX_CELLS = 64
 NUM_BUCKETS = 16
 NUM_OCTAVES = 16
-SHARES = ("captured", "oracle", "local", "random", "own")
-# What is kept of each head. Shares are of full attention's probability.
-HEAD = {
-    "captured_all": "captured share, every routed query, from two log-sum-exps",
-    "captured": "captured share, sampled queries (so are the rest of the shares)",
-    "oracle": "share in the own block and the best top_k - 1",
-    "local": "share in the own block and the latest top_k - 1",
-    "random": "share in the own block and top_k - 1 at random, on average",
-    "own": "share in the own block",
-    "regret": "oracle - captured: what the router loses; sparsity loses 1 - oracle",
-    "recall": "share of the oracle's history blocks that were picked",
-    "hit": "share of queries whose best history block was picked",
-    "margin": "gap between the last picked and the first dropped score, in standard deviations of the scores",
-    "snr": "score of the best block over the mean of the others, in sqrt(2) standard deviations of theirs",
-    "output_error": "norm of (sparse - full output) over the norm of the full output",
-    "load_entropy": "entropy of the picks relative to eligibility: 1 even, 0 all on one block",
-    "max_load": "largest load relative to an even router's",
-    "dead_share": "share of the blocks that no query picked",
-}
-
-
-@dataclass(frozen=True, eq=False)
-class RoutingReport:
-    """What was found. Means over documents, each of equal weight."""
-
-    layers: list[int]
-    """[L] index of each MoBA layer in the model."""
-    specs: list[AttentionSpec]
-    """[L]"""
-    heads_NLH: dict[str, np.ndarray]
-    """HEAD name -> [N, L, H]."""
-    shares_NLPS: np.ndarray
-    """[N, L, P, SHARES] by bucket of position, mean over heads and sampled queries; NaN where none was sampled."""
-    edges: np.ndarray
-    """[P + 1] bucket edges, in tokens."""
-    distance_NL2E: np.ndarray
-    """[N, L, (picks, mass), E] share of the picks, and of the history's probability, at 2^e to 2^(e + 1) - 1 blocks
-    back."""
-    maps_LH2YY: np.ndarray
-    """[L, H, (picks, mass), query cell, key cell]: share of queries that picked a block of the cell, and mean
-    probability in the cell; cells are equal parts of the document."""
-    candidates: float
-    """Mean number of blocks that a sampled query could pick from."""
-    clusters: list[str]
-    """[N]"""
-
-    def head(self, name: str) -> Estimate:
-        """[L, H] mean over documents, with its clustered error."""
-        return _over_documents(self.heads_NLH[name], self.clusters)
-
-    def overall(self, name: str) -> Estimate:
-        """Mean over documents of the mean over layers and heads."""
-        return _over_documents(np.nanmean(self.heads_NLH[name], axis=(1, 2)), self.clusters)
-
-    def by_position(self) -> Estimate:
-        """[P, SHARES] mean over documents and layers."""
-        return _over_documents(self.shares_NLPS.mean(axis=1), self.clusters)
-
-    def summary(self) -> dict[str, Any]:
-        """Plain JSON values: overall means and those of each head."""
-        overall = {name: self.overall(name) for name in HEAD}
-        return {
-            "unit": "shares of full attention's probability; means over routed queries, then documents",
-            "num_documents": len(self.clusters),
-            "num_clusters": len(set(self.clusters)),
-            "columns": HEAD,
-            "candidates": self.candidates,
-            "overall": {name: dict(zip(("mean", "se"), plain([e.mean, e.se]))) for name, e in overall.items()},
-            "layers": self.layers,
-            "specs": [str(spec) for spec in self.specs],
-            "heads": {name: [plain(row) for row in self.head(name).mean] for name in HEAD},
-            "heads_se": {name: [plain(row) for row in self.head(name).se] for name in HEAD},
-        }
-
-    def save(self, folder: Path, stem: str, **info: Any) -> Path:
-        """Writes `stem`.json and .npz into `folder` and returns the path of the json; figures are evals/
-        routing_figures.py's."""
-        path = write_json(folder / f"{stem}.json", {**info, **self.summary()})
-        np.savez_compressed(
-            folder / f"{stem}.npz",
-            shares_NLPS=self.shares_NLPS,
-            edges=self.edges,
-            distance_NL2E=self.distance_NL2E,
-            maps_LH2YY=self.maps_LH2YY.astype(np.float32),
-            **{f"heads_{name}": values for name, values in self.heads_NLH.items()},
-        )
-        return path
-
-    def table(self) -> str:
-        """The overall means as text."""
-        lines = []
-        for name in HEAD:
-            found = self.overall(name)
-            width = half_width(found.se, found.clusters)
-            error = f" +- {width:.4f}" if np.isfinite(width) else ""
-            lines.append(f"{name:>13} {found.mean:7.4f}{error:<11}  {HEAD[name]}")
-        return "\n".join(lines)
-
-
-def _over_documents(values_NX: np.ndarray, clusters: Sequence[str]) -> Estimate:
-    known = np.isfinite(values_NX)
-    return clustered_mean(np.where(known, values_NX, 0), known, clusters)
 
 
 @torch.no_grad()
-def diagnose(
-    model: Decoder,
-    documents: Sequence[tuple[str, Batch]],
-    *,
-    device: torch.device | str,
-    queries: int = 256,
-    cluster_of: Callable[[str], str] = str,
-    rank: int = 0,
-    world_size: int = 1,
-    reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor,
-    watch: Callable[[Iterable[int]], Iterable[int]] = iter,
-) -> RoutingReport:
+def diagnose(context: Context, documents: Sequence[tuple[str, Batch]], *, queries: int = 256) -> RoutingReport:
     """The RoutingReport of a model's MoBA layers, on every rank.
 
-    `documents` are (id, batch of one document, all of one length); ranks share them out as evals.position_loss.evaluate
-    does. `queries` are sampled from each document and layer. ValueError if no layer is MoBA, or sparse attention is
-    full at this length.
+    `documents` are (id, batch of one document, all of one length). `queries` are sampled from each document and layer.
+    ValueError if no layer is MoBA, or sparse attention is full at this length.
     """
+    model = context.model
     seq_len = documents[0][1].tokens.numel()
     layers = [i for i, spec in enumerate(model.attention) if spec.kind == "moba"]
     specs = [model.attention[i] for i in layers]
@@ -178,14 +67,13 @@ def diagnose(
         raise ValueError(
             f"nothing is routed: {specs[0]} is full attention up to {reach} tokens, documents have {seq_len}"
         )
-    sums = _Sums(len(documents), layers, specs, model.config.num_heads, seq_len, device, queries)
-    for start in watch(range(0, len(documents), world_size)):
-        index = start + rank
-        batch = documents[index if index < len(documents) else 0][1].to(device)
+    sums = _Sums(len(documents), layers, specs, model.config.num_heads, seq_len, context.device, queries)
+    for index, counts in context.share(len(documents), "routing"):
+        batch = documents[index][1].to(context.device)
         assert batch.tokens.numel() == seq_len and batch.cu_seqlens.numel() == 2
-        with _observed(model, layers, sums.observer(index if index < len(documents) else None)):
+        with _observed(model, layers, sums.observer(index if counts else None)):
             model.logits(batch.tokens, batch.positions, batch.cu_seqlens, rows=batch.tokens.new_zeros(1))
-    return sums.report([cluster_of(name) for name, _ in documents], reduce)
+    return sums.report([context.cluster_of(name) for name, _ in documents], context.reduce)
 
 
 @contextmanager
@@ -307,3 +195,43 @@ class _Sums:
                 candidates=float(candidates[0] / candidates[1]),
                 clusters=clusters,
             )
+
+
+def run(job: Job) -> Result:
+    """The routing of the attention in force, on held-out documents."""
+    documents, queries = job.held_out(), job.integer("queries", 256)
+    title = f"{job.title}: routing at {format_length(job.seq_len)}, {len(documents)} documents"
+    job.say(title)
+    return result(diagnose(job.context, documents, queries=queries), title, queries)
+
+
+def result(report: RoutingReport, title: str, queries: int) -> Result:
+    """The report as files and text; `queries` of each document and layer were sampled."""
+    return Result(
+        length=int(report.edges[-1]),
+        record={"queries": queries, **report.summary()},
+        text=report.table(),
+        numbers={name: float(report.overall(name).mean) for name in HEAD},
+        arrays=report.arrays(),
+        figures=figures(report, title),
+    )
+
+
+def page(record: Mapping[str, Any], path: Path) -> str:
+    """The means of all heads, and the figures."""
+    rows = [
+        (name, "" if value["mean"] is None else f"{value['mean']:.4f}", record["columns"][name])
+        for name, value in record["overall"].items()
+    ]
+    drawn = [path.with_name(f"{path.stem}_{part}.png") for part in ("curves", "heads", "maps")]
+    return table(("mean of all heads", "", ""), rows) + "\n".join(image(figure) for figure in drawn if figure.is_file())
+
+
+EVAL = Eval(
+    name="routing",
+    about="what the gate of each MoBA layer and head picks, and what it misses.",
+    run=run,
+    keys={"queries": "queries of each document and layer whose blocks are measured one by one (default 256)"},
+    heading="Routing",
+    page=page,
+)

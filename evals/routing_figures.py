@@ -4,6 +4,8 @@ noise model, and which blocks single heads pick.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +13,8 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
 from evals.figures import interval, length_axis, save
-from evals.routing import SHARES, RoutingReport
 from evals.routing_numbers import model_hit_rate
+from evals.routing_report import SHARES, RoutingReport
 
 HEAT_MAPS = {
     "captured_all": "captured share",
@@ -35,13 +37,10 @@ STYLE = {"marker": "o", "markersize": 3, "capsize": 2}
 LINES = {"oracle": "--"}  # the gate may come close
 
 
-def draw_routing(report: RoutingReport, folder: Path, stem: str, title: str = "") -> list[Path]:
-    """Writes `stem`_heads.png, _curves.png and _maps.png into `folder` and returns their paths."""
-    paths = [folder / f"{stem}_{name}.png" for name in ("heads", "curves", "maps")]
-    _draw_heads(report, paths[0], title)
-    _draw_curves(report, paths[1], title)
-    _draw_maps(report, paths[2], title)
-    return paths
+def figures(report: RoutingReport, title: str = "") -> dict[str, Callable[[Path], None]]:
+    """The figures as a Result has them: `_heads`, `_curves` and `_maps`."""
+    drawn = {"_heads": _draw_heads, "_curves": _draw_curves, "_maps": _draw_maps}
+    return {ending: partial(draw, report, title=title) for ending, draw in drawn.items()}
 
 
 def _draw_heads(report: RoutingReport, path: Path, title: str) -> None:

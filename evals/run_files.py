@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from evals.position_loss import Evaluation, load_evaluation
+from evals.table import EVALS
 from train.record.metrics import FILE_NAME, read_metrics
-
-RESULTS = ("routing", "swap", "recall")
 
 
 class ReportError(ValueError):
@@ -35,7 +35,7 @@ class Run:
     plan: str
     """What was printed at the start; empty if it was not kept."""
     results: dict[str, list[Path]]
-    """Kind of result (RESULTS) -> .json files of it in evals/, those of the newest checkpoint."""
+    """Eval that has a page -> .json files of it in evals/, those of the newest checkpoint."""
 
 
 def read_run(folder: Path | str, name: str | None = None) -> Run:
@@ -64,7 +64,7 @@ def read_run(folder: Path | str, name: str | None = None) -> Run:
         evaluations=list(evaluations.values()),
         held_out=newest_evaluation(folder / "position_loss"),
         plan=(folder / "plan.txt").read_text(encoding="utf-8") if (folder / "plan.txt").is_file() else "",
-        results={kind: newest_results(folder / "evals", kind) for kind in RESULTS},
+        results={name: newest_results(folder / "evals", name) for name, one in EVALS.items() if one.page is not None},
     )
 
 
@@ -79,11 +79,11 @@ def newest_evaluation(folder: Path) -> Evaluation | None:
     return load_evaluation(max(found)[1]) if found else None
 
 
-def newest_results(folder: Path, kind: str) -> list[Path]:
-    """The results `<kind>_<tokens>_....json` of most tokens, by name."""
-    found = sorted(folder.glob(f"{kind}_*.json"))
-    tokens = [path.stem.split("_")[1] for path in found]
-    return [path for path, at in zip(found, tokens) if at == max(tokens)]
+def newest_results(folder: Path, name: str) -> list[Path]:
+    """The results `<name>_<tokens>_....json` of most tokens, by name."""
+    paths = sorted(folder.glob(f"{name}_*.json"))
+    found = [(match[1], path) for path in paths if (match := re.match(rf"{name}_(\d{{15}})_", path.name))]
+    return [path for at, path in found if at == max(found)[0]]
 
 
 def unique_names(folders: Sequence[Path]) -> list[str]:

@@ -16,7 +16,7 @@ Shapes: N documents, m last tokens, V vocabulary rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,10 +26,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from conf.numbers import format_length
 from data.packing import Batch
 from evals.comparison import plot_positions
+from evals.context import Context
+from evals.page import image, table
 from evals.position_loss import Evaluation, evaluate
-from evals.results import write_json
+from evals.protocol import Eval, Job, Result
 from evals.statistics import clustered_mean, half_width
 from moba.layer import KVCache
 from moba.spec import AttentionSpec
@@ -139,10 +142,9 @@ class SwapReport:
             )
         return "\n".join(lines)
 
-    def save(self, folder: Path, stem: str, **info: Any) -> Path:
-        """Writes `stem`.json, .npz and .png (each variant's loss by position and its gap to full) into `folder`;
-        returns the path of the json."""
-        found = {
+    def summary(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {
             "unit": "nats a token; differences document by document",
             "num_documents": len(self.clusters),
             "num_clusters": len(set(self.clusters)),
@@ -151,11 +153,18 @@ class SwapReport:
             "last_tokens": self.last_tokens,
             "prefill_decode": self.cells(),
         }
-        path = write_json(folder / f"{stem}.json", {**info, **found})
+
+    def result(self, dense_up_to: int | None = None) -> Result:
+        """The report as files and text; the figure has each variant's loss by position and its gap to full."""
         losses = {f"document_loss_{name}": one.document_loss for name, one in self.evaluations.items()}
-        np.savez_compressed(folder / f"{stem}.npz", **losses, last_loss=self.last_loss_NPD, last_kl=self.last_kl_NPD)
-        plot_positions(self.evaluations, folder / f"{stem}.png", info.get("dense_up_to"))
-        return path
+        return Result(
+            length=self.evaluations["full"].curve.max_length,
+            record=self.summary(),
+            text=self.table(),
+            numbers={f"trailing_{row['attention']}": row["trailing"]["mean"] for row in self.rows()},
+            arrays={**losses, "last_loss": self.last_loss_NPD, "last_kl": self.last_kl_NPD},
+            figures={"": lambda path: plot_positions(self.evaluations, path, dense_up_to)},
+        )
 
 
 def _mean(values_N: np.ndarray, clusters: Sequence[str]) -> dict[str, float | None]:
@@ -176,38 +185,27 @@ def _with_error(value: dict[str, float | None]) -> str:
 
 
 @torch.no_grad()
-def swap(
-    model: Decoder,
-    documents: Sequence[tuple[str, Batch]],
-    *,
-    device: torch.device | str,
-    last_tokens: int = 256,
-    cluster_of: Callable[[str], str] = str,
-    rank: int = 0,
-    world_size: int = 1,
-    reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor,
-    watch: Callable[[str], Callable[[Iterable], Iterable]] = lambda what: iter,
-) -> SwapReport:
-    """The SwapReport of a model whose plan in force has MoBA layers, on every rank; arguments as of
-    evals.position_loss.evaluate, all documents of one length. ValueError if there is no MoBA layer, or the last tokens
-    are not fewer than the document."""
-    plan, seq_len = model.attention, documents[0][1].tokens.numel()
+def swap(context: Context, documents: Sequence[tuple[str, Batch]], *, last_tokens: int = 256) -> SwapReport:
+    """The SwapReport of a model whose plan in force has MoBA layers, on every rank; documents as of
+    evals.position_loss.evaluate, all of one length. ValueError if there is no MoBA layer, or the last tokens are not
+    fewer than the document."""
+    model, plan, seq_len = context.model, context.model.attention, documents[0][1].tokens.numel()
     if all(spec.kind != "moba" for spec in plan):
         raise ValueError("no layer of the model is MoBA here; choose an attention such as attention=512x3")
     if not 0 < last_tokens < seq_len:
         raise ValueError(f"last_tokens={last_tokens}: must be at least 1 and below the length, {seq_len}")
-    share = {"rank": rank, "world_size": world_size, "reduce": reduce}
     evaluations = {}
     for name in VARIANTS:
         with under(model, variant(plan, name)):
-            evaluations[name] = evaluate(
-                model, documents, seq_len=seq_len, device=device, cluster_of=cluster_of, watch=watch(name), **share
-            )
-    table = torch.zeros(2, len(documents), 2, 2, dtype=torch.float64, device=device)
-    for index in watch("prefill x decode")(range(rank, len(documents), world_size)):
-        table[:, index] = _prefill_decode(model, plan, documents[index][1].to(device), last_tokens)
-    loss_NPD, kl_NPD = reduce(table).cpu().numpy()
-    return SwapReport(evaluations, loss_NPD, kl_NPD, last_tokens, [cluster_of(name) for name, _ in documents])
+            evaluations[name] = evaluate(context, documents, seq_len=seq_len, what=name)
+    sums = torch.zeros(2, len(documents), 2, 2, dtype=torch.float64, device=context.device)
+    for index, counts in context.share(len(documents), "prefill x decode"):
+        if counts:
+            batch = documents[index][1].to(context.device)
+            sums[:, index] = _prefill_decode(model, plan, batch, last_tokens)
+    loss_NPD, kl_NPD = context.reduce(sums).cpu().numpy()
+    clusters = [context.cluster_of(name) for name, _ in documents]
+    return SwapReport(evaluations, loss_NPD, kl_NPD, last_tokens, clusters)
 
 
 def _prefill_decode(model: Decoder, plan: Sequence[AttentionSpec], batch: Batch, last: int) -> Tensor:
@@ -236,3 +234,45 @@ def _read(model: Decoder, batch: Batch, part: slice, cache: KVCache, rows: int) 
     bounds = torch.tensor([0, len(tokens)], dtype=torch.int32, device=tokens.device)
     wanted = torch.arange(len(tokens) - rows, len(tokens), device=tokens.device)
     return model.logits(tokens, batch.positions[part], bounds, cache, rows=wanted)
+
+
+def run(job: Job) -> Result:
+    """The swap of the attention in force, on held-out documents."""
+    seq_len, documents = job.seq_len, job.held_out()
+    job.say(f"swap: {len(documents)} documents of {format_length(seq_len)} tokens, {job.attention} and its variants")
+    report = swap(job.context, documents, last_tokens=job.integer("last_tokens", min(256, seq_len // 4)))
+    return report.result(job.dense_up_to)
+
+
+def page(record: Mapping[str, Any], path: Path) -> str:
+    """The three tables and the figure."""
+
+    def cell(value: Mapping[str, Any]) -> str:
+        error = "" if value["interval_95"] is None else f" +- {value['interval_95']:.4f}"
+        return f"{value['mean']:.4f}{error}"
+
+    names = ("loss", "loss_minus_full", "trailing", "trailing_minus_full")
+    rows = [(row["attention"], *(cell(row[name]) for name in names)) for row in record["variants"]]
+    costs = [(what, cell(value)) for what, value in record["trailing_costs"].items()]
+    parts = []
+    for part in record["prefill_decode"]:
+        losses = (cell(part[name]) for name in ("loss", "minus_full"))
+        parts.append((f"{part['prefill']} x {part['decode']}", *losses, f"{part['kl_from_full']['mean']:.5f}"))
+    last = f"loss of the last {record['last_tokens']} tokens"
+    tables = [
+        table(("attention", *(name.replace("_", " ") for name in names)), rows),
+        table(("trailing loss, document by document", "difference"), costs),
+        table(("prefill x decode", last, "minus full", "KL from full"), parts),
+    ]
+    return "\n".join([*tables, image(path.with_suffix(".png"))])
+
+
+EVAL = Eval(
+    name="swap",
+    about="the same weights under full attention, the gate's, the best, random and the latest blocks; prefill x "
+    "decode.",
+    run=run,
+    keys={"last_tokens": "tokens at the end that count as decoded (default 256, at most a quarter of the length)"},
+    heading="Attention swap",
+    page=page,
+)

@@ -14,6 +14,7 @@ from conf.schema import RunConfig
 from data.sources import Source
 from data.synthetic import SyntheticSource
 from data.validation import held_out_documents
+from evals.context import Context
 from evals.figures import plot_curves, plot_heatmap, plot_history
 from evals.position_loss import Evaluation, evaluate
 from evals.recall import recall
@@ -23,7 +24,6 @@ from moba.stats import mean_stats, record_routing
 from train.engine.collectives import all_reduce_sum
 from train.engine.world import World
 from train.loop import CURVES
-from train.model.decoder import Decoder
 from train.record.metrics import FILE_NAME, read_metrics
 from train.record.position_loss import PositionCurve
 from train.schedule import Schedule, Stage
@@ -45,43 +45,47 @@ class HeldOutEvaluator:
     def __call__(self, engine: Any, stage: Stage, tokens: int) -> tuple[PositionCurve, dict[str, float]]:
         """The curve, scalars of the suite and the seconds it took; rank 0 also writes them into the run directory."""
         watch, length = Stopwatch(), self._length or stage.seq_len
+        context = self._context(engine)
         with record_routing(engine.module) if self._suite != "loss" else nullcontext([]) as routing:
-            found = self._evaluate(engine, length)
+            found = self._evaluate(context, length)
         scalars = {f"route/{name}": value for name, value in mean_stats(routing).items()}
         if self._suite != "loss" and isinstance(self._source, SyntheticSource):
-            scalars |= self._recall(engine.module, length)
+            scalars |= self._recall(context, length)
         if self._suite == "swap":
-            scalars |= self._swap(engine, length)
+            scalars |= self._swap(context, length)
         if self._world.is_main:
-            found.save(self._folder, f"eval_{tokens:015d}", tokens=tokens, stage=stage.name, scalars=scalars)
+            stem = f"eval_{tokens:015d}"
+            found.result(stem).write(self._folder, stem, tokens=tokens, stage=stage.name, scalars=scalars)
         return found.curve, scalars | {"seconds": watch.seconds}
 
-    def _evaluate(self, engine: Any, length: int) -> Evaluation:
-        return evaluate(engine, self._documents[length], seq_len=length, **self._share())
-
-    def _share(self) -> dict[str, Any]:
+    def _context(self, engine: Any) -> Context:
         world = self._world
-        return {
-            "device": world.device,
-            "rank": world.rank,
-            "world_size": world.world_size,
-            "reduce": all_reduce_sum,
-        }
+        return Context(
+            engine.module,
+            world.device,
+            engine=engine,
+            rank=world.rank,
+            world_size=world.world_size,
+            reduce=all_reduce_sum,
+        )
 
-    def _recall(self, model: Decoder, length: int) -> dict[str, float]:
+    def _evaluate(self, context: Context, length: int) -> Evaluation:
+        return evaluate(context, self._documents[length], seq_len=length)
+
+    def _recall(self, context: Context, length: int) -> dict[str, float]:
         """The share of right answers to the held-out recall task."""
         count = len(self._documents[length])
-        report = recall(model, self._source, samples=count, variants=("moba",), **self._share())
+        report = recall(context, self._source, samples=count, variants=("moba",))
         found = report.rows()[0]
         return {f"recall_{what}": found[what]["accuracy"] for what in ("all", "far") if found[what]["answers"]}
 
-    def _swap(self, engine: Any, length: int) -> dict[str, float]:
+    def _swap(self, context: Context, length: int) -> dict[str, float]:
         """The trailing loss under each other variant of the attention in force."""
-        plan, scalars = engine.module.attention, {}
+        plan, scalars = context.model.attention, {}
         for name in VARIANTS if any(spec.kind == "moba" for spec in plan) else ():
             if name != "moba":
-                with under(engine.module, variant(plan, name)):
-                    scalars[f"trailing_{name}"] = self._evaluate(engine, length).curve.trailing.value
+                with under(context.model, variant(plan, name)):
+                    scalars[f"trailing_{name}"] = self._evaluate(context, length).curve.trailing.value
         return scalars
 
     def forget_after(self, tokens: int) -> None:

@@ -10,6 +10,7 @@ import torch
 from matplotlib.figure import Figure
 
 from data.packing import Batch
+from evals.context import Context
 from evals.figures import length_axis, plot_curves, plot_heatmap, plot_history
 from evals.position_loss import evaluate, load_evaluation
 from train.record.position_loss import PositionCurve, PositionLoss
@@ -44,7 +45,7 @@ def expected_losses(document):
 def test_equals_means_over_documents():
     """Catches labels that are not the next token, positions off by one, and errors not taken over documents."""
     documents = make_documents(7)
-    result = evaluate(fake_loss, documents, seq_len=LENGTH, device="cpu")
+    result = evaluate(Context(fake_loss, "cpu"), documents, seq_len=LENGTH)
     losses = np.stack([expected_losses(d) for d in documents])
     table = losses.reshape(7, 16, 4).mean(axis=2)
     np.testing.assert_allclose(result.document_loss, table, rtol=1e-6)
@@ -60,7 +61,7 @@ def test_ranks_together_equal_one(count, world_size):
     """Catches documents counted twice or dropped where ranks do not divide them, and ranks that run different numbers
     of forward passes (a hang, with sharded parameters)."""
     documents = make_documents(count)
-    alone = evaluate(fake_loss, documents, seq_len=LENGTH, device="cpu")
+    alone = evaluate(Context(fake_loss, "cpu"), documents, seq_len=LENGTH)
     calls = [0] * world_size
     results = [None] * world_size
     barrier = threading.Barrier(world_size)
@@ -78,9 +79,8 @@ def test_ranks_together_equal_one(count, world_size):
             barrier.wait()
             return total
 
-        results[rank] = evaluate(
-            loss, documents, seq_len=LENGTH, device="cpu", rank=rank, world_size=world_size, reduce=reduce
-        )
+        context = Context(loss, "cpu", rank=rank, world_size=world_size, reduce=reduce)
+        results[rank] = evaluate(context, documents, seq_len=LENGTH)
 
     threads = [threading.Thread(target=run, args=(rank,)) for rank in range(world_size)]
     for thread in threads:
@@ -103,7 +103,8 @@ def test_keys_name_the_tokens():
         tokens = torch.cat((batch.tokens, batch.labels[-1:])).numpy().copy()
         tokens[-1] += 1
         changed.append(make_document(name, tokens))
-    keys = [evaluate(fake_loss, ds, seq_len=LENGTH, device="cpu").document_keys for ds in (documents, renamed, changed)]
+    context = Context(fake_loss, "cpu")
+    keys = [evaluate(context, ds, seq_len=LENGTH).document_keys for ds in (documents, renamed, changed)]
     assert keys[0] == keys[1] and len(set(keys[0])) == 2
     assert not set(keys[0]) & set(keys[2])
 
@@ -114,15 +115,16 @@ def test_non_finite_losses_are_reported():
     def loss(tokens, positions, cu_seqlens, labels):
         return torch.where(positions == 5, math.inf, 1.0)
 
-    result = evaluate(loss, make_documents(3), seq_len=LENGTH, device="cpu")
+    result = evaluate(Context(loss, "cpu"), make_documents(3), seq_len=LENGTH)
     assert result.num_non_finite == 3 and np.isfinite(result.curve.mean).all()
     assert np.isnan(result.document_loss[:, 1]).all() and np.isfinite(result.document_loss[:, 2]).all()
 
 
 def test_save_writes_json_npz_and_png(tmp_path):
     """Catches a missing file or field, NaN in the json, and a curve that does not come back bit for bit."""
-    result = evaluate(fake_loss, make_documents(1), seq_len=LENGTH, device="cpu")
-    path = result.save(tmp_path / "position_loss", "tokens_000000000001000", tokens=1000, attention="moba 16x2")
+    result = evaluate(Context(fake_loss, "cpu"), make_documents(1), seq_len=LENGTH)
+    folder, stem = tmp_path / "position_loss", "tokens_000000000001000"
+    path = result.result("a run").write(folder, stem, tokens=1000, attention="moba 16x2")
     record = json.loads(path.read_text(), parse_constant=lambda text: pytest.fail(text))
     assert record["tokens"] == 1000 and record["seq_len"] == LENGTH and record["num_documents"] == 1
     assert record["trailing"]["value"] == result.curve.trailing.value and record["trailing"]["se"] is None
@@ -199,15 +201,8 @@ def test_available_cohort_uses_what_documents_fill():
     def loss(tokens, positions, cu_seqlens, labels):
         return torch.where(labels == -100, 0.0, tokens / 1000.0 + positions)
 
-    found = evaluate(
-        loss,
-        documents,
-        seq_len=64,
-        device="cpu",
-        num_buckets=16,
-        cohort="available",
-        cluster_of=lambda name: name.split("/")[0],
-    )
+    context = Context(loss, "cpu", cluster_of=lambda name: name.split("/")[0])
+    found = evaluate(context, documents, seq_len=64, num_buckets=16, cohort="available")
     rows = [[[] for _ in range(16)] for _ in documents]
     for row, (_, batch) in zip(rows, documents):
         for position, (token, label) in enumerate(zip(batch.tokens.tolist(), batch.labels.tolist())):

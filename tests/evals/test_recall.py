@@ -8,7 +8,9 @@ import torch
 
 from conf.schema import ModelConfig, SyntheticConfig
 from data.synthetic import SyntheticSource
-from evals.recall import RecallReport, recall, save_recall, score, table
+from evals.context import Context
+from evals.recall import recall, result, score
+from evals.recall_report import RecallReport, table
 from evals.swap import VARIANTS, under, variant
 from moba.spec import AttentionSpec
 from train.model.decoder import Decoder
@@ -60,7 +62,7 @@ def test_teacher_forced_match_is_greedy_decoding(model, gate):
 def test_report_counts_answers_by_distance_and_variant(model):
     """Catches answers of one variant under another's name, far answers that a local window sees, and padding."""
     source = make_source("mqar", 1, pairs=3, min_pairs=1, repeats=2)
-    report = recall(model, source, samples=12, device="cpu")
+    report = recall(Context(model, "cpu"), source, samples=12)
     assert report.variants == VARIANTS and report.gate_matters is False
     for name in VARIANTS:
         right, far_right = [], []
@@ -94,7 +96,7 @@ def test_local_blocks_cannot_reach_far_evidence():
     model.init_weights(6)
     model.set_attention([MOBA])
     source = make_source("passkey", 1)
-    report = recall(model, source, samples=30, device="cpu")
+    report = recall(Context(model, "cpu"), source, samples=30)
     moved = {True: [], False: []}
     with under(model, variant([MOBA], "local")), torch.no_grad():
         for i in range(30):
@@ -118,13 +120,13 @@ def test_local_blocks_cannot_reach_far_evidence():
 
 def test_intervals_and_files(model, tmp_path):
     """Catches an interval of no width for 0 of 8, NaN in the json, and reports that cannot be drawn."""
-    report = recall(model, make_source("passkey", 4), samples=8, device="cpu")
+    report = recall(Context(model, "cpu"), make_source("passkey", 4), samples=8)
     low, high = RecallReport.interval(report.accuracy("moba"))
     assert low == 0 and 0.2 < high < 0.6
     with under(model, [AttentionSpec("full")] * 2):
-        full = recall(model, make_source("copy", 8), samples=4, device="cpu")
+        full = recall(Context(model, "cpu"), make_source("copy", 8), samples=4)
     assert full.variants == ("full",) and full.gate_matters is None
-    path = save_recall({"passkey": report, "copy": full}, tmp_path, "recall", run="x")
+    path = result({"passkey": report, "copy": full}).write(tmp_path, "recall", run="x")
     record = json.loads(path.read_text(), parse_constant=lambda text: pytest.fail(text))
     assert record["tasks"]["passkey"]["gate_matters"] is False and record["tasks"]["copy"]["far"] is None
     assert path.with_suffix(".png").stat().st_size > 10_000

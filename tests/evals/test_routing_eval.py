@@ -9,8 +9,11 @@ import torch
 
 from conf.schema import ModelConfig
 from data.packing import Batch
-from evals.routing import HEAD, diagnose
+from evals import routing
+from evals.context import Context
+from evals.routing import diagnose
 from evals.routing_numbers import model_hit_rate
+from evals.routing_report import HEAD
 from moba.gates import select
 from moba.spec import AttentionSpec
 from train.model.decoder import Decoder
@@ -109,7 +112,7 @@ def test_every_number_of_every_head_equals_the_dense_computation(model):
     """Catches masses of another head, queries that drop nothing among the means, and each formula. All routed queries
     are sampled, so that the sampled means are exact too."""
     documents = make_documents(2)
-    report = diagnose(model, documents, device="cpu", queries=LENGTH)
+    report = diagnose(Context(model, "cpu"), documents, queries=LENGTH)
     assert report.layers == [1]
     for i, (_, batch) in enumerate(documents):
         for name, value in expected(model, batch).items():
@@ -128,7 +131,7 @@ def test_every_number_of_every_head_equals_the_dense_computation(model):
 def test_ranks_together_equal_one(model):
     """Catches documents counted twice where ranks do not divide them, or left out."""
     documents = make_documents(3)
-    alone = diagnose(model, documents, device="cpu", queries=20)
+    alone = diagnose(Context(model, "cpu"), documents, queries=20)
     barrier, slots, results = threading.Barrier(2), [None] * 2, [None] * 2
 
     def run(rank):
@@ -142,7 +145,8 @@ def test_ranks_together_equal_one(model):
         twin = Decoder(model.config, 64).double()
         twin.load_state_dict(model.state_dict())
         twin.set_attention(model.attention)
-        results[rank] = diagnose(twin, documents, device="cpu", queries=20, rank=rank, world_size=2, reduce=reduce)
+        context = Context(twin, "cpu", rank=rank, world_size=2, reduce=reduce)
+        results[rank] = diagnose(context, documents, queries=20)
 
     threads = [threading.Thread(target=run, args=(rank,)) for rank in range(2)]
     [thread.start() for thread in threads]
@@ -156,12 +160,14 @@ def test_ranks_together_equal_one(model):
 
 def test_results_can_be_written_and_dense_attention_is_refused(model, tmp_path):
     """Catches a figure that fails, NaN in the json, and diagnostics of a gate that drops nothing."""
-    report = diagnose(model, make_documents(2), device="cpu", queries=16)
-    path = report.save(tmp_path, "routing", run="x")
+    report = diagnose(Context(model, "cpu"), make_documents(2), queries=16)
+    path = routing.result(report, "a run", queries=16).write(tmp_path, "routing", run="x")
     record = json.loads(path.read_text(), parse_constant=lambda text: pytest.fail(text))
     assert record["run"] == "x" and record["specs"] == ["moba 8x3"] and record["num_documents"] == 2
     assert np.shape(record["heads"]["captured"]) == (1, HEADS) and record["overall"]["regret"]["se"] > 0
     assert len(report.table().splitlines()) == len(HEAD)
+    for figure in ("heads", "curves", "maps"):
+        assert (tmp_path / f"routing_{figure}.png").stat().st_size > 10_000
     plan = model.attention
     for spec, words in (
         (AttentionSpec("full"), "no layer"),
@@ -170,7 +176,7 @@ def test_results_can_be_written_and_dense_attention_is_refused(model, tmp_path):
     ):
         model.set_attention([spec] * LAYERS)
         with pytest.raises(ValueError, match=words):
-            diagnose(model, make_documents(1), device="cpu")
+            diagnose(Context(model, "cpu"), make_documents(1))
     model.set_attention(plan)
 
 

@@ -8,6 +8,7 @@ import torch
 
 from conf.schema import ModelConfig
 from data.packing import Batch
+from evals.context import Context
 from evals.swap import VARIANTS, swap, under, variant
 from moba.layer import KVCache
 from moba.spec import AttentionSpec
@@ -42,7 +43,7 @@ def documents():
 @pytest.fixture(scope="module")
 def report(model, documents):
     before = model.attention
-    report = swap(model, documents, device="cpu", last_tokens=LAST)
+    report = swap(Context(model, "cpu"), documents, last_tokens=LAST)
     assert model.attention == before, "the model gets its own attention back"
     return report
 
@@ -100,12 +101,12 @@ def test_last_tokens_score_as_if_decoded_one_by_one(model, documents, report):
 
 def test_report_is_written_and_needs_moba(model, documents, report, tmp_path):
     """Catches NaN in the json, a figure that fails, and a swap of a model that is full already."""
-    path = report.save(tmp_path, "swap", dense_up_to=24)
+    path = report.result(dense_up_to=24).write(tmp_path, "swap")
     record = json.loads(path.read_text(), parse_constant=lambda text: pytest.fail(text))
     assert [row["attention"] for row in record["variants"]] == list(VARIANTS) and len(record["prefill_decode"]) == 4
     assert path.with_suffix(".png").stat().st_size > 10_000
     assert all(name in report.table() for name in VARIANTS)
     with under(model, [FULL] * 3), pytest.raises(ValueError, match="512x3"):
-        swap(model, documents, device="cpu")
+        swap(Context(model, "cpu"), documents)
     with pytest.raises(ValueError, match="last_tokens=64"):
-        swap(model, documents, device="cpu", last_tokens=64)
+        swap(Context(model, "cpu"), documents, last_tokens=64)
