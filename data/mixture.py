@@ -11,7 +11,6 @@ Only raw Philox output is used, which numpy keeps the same between versions (its
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
@@ -64,6 +63,10 @@ class Mixture:
         """How many documents of at least `length` inputs can be drawn from these sources."""
         return sum(int((pool.inputs >= length).sum()) for pool in self._pools.values() if pool.source in sources)
 
+    def seek(self, draws: int, counts: Mapping[str, int]) -> None:
+        """Go on from where a mixture of the same lengths and seed had these draws and counts."""
+        self.draws, self.counts = draws, dict(counts)
+
     def draw(self) -> Window:
         """The next document, whole."""
         name = self._names[self._choice(self.draws)]
@@ -73,14 +76,6 @@ class Mixture:
         self.draws += 1
         self.counts[name] = count + 1
         return Window(pool.source, pool.documents.item(index), 0, pool.inputs.item(index))
-
-    @property
-    def epochs(self) -> dict[str, float]:
-        """Documents taken from each source so far, over how many it has."""
-        taken = dict.fromkeys(self._lengths, 0)
-        for name, count in self.counts.items():
-            taken[_source_of(name)] += count
-        return {name: count / len(self._lengths[name]) for name, count in taken.items()}
 
     def _choice(self, index: int) -> int:
         """Which of the mix's pools draw `index` takes from."""
@@ -136,10 +131,6 @@ def _split(whole: Pool, long_documents: LongDocumentsConfig) -> dict[str, Pool]:
         name: Pool(whole.source, whole.share * share / total, whole.documents[part], whole.inputs[part])
         for name, (share, part) in kept.items()
     }
-
-
-def _source_of(pool_name: str) -> str:
-    return re.sub(r" (>=|<) \d+$", "", pool_name)
 
 
 def draw_weights(pools: Mapping[str, Pool]) -> dict[str, float]:
