@@ -1,7 +1,8 @@
 """The batches of one rank: mixture -> packer -> this rank's micro-batches, with a state that is small and exact.
 
 A step is a function of a position: the draws made so far and the pieces of documents left over. The packs of a step
-depend neither on the number of ranks nor on the size of micro-batches, and the position is the same on every rank.
+depend neither on the number of ranks nor on the size of micro-batches, and the position is the same on every rank. A
+rank makes its own packs and skips the others' (Packer.skip).
 
 While a step is trained on, a thread makes the next one. It starts from the position behind the step that was handed
 out, which alone is the loader's state: what was made ahead can be thrown away at any time.
@@ -168,13 +169,17 @@ class Loader:
         """This rank's micro-batches of the step at `position`, and the position behind it."""
         seq_len, interleave, conversations, num_packs, size = self._stage
         self._mixture.seek(position.draws, position.counts)
-        packer = Packer(seq_len, self._mixture.draw, position.pieces, interleave, conversations)
-        packs = [packer.next_pack() for _ in range(num_packs)]
+        packer = Packer(seq_len, self._mixture, position.pieces, interleave, conversations)
+        micros, at = [], 0
+        for first in range(self._rank * size, num_packs, self._world_size * size):
+            packer.skip(first - at)
+            micros.append([window for _ in range(size) for window in packer.next_pack()])
+            at = first + size
+        packer.skip(num_packs - at)
         behind = Position(self._mixture.draws, dict(self._mixture.counts), packer.pieces)
-        first = range(self._rank * size, num_packs, self._world_size * size)
         # A new thread is on the first GPU, where pinning would make a context that is never used.
         with nullcontext() if self._pin_for is None else torch.cuda.device(self._pin_for):
-            return [self._batch([w for pack in packs[i : i + size] for w in pack]) for i in first], behind
+            return [self._batch(windows) for windows in micros], behind
 
     def _batch(self, windows: list[Window]) -> Batch:
         batch = make_batch(windows, self._fetch, self._learnt)

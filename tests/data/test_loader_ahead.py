@@ -33,7 +33,7 @@ def plain_steps(sources, seed, stages, interleave=2):
     for seq_len, num_packs, long_documents, num_steps in stages:
         mixture.set_mix(MIX, long_documents)
         documents = mixture.num_documents(seq_len, list(sources))
-        packer = Packer(seq_len, mixture.draw, pieces, max(1, min(interleave, documents)))
+        packer = Packer(seq_len, mixture, pieces, max(1, min(interleave, documents)))
         for _ in range(num_steps):
             packs = [packer.next_pack() for _ in range(num_packs)]
             steps.append((packs, (mixture.draws, dict(mixture.counts), packer.pieces)))

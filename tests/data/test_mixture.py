@@ -35,6 +35,25 @@ def test_order_is_a_function_of_the_seed(seed, skip):
     assert draws(seed + 1, len(whole), mix)[0] != whole
 
 
+@settings(deadline=None, max_examples=25)
+@given(st.integers(0, 2**63), st.integers(1, 200), st.lists(st.integers(0, 400), min_size=1, max_size=12))
+def test_skipping_is_drawing(seed, length, counts):
+    """Catches documents ahead that are not the ones drawn, over epochs and blocks, and counts that slip."""
+    mix = {"short": 1, "long": 3, "other": 0.5}
+    _, skipping = draws(seed, 0, mix)
+    _, drawing = draws(seed, 0, mix)
+    for count in counts:
+        inputs = skipping.ahead(length, {"other"})
+        count = min(count, len(inputs))
+        skipping.skip(count)
+        drawn = [drawing.draw() for _ in range(count)]
+        assert [window.length for window in drawn] == inputs[:count].tolist()
+        assert all(window.source != "other" and window.length < length for window in drawn)
+        for _ in range(97):
+            assert skipping.draw() == drawing.draw()
+        assert (skipping.draws, skipping.counts) == (drawing.draws, drawing.counts)
+
+
 def test_each_epoch_takes_every_document_once_in_another_order():
     """Catches sampling with replacement, and epochs that repeat one permutation."""
     drawn, mixture = draws(3, 150, {"short": 1})
@@ -48,7 +67,7 @@ def test_each_epoch_takes_every_document_once_in_another_order():
 def test_token_shares_converge():
     """Catches weights taken as shares of documents: the mean lengths differ tenfold here."""
     mix = {"short": 2.0, "long": 1.0, "other": 1.0}
-    drawn, mixture = draws(0, 3 * BLOCK, mix)
+    drawn, mixture = draws(0, 12 * BLOCK, mix)
     tokens = Counter()
     for window in drawn:
         tokens[window.source] += window.length
@@ -121,7 +140,7 @@ def test_the_share_of_long_documents_is_met(share):
     mixture = Mixture(MIXED, 7)
     mixture.set_mix(mix, long_documents)
     tokens, long_tokens = Counter(), Counter()
-    for _ in range(4 * BLOCK):
+    for _ in range(16 * BLOCK):
         window = mixture.draw()
         tokens[window.source] += window.length
         long_tokens[window.source] += window.length if window.length >= 50 else 0
