@@ -1,13 +1,24 @@
 """The batches of one rank: mixture -> packer -> this rank's micro-batches, with a state that is small and exact.
 
-Every rank plans all packs of a step from lengths alone, and reads tokens for its own only. So the packs of a step
-depend neither on the number of ranks nor on the size of micro-batches, and the state is the same on every rank.
+A step is a function of a position: the draws made so far and the pieces of documents left over. The packs of a step
+depend neither on the number of ranks nor on the size of micro-batches, and the position is the same on every rank. A
+rank makes its own packs and skips the others' (Packer.skip).
+
+While a step is trained on, a thread makes the next one. It starts from the position behind the step that was handed
+out, which alone is the loader's state: what was made ahead can be thrown away at any time.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import nullcontext
+from dataclasses import fields, replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
 
 from conf.schema import LongDocumentsConfig
 from data.errors import DataError
@@ -18,31 +29,54 @@ from data.sources import Source
 STATE_VERSION = 1
 
 
+class Position(NamedTuple):
+    """Where in the data a run is. draws, counts: as Mixture has them; pieces: drawn, and not trained on."""
+
+    draws: int
+    counts: dict[str, int]
+    pieces: list[Window]
+
+
+class Stage(NamedTuple):
+    """What a stage asks of the loader, worked out."""
+
+    seq_len: int
+    interleave: int
+    conversations: dict[str, np.ndarray]
+    """As Packer takes them."""
+    num_packs: int
+    packs_per_micro: int
+
+
 class Loader:
     """Batches from weighted sources. Call set_stage before the first step."""
 
     def __init__(
-        self, sources: dict[str, Source], *, seed: int, rank: int = 0, world_size: int = 1, interleave: int = 1
+        self,
+        sources: dict[str, Source],
+        *,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        interleave: int = 1,
+        pin_for: torch.device | None = None,
     ):
-        """interleave: long documents that are read side by side (data.interleave)."""
+        """interleave: long documents that are read side by side (data.interleave). pin_for: the CUDA device that the
+        batches will be copied to; their tensors then lie in pinned memory."""
         assert sources and 0 <= rank < world_size, (len(sources), rank, world_size)
+        assert pin_for is None or pin_for.type == "cuda", pin_for
         self._sources, self.seed, self._rank, self._world_size = dict(sources), seed, rank, world_size
         self._mixture = Mixture({name: source.lengths for name, source in sources.items()}, seed)
-        self._interleave = interleave
-        self._pieces: list[Window] = []  # drawn, not trained on; lives in the packer while there is one
-        self._packer: Packer | None = None
-        self._num_packs = self._packs_per_micro = 0
+        self._interleave, self._pin_for = interleave, pin_for
+        self._position = Position(self._mixture.draws, dict(self._mixture.counts), [])
+        self._stage: Stage | None = None
+        self._ahead: Future[tuple[list[Batch], Position]] | None = None  # while there is one, the mixture is its
 
     @property
     def fingerprint(self) -> str:
         """16 hex digits that change with the sources' names, tokens or selection of documents."""
         text = ";".join(f"{name}={source.fingerprint}" for name, source in sorted(self._sources.items()))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-    @property
-    def epochs(self) -> dict[str, float]:
-        """Passes over each source so far; above 1, documents repeat."""
-        return self._mixture.epochs
 
     def set_stage(
         self,
@@ -60,6 +94,7 @@ class Loader:
         divide evenly among the ranks.
         """
         check_batch(seq_len, batch_tokens, micro_tokens, self._world_size)
+        self._drop_ahead()
         self._mixture.set_mix(mix, long_documents)
         # No more than there are: a document is not read twice at the same time.
         texts = [name for name, source in self._sources.items() if not source.is_chat]
@@ -71,32 +106,33 @@ class Loader:
                     f"source {name!r}: none of its {len(used):,} conversations has an answer within the first "
                     f"{seq_len:,} tokens; train at a larger seq_len, or on shorter conversations"
                 )
-        self._packer = Packer(seq_len, self._mixture.draw, self._drop_packer(), interleave, conversations)
-        self._num_packs, self._packs_per_micro = batch_tokens // seq_len, micro_tokens // seq_len
+        self._stage = Stage(seq_len, interleave, conversations, batch_tokens // seq_len, micro_tokens // seq_len)
 
     def next_step(self) -> list[Batch]:
         """This rank's micro-batches of the next optimizer step, each of micro_tokens inputs.
 
         Of the step's packs, micro-batch m of rank r takes packs_per_micro from number (m * world_size + r) *
-        packs_per_micro.
+        packs_per_micro. Raises DataError, as the sources do; the position then stays what it was.
         """
-        assert self._packer is not None, "set_stage comes first"
-        packs = [self._packer.next_pack() for _ in range(self._num_packs)]
-        size = self._packs_per_micro
-        first = range(self._rank * size, self._num_packs, self._world_size * size)
-        return [make_batch([w for pack in packs[i : i + size] for w in pack], self._fetch, self._learnt) for i in first]
+        assert self._stage is not None, "set_stage comes first"
+        ahead, self._ahead = self._ahead, None
+        batches, self._position = self._make_step(self._position) if ahead is None else ahead.result()
+        # An executor a step: its thread ends with the step, so that none is left to be closed.
+        executor = ThreadPoolExecutor(1, thread_name_prefix="loader")
+        self._ahead = executor.submit(self._make_step, self._position)
+        executor.shutdown(wait=False)
+        return batches
 
     def state_dict(self) -> dict:
-        """The position in the data, JSON-able; the same on every rank."""
-        pieces = self._pieces if self._packer is None else self._packer.pieces
+        """The position in the data behind the last step that was handed out, JSON-able; the same on every rank."""
         return {
             "version": STATE_VERSION,
             "fingerprint": self.fingerprint,
             "sources": {name: source.fingerprint for name, source in self._sources.items()},
             "seed": self.seed,
-            "draws": self._mixture.draws,
-            "counts": dict(self._mixture.counts),
-            "pieces": [list(piece) for piece in pieces],
+            "draws": self._position.draws,
+            "counts": dict(self._position.counts),
+            "pieces": [list(piece) for piece in self._position.pieces],
         }
 
     def load_state_dict(self, state: dict) -> None:
@@ -119,20 +155,47 @@ class Loader:
                 f"the checkpoint's data order has seed {state['seed']}, this run has {self.seed}: set "
                 f"data.seed={state['seed']}"
             )
-        self._mixture.draws, self._mixture.counts = state["draws"], dict(state["counts"])
-        self._pieces = [Window(*piece) for piece in state["pieces"]]
-        if self._packer is not None:
-            last = self._packer
-            self._packer = Packer(last.seq_len, self._mixture.draw, self._pieces, last.interleave, last.conversations)
+        self._drop_ahead()
+        pieces = [Window(*piece) for piece in state["pieces"]]
+        self._position = Position(state["draws"], dict(state["counts"]), pieces)
 
-    def _drop_packer(self) -> list[Window]:
-        return self._pieces if self._packer is None else self._packer.pieces
+    def _drop_ahead(self) -> None:
+        """Throw away what was made ahead; the mixture is nobody else's then."""
+        if self._ahead is not None:
+            wait([self._ahead])
+            self._ahead = None
+
+    def _make_step(self, position: Position) -> tuple[list[Batch], Position]:
+        """This rank's micro-batches of the step at `position`, and the position behind it."""
+        seq_len, interleave, conversations, num_packs, size = self._stage
+        self._mixture.seek(position.draws, position.counts)
+        packer = Packer(seq_len, self._mixture, position.pieces, interleave, conversations)
+        micros, at = [], 0
+        for first in range(self._rank * size, num_packs, self._world_size * size):
+            packer.skip(first - at)
+            micros.append([window for _ in range(size) for window in packer.next_pack()])
+            at = first + size
+        packer.skip(num_packs - at)
+        behind = Position(self._mixture.draws, dict(self._mixture.counts), packer.pieces)
+        # A new thread is on the first GPU, where pinning would make a context that is never used.
+        with nullcontext() if self._pin_for is None else torch.cuda.device(self._pin_for):
+            return [self._batch(windows) for windows in micros], behind
+
+    def _batch(self, windows: list[Window]) -> Batch:
+        batch = make_batch(windows, self._fetch, self._learnt)
+        return batch if self._pin_for is None else _pinned(batch)
 
     def _fetch(self, window: Window):
         return self._sources[window.source].window(window.document, window.start, window.length)
 
     def _learnt(self, window: Window):
         return self._sources[window.source].learnt(window.document, window.start, window.length)
+
+
+def _pinned(batch: Batch) -> Batch:
+    """The same batch in pinned memory."""
+    values = {field.name: getattr(batch, field.name) for field in fields(batch)}
+    return replace(batch, **{name: one.pin_memory() for name, one in values.items() if hasattr(one, "pin_memory")})
 
 
 def check_batch(seq_len: int, batch_tokens: int, micro_tokens: int, world_size: int) -> None:

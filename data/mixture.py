@@ -11,7 +11,6 @@ Only raw Philox output is used, which numpy keeps the same between versions (its
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
@@ -20,7 +19,7 @@ import numpy as np
 from conf.schema import LongDocumentsConfig
 from data.packing import Window
 
-BLOCK = 4096  # draws whose random numbers are made at once; a multiple of 4, the words of a Philox counter step
+BLOCK = 1024  # draws that are worked out at once; a multiple of 4, the words of a Philox counter step
 
 
 class Pool(NamedTuple):
@@ -33,6 +32,17 @@ class Pool(NamedTuple):
     """int64, their numbers in the source."""
     inputs: np.ndarray
     """int64, what each of them gives to train on: a token less than it has."""
+
+
+class Draws(NamedTuple):
+    """Draws one after another: the number of the pool each takes from, and its document."""
+
+    pools: np.ndarray
+    documents: np.ndarray
+    inputs: np.ndarray
+
+
+NO_DRAWS = Draws(*[np.zeros(0, np.int64)] * 3)
 
 
 class Mixture:
@@ -48,7 +58,8 @@ class Mixture:
         self._pools: dict[str, Pool] = {}
         self._names: list[str] = []
         self._edges = np.zeros(0)
-        self._block: tuple[int, list[int]] = (-1, [])  # number of a block of draws, and the pools they pick
+        self._ahead = NO_DRAWS  # what is to come, to the end of a block; self._made of it was drawn already
+        self._made = 0
         self._orders: dict[str, tuple[int, np.ndarray]] = {}
 
     def set_mix(self, mix: Mapping[str, float], long_documents: LongDocumentsConfig | None = None) -> None:
@@ -58,38 +69,72 @@ class Mixture:
         weights = draw_weights(self._pools)
         self._names = list(weights)
         self._edges = np.cumsum(list(weights.values()))[:-1]
-        self._block, self._orders = (-1, []), {}
+        self._ahead, self._made, self._orders = NO_DRAWS, 0, {}
 
     def num_documents(self, length: int, sources: Collection[str]) -> int:
         """How many documents of at least `length` inputs can be drawn from these sources."""
         return sum(int((pool.inputs >= length).sum()) for pool in self._pools.values() if pool.source in sources)
 
+    def seek(self, draws: int, counts: Mapping[str, int]) -> None:
+        """Go on from where a mixture of the same lengths and seed had these draws and counts."""
+        if (draws, counts) != (self.draws, self.counts):
+            self.draws, self.counts = draws, dict(counts)
+            self._ahead, self._made = NO_DRAWS, 0
+
     def draw(self) -> Window:
         """The next document, whole."""
-        name = self._names[self._choice(self.draws)]
-        pool, count = self._pools[name], self.counts.get(name, 0)
-        epoch, place = divmod(count, len(pool.documents))
-        index = self._order(name, epoch).item(place)
+        self._look_ahead()
+        pools, documents, inputs = self._ahead
+        place, name = self._made, self._names[pools.item(self._made)]
+        self.counts[name] = self.counts.get(name, 0) + 1
         self.draws += 1
-        self.counts[name] = count + 1
-        return Window(pool.source, pool.documents.item(index), 0, pool.inputs.item(index))
+        self._made += 1
+        return Window(self._pools[name].source, documents.item(place), 0, inputs.item(place))
 
-    @property
-    def epochs(self) -> dict[str, float]:
-        """Documents taken from each source so far, over how many it has."""
-        taken = dict.fromkeys(self._lengths, 0)
-        for name, count in self.counts.items():
-            taken[_source_of(name)] += count
-        return {name: count / len(self._lengths[name]) for name, count in taken.items()}
+    def ahead(self, length: int, without: Collection[str]) -> np.ndarray:
+        """The inputs of some documents to come, int64 [n]: up to the first that has `length` or is of a source in
+        `without`, or fewer."""
+        self._look_ahead()
+        left_out = [self._pools[name].source in without for name in self._names]
+        pools, _, inputs = (column[self._made :] for column in self._ahead)
+        if left_out[pools[0]] or inputs[0] >= length:  # often so, and not worth a look at the others
+            return inputs[:0]
+        stops = np.flatnonzero((inputs >= length) | np.array(left_out)[pools])
+        return inputs[: stops[0]] if len(stops) else inputs
 
-    def _choice(self, index: int) -> int:
-        """Which of the mix's pools draw `index` takes from."""
-        block, offset = divmod(index, BLOCK)
-        if self._block[0] != block:
-            raw = _philox("choice", self.seed, counter=block * (BLOCK // 4)).random_raw(BLOCK)
-            uniform = (raw >> np.uint64(11)) * 2.0**-53
-            self._block = (block, np.searchsorted(self._edges, uniform, side="right").tolist())
-        return self._block[1][offset]
+    def skip(self, count: int) -> None:
+        """Pass over `count` documents, of those that `ahead` gave."""
+        taken = np.bincount(self._ahead.pools[self._made : self._made + count], minlength=len(self._names))
+        for name, number in zip(self._names, taken.tolist()):
+            if number:
+                self.counts[name] = self.counts.get(name, 0) + number
+        self.draws += count
+        self._made += count
+
+    def _look_ahead(self) -> None:
+        """Have a draw ahead."""
+        if self._made < len(self._ahead.pools):
+            return
+        block, offset = divmod(self.draws, BLOCK)
+        raw = _philox("choice", self.seed, counter=block * (BLOCK // 4)).random_raw(BLOCK)[offset:]
+        uniform = (raw >> np.uint64(11)) * 2.0**-53
+        pools = np.searchsorted(self._edges, uniform, side="right")
+        documents, inputs = np.empty_like(pools), np.empty_like(pools)
+        for number, name in enumerate(self._names):
+            places = np.flatnonzero(pools == number)
+            indices = self._next(name, len(places))
+            documents[places], inputs[places] = self._pools[name].documents[indices], self._pools[name].inputs[indices]
+        self._ahead, self._made = Draws(pools, documents, inputs), 0
+
+    def _next(self, name: str, count: int) -> np.ndarray:
+        """Which of a pool's documents its next `count` draws take."""
+        parts, first, size = [], self.counts.get(name, 0), len(self._pools[name].documents)
+        last = first + count
+        while first < last:
+            epoch, place = divmod(first, size)
+            parts.append(self._order(name, epoch)[place : place + last - first])
+            first += len(parts[-1])
+        return np.concatenate(parts) if parts else np.zeros(0, np.int64)
 
     def _order(self, name: str, epoch: int) -> np.ndarray:
         """The shuffled order of a pool in an epoch; the latest is kept."""
@@ -136,10 +181,6 @@ def _split(whole: Pool, long_documents: LongDocumentsConfig) -> dict[str, Pool]:
         name: Pool(whole.source, whole.share * share / total, whole.documents[part], whole.inputs[part])
         for name, (share, part) in kept.items()
     }
-
-
-def _source_of(pool_name: str) -> str:
-    return re.sub(r" (>=|<) \d+$", "", pool_name)
 
 
 def draw_weights(pools: Mapping[str, Pool]) -> dict[str, float]:

@@ -17,9 +17,9 @@ from __future__ import annotations
 
 import zlib
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -63,19 +63,33 @@ class Batch:
         return Batch(*(t.to(device, non_blocking=True) for t in tensors), windows=self.windows)
 
 
+class DocumentStream(Protocol):
+    """The documents that a Packer packs, in order (data.mixture.Mixture)."""
+
+    def draw(self) -> Window:
+        """The next document: a Window over all its inputs."""
+
+    def ahead(self, length: int, without: Collection[str]) -> np.ndarray:
+        """The inputs of some documents to come, int64 [n]: up to the first that has `length` or is of a source in
+        `without`, or fewer."""
+
+    def skip(self, count: int) -> None:
+        """Pass over `count` documents, of those that `ahead` gave."""
+
+
 class Packer:
     """Turns a stream of whole documents into packs of `seq_len` inputs.
 
-    draw() gives the next document as a Window over all its inputs. Up to `interleave` documents of at least seq_len
-    inputs are read side by side, a window of one of them at a time, so that the packs of a step do not all come from
-    one book. Between packs the packer's only state is `pieces`, what was drawn and not yet put into a pack; a new
-    packer, of any seq_len, given these pieces goes on without losing or repeating an input.
+    Up to `interleave` documents of at least seq_len inputs are read side by side, a window of one of them at a time, so
+    that the packs of a step do not all come from one book. Between packs the packer's only state is `pieces`, what was
+    drawn and not yet put into a pack; a new packer, of any seq_len, given these pieces goes on without losing or
+    repeating an input.
     """
 
     def __init__(
         self,
         seq_len: int,
-        draw: Callable[[], Window],
+        stream: DocumentStream,
         pieces: Sequence[Window] = (),
         interleave: int = 1,
         conversations: Mapping[str, np.ndarray] | None = None,
@@ -83,10 +97,10 @@ class Packer:
         """conversations: source name -> int64, the inputs used of each of its documents at this seq_len (0 = none);
         sources left out hold text."""
         assert seq_len >= 1 and interleave >= 1, (seq_len, interleave)
-        self.seq_len, self.interleave, self._draw = seq_len, interleave, draw
+        self.seq_len, self.interleave, self._stream = seq_len, interleave, stream
         self.conversations = conversations or {}
         waits_long = [piece.length >= seq_len and piece.source not in self.conversations for piece in pieces]
-        self._long = [piece for piece, is_long in zip(pieces, waits_long) if is_long]
+        self._long = [_spelt(piece) for piece, is_long in zip(pieces, waits_long) if is_long]
         self._short = deque(piece for piece, is_long in zip(pieces, waits_long) if not is_long)
         self._open: list[Window] = []
         self._free = seq_len  # inputs that the open pack still takes
@@ -98,32 +112,59 @@ class Packer:
         """Windows drawn but not in a pack yet. Conversations stand in the order of their draws: put into empty packs
         in this order, they fall as they fell, since those in packs that are gone took no other's place."""
         placed = sorted(one for pack in self._bins for one in pack.windows)
-        return [*self._open, *(window for _, window in placed), *self._short, *self._long]
+        return [*self._open, *(window for _, window in placed), *self._short, *(piece for piece, _ in self._long)]
 
     def next_pack(self) -> list[Window]:
         """The windows of the next pack; their lengths sum to seq_len."""
         while self._short or len(self._long) < self.interleave:
-            piece = self._short.popleft() if self._short else self._draw()
+            piece = self._short.popleft() if self._short else self._stream.draw()
             if piece.source in self.conversations:
                 if pack := self._add_conversation(piece):
                     return pack
             elif piece.length >= self.seq_len:
-                self._long.append(piece)
+                self._long.append(_spelt(piece))
             elif piece.length > 0 and (pack := self._add(piece)):
                 return pack
         place = self._choose()
-        head, rest = _cut(self._long[place], self.seq_len)
+        head, rest = _cut(self._long[place][0], self.seq_len)
         if rest.length >= self.seq_len:
-            self._long[place] = rest
+            self._long[place] = _spelt(rest)
         else:
             del self._long[place]
             self._short.append(rest)
         return [head]
 
+    def skip(self, count: int) -> None:
+        """Go on as after `count` calls of next_pack. Packs of texts that are all shorter than one are counted, not
+        made."""
+        while count > 0:
+            passed = self._skip_texts(count)
+            if passed == 0:
+                self.next_pack()
+            count -= max(passed, 1)
+
+    def _skip_texts(self, most: int) -> int:
+        """Pass over up to `most` packs that come next and are filled by short texts alone; returns how many."""
+        if self._short or len(self._long) >= self.interleave:
+            return 0
+        ends = self.seq_len - self._free + np.cumsum(self._stream.ahead(self.seq_len, self.conversations))
+        passed = min(most, int(ends[-1]) // self.seq_len) if len(ends) else 0
+        if passed:
+            last = int(np.searchsorted(ends, passed * self.seq_len))  # the text that fills the last of them
+            self._stream.skip(last)
+            piece, over = self._stream.draw(), int(ends[last]) - passed * self.seq_len
+            self._begin(_cut(piece, piece.length - over)[1])
+        return passed
+
+    def _begin(self, rest: Window) -> None:
+        """Open a pack with what is left of the piece that filled the one before."""
+        self._open = [rest] if rest.length else []
+        self._free = self.seq_len - rest.length
+
     def _choose(self) -> int:
         """Which long document gives the next window: a hash of where they all stand, so that it needs no state, and
         documents that were begun together do not end together."""
-        return zlib.crc32(repr([tuple(piece) for piece in self._long]).encode()) % len(self._long)
+        return zlib.crc32(f"[{', '.join(text for _, text in self._long)}]".encode()) % len(self._long)
 
     def _add(self, piece: Window) -> list[Window] | None:
         """Put a piece shorter than a pack into the open one; the open pack if that fills it."""
@@ -132,17 +173,19 @@ class Packer:
         self._free -= head.length
         if self._free:
             return None
-        pack, self._open = self._open, [rest] if rest.length else []
-        self._free = self.seq_len - rest.length
+        pack = self._open
+        self._begin(rest)
         return pack
 
     def _add_conversation(self, whole: Window) -> list[Window] | None:
         """Put a conversation into the fullest pack that has room; a pack that is full, or has to give way to it."""
-        used = int(self.conversations[whole.source][whole.document])
+        used = self.conversations[whole.source].item(whole.document)
         if used == 0:
             return None
-        fitting = [pack for pack in self._bins if pack.free >= used]
-        pack, leaves = min(fitting, key=lambda pack: pack.free, default=None), None
+        pack, leaves = None, None
+        for one in self._bins:
+            if one.free >= used and (pack is None or one.free < pack.free):
+                pack = one
         if pack is None:
             if len(self._bins) == OPEN_PACKS:
                 leaves = min(self._bins, key=lambda pack: pack.free)
@@ -169,6 +212,11 @@ class _Bin:
 
     free: int
     windows: list[tuple[int, Window]] = field(default_factory=list)
+
+
+def _spelt(window: Window) -> tuple[Window, str]:
+    """A long document with its part of the text that `_choose` hashes, which is written once and read many times."""
+    return window, repr(tuple(window))
 
 
 def _cut(window: Window, length: int) -> tuple[Window, Window]:

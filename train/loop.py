@@ -114,6 +114,7 @@ class Trainer:
             rank=world.rank,
             world_size=world.world_size,
             interleave=config.data.interleave,
+            pin_for=world.device if world.device.type == "cuda" else None,
         )
         self.guard = NonFiniteGuard(config.optim.max_bad_steps)
         self.metrics = MetricsLog(self.run_dir / FILE_NAME if world.is_main else None)

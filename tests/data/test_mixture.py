@@ -30,9 +30,32 @@ def test_order_is_a_function_of_the_seed(seed, skip):
     _, there = draws(seed, skip, mix)
     again = Mixture(LENGTHS, seed)
     again.set_mix(dict(reversed(mix.items())))  # the order of the mapping is no part of the mix
-    again.draws, again.counts = there.draws, dict(there.counts)
+    again.seek(there.draws, there.counts)
     assert [again.draw() for _ in range(50)] == whole[skip:]
     assert draws(seed + 1, len(whole), mix)[0] != whole
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    st.integers(0, 2**63),
+    st.sampled_from([10, 60, 120, 138, 200]),
+    st.lists(st.integers(0, 400), min_size=1, max_size=12),
+)
+def test_skipping_is_drawing(seed, length, counts):
+    """Catches documents ahead that are not the ones drawn, over epochs and blocks, and counts that slip."""
+    mix = {"short": 1, "long": 3, "other": 0.5}
+    _, skipping = draws(seed, 0, mix)
+    _, drawing = draws(seed, 0, mix)
+    for count in counts:
+        inputs = skipping.ahead(length, {"other"})
+        count = min(count, len(inputs))
+        skipping.skip(count)
+        drawn = [drawing.draw() for _ in range(count)]
+        assert [window.length for window in drawn] == inputs[:count].tolist()
+        assert all(window.source != "other" and window.length < length for window in drawn)
+        for _ in range(97):
+            assert skipping.draw() == drawing.draw()
+        assert (skipping.draws, skipping.counts) == (drawing.draws, drawing.counts)
 
 
 def test_each_epoch_takes_every_document_once_in_another_order():
@@ -41,14 +64,14 @@ def test_each_epoch_takes_every_document_once_in_another_order():
     epochs = [[w.document for w in drawn[i : i + 50]] for i in (0, 50, 100)]
     assert all(sorted(epoch) == list(range(50)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2] and epochs[0] != sorted(epochs[0])
-    assert mixture.epochs == {"short": 3.0, "long": 0.0, "other": 0.0}
+    assert mixture.counts == {"short": 150, "long": 0, "other": 0}
     assert {(w.start, w.length) for w in drawn} == {(0, 10)}  # a document of 11 tokens has 10 inputs
 
 
 def test_token_shares_converge():
     """Catches weights taken as shares of documents: the mean lengths differ tenfold here."""
     mix = {"short": 2.0, "long": 1.0, "other": 1.0}
-    drawn, mixture = draws(0, 3 * BLOCK, mix)
+    drawn, mixture = draws(0, 12 * BLOCK, mix)
     tokens = Counter()
     for window in drawn:
         tokens[window.source] += window.length
@@ -56,7 +79,8 @@ def test_token_shares_converge():
     assert {name: tokens[name] / total for name in mix} == pytest.approx(
         {"short": 0.5, "long": 0.25, "other": 0.25}, rel=0.1
     )
-    assert mixture.epochs == pytest.approx(passes(make_pools(LENGTHS, mix), total), rel=0.1)
+    epochs = {name: count / len(LENGTHS[name]) for name, count in mixture.counts.items()}
+    assert epochs == pytest.approx(passes(make_pools(LENGTHS, mix), total), rel=0.1)
 
 
 def test_a_change_of_mix_leaves_each_source_at_its_place():
@@ -99,7 +123,7 @@ def test_long_documents_are_drawn_by_seed_and_counts_alone(seed, stages, data):
             drawn.append(whole.draw())
     number, draws_before, counts = data.draw(st.sampled_from(states))
     again = Mixture(MIXED, seed)
-    again.draws, again.counts = draws_before, dict(counts)
+    again.seek(draws_before, counts)
     again.set_mix(mix, stages[number][0])
     left = sum(count for _, count in stages[: number + 1]) - draws_before
     assert [again.draw() for _ in range(left)] == drawn[draws_before : draws_before + left]
@@ -120,7 +144,7 @@ def test_the_share_of_long_documents_is_met(share):
     mixture = Mixture(MIXED, 7)
     mixture.set_mix(mix, long_documents)
     tokens, long_tokens = Counter(), Counter()
-    for _ in range(4 * BLOCK):
+    for _ in range(16 * BLOCK):
         window = mixture.draw()
         tokens[window.source] += window.length
         long_tokens[window.source] += window.length if window.length >= 50 else 0

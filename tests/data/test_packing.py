@@ -31,10 +31,38 @@ def naive_packs(num_inputs, seq_len):
     return packs, current
 
 
+class Stream:
+    """A DocumentStream of a list; counts the documents that were made."""
+
+    def __init__(self, documents):
+        self.documents, self.place, self.num_made = list(documents), 0, 0
+
+    def draw(self):
+        if self.place == len(self.documents):
+            raise StopIteration
+        self.place += 1
+        self.num_made += 1
+        return self.documents[self.place - 1]
+
+    def ahead(self, length, without):
+        inputs = []
+        for window in self.documents[self.place :][:7]:  # as far as is known: not to the end
+            if window.length >= length or window.source in without:
+                break
+            inputs.append(window.length)
+        return np.array(inputs, np.int64)
+
+    def skip(self, count):
+        self.place += count
+
+
+def texts(num_inputs):
+    return Stream(Window("s", d, 0, n) for d, n in enumerate(num_inputs))
+
+
 def drain(num_inputs, seq_len, pieces=(), interleave=1):
     """All packs the packer makes of these documents, and the pieces left; as the naive packer gives them."""
-    stream = iter([Window("s", d, 0, n) for d, n in enumerate(num_inputs)])
-    packer, packs = Packer(seq_len, lambda: next(stream), pieces, interleave), []
+    packer, packs = Packer(seq_len, texts(num_inputs), pieces, interleave), []
     try:
         while True:
             packs.append(packer.next_pack())
@@ -62,12 +90,12 @@ def test_packs_equal_a_naive_packer(num_inputs, seq_len):
 def test_change_of_length_loses_nothing(num_inputs, first, second, packs_before, interleave):
     """Catches pieces of the open pack or of a half-used document that are dropped or repeated when the length
     changes."""
-    stream = iter([Window("s", d, 0, n) for d, n in enumerate(num_inputs)])
-    packer, seen, lengths = Packer(first, lambda: next(stream), interleave=interleave), [], set()
+    stream = texts(num_inputs)
+    packer, seen, lengths = Packer(first, stream, interleave=interleave), [], set()
     try:
         for _ in range(packs_before):
             seen += packer.next_pack()
-        packer = Packer(second, lambda: next(stream), packer.pieces, interleave)
+        packer = Packer(second, stream, packer.pieces, interleave)
         while True:
             pack = packer.next_pack()
             lengths.add(sum(w.length for w in pack))
@@ -84,13 +112,53 @@ def test_a_packer_continued_at_the_same_length_is_the_same(interleave):
     """Catches a state that is not the whole state: handing the pieces over after every pack must change nothing."""
     num_inputs = [5, 33, 2, 9, 40, 1, 7, 50, 3, 28]
     whole, rest = drain(num_inputs, 8, interleave=interleave)
-    stream = iter([Window("s", d, 0, n) for d, n in enumerate(num_inputs)])
+    stream = texts(num_inputs)
     pieces, packs = [], []
     for _ in whole:
-        packer = Packer(8, lambda: next(stream), pieces, interleave)
+        packer = Packer(8, stream, pieces, interleave)
         packs.append([spelt(w) for w in packer.next_pack()])
         pieces = packer.pieces
     assert packs == whole and pieces and pieces == rest[: len(pieces)]
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    st.lists(st.tuples(st.sampled_from("ssst"), st.integers(0, 40)), min_size=20, max_size=120),
+    st.integers(1, 30),
+    st.integers(1, 4),
+    st.booleans(),
+    st.data(),
+)
+def test_skipping_packs_is_making_them_and_dropping_them(documents, seq_len, interleave, with_talks, data):
+    """Catches packs that are miscounted, and pieces lost at the border of what is skipped: short and long texts, empty
+    ones, and conversations, skipped and made in turns."""
+    drawn = [Window(source, number, 0, length) for number, (source, length) in enumerate(documents)]
+    used = {"t": np.array([min(length, seq_len) for _, length in documents])} if with_talks else None
+    made, states = Packer(seq_len, Stream(drawn), (), interleave, used), []
+    packs, stream = [], made._stream
+    try:
+        while True:
+            states.append((stream.place, made.pieces))
+            packs.append(made.next_pack())
+    except StopIteration:
+        stream = Stream(drawn)
+    skipping, at = Packer(seq_len, stream, (), interleave, used), 0
+    while at < len(packs):
+        count = data.draw(st.integers(0, len(packs) - at))
+        skipping.skip(count)
+        at += count
+        assert (stream.place, skipping.pieces) == states[at]
+        if at < len(packs):
+            assert skipping.next_pack() == packs[at]
+            at += 1
+
+
+def test_what_is_skipped_is_not_made():
+    """Catches a skip that plans every pack after all: of 1000 short texts, a few are looked at."""
+    stream = texts([3, 5, 2, 6] * 250)
+    packer = Packer(16, stream)
+    packer.skip(200)
+    assert stream.place >= 790 and stream.num_made < 300
 
 
 def test_long_documents_are_read_side_by_side():

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_loader import CountingSource
+from test_packing import Stream
 
 from conf.schema import DataConfig, SourceConfig
 from data import chat_set
@@ -304,13 +305,13 @@ def test_no_conversation_is_cut_and_none_is_lost(used, texts, seed):
     lengths = {"chat": np.array(used, np.int64)}
 
     def run(renew):
-        stream, packs = iter(drawn), []
-        packer = Packer(12, lambda: next(stream), conversations=lengths)
+        stream, packs = Stream(drawn), []
+        packer = Packer(12, stream, conversations=lengths)
         try:
             while True:
                 packs.append(packer.next_pack())
                 if renew:
-                    packer = Packer(12, lambda: next(stream), packer.pieces, conversations=lengths)
+                    packer = Packer(12, stream, packer.pieces, conversations=lengths)
         except StopIteration:
             return packs, packer.pieces
 
