@@ -95,9 +95,9 @@ def draw(record: Mapping, path: Path) -> None:
             fontsize="small",
         )
     axes.invert_yaxis()
-    axes.margins(x=0.2)
+    axes.set_xlim(0, 1.2 * max(*left, *(row["step_milliseconds"] for row in rows)))
     axes.set_xlabel("milliseconds a step (black: the step as measured without a profiler)")
-    axes.legend(loc="lower right", fontsize="small")
+    figure.legend(loc="outside right upper", fontsize="small")
     length = format_length(record["setting"]["seq_len"])
     figure.suptitle(
         f"{record['device']}, {length}, {WORKLOADS[record['workload']].split(';')[0]}, commit "
