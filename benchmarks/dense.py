@@ -8,8 +8,9 @@ backward on random bf16 inputs: flash varlen (which one is said), cuDNN with eve
 moba/backends/cudnn.py does it (short documents on flash), and, with packed=true, cuDNN's own kernels for packs, which
 torch has but keeps switched off: an error of theirs may end the process, so ask for them last.
 Medians of `repeats` timed by events; before that each result is compared with float64 on a short pack. `first` is the
-time of the first call, which builds plans; `host` that of handing a warm call to the device. The rule it prints, the
-shortest length from which cuDNN is faster on every layout measured, is what SHORTEST in that module says.
+time of the first call, which builds a plan where the length is not among those built before; `host` that of handing a
+warm call to the device. The rule it prints, the shortest length from which cuDNN is faster on every layout measured, is
+what SHORTEST in that module says.
 """
 
 from __future__ import annotations
@@ -79,7 +80,8 @@ def main() -> None:
         print(f"== heads {layout}", flush=True)
         inputs = _inputs(tokens, layout, device)
         record["flash"] = default_primitive(inputs[0]).name
-        found = {"heads": layout, "errors": _errors(layout, device, packed), "rows": []}
+        plans = _plans(inputs, tokens) if device.type == "cuda" else None
+        found = {"heads": layout, "errors": _errors(layout, device, packed), "plans": plans, "rows": []}
         for name, lengths in _packs(tokens).items():
             found["rows"].append(_row(name, lengths, inputs, repeats, packed))
             print(_line(found["rows"][-1]), flush=True)
@@ -150,6 +152,17 @@ class _PackedCudnn(torch.autograd.Function):
             dout.contiguous(), q, k, v, out, lse, seed, offset, None, bounds, bounds, *sizes, scale=ctx.scale
         )
         return (*grads, None, None)
+
+
+def _plans(inputs: list[torch.Tensor], tokens: int) -> dict[str, float] | str:
+    """How many plans there can be for documents up to a pack's length, and the seconds that building them all takes."""
+    began = time.perf_counter()
+    try:
+        count = cudnn.build_plans(*inputs[:2], tokens)
+    except RuntimeError as error:
+        return _first_line(error)
+    torch.cuda.synchronize()
+    return {"count": count, "seconds": time.perf_counter() - began}
 
 
 def _errors(layout: tuple[int, int, int], device: torch.device, packed: bool) -> dict[str, float | str]:
@@ -268,7 +281,11 @@ def _table(record: dict) -> str:
     for layout in record["layouts"]:
         heads, kv_heads, size = layout["heads"]
         errors = ", ".join(f"{k} {v if isinstance(v, str) else f'{v:.1e}'}" for k, v in layout["errors"].items())
-        lines += ["", f"Heads {heads}/{kv_heads} of {size}; errors against float64: {errors}", ""]
+        lines += [
+            "",
+            f"Heads {heads}/{kv_heads} of {size}; errors against float64: {errors}; plans: {layout['plans']}",
+            "",
+        ]
         columns = ["pack", *ways, "flash TFLOP/s", "cudnn TFLOP/s", "cudnn / flash", "cudnn first ms", "cudnn host ms"]
         lines += [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
         for row in layout["rows"]:

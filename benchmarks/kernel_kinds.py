@@ -25,6 +25,7 @@ ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
 ON_HOST = ("cpu_op", "user_annotation")
 CALLS = ("cuda_runtime", "cuda_driver")
 UNKNOWN = -1
+NAME_LENGTH = 80
 
 # In the names of operators that enclose a launch.
 _ATTENTION = re.compile(
@@ -61,10 +62,13 @@ def milliseconds_by_kind(events: Sequence[Mapping], num_steps: int) -> dict[str,
 
 
 def longest_kernels(events: Sequence[Mapping], num_steps: int, count: int = 6) -> dict[str, list[tuple[str, float]]]:
-    """Of each kind the names that took longest, and their milliseconds a step."""
+    """Of each kind what took longest, and its milliseconds a step: kernels by their names and, in brackets, the outermost
+    and the innermost operator around their launch, since most elementwise kernels of torch are called the same."""
     sums: dict[str, dict[str, float]] = {kind: defaultdict(float) for kind in KINDS}
     for kind, launch in _classified(events):
-        sums[kind][launch.name[:120]] += launch.duration / 1000 / num_steps
+        places = dict.fromkeys(name.removeprefix(f"{_BACKWARD}: ") for name in (launch.around[:1] + launch.around[-1:]))
+        place = f" [{' > '.join(places)}]" if places else ""
+        sums[kind][launch.name[:NAME_LENGTH] + place] += launch.duration / 1000 / num_steps
     return {kind: sorted(names.items(), key=lambda item: -item[1])[:count] for kind, names in sums.items()}
 
 

@@ -12,8 +12,9 @@ where `compile=true` stands for model.compile=true. Arguments with a dot go to a
 Workloads: `long`, one document of the full length a sequence, of random tokens (Zipf's law) made here; `packs`, what
 the shipped books give, with the pairs of a token and its past as a share of those of full documents.
 
-Each run is a process of its own with empty caches for compiled code. It is killed after `limit` seconds; what does not
-fit `seconds` altogether is left out and said. Writes results.json, table.md and figure.png into `to`, after each run.
+Each run is a process of its own; caches of compiled code are empty at the beginning and shared by the runs of one
+model, so that the first of a model starts cold. A run is killed after `limit` seconds, and at the end of `seconds` for
+all; what was not measured by then is said. Writes results.json, table.md and figure.png into `to`, after each run.
 """
 
 from __future__ import annotations
@@ -58,8 +59,8 @@ VARIANTS = (
     "full_32k/paper_545m/compile=true",
     "moba_32k/paper_1_5b/activation_checkpointing=true/compile=true",
     "moba_32k/125m/compile=true",
-    "full_32k/125m/compile=true",
     "full_32k/paper_545m",
+    "full_32k/125m/compile=true",
     "moba_32k/125m",
 )
 KEYS = {
@@ -71,7 +72,7 @@ KEYS = {
     "warmup": "steps not counted (default 5)",
     "steps": "steps whose median is taken (default 20)",
     "profiled": "steps of each of the two profiles that follow (default 2)",
-    "limit": "seconds for one run at most (default 150)",
+    "limit": "seconds for one run at most (default 170)",
     "seconds": "seconds for all runs together (default 540)",
     "commit": "commit of the code, where this is no git checkout",
 }
@@ -79,6 +80,7 @@ QUIET = ("data.validation=null", "logging.wandb=disabled", "logging.figures=fals
 QUIET += ("logging.every_tokens=0", "checkpoint.every_tokens=0")
 WORKLOADS = ("long", "packs")
 DOCUMENTS = 64
+LEAST_SECONDS = 30
 
 
 @dataclass(frozen=True)
@@ -114,16 +116,22 @@ def main() -> None:
     study = _study(values, overrides)
     configs = {variant: load([*study.arguments(variant)], detect_hardware()) for variant in variants}
     data = _data(study, next(iter(configs.values())))
+    shutil.rmtree(study.to / "caches", ignore_errors=True)
     record = _origin(values, study)
     ends = time.monotonic() + float(values.get("seconds", 540))
     for variant in variants:
         left = ends - time.monotonic()
         print(f"== {variant}, {left:.0f} s left", flush=True)
-        row = {"variant": variant} | _measured(study, variant, data, min(left, study.limit))
+        if left < LEAST_SECONDS:
+            measured = {"failed": "no time left"}
+        else:
+            measured = _measured(study, variant, data, min(left, study.limit))
+        row = {"variant": variant} | measured
         if study.workload == "packs" and "failed" not in row:
             row["pairs_share"] = _pairs_share(study, load([*study.arguments(variant), *data], detect_hardware()))
         record["rows"].append(row)
         text = publish(record, study.to)
+    shutil.rmtree(study.to / "caches", ignore_errors=True)
     print(text)
 
 
@@ -140,7 +148,7 @@ def _study(values: dict[str, str], overrides: Sequence[str]) -> Study:
         overrides=tuple(overrides),
         seq_len=parse_length(values.get("seq_len", "32K")),
         batch_tokens=parse_length(values.get("batch_tokens", "64K")),
-        limit=float(values.get("limit", 150)),
+        limit=float(values.get("limit", 170)),
         **{key: _count(values, key, default) for key, default in (("warmup", 5), ("steps", 20), ("profiled", 2))},
     )
 
@@ -206,17 +214,15 @@ def _measured(study: Study, variant: str, data: Sequence[str], limit: float) -> 
     device, both = folder / "device.json", folder / "both.json"
     windows = f"{device}:device:{first}:{last},{both}:both:{last + 1}:{last + 1 + study.profiled}"
     command = [sys.executable, str(ROOT / "benchmarks" / "profiled_train.py"), windows, f"run.dir={folder}"]
-    caches = {"TORCHINDUCTOR_CACHE_DIR": folder / "inductor", "TRITON_CACHE_DIR": folder / "triton"}
-    environment = os.environ | {key: str(path.resolve()) for key, path in caches.items()}
+    cache = study.to.resolve() / "caches" / variant.split("/")[1]
+    environment = os.environ | {f"{name}_CACHE_DIR": str(cache / name) for name in ("TORCHINDUCTOR", "TRITON")}
     log = folder.with_name(f"{folder.name}.log")
     with log.open("wb") as file:
         try:
             arguments = [*study.arguments(variant), *data]
-            subprocess.run([*command, *arguments], stdout=file, stderr=file, env=environment, timeout=max(limit, 1))
+            subprocess.run([*command, *arguments], stdout=file, stderr=file, env=environment, timeout=limit)
         except subprocess.TimeoutExpired:
             pass  # what was measured until then counts
-    for cache in caches.values():
-        shutil.rmtree(cache, ignore_errors=True)
     return _read(study, folder, log, limit)
 
 

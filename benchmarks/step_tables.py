@@ -22,6 +22,7 @@ COLUMNS = {
     "start_seconds": ("start s", "{:.0f}"),
     "first_step_seconds": ("first step s", "{:.1f}"),
 }
+LONGEST = 6
 WORKLOADS = {
     "long": "one document of the full length a sequence",
     "packs": "packs of the shipped books; share of pairs: causal pairs as a share of those of full documents",
@@ -39,7 +40,7 @@ def publish(record: Mapping, to: Path) -> str:
 
 
 def table(record: Mapping) -> str:
-    """Markdown: where it was measured, a row a variant, and the attention kernels that took longest."""
+    """Markdown: where it was measured, a row a variant, and what took longest."""
     setting = record["setting"]
     lengths = {key: format_length(setting[key]) for key in ("seq_len", "batch_tokens")}
     lines = [
@@ -50,8 +51,9 @@ def table(record: Mapping) -> str:
         f"Sequences of {lengths['seq_len']}, {lengths['batch_tokens']} tokens a step: {WORKLOADS[record['workload']]}. "
         f"Medians over {setting['steps']} steps after {setting['warmup']}. Milliseconds by kind are the sums of "
         f"kernels in {setting['profiled']} further steps (benchmarks/kernel_kinds.py says what belongs to a kind); "
-        "idle: the share of the time in which no kernel ran, in other steps. start: from the start of the process, "
-        f"with empty caches, to the first step. {record['convention']}",
+        "idle: the share of the time in which no kernel ran, in other steps. start: from the start of the process "
+        "to the first step; caches of compiled code are empty for the first run of a model. "
+        f"{record['convention']}",
         "",
     ]
     heads = ["variant", *(head for head, _ in COLUMNS.values()), *(f"{kind} ms" for kind in KINDS)]
@@ -62,11 +64,12 @@ def table(record: Mapping) -> str:
         if "failed" not in row:
             cells += [_cell(row.get("milliseconds", {}).get(kind), "{:.0f}") for kind in KINDS]
         lines.append(f"| {' | '.join([row['variant'], *cells])} |")
-    lines += ["", "Attention ran on:", ""]
-    for row in record["rows"]:
-        kernels = row.get("longest", {}).get("attention", [])
-        names = "; ".join(f"{name[:60]} {ms:.0f} ms" for name, ms in kernels[:3])
-        lines += [f"- {row['variant']} ({row['attention']}): {names}"] if kernels else []
+    for kind in ("attention", "elementwise", "other"):
+        lines += ["", f"Longest of {kind}, ms a step:", ""]
+        for row in record["rows"]:
+            kernels = row.get("longest", {}).get(kind, [])
+            names = "; ".join(f"{name} {ms:.1f}" for name, ms in kernels[:LONGEST] if ms >= 0.1)
+            lines += [f"- {row['variant']} ({row['attention']}): {names}"] if names else []
     return "\n".join(lines)
 
 
