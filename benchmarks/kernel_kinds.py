@@ -62,8 +62,9 @@ def milliseconds_by_kind(events: Sequence[Mapping], num_steps: int) -> dict[str,
 
 
 def longest_kernels(events: Sequence[Mapping], num_steps: int, count: int = 6) -> dict[str, list[tuple[str, float]]]:
-    """Of each kind what took longest, and its milliseconds a step: kernels by their names and, in brackets, the outermost
-    and the innermost operator around their launch, since most elementwise kernels of torch are called the same."""
+    """Of each kind what took longest, and its milliseconds a step: kernels by their names and, in brackets, the
+    outermost and the innermost operator around their launch, since most elementwise kernels of torch are called the
+    same."""
     sums: dict[str, dict[str, float]] = {kind: defaultdict(float) for kind in KINDS}
     for kind, launch in _classified(events):
         places = dict.fromkeys(name.removeprefix(f"{_BACKWARD}: ") for name in (launch.around[:1] + launch.around[-1:]))

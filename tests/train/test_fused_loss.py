@@ -86,16 +86,19 @@ def test_a_sum_needs_one_product_with_the_vocabulary_fewer(monkeypatch):
         assert len(calls) == num_calls
 
 
-def test_without_gradients_none_are_made():
+def test_without_gradients_none_are_made(monkeypatch):
     """Catches an evaluation that pays for gradients, and a frozen input that does."""
+    needed, kernel_tiles = [], fused_loss._tiles
+    monkeypatch.setattr(fused_loss, "_tiles", lambda *a: needed.append(a[4]) or kernel_tiles(*a))
     hidden, weight, labels, _ = make_case()
     with torch.no_grad():
-        losses = fused_cross_entropy(hidden, weight, labels, 8)
-    assert not losses.requires_grad
+        fused_cross_entropy(hidden, weight, labels, 8)
+    assert needed == [(False, False)]
     for frozen in (0, 1):
         inputs = [hidden.detach(), weight.detach()]
         inputs[1 - frozen].requires_grad_()
         fused_cross_entropy(*inputs, labels, 8).sum().backward()
+        assert needed[-1] == (frozen == 1, frozen == 0)
         assert inputs[frozen].grad is None and inputs[1 - frozen].grad is not None
 
 

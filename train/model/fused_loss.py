@@ -79,13 +79,14 @@ def fused_cross_entropy(hidden_TC: Tensor, weight_VC: Tensor, labels_T: Tensor, 
 
     bf16, fp16 or fp32 inputs of one dtype. Gradients are those of float32 logits, rounded to the inputs' dtype.
     """
-    return _FusedCrossEntropy.apply(hidden_TC, weight_VC, labels_T, tile)
+    return _FusedCrossEntropy.apply(hidden_TC, weight_VC, labels_T, tile, torch.is_grad_enabled())
 
 
 class _FusedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_TC, weight_VC, labels_T, tile):
-        needed = ctx.needs_input_grad[:2]
+    def forward(ctx, hidden_TC, weight_VC, labels_T, tile, with_grad):
+        # needs_input_grad is true of a weight also where nothing is recorded.
+        needed = ctx.needs_input_grad[:2] if with_grad else (False, False)
         loss_T, *grads = _tiles(hidden_TC, weight_VC, labels_T, tile, needed, None)
         ctx.save_for_backward(hidden_TC, weight_VC, labels_T, *grads)
         ctx.tile = tile
@@ -104,7 +105,7 @@ class _FusedCrossEntropy(torch.autograd.Function):
             needed = ctx.needs_input_grad[:2]
             _, *scaled = _tiles(hidden_TC, weight_VC, labels_T, ctx.tile, needed, upstream_T.contiguous())
             scaled = [None if g is None else g.to(hidden_TC.dtype) for g in scaled]
-        return *scaled, None, None
+        return *scaled, None, None, None
 
 
 def _tiles(
