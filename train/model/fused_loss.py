@@ -122,7 +122,7 @@ def _tiles(
     rows_at_once = min(tile, num_tokens)
     logits = hidden_TC.new_empty(rows_at_once, vocab_size, dtype=torch.float32)
     # Not over the logits: a program would overwrite what its other threads still read.
-    dlogits = torch.empty_like(logits, dtype=dtype)
+    dlogits = torch.empty_like(logits, dtype=dtype) if any(needed) else logits
     loss_T = labels_T.new_empty(num_tokens, dtype=torch.float32)
     grad_hidden = torch.empty_like(hidden_TC) if needed[0] else None
     # Float32 even for a bf16 weight: a sum over tiles in bf16 would lose the small terms.
