@@ -1,68 +1,122 @@
-"""launch/train.py with torch's profiler over some steps of rank 0, for benchmarks/scaling.py:
+"""A training run with torch's profiler over some of its steps on rank 0, for step_profile.py and scaling.py:
 
-    torchrun benchmarks/profiled_train.py <trace.json> <first> <last> run.dir=<folder> <more overrides>
+    torchrun benchmarks/profiled_train.py <window>[,<window>...] run.dir=<folder> <more overrides>
 
-The trainer itself is not changed. A hook of torch's on every module counts the lines of metrics.jsonl each time the
-model is called: at `first` lines the profiler starts, at `last` it stops and the trace is written. Both moments lie at
-the beginning of a step, where the device is idle, because the log has just waited for it.
+A window is <file>:<activities>:<first>:<last>: between the ends of steps `first` and `last` the profiler runs, and the
+trace goes to <file>. `device` takes kernels alone, which disturbs nothing; `both` takes the host's operators too, which
+says where each kernel came from, at the price of a slower host. Without a GPU both are the host's operators.
+
+The trainer is that of launch/train.py, built in this process without evaluations, and observed by its own metrics: a
+step's line comes right after the log has waited for the device, so windows begin and end with an idle device.
+`<run.dir>/start_seconds` says how long it took from the start of the process to the first step. After the last window
+a run of one process ends without saving; of several, it trains on until it is stopped.
 """
 
 from __future__ import annotations
 
-import runpy
+import os
 import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:] = [str(ROOT)] + [p for p in sys.path if Path(p or ".").resolve() != ROOT / "benchmarks"]
 
-from train.engine.world import launch_environment  # noqa: E402 - first: decides what torch reads
+from train.engine.world import init_world, launch_environment  # noqa: E402 - first: decides what torch reads
 
 # isort: split
-import torch  # noqa: E402
-from torch.profiler import ProfilerActivity  # noqa: E402
+import psutil  # noqa: E402
+import yaml  # noqa: E402
+from torch.profiler import ProfilerActivity, profile  # noqa: E402
 
-from benchmarks.study import steps_logged  # noqa: E402
-from train.model.decoder import Decoder  # noqa: E402
+from conf.trajectory import to_dict  # noqa: E402
+from data.sources import open_sources  # noqa: E402
+from data.tokenizer import load_tokenizer  # noqa: E402
+from launch.config import detect_hardware, load  # noqa: E402
+from train.engine import collectives  # noqa: E402
+from train.engine.signals import PreemptionFlag  # noqa: E402
+from train.loop import Observers, Trainer  # noqa: E402
+from train.schedule import build_schedule  # noqa: E402
+
+START_FILE = "start_seconds"
 
 
-class Profile:
-    """The hook: a trace of the steps between `first` and `last` lines of a run's metrics."""
+@dataclass(frozen=True)
+class Window:
+    """Steps that are profiled, and the file that the trace goes to."""
 
-    def __init__(self, run_dir: Path, trace: Path, first: int, last: int, activity: ProfilerActivity) -> None:
-        self._run_dir, self._trace, self._first, self._last = run_dir, trace, first, last
-        self._handle = torch.nn.modules.module.register_module_forward_pre_hook(self)
-        self._profiler = torch.profiler.profile(activities=[activity])
-        self._started = False
+    path: Path
+    with_host: bool
+    first: int
+    last: int
 
-    def __call__(self, module: torch.nn.Module, inputs: Any) -> None:
-        """Before each module's forward."""
-        if not isinstance(module, Decoder):
+    @classmethod
+    def parse(cls, text: str) -> Window:
+        """The window that is written <file>:device|both:<first>:<last>."""
+        path, activities, first, last = text.rsplit(":", 3)
+        assert activities in ("device", "both"), text
+        return cls(Path(path), activities == "both", int(first), int(last))
+
+    def profiler(self, on_gpu: bool) -> profile:
+        """The profiler of this window, not started."""
+        device = [ProfilerActivity.CUDA] if on_gpu else []
+        return profile(activities=device + [ProfilerActivity.CPU] * (self.with_host or not on_gpu))
+
+
+class Profiles:
+    """An observer of a run's metrics: a trace of each window, in order of their steps."""
+
+    def __init__(self, windows: Sequence[Window], run_dir: Path, on_gpu: bool, ends: bool) -> None:
+        """`ends`: whether the process ends after the last window."""
+        self._windows, self._run_dir, self._on_gpu, self._ends = list(windows), run_dir, on_gpu, ends
+        self._running: profile | None = None
+        self._steps = 0
+
+    def __call__(self, record: dict[str, Any]) -> None:
+        """Gets a line of metrics.jsonl."""
+        if record["kind"] == "run":
+            seconds = time.time() - psutil.Process().create_time()
+            (self._run_dir / START_FILE).write_text(f"{seconds:.2f}\n", encoding="utf-8")
+        if record["kind"] != "train" or not self._windows:
             return
-        steps = steps_logged(self._run_dir)
-        if not self._started and steps >= self._first:
-            self._profiler.start()
-            self._started = True
-        elif self._started and steps >= self._last:
-            self._handle.remove()
-            self._profiler.stop()
-            beside = self._trace.with_name(f"unfinished_{self._trace.name}")
-            self._profiler.export_chrome_trace(str(beside))
-            beside.replace(self._trace)
+        self._steps += 1
+        window = self._windows[0]
+        if self._running is not None and self._steps >= window.last:
+            self._write(window)
+            self._windows.pop(0)
+        if self._windows and self._running is None and self._steps >= self._windows[0].first:
+            self._running = self._windows[0].profiler(self._on_gpu)
+            self._running.start()
+
+    def _write(self, window: Window) -> None:
+        profiler, self._running = self._running, None
+        profiler.stop()
+        beside = window.path.with_name(f"unfinished_{window.path.name}")
+        profiler.export_chrome_trace(str(beside))
+        beside.replace(window.path)
+        if self._ends and window is self._windows[-1]:
+            sys.stdout.flush()
+            os._exit(0)  # the usual way out would save, or wait for what is left of the process group
 
 
-def main(trace: str, first: str, last: str, *overrides: str) -> None:
+def main(windows: str, *overrides: str) -> None:
     """Trains; see the module's text."""
-    if launch_environment().rank == 0:
-        run_dir = next(text.removeprefix("run.dir=") for text in overrides if text.startswith("run.dir="))
-        # Kernels alone where there is a GPU: the host's operators would make the trace ten times as large, and slower.
-        on_gpu = torch.cuda.is_available() and "run.device=cpu" not in overrides
-        activity = ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU
-        Profile(Path(run_dir), Path(trace), int(first), int(last), activity)
-    script = ROOT / "launch" / "train.py"
-    sys.argv = [str(script), *overrides]
-    runpy.run_path(str(script), run_name="__main__")
+    launched = launch_environment()
+    config = load(list(overrides), detect_hardware(launched.world_size, launched.local_world_size))
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    world = init_world(config.run.device)
+    run_dir = Path(config.run.dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    sources = open_sources(config.data, rank_zero=world.is_main, barrier=collectives.barrier)
+    parsed = [Window.parse(text) for text in windows.split(",")]
+    profiles = Profiles(parsed, run_dir, world.device.type == "cuda", ends=world.world_size == 1)
+    config_yaml = yaml.safe_dump(to_dict(config), sort_keys=False)
+    observers = Observers(record=[profiles])
+    trainer = Trainer(config, build_schedule(config), sources, tokenizer, world, observers, config_yaml=config_yaml)
+    trainer.fit(PreemptionFlag())
 
 
 if __name__ == "__main__":

@@ -238,7 +238,7 @@ def throughput(study: Study, setup: Setup) -> dict:
 
     def make(folder: Path) -> dict:
         trace = folder / "trace.json"
-        script = ["benchmarks/profiled_train.py", str(trace), str(counted), str(counted + PROFILED_STEPS)]
+        script = ["benchmarks/profiled_train.py", f"{trace}:device:{counted}:{counted + PROFILED_STEPS}"]
         with started(script, arguments, setup.gpus, folder) as process:
             wait(process, folder, trace.exists)
         events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]

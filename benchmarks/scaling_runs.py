@@ -67,7 +67,7 @@ def wait(process: psutil.Popen, folder: Path, done: Callable[[], bool]) -> None:
     steps, since = 0, time.monotonic()
     while not done():
         if process.poll() is not None and not done():
-            raise Failed(_reason(folder.with_name(f"{folder.name}.log").read_text(errors="replace")))
+            raise Failed(failure_reason(folder.with_name(f"{folder.name}.log").read_text(errors="replace")))
         if (now := steps_logged(folder)) > steps:
             steps, since = now, time.monotonic()
         if time.monotonic() - since > STALL_SECONDS:
@@ -75,7 +75,7 @@ def wait(process: psutil.Popen, folder: Path, done: Callable[[], bool]) -> None:
         time.sleep(0.05)
 
 
-def _reason(log: str) -> str:
+def failure_reason(log: str) -> str:
     """Why a run failed, in a line, from what it said."""
     if OUT_OF_MEMORY in log.lower() or "can't allocate memory" in log:
         return OUT_OF_MEMORY

@@ -88,6 +88,8 @@ def _check_model(config: RunConfig, problems: Problems) -> None:
     sizes = ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "ffn_size", "loss_tile")
     if False in [_at_least(f"model.{name}", getattr(model, name), 1, problems) for name in sizes]:
         return
+    if not isinstance(model.activation_checkpointing, bool) and model.activation_checkpointing != "mlp":
+        problems.add("model.activation_checkpointing", model.activation_checkpointing, "choose one of false, mlp, true")
     if model.vocab_size is not None:
         _at_least("model.vocab_size", model.vocab_size, 1, problems)
     if model.num_heads % model.num_kv_heads:

@@ -63,8 +63,10 @@ class ModelConfig:
     dynamic RoPE scaling begins."""
     init_std: float = 0.02
     """Standard deviation of the initial weights; output projections use init_std / sqrt(2 * num_layers)."""
-    activation_checkpointing: bool = False
-    """Recompute each layer in the backward pass instead of keeping its activations."""
+    activation_checkpointing: Any = False
+    """What of a layer is computed again in the backward pass instead of being kept: nothing (false); `mlp`, the MLP and
+    the norm before it, at the cost of two of a layer's seven products, so that attention is computed once; or all
+    (true)."""
     loss_tile: Any = field(default="2K", metadata=LENGTH)
     """Tokens whose logits exist at a time in the cross-entropy."""
     compile: bool = False

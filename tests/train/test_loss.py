@@ -148,11 +148,16 @@ def test_extreme_logits_stay_finite():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 5e-3)])
-def test_cuda_equals_float64_and_never_synchronises(dtype, tolerance):
-    """Catches a device-specific product path that is wrong, and any wait for the device."""
+@pytest.mark.parametrize("vocab", [512, 32768, 40064])
+@pytest.mark.parametrize("uniform", [True, False], ids=["sum", "each"])
+def test_cuda_equals_float64_and_never_synchronises(dtype, tolerance, vocab, uniform):
+    """Catches a device-specific product or kernel that is wrong, for vocabularies that stay on chip and larger ones,
+    under a sum and under an upstream gradient of each token's own; and any wait for the device."""
     hidden, weight, labels, upstream = (
-        x.detach().cuda() for x in make_case(num_tokens=1024, width=64, vocab=512, dtype=dtype)
+        x.detach().cuda() for x in make_case(num_tokens=1024, width=64, vocab=vocab, dtype=dtype)
     )
+    if uniform:
+        upstream = torch.full((1,), 0.37, device="cuda").expand(1024)
     hidden.requires_grad_(), weight.requires_grad_()
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -5,11 +5,13 @@ import functools
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 import train.model.decoder
@@ -19,6 +21,7 @@ from moba.layer import KVCache
 from moba.spec import AttentionSpec
 from train.model.decoder import Decoder, OutputProjection
 from train.model.sizes import num_parameters
+from train.plan.memory import activation_bytes_per_token
 
 ROOT = Path(__file__).resolve().parents[2]
 VOCAB = 96
@@ -204,19 +207,49 @@ def test_moba_that_covers_the_length_equals_full_attention():
 
 
 @pytest.mark.parametrize("spec", [FULL, AttentionSpec("moba", block_size=8, top_k=2)], ids=str)
-def test_activation_checkpointing_gives_the_same_bits(spec):
-    """Catches routing or anything else that comes out differently when a layer is computed again."""
+@pytest.mark.parametrize("recompute", ["mlp", True])
+def test_activation_checkpointing_gives_the_same_bits(spec, recompute):
+    """Catches routing or anything else that comes out differently when a layer is computed again, and a recomputation
+    of more or less than was asked for: with `mlp` attention is computed once."""
     grads = []
-    for recompute in (False, True):
-        model = make_model(activation_checkpointing=recompute)
+    for mode in (False, recompute):
+        model = make_model(activation_checkpointing=mode)
         model.set_attention([spec] * 3)
-        calls = []
-        model.model.layers[0].register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        layer, calls = model.model.layers[0], []
+        for part in (layer.self_attn.o_proj, layer.mlp):
+            part.register_forward_pre_hook(lambda part, *_, calls=calls: calls.append(part))
         losses = model(*make_pack([40, 24]))
         losses.sum().backward()
-        assert len(calls) == (2 if recompute else 1)
+        times = [calls.count(part) for part in (layer.self_attn.o_proj, layer.mlp)]
+        assert times == {False: [1, 1], "mlp": [1, 2], True: [2, 2]}[mode]
         grads.append([losses, *(p.grad for p in model.parameters())])
+        with torch.no_grad():
+            assert torch.equal(model(*make_pack([40, 24])), losses)
     assert all(torch.equal(a, b) for a, b in zip(*grads))
+
+
+def test_activation_checkpointing_of_the_mlp_keeps_what_the_plan_says():
+    """Catches tensors as wide as the MLP that stay, and a memory estimate that forgets what does: autograd's saved
+    tensors are counted, each storage once."""
+    kept = {}
+    for mode in (False, "mlp"):
+        model = make_model(num_layers=1, hidden_size=32, num_heads=4, head_dim=8, ffn_size=480)
+        model.model.layers[0].recomputes_mlp = mode == "mlp"
+        pack, storages = make_pack([128]), {}
+        weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+        def keep(x, storages=storages, weights=weights):
+            if (pointer := x.untyped_storage().data_ptr()) not in weights:
+                storages[pointer] = x.untyped_storage()  # held, so that no other takes its place
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            model.model(pack[0], *model.rope.cos_sin(pack[1], torch.float32, "cpu"), pack[2])
+        kept[mode] = sum(storage.nbytes() for storage in storages.values()) / 128
+        config = replace(model.config, activation_checkpointing=mode)
+        kept[mode, "planned"] = activation_bytes_per_token(config, (FULL,), bf16=False)
+    saved, planned = kept[False] - kept["mlp"], kept[False, "planned"] - kept["mlp", "planned"]
+    assert saved == pytest.approx(planned, rel=0.1)
 
 
 def losses_and_gradients(model, pack):
@@ -253,6 +286,36 @@ def test_compiled_layers_equal_eager_and_are_compiled_once(monkeypatch):
             torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5)
         assert counters["stats"]["unique_graphs"] == num_graphs
     assert not counters["graph_break"]
+    torch._dynamo.reset()
+
+
+def test_the_mlp_is_recomputed_inside_what_is_compiled(monkeypatch):
+    """Catches recomputation that breaks the graph, compiles once a layer, or changes a gradient; and one around the
+    compiled function, whose backward pass would compute the MLP's last product again, which nobody reads: the graph
+    has three products of the MLP and o_proj forward, and two more than their eight backward."""
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._dynamo.utils import counters
+
+    products = []
+
+    def counting(graph, _):
+        products.append(sum(node.target is torch.ops.aten.mm.default for node in graph.graph.nodes))
+        return make_boxed_func(graph)
+
+    partition = functools.partial(min_cut_rematerialization_partition, compiler="inductor")
+    backend = aot_autograd(fw_compiler=counting, bw_compiler=counting, partition_fn=partition)
+    compile_once = functools.cache(lambda function: torch.compile(function, backend=backend))
+    monkeypatch.setattr(train.model.decoder, "_compiled", compile_once)
+    torch._dynamo.reset()
+    counters.clear()
+    results = []
+    for mode, compiled in ((False, False), ("mlp", True)):
+        model = make_model(num_layers=2, compile=compiled, activation_checkpointing=mode)
+        results.append(losses_and_gradients(model, make_pack([40, 24])))
+    for eager, compiled in zip(*results):
+        torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5)
+    assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
+    assert products == [3, 4, 8 + 2, 6]
     torch._dynamo.reset()
 
 

@@ -192,7 +192,9 @@ def test_memory_offloaded_and_recomputed():
     arguments = {"bf16": True, "world_size": 1, "micro_tokens": 32768, "attention": (AttentionSpec("full"),) * 20}
     kept = estimate_memory(model, 32768, DeepSpeedConfig(), **arguments)
     lean = estimate_memory(replace(model, activation_checkpointing=True), 32768, DeepSpeedConfig(), **arguments)
+    half = estimate_memory(replace(model, activation_checkpointing="mlp"), 32768, DeepSpeedConfig(), **arguments)
     assert lean.activations < kept.activations / 5 and lean.total < kept.total
+    assert 2 * lean.activations < half.activations < kept.activations / 2
 
 
 def verdict(seq_len: str, memory: int, **sections) -> str:
@@ -210,7 +212,8 @@ def verdict(seq_len: str, memory: int, **sections) -> str:
 def test_verdicts():
     """Catches a run that is declared fit, advice that is in force already, and sequences nothing can fit."""
     assert verdict("8K", 1000 * GB) == "fits 1000.0 GB a GPU"
-    assert "model.activation_checkpointing=true would" in verdict("32K", 240 * GB)
+    assert "GPU; model.activation_checkpointing=mlp would" in verdict("32K", 240 * GB)
+    assert "GPU; model.activation_checkpointing=true would" in verdict("32K", 190 * GB)
     text = verdict("8K", 80 * GB, model={"activation_checkpointing": True}, deepspeed={"zero_stage": 3})
     assert text == "does not fit 80.0 GB a GPU; on 2 GPUs would"
     assert "without sequence parallelism" in verdict("4M", 80 * GB)
@@ -220,6 +223,6 @@ def test_verdicts():
 
 def test_verdict_follows_its_own_advice():
     """Catches advice that does not help."""
-    advice = verdict("32K", 240 * GB)
-    assert "model.activation_checkpointing=true" in advice
-    assert verdict("32K", 240 * GB, model={"activation_checkpointing": True}).startswith("fits")
+    for memory, mode in ((240 * GB, "mlp"), (190 * GB, True)):
+        assert f"model.activation_checkpointing={str(mode).lower()}" in verdict("32K", memory)
+        assert verdict("32K", memory, model={"activation_checkpointing": mode}).startswith("fits")

@@ -70,6 +70,7 @@ class DecoderLayer(nn.Module):
         self.mlp = MLP(config.hidden_size, config.ffn_size)
 
         self.compiled = config.compile
+        self.recomputes_mlp = config.activation_checkpointing == "mlp"
 
     def forward(
         self, x_TC: Tensor, cos_TD: Tensor, sin_TD: Tensor, cu_seqlens: Tensor, cache: LayerCache | None = None
@@ -94,7 +95,20 @@ def _before_attention(
 
 def _after_attention(layer: DecoderLayer, x_TC: Tensor, out_THD: Tensor) -> Tensor:
     x_TC = x_TC + layer.self_attn.o_proj(out_THD.flatten(1))
+    if layer.recomputes_mlp and torch.is_grad_enabled():
+        # Inside what is compiled, so that only what the backward pass reads is computed again.
+        return _recomputed(_add_mlp, layer, x_TC)
+    return _add_mlp(layer, x_TC)
+
+
+def _add_mlp(layer: DecoderLayer, x_TC: Tensor) -> Tensor:
     return x_TC + layer.mlp(layer.post_attention_layernorm(x_TC))
+
+
+def _recomputed(function: Callable, *arguments) -> Tensor:
+    """The function's result; in the backward pass it is called again. Nothing here draws random numbers, so there is
+    no generator state to keep for that."""
+    return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
 
 
 @functools.cache
@@ -111,17 +125,14 @@ class Backbone(nn.Module):
         self.embed_tokens = nn.Embedding(vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.activation_checkpointing = config.activation_checkpointing
+        self.activation_checkpointing = config.activation_checkpointing is True
 
     def forward(self, tokens_T: Tensor, cos_TD, sin_TD, cu_seqlens: Tensor, cache: KVCache | None = None) -> Tensor:
         x_TC = self.embed_tokens(tokens_T)
         recompute = self.activation_checkpointing and torch.is_grad_enabled()
         for i, layer in enumerate(self.layers):
             if recompute:
-                # Nothing here draws random numbers, so there is no generator state to keep for the second pass.
-                x_TC = checkpoint(
-                    layer, x_TC, cos_TD, sin_TD, cu_seqlens, use_reentrant=False, preserve_rng_state=False
-                )
+                x_TC = _recomputed(layer, x_TC, cos_TD, sin_TD, cu_seqlens)
             else:
                 x_TC = layer(x_TC, cos_TD, sin_TD, cu_seqlens, None if cache is None else cache[i])
         return self.norm(x_TC)

@@ -9,6 +9,11 @@ Shape suffixes: T tokens, C width of the residual stream, V rows of the output m
 
 from __future__ import annotations
 
+import functools
+import importlib
+import importlib.util
+from types import ModuleType
+
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
@@ -31,12 +36,19 @@ def tiled_cross_entropy(hidden_TC: torch.Tensor, weight_VC: torch.Tensor, labels
     assert labels_T.shape == hidden_TC.shape[:1], (labels_T.shape, hidden_TC.shape)
     assert hidden_TC.dtype == weight_VC.dtype, (hidden_TC.dtype, weight_VC.dtype)
     assert tile >= 1, tile
+    if hidden_TC.is_cuda and (fused := _fused()) is not None and hidden_TC.dtype in fused.DTYPES:
+        return fused.fused_cross_entropy(hidden_TC, weight_VC, labels_T, tile)
     return _TiledCrossEntropy.apply(hidden_TC, weight_VC, labels_T, tile)
 
 
+@functools.cache
+def _fused() -> ModuleType | None:
+    """train/model/fused_loss.py; None without triton."""
+    return importlib.import_module("train.model.fused_loss") if importlib.util.find_spec("triton") else None
+
+
 class _TiledCrossEntropy(torch.autograd.Function):
-    """Gradients are formed in `backward`, from the upstream gradient: a loss that forms them in `forward` gives the
-    weight a wrong gradient as soon as anything after it scales the loss (gradient accumulation does)."""
+    """The definition, for CPUs, float64 and where triton is missing; it is what the fused one is tested against."""
 
     @staticmethod
     def forward(ctx, hidden_TC, weight_VC, labels_T, tile):

@@ -77,15 +77,18 @@ def activation_bytes_per_token(model: ModelConfig, attention: tuple[AttentionSpe
 
     A layer keeps the residual stream before each norm, both normed inputs before and after their weight, rotated q and
     k, v, the attention's output and four FFN-wide tensors (compiled, fewer), and k as it was before a key convolution.
-    With checkpointing only its input, and one layer at a time all of that. Sparse attention works on a gathered copy of
+    With checkpointing of the MLP neither that nor its normed input, with checkpointing of all only a layer's input, and
+    one layer at a time all of that. Sparse attention works on a gathered copy of
     each query and a partial output (float32) for each of its blocks.
     """
     width = 2 if bf16 else 4
     q_size, kv_size = model.num_heads * head_dim(model), num_kv_heads(model) * head_dim(model)
     layer = width * (6 * model.hidden_size + 2 * q_size + 2 * kv_size + 4 * model.ffn_size)
-    kept = model.num_layers * (width * model.hidden_size if model.activation_checkpointing else layer)
-    num_convolutions = sum(size > 0 for size in key_conv_widths(model))
-    kept += 0 if model.activation_checkpointing else num_convolutions * width * kv_size
+    mlp = width * (2 * model.hidden_size + 4 * model.ffn_size)
+    recomputed = {False: 0, "mlp": mlp, True: layer - width * model.hidden_size}[model.activation_checkpointing]
+    kept = model.num_layers * (layer - recomputed)
+    if model.activation_checkpointing is not True:
+        kept += sum(size > 0 for size in key_conv_widths(model)) * width * kv_size
     blocks = max((spec.top_k for spec in attention if spec.kind == "moba"), default=1)
     working = layer + blocks * q_size * (width + 4)
     return kept + working + 2 * width * model.hidden_size

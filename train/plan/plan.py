@@ -217,23 +217,25 @@ def _advice(config: RunConfig, need, room: int) -> str:
     smallest = need(model=lean, engine=zero3, world_size=MOST_GPUS, one_sequence=True)
     if smallest.activations + smallest.logits > room:
         return " without sequence parallelism: one sequence's activations alone are too large"
-    changes: list[str] = []
+    half = replace(config.model, activation_checkpointing="mlp")
+    changes: dict[str, str] = {}
     arguments: dict[str, Any] = {}
     ladder = (
         ("schedule.micro_tokens=null", "one_sequence", True, config.schedule.micro_tokens is None),
+        ("model.activation_checkpointing=mlp", "model", half, config.model in (half, lean)),
         ("model.activation_checkpointing=true", "model", lean, config.model == lean),
         ("deepspeed=zero3", "engine", zero3, config.deepspeed == zero3),
     )
     for change, name, value, in_force in ladder:
         arguments[name] = value
         if not in_force:
-            changes.append(change)
+            changes[name] = change
             if need(**arguments).total <= room:
-                return f"; {' '.join(changes)} would"
+                return f"; {' '.join(changes.values())} would"
     num_gpus = 2
     while num_gpus < MOST_GPUS and need(world_size=num_gpus, **arguments).total > room:
         num_gpus *= 2
-    return f"; {' '.join([*changes, f'on {num_gpus} GPUs'])} would"
+    return f"; {' '.join([*changes.values(), f'on {num_gpus} GPUs'])} would"
 
 
 def _lines(plan: Plan) -> list[str]:
