@@ -131,7 +131,7 @@ class Loader:
             "sources": {name: source.fingerprint for name, source in self._sources.items()},
             "seed": self.seed,
             "draws": self._position.draws,
-            "counts": dict(self._position.counts),
+            "counts": dict(sorted(self._position.counts.items())),
             "pieces": [list(piece) for piece in self._position.pieces],
         }
 
