@@ -25,6 +25,9 @@ from moba.checks import check_blocks, check_documents, check_tensors
 SCORE_ELEMENTS = 1 << 24
 MEAN_ELEMENTS = 1 << 24
 CHUNK_QUERIES = 4096
+# Matrix products on a CPU sum the columns at the ragged edge of a tile in another order than the others, and equal
+# blocks would get scores that differ in the last bit. With whole tiles they are equal, and the earlier block wins.
+CPU_COLUMNS = 64
 
 
 @dataclass(frozen=True)
@@ -205,9 +208,11 @@ def gate_scores(q: torch.Tensor, means_MGD: torch.Tensor) -> torch.Tensor:
     num_queries, num_heads, head_dim = q.shape
     num_blocks, num_kv_heads, _ = means_MGD.shape
     q_GRTD = q.to(means_MGD.dtype).view(num_queries, num_kv_heads, -1, head_dim).permute(1, 2, 0, 3)
+    if q.device.type == "cpu":
+        means_MGD = torch.nn.functional.pad(means_MGD, (0, 0, 0, 0, 0, -num_blocks % CPU_COLUMNS))
     with full_precision(q.device):
         scores_GrM = torch.bmm(q_GRTD.reshape(num_kv_heads, -1, head_dim), means_MGD.permute(1, 2, 0))
-    return scores_GrM.view(num_heads, num_queries, num_blocks)
+    return scores_GrM.view(num_heads, num_queries, -1)[:, :, :num_blocks]
 
 
 def _best_columns(scores: torch.Tensor, count: int) -> torch.Tensor:
