@@ -33,9 +33,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from moba.documents import Documents  # noqa: E402
 from moba.flops import attended_pairs, attention_flops  # noqa: E402
+from moba.kinds import Full, Moba  # noqa: E402
 from moba.reference import reference_attention  # noqa: E402
-from moba.spec import AttentionSpec  # noqa: E402
 
 K = 1024
 TIME_BUDGET_MS = 400.0
@@ -117,7 +118,7 @@ def moba(backend: str, row: Row, q, k, v):
         from moba.backends.triton_attention import moba_triton as function
     else:
         from moba.backends.flash import moba_flash as function
-    return function(q, k, v, block_size=row.block_size, top_k=row.top_k, cu_seqlens=bounds(row))[0]
+    return function(q, k, v, documents(row), block_size=row.block_size, top_k=row.top_k)[0]
 
 
 def dense(backend: SDPBackend, row: Row, q, k, v):
@@ -129,8 +130,8 @@ def dense(backend: SDPBackend, row: Row, q, k, v):
 def varlen(row: Row, q, k, v):
     from moba.backends.varlen import varlen_attention
 
-    cu = bounds(row)
-    return varlen_attention(q, k, v, cu, cu, max(row.lengths), max(row.lengths))
+    pack = documents(row)
+    return varlen_attention(q, k, v, pack.cu_seqlens, pack.cu_seqlens, pack.longest, pack.longest)
 
 
 IMPLEMENTATIONS = {
@@ -143,11 +144,9 @@ IMPLEMENTATIONS = {
 
 
 @functools.cache
-def bounds(row: Row) -> torch.Tensor | None:
-    """Document bounds on the device, made once: making them per call would wait for the host."""
-    if row.lengths is None:
-        return None
-    return torch.tensor([0, *row.lengths]).cumsum(0).to("cuda", torch.int32)
+def documents(row: Row) -> Documents:
+    """The pack, made once as a trainer does: all layers, and both passes, share its layout."""
+    return Documents.from_lengths(row.lengths or [row.num_tokens], device="cuda")
 
 
 def inputs(row: Row, seed: int) -> list[torch.Tensor]:
@@ -223,8 +222,7 @@ def _measure_into(result: Result, row: Row, function, seed: int) -> None:
     else:
         function(row, q, k, v)
     result.peak_gib = torch.cuda.max_memory_allocated() / 2**30
-    kind = "moba" if result.implementation in ("triton", "flash") else "full"
-    spec = AttentionSpec(kind, row.block_size, row.top_k)
+    spec = Moba(row.block_size, row.top_k) if result.implementation in ("triton", "flash") else Full()
     pairs = attended_pairs(spec, row.lengths or [row.num_tokens])
     flops = attention_flops(pairs, row.heads[0], row.head_dim, backward=row.backward)
     result.tflops = flops / (result.total_ms if row.backward else result.forward_ms) / 1e9
@@ -240,10 +238,10 @@ def warm_up(row: Row, function, q, k, v, d_out) -> None:
 
 def routing(row: Row, q, k):
     """The triton backend's way from q and k to its lists."""
-    from moba.backends.triton_lists import build_layout, build_lists
+    from moba.backends.triton_lists import build_lists
     from moba.backends.triton_routing import select_blocks
 
-    layout = build_layout(bounds(row), row.num_tokens, row.block_size, q.device)
+    layout = documents(row).kernel_layout(row.block_size)
     selection = select_blocks(q, k, layout, row.block_size, row.top_k)
     return build_lists(selection, layout, k.shape[1])
 
@@ -277,14 +275,13 @@ def check_routing(num_tokens: int, keys: str, num_sampled: int = 1024) -> dict:
     `keys`: "random" normal; "skewed" as in the skewed rows; "offset", random plus one common vector four times as
     large, so that all scores of a query are nearly the same and rounding matters most.
     """
-    from moba.backends.triton_lists import build_layout
     from moba.backends.triton_routing import select_blocks
 
     row = Row("check", num_tokens, 128, 8, skewed=keys == "skewed")
     q, k = inputs(row, seed=1)[:2]
     if keys == "offset":
         k += 4 * torch.randn(row.head_dim, device="cuda", dtype=torch.bfloat16)
-    layout = build_layout(None, num_tokens, row.block_size, q.device)
+    layout = documents(row).kernel_layout(row.block_size)
     token = torch.randperm(num_tokens, device="cuda")[:num_sampled]
     chosen = select_blocks(q, k, layout, row.block_size, row.top_k)[token, :, :-1]
     means = k.double().view(-1, row.block_size, *k.shape[1:]).mean(1).repeat_interleave(4, 1)

@@ -45,7 +45,7 @@ from evals.results import commit  # noqa: E402
 from evals.statistics import clustered_mean, half_width  # noqa: E402
 from launch.cli import exits_on, key_values  # noqa: E402
 from launch.config import load  # noqa: E402
-from moba.spec import AttentionSpec  # noqa: E402
+from moba.kinds import Full  # noqa: E402
 from train.checkpoint.checkpoint_dir import CheckpointError, checkpoints  # noqa: E402
 from train.record.metrics import FILE_NAME, describe_plan, read_metrics  # noqa: E402
 from train.schedule import build_schedule  # noqa: E402
@@ -114,7 +114,7 @@ class Study:
             open_validation(config.data, log=print), self.stage.seq_len, config.eval.documents
         )
         plan = portable(self.stage.attention)
-        self.plans = {"moba": plan, "full": (AttentionSpec("full"),) * len(plan)}
+        self.plans = {"moba": plan, "full": (Full(),) * len(plan)}
         path = self.to / "results.json"
         self.results = json.loads(path.read_text()) if path.exists() else {"runs": {}, "measured": []}
         self.results |= {

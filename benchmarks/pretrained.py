@@ -121,12 +121,12 @@ def compare_logits(directory: Path, source: Source) -> dict[str, Any]:
     gaps, largest = [], 0.0
     for _, batch in documents:
         expected = theirs(batch.tokens[None], use_cache=False).logits[0]
-        gaps.append((ours.model.logits(batch.tokens, batch.positions, batch.cu_seqlens) - expected).abs())
+        gaps.append((ours.model.logits(batch.tokens, batch.positions, batch.documents) - expected).abs())
         largest = max(largest, expected.abs().max().item())
     batch = documents[0][1]
     single = theirs(batch.tokens[None], use_cache=False).logits[0]
     exact = theirs.double()(batch.tokens[None], use_cache=False).logits[0]
-    double = ours.model.double().logits(batch.tokens, batch.positions, batch.cu_seqlens)
+    double = ours.model.double().logits(batch.tokens, batch.positions, batch.documents)
     return {
         "documents": documents.ids,
         "tokens_each": LOGIT_TOKENS,

@@ -279,7 +279,7 @@ def answered(run: Path, count: int) -> tuple[float, list[dict[str, str]]]:
     for index in range(len(held_out)):
         batch = held_out[index][1].to(trained.device)
         rows = torch.nonzero(batch.labels != IGNORED)[:, 0]
-        logits = trained.model.logits(batch.tokens, batch.positions, batch.cu_seqlens, rows=rows)
+        logits = trained.model.logits(batch.tokens, batch.positions, batch.documents, rows=rows)
         likeliest, labels = logits[:, : tokenizer.vocab_size].argmax(1).cpu(), batch.labels[rows].cpu()
         starts = torch.nonzero(torch.diff(rows.cpu()) > 1)[:, 0] + 1
         wanted = labels.tensor_split(starts)

@@ -69,18 +69,32 @@ def build(cls: type, values: Mapping[str, Any], problems: Problems, path: str = 
     Mistakes go to `problems`, and the key keeps its default so that the other keys can still be checked.
     """
     hints = get_type_hints(cls)
-    known = [f.name for f in fields(cls)]
-    arguments = {}
+    collector, options = collected(cls)
+    known = [f.name for f in fields(cls) if f.name != collector] + list(options)
+    arguments: dict[str, Any] = {}
     for name, value in values.items():
         key = f"{path}.{name}" if path else str(name)
-        if name not in hints:
+        if name not in known:
             problems.add(key, value, f"unknown key; {suggestion(str(name), known)}")
             continue
         try:
-            arguments[name] = _convert(hints[name], value, problems, key)
+            if name in options:
+                hint = Any if options[name].is_length else options[name].type | None
+                arguments.setdefault(collector, {})[name] = _convert(hint, value, problems, key)
+            else:
+                arguments[name] = _convert(hints[name], value, problems, key)
         except TypeError as error:
             problems.add(key, value, str(error))
     return cls(**arguments)
+
+
+def collected(cls: Any) -> tuple[str, Mapping[str, Any]]:
+    """(field, name -> moba.kinds.Option) of a dataclass one field of which collects options that are written beside its
+    keys; ("", {}) for others."""
+    for one in fields(cls):
+        if "collects" in one.metadata:
+            return one.name, one.metadata["collects"]()
+    return "", {}
 
 
 def _convert(hint: Any, value: Any, problems: Problems, key: str) -> Any:
@@ -138,9 +152,16 @@ def parse_quantities(config: Any, problems: Problems, path: str = "") -> Any:
     need a total.
     """
     changes = {}
+    collector, options = collected(config)
     for field in fields(config):
         key = f"{path}.{field.name}" if path else field.name
         value = getattr(config, field.name)
+        if field.name == collector:
+            changes[field.name] = {
+                name: quantity(parse_length, f"{path}.{name}", given, problems) if options[name].is_length else given
+                for name, given in value.items()
+            }
+            continue
         parse = {"length": parse_length, "tokens": parse_tokens}.get(field.metadata.get("unit"))
         if parse is not None:
             changes[field.name] = quantity(parse, key, value, problems)

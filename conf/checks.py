@@ -7,6 +7,7 @@ is recorded already). Rules about data on disk or checkpoints live where those a
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 from conf.build import Problems
 from conf.hardware import Hardware, check_device, check_world, divisors, refuse_bf16_at_stage_0
@@ -21,13 +22,11 @@ from conf.schema import (
     SourceConfig,
     StageConfig,
 )
+from moba.kinds import BACKENDS, KINDS, BadOption, Moba, Sliding, stage_kinds
 
 SYNTHETIC_TASKS = ("mqar", "passkey", "multi_key", "multi_query", "straddle", "copy")
 EVAL_SUITES = ("loss", "mini", "swap")
-GATES = ("mean", "local", "random", "oracle")
-ATTENTION_KINDS = ("moba", "full")
 KEY_CONVOLUTIONS = (0, 3, 5)
-BACKENDS = ("auto", "reference", "torch", "flash", "triton")
 ROPE_SCALINGS = ("none", "linear", "ntk", "yarn", "llama3")
 NEED_ORIGINAL_LENGTH = ("yarn", "llama3")
 MODEL_ROPE_TYPES = ("default", "linear", "llama3", "yarn", "dynamic")
@@ -221,8 +220,9 @@ def _check_schedule(config: RunConfig, problems: Problems) -> None:
         _at_least("schedule.micro_tokens", schedule.micro_tokens, 1, problems)
     if schedule.window is not None and _at_least("schedule.window", schedule.window, 1, problems):
         patterns = [stage.attention.pattern or "" for stage in schedule.stages.values()]
-        if patterns and not any("S" in pattern.upper() for pattern in patterns):
-            hint = "has no effect without an S in a stage's attention.pattern, such as SM"
+        letter = Sliding.letter
+        if patterns and not any(letter in pattern.upper() for pattern in patterns):
+            hint = f"has no effect without an {letter} in a stage's attention.pattern, such as {letter}{Moba.letter}"
             problems.add("schedule.window", schedule.window, hint)
     for name, stage in schedule.stages.items():
         key = f"schedule.stages.{name}"
@@ -275,42 +275,46 @@ def _check_batch(key: str, stage: StageConfig, micro_tokens: int | None, problem
 def _check_attention(
     key: str, attention: AttentionConfig, seq_len: int | None, layers: int, problems: Problems
 ) -> None:
-    _check_blocks(key, attention, seq_len, problems)
-    _at_least(f"{key}.top_k", attention.top_k, 1, problems)
     _one_of(f"{key}.backend", attention.backend, BACKENDS, problems)
-    _check_gate(key, attention, problems)
-    _one_of(f"{key}.kind", attention.kind, ATTENTION_KINDS, problems)
-    if attention.kind == "full":
-        if attention.full_last:
-            problems.add(f"{key}.full_last", attention.full_last, f"only with {key}.kind=moba")
-        if attention.backend == "triton":
-            problems.add(
-                f"{key}.backend", "triton", "is for MoBA; full attention takes auto, flash, torch or reference"
-            )
+    letters = (attention.pattern or "").upper()
+    for kind in KINDS.values():
+        used = kind.name == attention.kind or kind.letter in letters
+        _add_bad_options(key, seq_len, kind.check_options(attention.options, seq_len, used), problems)
+    if not _one_of(f"{key}.kind", attention.kind, stage_kinds(), problems):
+        return
+    kind = KINDS[attention.kind]
+    _add_bad_options(key, seq_len, kind.check_backend(attention.options, attention.backend), problems)
+    if attention.full_last and not kind.replaces_full:
+        problems.add(f"{key}.full_last", attention.full_last, f"only with {key}.kind={Moba.name}")
     elif not 0 <= attention.full_last <= layers:
         problems.add(f"{key}.full_last", attention.full_last, f"must lie between 0 and model.num_layers={layers}")
-    _check_attention_pattern(key, attention, layers, problems)
+    if attention.pattern is not None:
+        _check_attention_pattern(key, attention, layers, problems)
 
 
 def _check_attention_pattern(key: str, attention: AttentionConfig, layers: int, problems: Problems) -> None:
-    """The layers' letters, and the window of those that slide."""
-    letters = (attention.pattern or "").upper()
-    if attention.pattern is not None:
-        if attention.full_last:
-            problems.add(
-                f"{key}.pattern", attention.pattern, f"{key}.full_last={attention.full_last} is set too; set one"
-            )
-        if attention.kind == "full" and "M" in letters:
-            problems.add(f"{key}.pattern", attention.pattern, f"with {key}.kind=full, F takes the place of M")
-        known = "M (moba), F (full) or S (sliding window), such as MMMF or SM"
-        _check_letters(f"{key}.pattern", attention.pattern, "MFS", known, layers, problems)
-    if "S" in letters and attention.window is None:
-        hint = "how many tokens does an S layer see? Set it, or schedule.window, such as 256"
-        problems.add(f"{key}.window", None, hint)
-    if attention.window is not None:
-        _at_least(f"{key}.window", attention.window, 1, problems)
-        if "S" not in letters:
-            problems.add(f"{key}.window", attention.window, f"has no effect without an S in {key}.pattern, such as SM")
+    """The layers' letters: the stage's kind, and those that may stand beside any."""
+    if attention.full_last:
+        problems.add(f"{key}.pattern", attention.pattern, f"{key}.full_last={attention.full_last} is set too; set one")
+    main = KINDS[attention.kind]
+    other = [kind for kind in KINDS.values() if kind.replaces_full and kind.name != attention.kind]
+    if any(kind.letter in attention.pattern.upper() for kind in other):
+        wrong = "".join(kind.letter for kind in other if kind.letter in attention.pattern.upper())
+        hint = f"with {key}.kind={attention.kind}, {main.letter} takes the place of {wrong}"
+        problems.add(f"{key}.pattern", attention.pattern, hint)
+    every = [f"{kind.letter} ({kind.in_patterns})" for kind in KINDS.values()]
+    letters = "".join(kind.letter for kind in KINDS.values())
+    known = f"{', '.join(every[:-1])} or {every[-1]}, such as MMMF or SM"
+    _check_letters(f"{key}.pattern", attention.pattern, letters, known, layers, problems)
+
+
+def _add_bad_options(key: str, seq_len: int | None, found: Iterable[BadOption], problems: Problems) -> None:
+    """What a kind says of its options, with the keys as a user writes them."""
+    for name, value, hint in found:
+        words = {"key": key}
+        if seq_len is not None and seq_len >= 1:
+            words |= {"seq_len": format_length(seq_len), "divisors": divisors(seq_len)}
+        problems.add(f"{key}.{name}", value, hint.format(**words))
 
 
 def _check_letters(key: str, pattern: str, letters: str, known: str, layers: int, problems: Problems) -> None:
@@ -319,36 +323,6 @@ def _check_letters(key: str, pattern: str, letters: str, known: str, layers: int
         problems.add(key, pattern, f"one letter a layer, {known}")
     elif len(pattern) > layers:
         problems.add(key, pattern, f"has {len(pattern)} letters for model.num_layers={layers}")
-
-
-def _check_gate(key: str, attention: AttentionConfig, problems: Problems) -> None:
-    if _one_of(f"{key}.gate", attention.gate, GATES, problems) and attention.gate != "mean":
-        if attention.kind == "full":
-            problems.add(f"{key}.gate", attention.gate, f"only with {key}.kind=moba")
-        if attention.backend in ("triton", "reference"):
-            problems.add(f"{key}.backend", attention.backend, f"knows gate=mean alone; {key}.gate takes torch or flash")
-
-
-def _check_blocks(key: str, attention: AttentionConfig, seq_len: int | None, problems: Problems) -> None:
-    if attention.block_size is not None:
-        _at_least(f"{key}.block_size", attention.block_size, 1, problems)
-    if attention.num_blocks is None or not _at_least(f"{key}.num_blocks", attention.num_blocks, 1, problems):
-        return
-    if seq_len is None or seq_len < 1:
-        return
-    if seq_len % attention.num_blocks:
-        problems.add(
-            f"{key}.num_blocks",
-            attention.num_blocks,
-            f"must divide seq_len={format_length(seq_len)}: {divisors(seq_len)}",
-        )
-    elif attention.block_size is not None and attention.block_size * attention.num_blocks != seq_len:
-        problems.add(
-            f"{key}.num_blocks",
-            attention.num_blocks,
-            f"{key}.block_size={attention.block_size} says otherwise at seq_len={format_length(seq_len)};"
-            f" set {key}.block_size=null",
-        )
 
 
 def _check_rope(key: str, rope: RopeConfig, problems: Problems) -> None:

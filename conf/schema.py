@@ -11,6 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from moba.kinds import Moba, all_options
+
 # Quantities are typed by hand in many ways (32768, "32K", 2.7e10, "27B"); `freeze` parses them by their metadata.
 LENGTH = {"unit": "length"}  # binary K, becomes int
 TOKENS = {"unit": "tokens"}  # decimal K, becomes int
@@ -169,29 +171,21 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class AttentionConfig:
-    """The attention of a stage, and of which layers."""
+    """The attention of a stage, and of which layers. Beside these keys stand the options of the kinds of attention
+    (block_size, num_blocks, top_k, gate, window: moba/kinds/)."""
 
-    kind: str = "moba"
-    """`moba` or `full`."""
-    block_size: Any = field(default=None, metadata=LENGTH)
-    """Tokens a block; null = seq_len / num_blocks, or schedule.block_size where num_blocks is null too."""
-    num_blocks: int | None = None
-    """Blocks a full-length context is cut into, instead of block_size."""
-    top_k: int | None = None
-    """Blocks a query attends to, its own included; null = schedule.top_k."""
-    gate: str = "mean"
-    """What picks the blocks of MoBA layers: `mean` (MoBA), or a control for comparison: `local` (the latest), `random`,
-    `oracle` (those of largest attention; costs full attention). Controls run on `torch` and `flash`."""
+    kind: str = Moba.name
+    """`moba` or `full`, or another kind of moba/kinds/ that a stage can have."""
     full_last: int = 0
     """With kind=moba: the last n layers use full attention (layer-wise hybrid)."""
     pattern: str | None = None
     """Instead of full_last: one letter a layer, M (moba; only with kind=moba), F (full) or S (sliding window), repeated
     if shorter than the model. MMMF, SM; and with kind=full SF, its full twin."""
-    window: Any = field(default=None, metadata=LENGTH)
-    """Tokens that a query of an S layer sees, its own included; null = schedule.window."""
     backend: str = "auto"
     """Kernels of the MoBA layers: `auto`, `reference`, `torch`, `flash` or `triton`. Full and sliding layers take it
     too where they have it, else `auto`."""
+    options: dict[str, Any] = field(default_factory=dict, metadata={"collects": all_options})
+    """What is said of the kinds' options, each written beside the keys above; frozen, all of them."""
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,12 @@ micro-batches, kernels, recomputation), which moves losses by rounding only.
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-from conf.build import show
+from conf.build import collected, show
 from conf.schema import RunConfig
 
 EXEMPT = (
@@ -54,7 +55,7 @@ EXEMPT = (
 
 def to_dict(config: RunConfig) -> dict[str, Any]:
     """`config` as plain dictionaries, lists and scalars; conf.validate.freeze(to_dict(config)) == config."""
-    return asdict(config)
+    return _written(config)
 
 
 def trajectory_diff(old: RunConfig, new: RunConfig) -> list[str]:
@@ -68,6 +69,19 @@ def trajectory_diff(old: RunConfig, new: RunConfig) -> list[str]:
         if was != now and not any(fnmatchcase(key, pattern) for pattern in EXEMPT):
             lines.append(f"{key}: {show(was)} -> {show(now)}")
     return lines
+
+
+def _written(value: Any) -> Any:
+    """As a user writes it: collected options stand beside the keys of their section."""
+    if isinstance(value, Mapping):
+        return {key: _written(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_written(item) for item in value]
+    if not is_dataclass(value):
+        return value
+    collector, _ = collected(value)
+    section = {one.name: _written(getattr(value, one.name)) for one in fields(value)}
+    return section | section.pop(collector) if collector else section
 
 
 def _flat(values: dict[str, Any], path: str = "") -> dict[str, Any]:

@@ -30,6 +30,7 @@ from conf.schema import (
     StageConfig,
 )
 from conf.trajectory import to_dict, trajectory_diff
+from moba.kinds import KINDS, all_options
 
 __all__ = ["ConfigError", "Hardware", "freeze", "to_dict", "trajectory_diff"]
 
@@ -141,15 +142,13 @@ def _check_budget(schedule: ScheduleConfig, asked: dict[str, int | None], proble
 
 
 def _fill_attention(attention: AttentionConfig, schedule: ScheduleConfig, seq_len: int | None) -> AttentionConfig:
-    block_size = attention.block_size
-    if block_size is None and attention.num_blocks is None:
-        block_size = schedule.block_size
-    if block_size is None and seq_len and attention.num_blocks >= 1 and seq_len % attention.num_blocks == 0:
-        block_size = seq_len // attention.num_blocks
-    top_k = schedule.top_k if attention.top_k is None else attention.top_k
-    slides = attention.window is None and "S" in (attention.pattern or "").upper()
-    window = schedule.window if slides else attention.window
-    return replace(attention, block_size=block_size, top_k=top_k, window=window)
+    """`attention` with every option of every kind: as given, as the schedule or the length say, or the default."""
+    values = {name: option.default for name, option in all_options().items()} | attention.options
+    letters = (attention.pattern or "").upper()
+    for kind in KINDS.values():
+        if kind.is_stage_kind or kind.letter in letters:
+            values |= kind.fill_options(values, schedule, seq_len)
+    return replace(attention, options=values)
 
 
 def _fill_long_documents(long: LongDocumentsConfig | None, seq_len: int | None) -> LongDocumentsConfig | None:

@@ -14,7 +14,6 @@ import hashlib
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import nullcontext
-from dataclasses import fields, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -183,19 +182,13 @@ class Loader:
 
     def _batch(self, windows: list[Window]) -> Batch:
         batch = make_batch(windows, self._fetch, self._learnt)
-        return batch if self._pin_for is None else _pinned(batch)
+        return batch if self._pin_for is None else batch.pin()
 
     def _fetch(self, window: Window):
         return self._sources[window.source].window(window.document, window.start, window.length)
 
     def _learnt(self, window: Window):
         return self._sources[window.source].learnt(window.document, window.start, window.length)
-
-
-def _pinned(batch: Batch) -> Batch:
-    """The same batch in pinned memory."""
-    values = {field.name: getattr(batch, field.name) for field in fields(batch)}
-    return replace(batch, **{name: one.pin_memory() for name, one in values.items() if hasattr(one, "pin_memory")})
 
 
 def check_batch(seq_len: int, batch_tokens: int, micro_tokens: int, world_size: int) -> None:

@@ -24,6 +24,8 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 
+from moba.documents import Documents
+
 IGNORED = -100
 OPEN_PACKS = 4  # of conversations
 
@@ -43,24 +45,35 @@ class Batch:
     """One or more packs, end to end.
 
     tokens, labels, positions: int64 [T]; labels are already shifted, -100 = ignored; positions count within the window.
-    cu_seqlens: int32 [N + 1], where each window starts, and T. windows: where each window came from (may be empty).
+    documents: the windows, as attention takes them. windows: where each window came from (may be empty).
     """
 
     tokens: torch.Tensor
     labels: torch.Tensor
     positions: torch.Tensor
-    cu_seqlens: torch.Tensor
+    documents: Documents
     windows: Sequence[Window] = ()
 
     @property
-    def lengths(self) -> list[int]:
-        """Inputs of each window (reads cu_seqlens: ask before moving the batch to a GPU, or pay a synchronisation)."""
-        return self.cu_seqlens.diff().tolist()
+    def cu_seqlens(self) -> torch.Tensor:
+        """int32 [N + 1]: where each window starts, and T."""
+        return self.documents.cu_seqlens
 
-    def to(self, device) -> Batch:
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Inputs of each window."""
+        return self.documents.host_lengths()[0]
+
+    def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on `device`."""
-        tensors = (self.tokens, self.labels, self.positions, self.cu_seqlens)
-        return Batch(*(t.to(device, non_blocking=True) for t in tensors), windows=self.windows)
+        tensors = (self.tokens, self.labels, self.positions)
+        moved = (t.to(device, non_blocking=True) for t in tensors)
+        return Batch(*moved, self.documents.to(device), windows=self.windows)
+
+    def pin(self) -> Batch:
+        """The same batch in pinned host memory, from where a GPU fetches it without the host waiting."""
+        pinned = (t.pin_memory() for t in (self.tokens, self.labels, self.positions))
+        return Batch(*pinned, self.documents.pin(), windows=self.windows)
 
 
 class DocumentStream(Protocol):
@@ -244,5 +257,5 @@ def make_batch(
         if mask is not None:
             labels[first:last][~mask[1:]] = IGNORED
     positions = np.arange(len(tokens)) - np.repeat(ends - lengths, lengths)
-    cu_seqlens = np.concatenate([[0], ends]).astype(np.int32)
-    return Batch(*map(torch.from_numpy, (tokens, labels, positions, cu_seqlens)), windows=tuple(windows))
+    documents = Documents.from_lengths(lengths.tolist())
+    return Batch(*map(torch.from_numpy, (tokens, labels, positions)), documents, windows=tuple(windows))

@@ -40,7 +40,7 @@ class Context:
 
     @property
     def loss_fn(self) -> LossFn:
-        """(tokens, positions, cu_seqlens, labels) -> float `[T]` losses."""
+        """(tokens, positions, documents, labels) -> float `[T]` losses."""
         return self.model if self.engine is None else self.engine
 
     def share(self, count: int, what: str) -> Iterator[tuple[int, bool]]:

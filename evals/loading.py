@@ -18,14 +18,16 @@ from conf.numbers import parse_length
 from conf.schema import AttentionConfig, DataConfig, RunConfig, ScheduleConfig, StageConfig
 from conf.validate import freeze
 from data.tokenizer import load_tokenizer
-from moba.spec import AttentionSpec
+from moba.kinds import AttentionSpec, Full, Moba
 from train.checkpoint.checkpoint_dir import find
 from train.checkpoint.store import load_weights, read
 from train.engine.optim import resolve_precision
 from train.hf import pretrained, source_files
 from train.model.decoder import Decoder
 from train.model.sizes import embedding_rows
-from train.schedule import Stage, build_schedule, last_moba
+from train.schedule import Stage, build_schedule, last_sparse
+
+SPARSE, DENSE = Moba.name, Full.name  # words for a plan
 
 
 @dataclass
@@ -79,7 +81,7 @@ def _load_pretrained(directory: Path, device: torch.device) -> TrainedModel:
     pretrained.load_weights(model, shape, directory)
     model.to(device=device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32).eval()
     length = shape.pretrained_length
-    only = StageConfig(tokens=length, seq_len=length, batch_tokens=length, attention=AttentionConfig(kind="full"))
+    only = StageConfig(tokens=length, seq_len=length, batch_tokens=length, attention=AttentionConfig(kind=Full.name))
     config = RunConfig(
         model=shape,
         data=DataConfig(tokenizer=str(directory)),
@@ -112,16 +114,16 @@ def attention_plan(text: str, trained: TrainedModel) -> tuple[AttentionSpec, ...
     own = portable(trained.stage.attention)
     if text == "stage":
         return own
-    if text == "moba":
-        sparse = last_moba([*build_schedule(trained.config).stages[: trained.stage.index], trained.stage])
+    if text == SPARSE:
+        sparse = last_sparse([*build_schedule(trained.config).stages[: trained.stage.index], trained.stage])
         if sparse is None:
             raise ValueError("attention=moba: it was not trained with MoBA; say <block size>x<top_k> such as 512x3")
         return portable(sparse)
-    if text == "full":
-        return tuple(spec.without_moba() for spec in own)
+    if text == DENSE:
+        return tuple(spec.dense() for spec in own)
     block, times, top_k = text.partition("x")
     if not times or not top_k.isdecimal():
         raise ValueError(f"attention={text!r}: choose stage, moba, full or <block size>x<top_k> such as 512x3")
-    spec = AttentionSpec("moba", parse_length(block), int(top_k))
-    replaced = "moba" if any(s.kind == "moba" for s in own) else "full"
-    return tuple(spec if s.kind == replaced else s for s in own)
+    spec = Moba(parse_length(block), int(top_k))
+    sparse = any(s.replaces_full for s in own)
+    return tuple(spec if (s.replaces_full if sparse else s == Full()) else s for s in own)

@@ -130,7 +130,7 @@ def evaluate(
     for index, counts in context.share(len(documents), what):
         batch = documents[index][1].to(device)
         assert batch.cu_seqlens.numel() == 2 and batch.tokens.numel() <= seq_len, (batch.tokens.numel(), seq_len)
-        losses_T = loss_fn(batch.tokens, batch.positions, batch.cu_seqlens, batch.labels)
+        losses_T = loss_fn(batch.tokens, batch.positions, batch.documents, batch.labels)
         if counts:
             good_T = losses_T.abs() <= LARGEST  # false for NaN too
             counted_T = good_T & (batch.labels != IGNORED)

@@ -30,6 +30,8 @@ from evals.page import table as html_table
 from evals.protocol import Eval, Job, Result, names
 from evals.recall_report import RecallReport, draw_recall, table
 from evals.swap import VARIANTS, under, variant
+from moba.documents import Documents
+from moba.kinds import Full
 from train.model.decoder import Decoder
 
 
@@ -41,8 +43,8 @@ def recall(
     the plan in force under `variants` of it (evals/swap.py), else as it is ("full"). All ranks run the same number of
     forward passes."""
     model, plan, count = context.model, context.model.attention, min(samples, source.num_documents)
-    spec = next((spec for spec in plan if spec.kind == "moba"), None)
-    variants = ("full",) if spec is None else variants
+    routing = next((spec.routing for spec in plan if spec.routing is not None), None)
+    variants = (Full.name,) if routing is None else variants
     documents = [source.sample(i) for i in range(count)]
     width = max(len(document.answers) for document in documents)
     sums = torch.zeros(2, len(variants), count, width, dtype=torch.float64, device=context.device)
@@ -58,10 +60,11 @@ def recall(
         for a, (start, _, needle) in enumerate(document.answers):
             distance_NA[i, a] = start - needle
             # The answer's first token is predicted by the query before it.
-            blocks_NA[i, a] = 0 if spec is None else (start - 1) // spec.block_size - needle // spec.block_size
+            blocks_NA[i, a] = 0 if routing is None else (start - 1) // routing.block_size - needle // routing.block_size
     missing_NA = ~np.isfinite(distance_NA)
     correct_WNA[:, missing_NA] = nll_WNA[:, missing_NA] = np.nan
-    return RecallReport(source, variants, correct_WNA, nll_WNA, distance_NA, None if spec is None else blocks_NA, spec)
+    blocks_NA = None if routing is None else blocks_NA
+    return RecallReport(source, variants, correct_WNA, nll_WNA, distance_NA, blocks_NA, routing)
 
 
 def score(model: Decoder, sample: Sample, device: torch.device | str) -> Tensor:
@@ -69,9 +72,9 @@ def score(model: Decoder, sample: Sample, device: torch.device | str) -> Tensor:
     tokens = torch.from_numpy(sample.tokens).to(device)
     wanted = [torch.arange(start, start + length) for start, length, _ in sample.answers]
     place = torch.cat(wanted).to(device)
-    bounds = torch.tensor([0, len(tokens) - 1], dtype=torch.int32, device=device)
+    documents = Documents.from_lengths([len(tokens) - 1], device=device)
     positions = torch.arange(len(tokens) - 1, device=device)
-    scores = model.logits(tokens[:-1], positions, bounds, rows=place - 1).float()
+    scores = model.logits(tokens[:-1], positions, documents, rows=place - 1).float()
     right = scores.argmax(-1) == tokens[place]
     nll = torch.nn.functional.cross_entropy(scores, tokens[place], reduction="none")
     sizes = [len(part) for part in wanted]
@@ -119,7 +122,8 @@ def _tasks(job: Job) -> list[SyntheticConfig]:
     if "tasks" not in job.values and own and "seq_len" not in job.values:
         return list(own.values())
     chosen = names(job.values, "tasks", SIZES, default=",".join(own or SIZES))
-    block_size = next((spec.block_size for spec in job.trained.model.attention if spec.kind == "moba"), 64)
+    routings = [spec.routing for spec in job.trained.model.attention if spec.routing is not None]
+    block_size = routings[0].block_size if routings else 64
     shape = {"length": job.seq_len, "block_size": block_size}
     return [replace(own.get(name, SyntheticConfig(task=name)), **shape) for name in chosen]
 

@@ -19,7 +19,7 @@ from evals.figures import save
 from evals.position_loss import plain
 from evals.statistics import Estimate, clustered_mean, wilson
 from evals.swap import VARIANTS
-from moba.spec import AttentionSpec
+from moba.kinds import Routing
 
 MIN_BLOCKS = 32
 MAX_SEEN = 1 / 8
@@ -39,23 +39,23 @@ class RecallReport:
     """[N, A] tokens between an answer and its evidence."""
     blocks_back_NA: np.ndarray | None
     """[N, A] blocks between them; None if no layer is MoBA."""
-    spec: AttentionSpec | None
+    routing: Routing | None
     """The first MoBA layer's."""
 
     @property
     def gate_matters(self) -> bool | None:
         """Whether the setting tests the gate: at least MIN_BLOCKS blocks, of which at most MAX_SEEN are seen; None
         without MoBA."""
-        if self.spec is None:
+        if self.routing is None:
             return None
-        num_blocks = self.source.config.length // self.spec.block_size
-        return num_blocks >= MIN_BLOCKS and self.spec.top_k <= MAX_SEEN * num_blocks
+        num_blocks = self.source.config.length // self.routing.block_size
+        return num_blocks >= MIN_BLOCKS and self.routing.top_k <= MAX_SEEN * num_blocks
 
     @property
     def far_NA(self) -> np.ndarray:
         """bool [N, A]: answers that only the gate can reach; all without MoBA."""
         known = np.isfinite(self.distance_NA)
-        return known if self.blocks_back_NA is None else known & (self.blocks_back_NA >= self.spec.top_k)
+        return known if self.blocks_back_NA is None else known & (self.blocks_back_NA >= self.routing.top_k)
 
     def accuracy(self, name: str, chosen_NA: np.ndarray | None = None) -> Estimate:
         """Share of right answers of a variant, documents as clusters; of the `chosen` ones."""
@@ -98,7 +98,7 @@ class RecallReport:
         return {
             "task": asdict(self.source.config),
             "num_documents": len(self.distance_NA),
-            "far": None if self.spec is None else f"evidence at least {self.spec.top_k} blocks back",
+            "far": None if self.routing is None else f"evidence at least {self.routing.top_k} blocks back",
             "gate_matters": self.gate_matters,
             "variants": self.rows(),
         }
@@ -139,7 +139,7 @@ def draw_recall(reports: Mapping[str, RecallReport], path: Path) -> None:
             bars.bar(w, height, yerr=error, color=_color(name), capsize=3)
         bars.set_xticks(range(len(report.variants)), report.variants, fontsize="x-small")
         note = "" if report.gate_matters is not False else "\n(too few blocks to judge the gate)"
-        far = "all answers" if report.spec is None else f"evidence {report.spec.top_k}+ blocks back"
+        far = "all answers" if report.routing is None else f"evidence {report.routing.top_k}+ blocks back"
         bars.set_title(f"{task}: {far}{note}", fontsize="small")
         lines = figure.add_subplot(2, len(reports), len(reports) + column + 1)
         _over_distance(report, lines)

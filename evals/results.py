@@ -13,7 +13,7 @@ import torch
 
 from conf.trajectory import to_dict
 from evals.loading import TrainedModel
-from moba.spec import AttentionSpec
+from moba.kinds import AttentionSpec
 from train.record.metrics import describe_plan
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -54,7 +54,7 @@ def provenance(trained: TrainedModel, watch: Stopwatch, *, world_size: int = 1, 
 
 def dense_up_to(plan: tuple[AttentionSpec, ...]) -> int | None:
     """B * k: the length up to which every layer's attention is full, or None if that is any length."""
-    sizes = [spec.block_size * spec.top_k for spec in plan if spec.kind == "moba"]
+    sizes = [spec.routing.block_size * spec.routing.top_k for spec in plan if spec.routing is not None]
     return min(sizes) if sizes else None
 
 

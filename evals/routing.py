@@ -30,10 +30,11 @@ from evals.protocol import Eval, Job, Result
 from evals.routing_figures import figures
 from evals.routing_numbers import picked_blocks, sampled_queries, whole_document
 from evals.routing_report import HEAD, SHARES, RoutingReport
+from moba.documents import Documents
 from moba.gates import select
+from moba.kinds import AttentionSpec
 from moba.layer import MoBAAttention
 from moba.routing import BlockLayout
-from moba.spec import AttentionSpec
 from moba.stats import (
     MASS_ELEMENTS,
     BlockMass,
@@ -56,14 +57,15 @@ def diagnose(context: Context, documents: Sequence[tuple[str, Batch]], *, querie
     """
     model = context.model
     seq_len = documents[0][1].tokens.numel()
-    layers = [i for i, spec in enumerate(model.attention) if spec.kind == "moba"]
+    layers = [i for i, spec in enumerate(model.attention) if spec.routing is not None]
     specs = [model.attention[i] for i in layers]
+    routings = [spec.routing for spec in specs if spec.routing is not None]
     if not specs:
         raise ValueError("no layer of the model is MoBA here; choose an attention such as attention=512x3")
-    if any(spec.top_k == 1 for spec in specs):
+    if any(routing.top_k == 1 for routing in routings):
         raise ValueError("top_k=1 routes nothing: each query attends to its own block alone")
     if any(spec.is_dense_at(seq_len) for spec in specs):
-        reach = max(spec.block_size * spec.top_k for spec in specs)
+        reach = max(routing.block_size * routing.top_k for routing in routings)
         raise ValueError(
             f"nothing is routed: {specs[0]} is full attention up to {reach} tokens, documents have {seq_len}"
         )
@@ -72,7 +74,7 @@ def diagnose(context: Context, documents: Sequence[tuple[str, Batch]], *, querie
         batch = documents[index][1].to(context.device)
         assert batch.tokens.numel() == seq_len and batch.cu_seqlens.numel() == 2
         with _observed(model, layers, sums.observer(index if counts else None)):
-            model.logits(batch.tokens, batch.positions, batch.cu_seqlens, rows=batch.tokens.new_zeros(1))
+            model.logits(batch.tokens, batch.positions, batch.documents, rows=batch.tokens.new_zeros(1))
     return sums.report([context.cluster_of(name) for name, _ in documents], context.reduce)
 
 
@@ -82,8 +84,8 @@ def _observed(model: Decoder, layers: Sequence[int], observe: Callable):
     modules: list[MoBAAttention] = [model.model.layers[i].self_attn for i in layers]
     for place, module in enumerate(modules):
 
-        def see(layer, q, k, v, cu_seqlens, place=place):
-            observe(place, layer.spec, q, k, v)
+        def see(layer, q, k, v, documents, place=place):
+            observe(place, layer.spec, q, k, v, documents)
 
         module.observer = see
     try:
@@ -98,7 +100,7 @@ class _Sums:
 
     def __init__(self, num_documents, layers, specs, num_heads, seq_len, device, queries):
         self.layers, self.specs, self.queries, self.seq_len = layers, specs, queries, seq_len
-        self.cells = min(MAX_CELLS, -(-seq_len // max(spec.block_size for spec in specs)))
+        self.cells = min(MAX_CELLS, -(-seq_len // max(spec.routing.block_size for spec in specs)))
         shape = (num_documents, len(layers))
         zeros = {"dtype": torch.float64, "device": device}
         self.heads = torch.zeros(len(HEAD), *shape, num_heads, **zeros)
@@ -112,21 +114,25 @@ class _Sums:
     def observer(self, document: int | None) -> Callable:
         """Adds one document; None counts nothing."""
 
-        def observe(place: int, spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor) -> None:
+        def observe(place: int, spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> None:
             if document is not None:
-                self._add(document, place, spec, q, k, v)
+                self._add(document, place, spec, q, k, v, documents)
 
         return observe
 
-    def _add(self, document: int, place: int, spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor) -> None:
-        layout = BlockLayout.build(spec.block_size, q.shape[0], k.shape[0], device=q.device)
-        selection = select(spec.gate, q, k, spec.block_size, spec.top_k)
-        found = whole_document(q, k, v, spec, selection, layout)
-        rows = routed_queries(layout, spec.top_k, self.queries)
+    def _add(
+        self, document: int, place: int, spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, documents: Documents
+    ) -> None:
+        assert spec.routing is not None
+        block_size, top_k, gate = spec.routing
+        layout = documents.layout(block_size)
+        selection = select(gate, q, k, block_size, top_k, documents=documents)
+        found = whole_document(q, k, v, spec, selection, documents)
+        rows = routed_queries(layout, top_k, self.queries)
         parts = []
         for part in rows.split(max(1, MASS_ELEMENTS // (q.shape[1] * k.shape[0]))):
             mass = block_mass(q, k, layout, part)
-            parts.append(sampled_queries(q, k, mass, selection[:, part], layout, part, spec))
+            parts.append(sampled_queries(q, k, mass, selection[:, part], layout, part, top_k))
             self._place(document, place, mass, selection[:, part], layout, part, parts[-1])
         for name in parts[0]:
             found[name] = torch.cat([values[name] for values in parts], dim=1).nanmean(dim=1)

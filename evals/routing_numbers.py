@@ -11,19 +11,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moba.attention import full_attention, moba_attention
+from moba.attention import attend
+from moba.documents import Documents
+from moba.kinds import AttentionSpec
 from moba.routing import BlockLayout, gate_scores, layout_means
-from moba.spec import AttentionSpec
 from moba.stats import BlockMass, block_load, captured_share, oracle_share, random_share
 
 
-def whole_document(q, k, v, spec: AttentionSpec, selection, layout: BlockLayout) -> dict[str, Tensor]:
+def whole_document(q, k, v, spec: AttentionSpec, selection, documents: Documents) -> dict[str, Tensor]:
     """[H] values that rest on every query."""
-    sparse_THD, sparse_lse_HT = moba_attention(
-        q, k, v, block_size=spec.block_size, top_k=spec.top_k, gate=spec.gate, backend=spec.backend, return_lse=True
-    )
-    full_THD, full_lse_HT = full_attention(q, k, v, return_lse=True)
-    routed_T = layout.query_block_T >= spec.top_k
+    assert spec.routing is not None
+    layout = documents.layout(spec.routing.block_size)
+    sparse_THD, sparse_lse_HT = attend(q, k, v, spec, documents, return_lse=True)
+    full_THD, full_lse_HT = attend(q, k, v, spec.dense(), documents, return_lse=True)
+    assert sparse_lse_HT is not None and full_lse_HT is not None
+    routed_T = layout.query_block_T >= spec.routing.top_k
     error_THD, full_THD = (sparse_THD.double() - full_THD.double())[routed_T], full_THD.double()[routed_T]
     load = block_load(selection, layout)
     open_M = load.expected_M > 0
@@ -38,13 +40,11 @@ def whole_document(q, k, v, spec: AttentionSpec, selection, layout: BlockLayout)
     }
 
 
-def sampled_queries(
-    q, k, mass: BlockMass, selection_HCK, layout: BlockLayout, rows, spec: AttentionSpec
-) -> dict[str, Tensor]:
+def sampled_queries(q, k, mass: BlockMass, selection_HCK, layout: BlockLayout, rows, top_k: int) -> dict[str, Tensor]:
     """[H, C] values that rest on the sampled queries' masses and scores (of one document, whose queries all route)."""
     history_HCM, candidates_CM = mass.history_HCM, mass.candidates_CM
     blocks_M = torch.arange(layout.num_blocks, device=q.device)
-    own_C1, routed = layout.query_block_T[rows, None], spec.top_k - 1
+    own_C1, routed = layout.query_block_T[rows, None], top_k - 1
     best_HC1 = history_HCM.argmax(-1, keepdim=True)
     wanted_HCM = torch.zeros_like(history_HCM, dtype=torch.bool)
     wanted_HCM.scatter_(2, history_HCM.topk(routed, dim=-1).indices, True)
@@ -58,9 +58,9 @@ def sampled_queries(
     mean_HC, noise_HC = _moments(scores_HCM, others_HCM)
     return {
         "captured": captured_share(mass, selection_HCK, layout, rows),
-        "oracle": oracle_share(mass, spec.top_k),
+        "oracle": oracle_share(mass, top_k),
         "local": mass.own_HC + (history_HCM * latest_CM).sum(-1),
-        "random": random_share(mass, spec.top_k),
+        "random": random_share(mass, top_k),
         "own": mass.own_HC,
         "recall": (wanted_HCM & (picked_HCM > 0)).sum(-1) / max(1, routed),
         "hit": picked_HCM.gather(2, best_HC1)[..., 0],

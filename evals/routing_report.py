@@ -13,7 +13,7 @@ import numpy as np
 
 from evals.position_loss import plain
 from evals.statistics import Estimate, clustered_mean, half_width
-from moba.spec import AttentionSpec
+from moba.kinds import AttentionSpec
 
 SHARES = ("captured", "oracle", "local", "random", "own")
 # What is kept of each head. Shares are of full attention's probability.

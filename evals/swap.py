@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,23 +34,18 @@ from evals.page import image, table
 from evals.position_loss import Evaluation, evaluate
 from evals.protocol import Eval, Job, Result
 from evals.statistics import clustered_mean, half_width
+from moba.documents import one_document
+from moba.kinds import AttentionSpec, Full, Moba
 from moba.layer import KVCache
-from moba.spec import AttentionSpec
 from train.model.decoder import Decoder
 
-VARIANTS = ("moba", "oracle", "random", "local", "full")
-PARTS = ("moba", "full")
+OWN, DENSE = PARTS = (Moba.name, Full.name)
+VARIANTS = Moba.VARIANTS
 
 
 def variant(plan: Sequence[AttentionSpec], name: str) -> tuple[AttentionSpec, ...]:
     """The plan with its MoBA layers as this variant has them; full layers stay as they are."""
-
-    def of(spec: AttentionSpec) -> AttentionSpec:
-        if spec.kind != "moba" or name == "moba":
-            return spec
-        return AttentionSpec("full") if name == "full" else replace(spec, gate=name)
-
-    return tuple(map(of, plan))
+    return tuple(spec.variants().get(name, spec) for spec in plan)
 
 
 @contextmanager
@@ -79,7 +74,7 @@ class SwapReport:
 
     def rows(self) -> list[dict[str, Any]]:
         """One row a variant: overall and trailing loss, and its difference from full, document by document."""
-        full = self.evaluations["full"].document_loss
+        full = self.evaluations[DENSE].document_loss
         rows = []
         for name, evaluation in self.evaluations.items():
             row = {"attention": name}
@@ -98,9 +93,9 @@ class SwapReport:
         worth."""
         trailing = {name: one.document_loss[:, -1] for name, one in self.evaluations.items()}
         pairs = {
-            "sparsity costs (oracle - full)": ("oracle", "full"),
-            "the gate costs (moba - oracle)": ("moba", "oracle"),
-            "the gate is worth (random - moba)": ("random", "moba"),
+            "sparsity costs (oracle - full)": ("oracle", DENSE),
+            "the gate costs (moba - oracle)": (OWN, "oracle"),
+            "the gate is worth (random - moba)": ("random", OWN),
         }
         return {what: _mean(trailing[a] - trailing[b], self.clusters) for what, (a, b) in pairs.items()}
 
@@ -158,7 +153,7 @@ class SwapReport:
         """The report as files and text; the figure has each variant's loss by position and its gap to full."""
         losses = {f"document_loss_{name}": one.document_loss for name, one in self.evaluations.items()}
         return Result(
-            length=self.evaluations["full"].curve.max_length,
+            length=self.evaluations[DENSE].curve.max_length,
             record=self.summary(),
             text=self.table(),
             numbers={f"trailing_{row['attention']}": row["trailing"]["mean"] for row in self.rows()},
@@ -190,7 +185,7 @@ def swap(context: Context, documents: Sequence[tuple[str, Batch]], *, last_token
     evals.position_loss.evaluate, all of one length. ValueError if there is no MoBA layer, or the last tokens are not
     fewer than the document."""
     model, plan, seq_len = context.model, context.model.attention, documents[0][1].tokens.numel()
-    if all(spec.kind != "moba" for spec in plan):
+    if not any(spec.variants() for spec in plan):
         raise ValueError("no layer of the model is MoBA here; choose an attention such as attention=512x3")
     if not 0 < last_tokens < seq_len:
         raise ValueError(f"last_tokens={last_tokens}: must be at least 1 and below the length, {seq_len}")
@@ -231,9 +226,9 @@ def _prefill_decode(model: Decoder, plan: Sequence[AttentionSpec], batch: Batch,
 def _read(model: Decoder, batch: Batch, part: slice, cache: KVCache, rows: int) -> Tensor:
     """Reads a part of a document into the cache; scores of its last `rows` tokens."""
     tokens = batch.tokens[part]
-    bounds = torch.tensor([0, len(tokens)], dtype=torch.int32, device=tokens.device)
+    documents = one_document(len(tokens), len(tokens), tokens.device)
     wanted = torch.arange(len(tokens) - rows, len(tokens), device=tokens.device)
-    return model.logits(tokens, batch.positions[part], bounds, cache, rows=wanted)
+    return model.logits(tokens, batch.positions[part], documents, cache, rows=wanted)
 
 
 def run(job: Job) -> Result:

@@ -31,7 +31,7 @@ from launch.cli import UsageError, exits_on, key_values  # noqa: E402
 from train.checkpoint import checkpoint_dir  # noqa: E402
 from train.checkpoint.store import CheckpointError, Saved, find, read, verify  # noqa: E402
 from train.hf import hf_export, source_files  # noqa: E402
-from train.schedule import build_schedule, last_moba  # noqa: E402
+from train.schedule import build_schedule, last_sparse  # noqa: E402
 
 KEYS = {
     "run": "run directory (its newest checkpoint), or one checkpoint's directory",
@@ -84,7 +84,7 @@ def describe(saved: Saved, config: RunConfig, dtype: str) -> tuple[Tokenizer, di
         num_embeddings=saved.meta["parameters"]["model.embed_tokens.weight"][0],
         rope=stage.rope,
         attention=stage.attention,
-        plan=last_moba(schedule.stages[: stage.index + 1]) or stage.attention,
+        plan=last_sparse(schedule.stages[: stage.index + 1]) or stage.attention,
         max_length=max(past.seq_len for past in schedule.stages[: stage.index + 1]),
         dtype=dtype,
         bos_id=tokenizer.bos_id,

@@ -24,7 +24,7 @@ from conf.numbers import format_length  # noqa: E402
 from data.errors import DataError  # noqa: E402
 from data.sft import ChatEncoder, load_template  # noqa: E402
 from data.tokenizer import Tokenizer, load_tokenizer  # noqa: E402
-from evals.loading import TrainedModel, attention_plan, load_trained  # noqa: E402
+from evals.loading import DENSE, TrainedModel, attention_plan, load_trained  # noqa: E402
 from launch.cli import UsageError, exits_on, key_values  # noqa: E402
 from train.checkpoint.store import CheckpointError  # noqa: E402
 from train.model.generation import Sampling, TextStream, generate  # noqa: E402
@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
         "max_new_tokens": max_new_tokens,
         "sampling": sampling,
         "prefill": attention_plan(values.get("attn_prefill", values.get("attn", "stage")), trained),
-        "decode": attention_plan(values.get("attn_decode", values.get("attn", "full")), trained),
+        "decode": attention_plan(values.get("attn_decode", values.get("attn", DENSE)), trained),
     }
     if values.get("chat", "false") not in ("true", "false"):
         raise UsageError(f"chat={values['chat']!r}: true or false")

@@ -19,7 +19,7 @@ from evals.figures import plot_curves, plot_heatmap, plot_history
 from evals.position_loss import Evaluation, evaluate
 from evals.recall import recall
 from evals.results import Stopwatch
-from evals.swap import VARIANTS, under, variant
+from evals.swap import OWN, VARIANTS, under, variant
 from moba.stats import mean_stats, record_routing
 from train.engine.collectives import all_reduce_sum
 from train.engine.world import World
@@ -75,15 +75,15 @@ class HeldOutEvaluator:
     def _recall(self, context: Context, length: int) -> dict[str, float]:
         """The share of right answers to the held-out recall task."""
         count = len(self._documents[length])
-        report = recall(context, self._source, samples=count, variants=("moba",))
+        report = recall(context, self._source, samples=count, variants=(OWN,))
         found = report.rows()[0]
         return {f"recall_{what}": found[what]["accuracy"] for what in ("all", "far") if found[what]["answers"]}
 
     def _swap(self, context: Context, length: int) -> dict[str, float]:
         """The trailing loss under each other variant of the attention in force."""
         plan, scalars = context.model.attention, {}
-        for name in VARIANTS if any(spec.kind == "moba" for spec in plan) else ():
-            if name != "moba":
+        for name in VARIANTS if any(spec.variants() for spec in plan) else ():
+            if name != OWN:
                 with under(context.model, variant(plan, name)):
                     scalars[f"trailing_{name}"] = self._evaluate(context, length).curve.trailing.value
         return scalars

@@ -1,33 +1,58 @@
 """The public entry to attention: checks the arguments, picks a backend, and calls it.
 
-`moba_attention` is sparse, `full_attention` dense and causal, `sliding_attention` sees the latest tokens only, and
-`attention` is whichever an AttentionSpec says. All take packed documents: q [T, H, D], k and v [S, G, D], document
-bounds in `cu_seqlens`. Nothing here reads values of CUDA tensors.
+`attend` is the one way in: any kind of attention over the documents of a pack. `moba_attention` is sparse,
+`full_attention` dense and causal, `sliding_attention` sees the latest tokens only, for those who have `cu_seqlens`. All
+take packed documents: q [T, H, D], k and v [S, G, D]. Nothing here reads values of CUDA tensors.
 
 Shapes: T queries, S keys, H query heads, G key/value heads, D head size, N documents.
 """
 
 from __future__ import annotations
 
-import functools
-import logging
-from collections.abc import Callable, Sequence
-
 import torch
 
-from moba.checks import BackendUnavailable, check_blocks, check_documents, check_scale, check_tensors, check_window
-from moba.dispatch import Output, run_full, run_moba, run_sliding
-from moba.gates import select
-from moba.spec import BACKENDS, AttentionSpec
+from moba.backends.choice import choose, log_choice
+from moba.backends.refusals import BackendUnavailable
+from moba.checks import check_blocks, check_scale, check_tensors, check_window
+from moba.documents import Documents
+from moba.kinds import BACKENDS, AttentionSpec, Full, Moba, QueryShape, Sliding
 
-__all__ = ["BackendUnavailable", "attention", "full_attention", "moba_attention", "sliding_attention"]
+__all__ = ["BackendUnavailable", "Output", "attend", "full_attention", "moba_attention", "sliding_attention"]
 
-logger = logging.getLogger("moba")
+Output = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
-# What `auto` tries, the fastest first.
-MOBA_BACKENDS = {"cuda": ("triton", "flash", "torch")}
-FULL_BACKENDS = {"cuda": ("flash", "torch")}  # sliding windows too
-ELSEWHERE = ("torch",)
+
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    kind: AttentionSpec,
+    documents: Documents,
+    *,
+    softmax_scale: float | None = None,
+    return_lse: bool = False,
+    deterministic: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(attention of this kind [T, H, D] in q's dtype, log-sum-exp [H, T] without gradient or None).
+
+    q is [T, H, D], k and v are [S, G, D] of the documents, on their device. The second is there if `return_lse`.
+    Raises ValueError for tensors that do not fit, BackendUnavailable (a ValueError) if the kind's backend refuses.
+    """
+    check_tensors(q, k, v)
+    check_scale(softmax_scale)
+    assert (documents.num_queries, documents.num_keys) == (q.shape[0], k.shape[0]), (documents, q.shape, k.shape)
+    kind = kind.at(documents.longest_k)
+    choice = choose(kind, shape_of(q, k, softmax_scale), documents)
+    log_choice(kind.name, choice)
+    options = {"softmax_scale": softmax_scale, "deterministic": deterministic, "return_lse": return_lse}
+    out, lse = kind.run(choice.backend, q, k, v, documents, **options)
+    return out, lse.detach() if return_lse and lse is not None else None
+
+
+def shape_of(q: torch.Tensor, k: torch.Tensor, softmax_scale: float | None = None) -> QueryShape:
+    """What backends have to know of these tensors."""
+    dtype = str(q.dtype).removeprefix("torch.")
+    return QueryShape(q.device.type, dtype, q.shape[0], q.shape[1], k.shape[1], q.shape[2], softmax_scale)
 
 
 def moba_attention(
@@ -64,25 +89,9 @@ def moba_attention(
     arguments, BackendUnavailable (a ValueError) if the backend that was named cannot do it.
     """
     check_blocks(block_size, top_k)
-    _check(q, k, v, cu_seqlens, cu_seqlens_k, softmax_scale, backend)
-    cu_seqlens_k = _if_different(cu_seqlens, cu_seqlens_k, q.shape[0] == k.shape[0])
-    documents = {"cu_seqlens": _on(q.device, cu_seqlens), "cu_seqlens_k": _on(q.device, cu_seqlens_k)}
-    options = {"softmax_scale": softmax_scale, "deterministic": deterministic}
-    longest = _longest(cu_seqlens if cu_seqlens_k is None else cu_seqlens_k, k.shape[0])
-    if backend == "auto" and block_size * top_k >= longest:
-        return full_attention(q, k, v, **documents, **options, return_lse=return_lse)
-
-    if gate != "mean":
-        options["selection"] = select(gate, q, k, block_size, top_k, **documents, softmax_scale=softmax_scale)
-
-    def run(name: str):
-        return run_moba(name, q, k, v, block_size=block_size, top_k=top_k, **documents, **options)
-
-    if backend == "auto":
-        out, lse = _first_available("MoBA", MOBA_BACKENDS.get(q.device.type, ELSEWHERE), run)
-    else:
-        out, lse = run(backend)
-    return (out, lse.detach()) if return_lse else out
+    _check_backend(backend)
+    kind = Moba(block_size, top_k, gate=gate, backend=backend)
+    return _packed(q, k, v, kind, cu_seqlens, cu_seqlens_k, softmax_scale, return_lse, deterministic)
 
 
 def full_attention(
@@ -103,16 +112,9 @@ def full_attention(
     (scaled_dot_product attention document by document), "reference". "triton" has no dense kernel: it stands for
     "auto" here, and is logged.
     """
-    _check(q, k, v, cu_seqlens, cu_seqlens_k, softmax_scale, backend)
-    cu_seqlens_k = _if_different(cu_seqlens, cu_seqlens_k, q.shape[0] == k.shape[0])
-    longest = _longest_pair(cu_seqlens, cu_seqlens_k, q, k)
-    documents = {"cu_seqlens": _on(q.device, cu_seqlens), "cu_seqlens_k": _on(q.device, cu_seqlens_k)}
-    options = {"softmax_scale": softmax_scale, "deterministic": deterministic, "return_lse": return_lse}
-
-    def run(name: str):
-        return run_full(name, q, k, v, longest, **documents, **options)
-
-    return _dense_by("full", backend, q.device, run)
+    _check_backend(backend)
+    kind = Full(backend=backend)
+    return _packed(q, k, v, kind, cu_seqlens, cu_seqlens_k, softmax_scale, return_lse, deterministic)
 
 
 def sliding_attention(
@@ -135,115 +137,22 @@ def sliding_attention(
     with T * window, and a window that covers the document is full attention.
     """
     check_window(window)
-    _check(q, k, v, cu_seqlens, cu_seqlens_k, softmax_scale, backend)
-    cu_seqlens_k = _if_different(cu_seqlens, cu_seqlens_k, q.shape[0] == k.shape[0])
-    longest = _longest_pair(cu_seqlens, cu_seqlens_k, q, k)
-    documents = {"cu_seqlens": _on(q.device, cu_seqlens), "cu_seqlens_k": _on(q.device, cu_seqlens_k)}
-    documents["softmax_scale"] = softmax_scale
-    if backend == "auto" and window >= longest[1]:
-        return full_attention(q, k, v, **documents, return_lse=return_lse, deterministic=deterministic)
-
-    def run(name: str):
-        return run_sliding(name, q, k, v, longest, window=window, deterministic=deterministic, **documents)
-
-    out, lse = _dense_by("sliding", backend, q.device, run)
-    return (out, lse.detach()) if return_lse else out
+    _check_backend(backend)
+    kind = Sliding(window, backend=backend)
+    return _packed(q, k, v, kind, cu_seqlens, cu_seqlens_k, softmax_scale, return_lse, deterministic)
 
 
-def attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    spec: AttentionSpec,
-    *,
-    cu_seqlens: torch.Tensor | None = None,
-    cu_seqlens_k: torch.Tensor | None = None,
-    softmax_scale: float | None = None,
-    return_lse: bool = False,
-    deterministic: bool = False,
+def _packed(
+    q, k, v, kind: AttentionSpec, cu_seqlens, cu_seqlens_k, softmax_scale, return_lse: bool, deterministic: bool
 ) -> Output:
-    """`full_attention`, `moba_attention` or `sliding_attention`, as `spec` says."""
-    options = {
-        "cu_seqlens": cu_seqlens,
-        "cu_seqlens_k": cu_seqlens_k,
-        "softmax_scale": softmax_scale,
-        "return_lse": return_lse,
-        "deterministic": deterministic,
-        "backend": spec.backend,
-    }
-    if spec.kind == "full":
-        return full_attention(q, k, v, **options)
-    if spec.kind == "sliding":
-        return sliding_attention(q, k, v, window=spec.window, **options)
-    return moba_attention(q, k, v, block_size=spec.block_size, top_k=spec.top_k, gate=spec.gate, **options)
+    """`attend` over the documents of these bounds; the output alone unless `return_lse`."""
+    check_tensors(q, k, v)
+    documents = Documents.from_bounds(cu_seqlens, cu_seqlens_k, q.shape[0], k.shape[0], q.device)
+    options = {"softmax_scale": softmax_scale, "return_lse": return_lse, "deterministic": deterministic}
+    out, lse = attend(q, k, v, kind, documents, **options)
+    return out if lse is None else (out, lse)
 
 
-# -------------------- choice of a backend
-
-
-def _dense_by(what: str, backend: str, device: torch.device, run: Callable[[str], Output]) -> Output:
-    """The result of dense attention by the backend that was named. "triton" has none: it stands for "auto", and the
-    log says so."""
-    candidates = FULL_BACKENDS.get(device.type, ELSEWHERE)
-    if backend == "auto":
-        return _first_available(what, candidates, run)
-    if backend == "triton":
-        return _first_available(what, ("triton", *candidates), run)
-    return run(backend)
-
-
-def _first_available(what: str, candidates: Sequence[str], run: Callable[[str], Output]) -> Output:
-    """The result of the first backend that can; logs once which one it was, and why not a faster one."""
-    problems = []
-    for name in candidates:
-        try:
-            result = run(name)
-        except BackendUnavailable as error:
-            problems.append(f"not {name!r} ({error})")
-        else:
-            _log_choice(what, name, "; ".join(problems))
-            return result
-    raise BackendUnavailable("; ".join(problems))
-
-
-@functools.cache
-def _log_choice(what: str, name: str, problems: str) -> None:
-    if problems:
-        logger.warning("%s attention runs on backend %r: %s", what, name, problems)
-    else:
-        logger.info("%s attention runs on backend %r", what, name)
-
-
-# -------------------- arguments
-
-
-def _check(q, k, v, cu_seqlens, cu_seqlens_k, softmax_scale, backend: str) -> None:
+def _check_backend(backend: str) -> None:
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r}: choose one of {', '.join(BACKENDS)}")
-    check_tensors(q, k, v)
-    check_documents(cu_seqlens, cu_seqlens_k, q.shape[0], k.shape[0])
-    check_scale(softmax_scale)
-
-
-def _on(device: torch.device, bounds: torch.Tensor | None) -> torch.Tensor | None:
-    return None if bounds is None else bounds.to(device, non_blocking=True)
-
-
-def _if_different(bounds: torch.Tensor | None, bounds_k: torch.Tensor | None, same_total: bool) -> torch.Tensor | None:
-    """bounds_k, or None where it is known without waiting that it says the same as bounds."""
-    if bounds_k is None or bounds_k is bounds:
-        return None
-    one_document = bounds_k.numel() == 2
-    same = same_total and (one_document or (bounds_k.device.type == "cpu" and torch.equal(bounds, bounds_k)))
-    return None if same else bounds_k
-
-
-def _longest(bounds: torch.Tensor | None, total: int) -> int:
-    """Tokens of the longest document; `total`, which bounds it, where the bounds lie on a device."""
-    return int(bounds.diff().max()) if bounds is not None and bounds.device.type == "cpu" else total
-
-
-def _longest_pair(cu_seqlens, cu_seqlens_k, q: torch.Tensor, k: torch.Tensor) -> tuple[int, int]:
-    """Bounds on a document's queries and keys."""
-    bounds_k = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
-    return _longest(cu_seqlens, q.shape[0]), _longest(bounds_k, k.shape[0])

@@ -12,10 +12,6 @@ from itertools import pairwise
 import torch
 
 
-class BackendUnavailable(ValueError):
-    """A backend cannot do what was asked of it; the message names one that can."""
-
-
 def check_blocks(block_size: int, top_k: int) -> None:
     """Raises ValueError unless both are integers of at least 1."""
     _check_counts(block_size=block_size, top_k=top_k)

@@ -17,6 +17,7 @@ from __future__ import annotations
 import torch
 
 from moba.checks import check_blocks
+from moba.documents import Documents
 from moba.routing import (
     SCORE_ELEMENTS,
     BlockLayout,
@@ -38,17 +39,16 @@ def select(
     block_size: int,
     top_k: int,
     *,
-    cu_seqlens: torch.Tensor | None = None,
-    cu_seqlens_k: torch.Tensor | None = None,
+    documents: Documents,
     softmax_scale: float | None = None,
 ) -> torch.Tensor:
-    """The selection of a gate (moba.spec.GATES), int32 [H, T, K] as of `moba.route`; "mean" is `route` itself.
+    """The selection of a gate (moba.kinds.GATES), int32 [H, T, K] as of `moba.route`; "mean" is `route` itself.
 
     A pure function of its arguments, "random" too (of the bits of q and the positions): recomputing it in a backward
     pass, or after a resume, gives the same blocks. `softmax_scale` matters for "oracle" alone.
     """
     check_blocks(block_size, top_k)
-    layout = BlockLayout.build(block_size, q.shape[0], k.shape[0], cu_seqlens, cu_seqlens_k, q.device)
+    layout = documents.layout(block_size)
     num_heads = q.shape[1]
     if gate == "mean":
         return select_blocks(q, layout_means(k, layout), layout, top_k)

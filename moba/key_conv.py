@@ -28,16 +28,9 @@ class KeyConvolution(nn.Module):
     def forward(self, k_TC: Tensor, offset_T: Tensor | None = None) -> Tensor:
         """k' [T, C] in k's dtype; half precisions are computed in float32.
 
-        offset_T int64 (`document_offsets`): each token's position in its document; None: all are one document.
+        offset_T int64 (`Documents.offsets`): each token's position in its document; None: all are one document.
         """
         return _Convolution.apply(k_TC, self.weight, offset_T)
-
-
-def document_offsets(cu_seqlens: Tensor, num_tokens: int, device: torch.device) -> Tensor:
-    """Tokens of the own document before each token of a pack, int64 [T]; waits for no device."""
-    bounds = cu_seqlens.to(device=device, dtype=torch.int64, non_blocking=True)
-    token_T = torch.arange(num_tokens, device=device)
-    return token_T - bounds[torch.searchsorted(bounds, token_T, right=True) - 1]
 
 
 class _Convolution(torch.autograd.Function):

@@ -5,7 +5,7 @@ the complete blocks and attends to the ones it picks, which costs O(blocks + top
 Only complete blocks compete (MoBA paper, section 2.2), so a mean is computed once, when its block fills up, by the
 same function as in training.
 
-Batches are packed, as everywhere: sequence i of the cache continues with the tokens [cu_seqlens[i], cu_seqlens[i+1]).
+Batches are packed, as everywhere: sequence i of the cache continues with the tokens of document i.
 For inference only: nothing here is differentiable.
 
 Shapes: T new tokens, S cached tokens of a sequence, H query heads, G key/value heads, D head size, B block size,
@@ -14,17 +14,19 @@ K = top_k.
 
 from __future__ import annotations
 
-import functools
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from moba.attention import attention, full_attention
+from moba.attention import attend
+from moba.documents import Documents, one_document
 from moba.key_conv import KeyConvolution
-from moba.routing import BlockLayout, block_means, select_blocks
-from moba.spec import AttentionSpec
+from moba.kinds import AttentionSpec, Full, Moba
+from moba.routing import block_means, select_blocks
 
-DECODE_MODES = ("moba", "full")
+DECODE_OWN, DECODE_DENSE = DECODE_MODES = (Moba.name, Full.name)
+"""How a single new token attends: by its layer's own kind, or to everything that this kind replaces."""
 MIN_CAPACITY = 256
 
 
@@ -70,6 +72,10 @@ class SequenceCache:
             k[: self.length], v[: self.length] = self.k, self.v
         self._k, self._v = k, v
 
+    def documents(self, num_new: int) -> Documents:
+        """The sequence as the document of its last `num_new` tokens."""
+        return one_document(num_new, self.length, self.k.device)
+
     def block_means(self, block_size: int) -> Tensor:
         """Means of the complete blocks, float32 [S // B, G, D]. Computes the missing ones; all, if the block size
         changed."""
@@ -78,7 +84,7 @@ class SequenceCache:
         known = 0 if self._means is None else self._means.shape[0]
         complete = self.length // block_size
         if known < complete or self._means is None:
-            new = block_means(self.k[known * block_size : complete * block_size], None, block_size)[: complete - known]
+            new = block_means(self.k[known * block_size : complete * block_size], block_size)[: complete - known]
             self._means = new if self._means is None else torch.cat([self._means, new])
         return self._means
 
@@ -90,13 +96,12 @@ class LayerCache:
         self.sequences = [SequenceCache() for _ in range(num_sequences)]
         self.decode = decode
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, cu_seqlens: Tensor | None) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, documents: Documents) -> Tensor:
         """Appends k, v [T, G, D] and returns the attention of q [T, H, D] over all that is cached: [T, H, D].
 
-        cu_seqlens [N+1] says which tokens belong to which sequence; None = all to the only one. With several
-        sequences it is read on the host.
+        `documents` says which tokens belong to which sequence.
         """
-        bounds = self._bounds(cu_seqlens, q.shape[0])
+        bounds = self._bounds(documents)
         outs = [q[:0]]
         for sequence, start, stop in zip(self.sequences, bounds, bounds[1:]):
             if stop > start:
@@ -104,9 +109,9 @@ class LayerCache:
                 outs.append(self._attend_one(q[start:stop], sequence, spec))
         return torch.cat(outs) if len(outs) > 2 else outs[-1]
 
-    def convolve(self, convolution: KeyConvolution, k_TC: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    def convolve(self, convolution: KeyConvolution, k_TC: Tensor, documents: Documents) -> Tensor:
         """The key convolution of new tokens, [T, G * D], where each sequence's follow those it has seen before."""
-        bounds = self._bounds(cu_seqlens, k_TC.shape[0])
+        bounds = self._bounds(documents)
         outs = [k_TC[:0]]
         for sequence, start, stop in zip(self.sequences, bounds, bounds[1:]):
             if stop > start:
@@ -116,31 +121,18 @@ class LayerCache:
                 sequence.key_tail = joined_SC[1 - len(convolution.weight) :].clone()  # not a view of the chunk
         return torch.cat(outs)
 
-    def _bounds(self, cu_seqlens: Tensor | None, num_tokens: int) -> list[int]:
-        num_given = 1 if cu_seqlens is None else cu_seqlens.numel() - 1
-        if num_given != len(self.sequences):
+    def _bounds(self, documents: Documents) -> list[int]:
+        if documents.number != len(self.sequences):
             raise ValueError(
-                f"cu_seqlens has {num_given} sequences but the cache was made for {len(self.sequences)}: "
+                f"the batch has {documents.number} sequences but the cache was made for {len(self.sequences)}: "
                 "give every cached sequence an entry, an empty one if it gets no tokens"
             )
-        return [0, num_tokens] if num_given == 1 else cu_seqlens.tolist()
+        return list(accumulate(documents.host_lengths()[0], initial=0))
 
     def _attend_one(self, q: Tensor, sequence: SequenceCache, spec: AttentionSpec) -> Tensor:
-        num_new, length = q.shape[0], sequence.length
-        decoding = num_new == 1 and length > 1
-        if decoding and spec.kind == "moba" and self.decode == "moba" and spec.gate == "mean":
-            return decode_moba(q, sequence, spec.block_size, spec.top_k)
-        bounds = {
-            "cu_seqlens": _document(num_new, q.device),
-            "cu_seqlens_k": _document(length, q.device),
-        }
-        if decoding and spec.kind == "sliding":
-            seen = min(spec.window, length)
-            bounds["cu_seqlens_k"] = _document(seen, q.device)
-            return full_attention(q, sequence.k[-seen:], sequence.v[-seen:], **bounds)
-        if decoding and self.decode == "full":
-            return full_attention(q, sequence.k, sequence.v, **bounds)
-        return attention(q, sequence.k, sequence.v, spec, **bounds)
+        if q.shape[0] == 1 < sequence.length:
+            return spec.decode(q, sequence, dense=self.decode == DECODE_DENSE)
+        return attend(q, sequence.k, sequence.v, spec, sequence.documents(q.shape[0]))[0]
 
 
 class KVCache:
@@ -152,7 +144,7 @@ class KVCache:
     be swapped between calls; a window's cache keeps all keys, so that it may be widened.
     """
 
-    def __init__(self, num_layers: int, num_sequences: int = 1, decode: str = "moba"):
+    def __init__(self, num_layers: int, num_sequences: int = 1, decode: str = DECODE_OWN):
         if decode not in DECODE_MODES:
             raise ValueError(f"decode={decode!r}: choose one of {', '.join(DECODE_MODES)}")
         self.layers = [LayerCache(num_sequences, decode) for _ in range(num_layers)]
@@ -171,7 +163,7 @@ def decode_moba(q: Tensor, sequence: SequenceCache, block_size: int, top_k: int)
     selects."""
     k, v, length = sequence.k, sequence.v, sequence.length
     num_heads, num_kv_heads = q.shape[1], k.shape[1]
-    layout = _newest_token_layout(block_size, length, q.device)
+    layout = sequence.documents(1).layout(block_size)
     # The means of the complete blocks are all that select_blocks reads, though the layout has slots for more.
     selection_HK = select_blocks(q, sequence.block_means(block_size), layout, top_k)[:, 0]
     key_HKB = selection_HK[:, :, None] * block_size + torch.arange(block_size, device=q.device)
@@ -182,15 +174,3 @@ def decode_moba(q: Tensor, sequence: SequenceCache, block_size: int, top_k: int)
         q.transpose(0, 1), k[key_HS, kv_head_H1], v[key_HS, kv_head_H1], attn_mask=seen_HKB.flatten(1)[:, None]
     )
     return out_H1D.transpose(0, 1)
-
-
-@functools.lru_cache(maxsize=64)
-def _newest_token_layout(block_size: int, length: int, device: torch.device) -> BlockLayout:
-    """The layout for one query at the end of `length` keys; layers and steps ask for the same one."""
-    return BlockLayout.build(block_size, 1, length, _document(1, device), _document(length, device), device)
-
-
-@functools.lru_cache(maxsize=64)
-def _document(length: int, device: torch.device) -> Tensor:
-    """int32 [0, length]: the bounds of one document."""
-    return torch.tensor([0, length], dtype=torch.int32, device=device)

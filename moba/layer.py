@@ -15,10 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moba.attention import attention
-from moba.key_conv import KeyConvolution, document_offsets
+from moba.attention import attend
+from moba.documents import Documents
+from moba.key_conv import KeyConvolution
+from moba.kinds import AttentionSpec, Full
 from moba.kv_cache import KVCache, LayerCache
-from moba.spec import AttentionSpec
 
 __all__ = ["KVCache", "LayerCache", "MoBAAttention", "RMSNorm", "apply_rope"]
 
@@ -101,9 +102,9 @@ class MoBAAttention(nn.Module):
                 f"num_heads={num_heads}, num_kv_heads={num_kv_heads}: the first must be a multiple of the second"
             )
         self.head_dim = head_dim
-        self.spec = spec or AttentionSpec()
-        self.observer: Callable[[MoBAAttention, Tensor, Tensor, Tensor, Tensor | None], None] | None = None
-        """Called with (self, q, k, v, cu_seqlens) before each attention without a cache (moba.stats.record_routing)."""
+        self.spec = spec or Full()
+        self.observer: Callable[[MoBAAttention, Tensor, Tensor, Tensor, Documents], None] | None = None
+        """Called with (self, q, k, v, documents) before each attention without a cache (moba.stats.record_routing)."""
         self.q_proj = nn.Linear(hidden_size, num_heads * head_dim, bias=qkv_bias)
         self.k_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=qkv_bias)
         self.v_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=qkv_bias)
@@ -114,22 +115,20 @@ class MoBAAttention(nn.Module):
         self.rope = rope
 
     def forward(
-        self, x_TC: Tensor, cos_TD: Tensor, sin_TD: Tensor, cu_seqlens: Tensor | None, cache: LayerCache | None = None
+        self, x_TC: Tensor, cos_TD: Tensor, sin_TD: Tensor, documents: Documents, cache: LayerCache | None = None
     ) -> Tensor:
         """The attention output of every token, [T, C].
 
-        cu_seqlens int32 [N+1] bounds the documents (None = one). With a cache, document i continues the cached sequence
-        i, and cos, sin are those of the positions where it continues. Gradients repeat bit for bit if torch's
-        deterministic algorithms are switched on.
+        The documents' queries are all their keys. With a cache, document i continues the cached sequence i, and cos,
+        sin are those of the positions where it continues. Gradients repeat bit for bit if torch's deterministic
+        algorithms are switched on.
         """
-        qkv = self.project(x_TC, cos_TD, sin_TD, self.offsets(x_TC, cu_seqlens), cu_seqlens, cache)
-        return self.o_proj(self.attend(*qkv, cu_seqlens, cache).flatten(1))
+        qkv = self.project(x_TC, cos_TD, sin_TD, self.offsets(documents), documents, cache)
+        return self.o_proj(self.attend(*qkv, documents, cache).flatten(1))
 
-    def offsets(self, x_TC: Tensor, cu_seqlens: Tensor | None) -> Tensor | None:
-        """What the key convolution has to know of the documents, int64 [T]; None without one, or if all are one."""
-        if self.k_conv is None or cu_seqlens is None:
-            return None
-        return document_offsets(cu_seqlens, x_TC.shape[0], x_TC.device)
+    def offsets(self, documents: Documents) -> Tensor | None:
+        """What the key convolution has to know of the documents, int64 [T]; None without one."""
+        return None if self.k_conv is None else documents.offsets()
 
     def project(
         self,
@@ -137,7 +136,7 @@ class MoBAAttention(nn.Module):
         cos_TD: Tensor,
         sin_TD: Tensor,
         offset_T: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
+        documents: Documents | None = None,
         cache: LayerCache | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """q [T, H, D] and k, v [T, G, D], convolved, normed and rotated.
@@ -147,7 +146,11 @@ class MoBAAttention(nn.Module):
         """
         k_TC = self.k_proj(x_TC)
         if self.k_conv is not None:
-            k_TC = self.k_conv(k_TC, offset_T) if cache is None else cache.convolve(self.k_conv, k_TC, cu_seqlens)
+            k_TC = (
+                self.k_conv(k_TC, offset_T)
+                if cache is None or documents is None
+                else cache.convolve(self.k_conv, k_TC, documents)
+            )
         q_THD = self.q_proj(x_TC).unflatten(-1, (-1, self.head_dim))
         k_TGD = k_TC.unflatten(-1, (-1, self.head_dim))
         v_TGD = self.v_proj(x_TC).unflatten(-1, (-1, self.head_dim))
@@ -158,12 +161,12 @@ class MoBAAttention(nn.Module):
         return q_THD, k_TGD, v_TGD
 
     def attend(
-        self, q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, cu_seqlens: Tensor | None, cache: LayerCache | None = None
+        self, q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, documents: Documents, cache: LayerCache | None = None
     ) -> Tensor:
         """[T, H, D]: attention as `spec` says; what depends on the documents, the spec or the cache happens here."""
         if cache is not None:
-            return cache.attend(q_THD, k_TGD, v_TGD, self.spec, cu_seqlens)
+            return cache.attend(q_THD, k_TGD, v_TGD, self.spec, documents)
         if self.observer is not None:
-            self.observer(self, q_THD, k_TGD, v_TGD, cu_seqlens)
+            self.observer(self, q_THD, k_TGD, v_TGD, documents)
         deterministic = torch.are_deterministic_algorithms_enabled()
-        return attention(q_THD, k_TGD, v_TGD, self.spec, cu_seqlens=cu_seqlens, deterministic=deterministic)
+        return attend(q_THD, k_TGD, v_TGD, self.spec, documents, deterministic=deterministic)[0]

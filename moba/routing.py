@@ -17,7 +17,8 @@ from dataclasses import dataclass
 
 import torch
 
-from moba.checks import check_blocks, check_documents, check_tensors
+from moba.checks import check_blocks, check_tensors
+from moba.documents import Documents
 
 # Work sizes of one chunk. The elements, of scores or of float32 queries, bound memory (64 MiB). On the CPU the limit on
 # queries keeps the range of blocks that a chunk can see narrow, so that causal and packed batches do not score every
@@ -36,7 +37,7 @@ class BlockLayout:
 
     Blocks are numbered through the pack, document by document. The tensors have room for `num_blocks` = S // B + N of
     them, the most there can be: the true number is a value on the device. Unused slots, at the end, have start = end
-    = S and document = N. Build it once a batch; it holds for all layers with the same block size.
+    = S and document = N. Documents makes it once a pack; it holds for all layers with the same block size.
     """
 
     block_size: int
@@ -58,23 +59,16 @@ class BlockLayout:
     """int64 [T]: the query's position among the keys of its document."""
     query_block_T: torch.Tensor
     """int64 [T]: block that holds the query, counted through the pack."""
+    only_start: int
+    """Position of the first query, where there is one document."""
 
     @classmethod
-    def build(
-        cls,
-        block_size: int,
-        num_queries: int,
-        num_keys: int,
-        cu_seqlens: torch.Tensor | None = None,
-        cu_seqlens_k: torch.Tensor | None = None,
-        device: torch.device | str = "cpu",
-    ) -> BlockLayout:
-        """The layout of a pack, its tensors on `device`. Without cu_seqlens the pack is one document."""
-        bounds_N = _bounds(cu_seqlens, num_queries, device)
-        bounds_k_N = (
-            _bounds(cu_seqlens_k, num_keys, device) if cu_seqlens_k is not None or cu_seqlens is None else bounds_N
-        )
-        num_documents = bounds_N.numel() - 1
+    def build(cls, block_size: int, documents: Documents) -> BlockLayout:
+        """The layout of a pack, its tensors on the device of its documents."""
+        device = documents.device
+        num_queries, num_keys, num_documents = documents.num_queries, documents.num_keys, documents.number
+        bounds_N = documents.cu_seqlens.long()
+        bounds_k_N = bounds_N if documents.cu_seqlens_k is None else documents.cu_seqlens_k.long()
         num_blocks = num_keys // block_size + num_documents
         lengths_N = bounds_k_N.diff()
         first_block_N = torch.nn.functional.pad(((lengths_N + block_size - 1) // block_size).cumsum(0), (1, 0))
@@ -88,12 +82,15 @@ class BlockLayout:
 
         query_T = torch.arange(num_queries, device=device)
         query_document_T = torch.searchsorted(bounds_N[1:], query_T, right=True).clamp(max=num_documents - 1)
-        first_position_N = lengths_N - bounds_N.diff()  # queries are the last of their document's keys
+        first_position_N = documents.first_positions()
         query_position_T = query_T - bounds_N[query_document_T] + first_position_N[query_document_T]
         query_block_T = first_block_N[query_document_T] + query_position_T // block_size
+        only_start = 0
+        if num_documents == 1:
+            only_start = num_keys - num_queries if documents.starts is None else documents.starts[0]
         return cls(
             block_size, num_queries, num_keys, num_blocks, first_block_N, start_M, end_M, document_M,
-            query_document_T, query_position_T, query_block_T,
+            query_document_T, query_position_T, query_block_T, only_start,
         )  # fmt: skip
 
     @property
@@ -106,7 +103,7 @@ class BlockLayout:
         if self.query_block_T.device.type == "cpu":
             return int(self.first_block_N[self.query_document_T[start]]), int(self.query_block_T[stop - 1])
         if self.first_block_N.numel() == 2:  # one document: known from shapes
-            return 0, (self.num_keys - self.num_queries + stop - 1) // self.block_size
+            return 0, (self.only_start + stop - 1) // self.block_size
         return 0, self.num_blocks
 
 
@@ -129,14 +126,15 @@ def route(
     """
     check_blocks(block_size, top_k)
     check_tensors(q, k)
-    check_documents(cu_seqlens, cu_seqlens_k, q.shape[0], k.shape[0])
-    layout = BlockLayout.build(block_size, q.shape[0], k.shape[0], cu_seqlens, cu_seqlens_k, q.device)
+    documents = Documents.from_bounds(cu_seqlens, cu_seqlens_k, q.shape[0], k.shape[0], q.device)
+    layout = documents.layout(block_size)
     return select_blocks(q, layout_means(k, layout), layout, top_k)
 
 
-def block_means(k: torch.Tensor, cu_seqlens_k: torch.Tensor | None, block_size: int) -> torch.Tensor:
-    """Mean key of every block, float32 [M, G, D] (float64 for float64 keys): S // B + N slots, as in BlockLayout."""
-    return layout_means(k, BlockLayout.build(block_size, k.shape[0], k.shape[0], cu_seqlens_k, device=k.device))
+def block_means(k: torch.Tensor, block_size: int) -> torch.Tensor:
+    """Mean key of every block of one document, float32 [M, G, D] (float64 for float64 keys): S // B + 1 slots, as in
+    BlockLayout."""
+    return layout_means(k, BlockLayout.build(block_size, Documents.from_lengths([k.shape[0]], device=k.device)))
 
 
 @torch.no_grad()
@@ -246,10 +244,3 @@ def full_precision(device: torch.device):
             yield
         finally:
             torch.backends.cuda.matmul.fp32_precision = before
-
-
-def _bounds(cu_seqlens: torch.Tensor | None, num_tokens: int, device: torch.device | str) -> torch.Tensor:
-    """Document bounds as int64 on `device`; one document without cu_seqlens."""
-    if cu_seqlens is None:
-        return torch.arange(2, device=device) * num_tokens
-    return cu_seqlens.to(device=device, dtype=torch.int64)

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from moba.documents import Documents
 from moba.gates import block_log_mass, select
 from moba.layer import MoBAAttention
 from moba.routing import BlockLayout, full_precision, score_dtype
@@ -161,20 +162,22 @@ def record_routing(model: nn.Module) -> Iterator[list[dict[str, Tensor]]]:
     training step.
     """
     recorded: list[dict[str, Tensor]] = []
-    layers = [m for m in model.modules() if isinstance(m, MoBAAttention) and m.spec.kind == "moba"]
+    layers = [m for m in model.modules() if isinstance(m, MoBAAttention) and m.spec.routing is not None]
 
-    def observe(layer: MoBAAttention, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> None:
+    def observe(layer: MoBAAttention, q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> None:
         layer.observer = None
-        spec, q, k = layer.spec, q.detach(), k.detach()
-        layout = BlockLayout.build(spec.block_size, q.shape[0], k.shape[0], cu_seqlens, device=q.device)
-        selection = select(spec.gate, q, k, spec.block_size, spec.top_k, cu_seqlens=cu_seqlens)
+        routing, q, k = layer.spec.routing, q.detach(), k.detach()
+        assert routing is not None
+        block_size, top_k, gate = routing
+        layout = documents.layout(block_size)
+        selection = select(gate, q, k, block_size, top_k, documents=documents)
         stats = routing_stats(selection, layout)
-        rows = routed_queries(layout, spec.top_k, SAMPLED_QUERIES)
+        rows = routed_queries(layout, top_k, SAMPLED_QUERIES)
         shares = []
         for part in rows.split(max(1, MASS_ELEMENTS // (q.shape[1] * k.shape[0]))):
             mass = block_mass(q, k, layout, part)
             captured = captured_share(mass, selection[:, part], layout, part)
-            shares.append(torch.stack([captured, oracle_share(mass, spec.top_k), random_share(mass, spec.top_k)]))
+            shares.append(torch.stack([captured, oracle_share(mass, top_k), random_share(mass, top_k)]))
         means = torch.cat(shares, -1).mean((1, 2)).float()
         recorded.append(stats | dict(zip(("captured", "oracle_share", "random_share"), means)))
 

@@ -34,11 +34,13 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function
 
-from moba.attention import attention
-from moba.kv_cache import DECODE_MODES
-from moba.spec import AttentionSpec
+from moba.attention import attend
+from moba.documents import Documents
+from moba.kinds import AttentionSpec, Full, Moba, from_entry
+from moba.kv_cache import DECODE_DENSE, DECODE_MODES
 
-NAME = "moba"
+NAME = Moba.name
+"""What transformers, and the settings in a config, call it."""
 SETTINGS = ("plan", "decode")
 # Arguments some models pass to their attention, which MoBA would have to ignore.
 UNSUPPORTED = {
@@ -63,7 +65,7 @@ def configure(
     top_k: int | None = None,
     full_last: int = 0,
     plan: Sequence[AttentionSpec | Sequence] | None = None,
-    decode: str = "full",
+    decode: str = DECODE_DENSE,
 ) -> None:
     """Switches a loaded transformers model to MoBA; no weight is touched, and `save_pretrained` writes it down.
 
@@ -78,14 +80,15 @@ def configure(
     if plan is None:
         if not 0 <= full_last <= num_layers:
             raise ValueError(f"full_last={full_last}: the model has {num_layers} layers")
-        plan = [("moba", block_size, top_k)] * (num_layers - full_last) + [("full", None, None)] * full_last
+        sparse = [Moba.name, block_size, top_k]
+        plan = [sparse] * (num_layers - full_last) + [Full().entry()] * full_last
     elif full_last:
         raise ValueError(f"full_last={full_last} with plan: the plan says which layers are full")
-    entries = [[e.kind, e.block_size, e.top_k] if isinstance(e, AttentionSpec) else list(e) for e in plan]
+    entries = [e.entry() if isinstance(e, AttentionSpec) else list(e) for e in plan]
     settings = {"plan": entries, "decode": decode}
     for layer in range(num_layers):
         _layer_spec(settings, layer, num_layers)
-    config.moba = settings
+    setattr(config, NAME, settings)
     model.set_attn_implementation(NAME)
 
 
@@ -96,12 +99,11 @@ def configure(
 class TokenLayout:
     """Where the real tokens of a padded or packed batch are, and which belong together.
 
-    cu_seqlens and cu_seqlens_k (int32 [N+1], in host memory) bound the documents' queries and keys once padding is
-    out; the indices (int64) say where these were in the flattened batch, None: everywhere, there was no padding.
+    `documents` are those of the batch once padding is out; the indices (int64) say where their queries and keys were in
+    the flattened batch, None: everywhere, there was no padding.
     """
 
-    cu_seqlens: Tensor
-    cu_seqlens_k: Tensor
+    documents: Documents
     query_index_T: Tensor | None = None
     key_index_T: Tensor | None = None
 
@@ -143,14 +145,14 @@ def token_layout(
     if starts_BQ is not None:
         if padded:
             raise ValueError("attention_mask with padding over packed documents: leave one of them out")
-        cu_seqlens = _bounds(F.pad(starts_BQ.flatten(), (0, 1), value=True).nonzero().flatten())
-        return TokenLayout(cu_seqlens, cu_seqlens)
+        bounds = F.pad(starts_BQ.flatten(), (0, 1), value=True).nonzero().flatten()
+        return TokenLayout(Documents.from_lengths(bounds.diff().tolist(), device=device))
     if not padded:
         return None
     key_BS = attention_mask.bool()
     query_BQ = key_BS[:, kv_length - q_length :]
-    cu_seqlens, cu_seqlens_k = (_bounds(F.pad(real.sum(1).cumsum(0), (1, 0))) for real in (query_BQ, key_BS))
-    return TokenLayout(cu_seqlens, cu_seqlens_k, *(real.flatten().nonzero().flatten() for real in (query_BQ, key_BS)))
+    documents = Documents.from_lengths(*(real.sum(1).tolist() for real in (query_BQ, key_BS)), device=device)
+    return TokenLayout(documents, *(real.flatten().nonzero().flatten() for real in (query_BQ, key_BS)))
 
 
 def attention_forward(
@@ -170,25 +172,24 @@ def attention_forward(
     """
     _refuse_unsupported(module, attention_mask, dropout, key.shape[2], kwargs)
     config = module.config
-    settings = getattr(config, "moba", None)
+    settings = getattr(config, NAME, None)
     spec = _layer_spec(settings, module.layer_idx, config.num_hidden_layers)
-    if query.shape[2] == 1 < key.shape[2] and settings.get("decode", "full") == "full":
-        spec = AttentionSpec("full")
+    if query.shape[2] == 1 < key.shape[2] and settings.get("decode", DECODE_DENSE) == DECODE_DENSE:
+        spec = spec.dense()
     layout = _packed_layout(query, key, kwargs, attention_mask) or attention_mask
     if layout is None:
         if module.layer_idx == 0:
             _refuse_ignored_packing(kwargs.get("position_ids"))
-        layout = TokenLayout(*(_even_bounds(x.shape[0], x.shape[2]) for x in (query, key)))
+        layout = TokenLayout(_rows(query.shape[0], query.shape[2], key.shape[2], query.device))
     q_THD = _pack(query, layout.query_index_T)
     if q_THD.shape[0] == 0:
         return torch.zeros_like(query.transpose(1, 2)), None
-    out_THD = attention(
+    out_THD, _ = attend(
         q_THD,
         _pack(key, layout.key_index_T),
         _pack(value, layout.key_index_T),
         spec,
-        cu_seqlens=layout.cu_seqlens,
-        cu_seqlens_k=layout.cu_seqlens_k,
+        layout.documents.to(query.device),
         softmax_scale=scaling,
         deterministic=torch.are_deterministic_algorithms_enabled(),
     )
@@ -208,17 +209,16 @@ def _layer_spec(settings: dict | None, layer: int, num_layers: int) -> Attention
     unknown = sorted(settings.keys() - set(SETTINGS))
     if unknown:
         raise ValueError(f"config.moba has {', '.join(unknown)}: it takes {', '.join(SETTINGS)}")
-    if settings.get("decode", "full") not in DECODE_MODES:
+    if settings.get("decode", DECODE_DENSE) not in DECODE_MODES:
         raise ValueError(f"decode={settings['decode']!r}: choose one of {', '.join(DECODE_MODES)}")
     plan = settings["plan"]
     if len(plan) != num_layers:
         raise ValueError(f"a MoBA plan of {len(plan)} layers for a model of {num_layers}")
     entry = plan[layer]
-    if len(entry) != 3:
-        raise ValueError(f"plan[{layer}]={entry!r}: needs [kind, block_size, top_k]")
-    if entry[0] == "sliding":
-        raise ValueError(f"plan[{layer}]={entry!r}: there are no sliding windows here; say full or moba")
-    return AttentionSpec(*entry)
+    try:
+        return from_entry(entry)
+    except ValueError as error:
+        raise ValueError(f"plan[{layer}]={entry!r}: {error}") from error
 
 
 def _refuse_unsupported(module: nn.Module, mask, dropout: float, num_keys: int, kwargs: dict) -> None:
@@ -292,18 +292,14 @@ def _packed_layout(query: Tensor, key: Tensor, kwargs: dict, layout: TokenLayout
             f"cu_seq_lens_q, cu_seq_lens_k with {query.shape[0]} rows, {query.shape[2]} tokens, {key.shape[2]} keys: "
             "attn_implementation='moba' needs both, and one row without padding and without earlier tokens in a cache"
         )
-    return TokenLayout(cu_seqlens.to(torch.int32), cu_seqlens_k.to(torch.int32))
+    bounds = (given.to(torch.int32) for given in (cu_seqlens, cu_seqlens_k))
+    return TokenLayout(Documents.from_bounds(*bounds, query.shape[2], key.shape[2], query.device))
 
 
-@functools.lru_cache(maxsize=64)
-def _even_bounds(num_rows: int, length: int) -> Tensor:
-    """int32 [B+1]: the bounds of rows that are single documents without padding."""
-    return torch.arange(num_rows + 1, dtype=torch.int32) * length
-
-
-def _bounds(values: Tensor) -> Tensor:
-    """As int32 in host memory, where attention can see the longest document."""
-    return values.to(device="cpu", dtype=torch.int32)
+@functools.lru_cache(maxsize=16)
+def _rows(num_rows: int, num_queries: int, num_keys: int, device: torch.device) -> Documents:
+    """Rows that are single documents without padding."""
+    return Documents.from_lengths([num_queries] * num_rows, [num_keys] * num_rows, device=device)
 
 
 def _pack(x_BHSD: Tensor, index_T: Tensor | None) -> Tensor:

@@ -12,11 +12,13 @@ from pathlib import Path
 
 import pytest
 
+from moba.kinds import KINDS
+
 ROOT = Path(__file__).resolve().parents[1]
 MAY_IMPORT = {
-    "conf": set(),
+    "conf": {"moba.kinds"},
     "moba": set(),
-    "data": {"conf"},
+    "data": {"conf", "moba.documents"},
     "train": {"conf", "moba", "data"},
     "evals": {"conf", "moba", "data", "train"},
     "launch": {"conf", "moba", "data", "train", "evals"},
@@ -83,12 +85,40 @@ def test_the_walk_sees_imports_wherever_they_are(tmp_path):
 def test_imports_follow_the_rule(path):
     """Catches an import against the direction in which a run flows, and Hydra below launch/ and conf/."""
     package = path.relative_to(ROOT).parts[0]
-    ours = tops(path) & (MAY_IMPORT.keys() | {"tests", "benchmarks"})
-    assert ours <= MAY_IMPORT[package] | {package}
+    allowed = MAY_IMPORT[package] | {package}
+    ours = {name for name in imports(path) if name.split(".")[0] in MAY_IMPORT.keys() | {"tests", "benchmarks"}}
+    assert not {name for name in ours if not any(f"{name}.".startswith(f"{one}.") for one in allowed)}
     if package not in ("launch", "conf"):
         assert not tops(path) & {"hydra", "omegaconf"}, "configuration arrives as frozen dataclasses"
     if package == "conf":
         assert "torch" not in tops(path), "conf stays importable in a moment"
+
+
+KIND_NAMES = {kind.name for kind in KINDS.values()} | {kind.letter for kind in KINDS.values()}
+# Words that are no kind there: a suffix of numbers, the name that transformers knows us by.
+NO_KIND = {"conf/numbers.py": {"M"}, "moba/transformers.py": {"moba"}}
+
+
+def says_a_kind(path: Path) -> list[str]:
+    """Lines with a literal that is a kind's name or letter, or a comparison with an attribute `kind` of one."""
+    found = []
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        literal = isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings
+        if literal and node.value in KIND_NAMES - NO_KIND.get(str(path.relative_to(ROOT)), set()):
+            found.append(f"{path.relative_to(ROOT)}:{node.lineno}: {node.value!r}")
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "isinstance":
+            names = {one.id for one in ast.walk(node.args[1]) if isinstance(one, ast.Name)}
+            if names & {kind.__name__ for kind in KINDS.values()}:
+                found.append(f"{path.relative_to(ROOT)}:{node.lineno}: isinstance")
+    return found
+
+
+def test_kinds_are_known_to_their_package_alone():
+    """Catches the first branch on a kind of attention outside moba/kinds, from where the next ones are copied."""
+    lines = [line for path in SOURCES if path.parent != ROOT / "moba" / "kinds" for line in says_a_kind(path)]
+    assert not lines, "\n".join(lines)
 
 
 def test_hydra_is_used_by_train_and_plan_alone():
@@ -138,7 +168,7 @@ def test_moba_needs_torch_alone():
         "for name in 'triton flash_attn hydra omegaconf deepspeed datasets transformers wandb numpy'.split():\n"
         "    sys.modules[name] = None\n"
         "import moba\n"
-        "print(moba.moba_attention.__name__, moba.AttentionSpec())\n"
+        "print(moba.moba_attention.__name__, moba.Full())\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -93,7 +93,7 @@ def test_the_stage_table_is_true():
             (spec,) = set(stage.attention)
             assert 0 <= stage.end - stage.start - parse_tokens(tokens) < stage.batch_tokens, "rounded up to whole steps"
             assert stage.seq_len == parse_length(length)
-            if spec.kind == "moba":
+            if spec.routing is not None:
                 size, top_k = re.fullmatch(r"MoBA, blocks of (\w+), top (\d+)", attention).groups()
                 assert (spec.block_size, spec.top_k) == (parse_length(size), int(top_k))
             else:

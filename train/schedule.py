@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from conf.schema import AttentionConfig, LongDocumentsConfig, LRConfig, RopeConfig, RunConfig
-from moba.spec import AttentionSpec
+from moba.kinds import KINDS, AttentionSpec, Full
 from train.model.sizes import layer_letters
 
 
@@ -106,18 +106,17 @@ def lr_at(lr: LRConfig, tokens: float, span: int) -> float:
 
 
 def layer_plan(attention: AttentionConfig, num_layers: int) -> tuple[AttentionSpec, ...]:
-    """The spec of each layer. `attention` is frozen: block_size, top_k and a window that is used are ints."""
-    dense_backend = "auto" if attention.backend == "triton" else attention.backend
-    full = AttentionSpec(kind="full", backend=dense_backend)
-    main = full
-    if attention.kind == "moba":
-        main = AttentionSpec("moba", attention.block_size, attention.top_k, attention.backend, attention.gate)
+    """The spec of each layer. `attention` is frozen: its options are filled."""
+
+    def spec(kind: type[AttentionSpec]) -> AttentionSpec:
+        return kind.from_options(attention.options, attention.backend)
+
+    main = spec(KINDS[attention.kind])
     if attention.pattern is None:
-        return (main,) * (num_layers - attention.full_last) + (full,) * attention.full_last
-    specs = {"M": main, "F": full}
-    if attention.window is not None:
-        specs["S"] = AttentionSpec("sliding", window=attention.window, backend=dense_backend)
-    return tuple(specs[letter] for letter in layer_letters(attention.pattern, num_layers))
+        return (main,) * (num_layers - attention.full_last) + (spec(Full),) * attention.full_last
+    letters = layer_letters(attention.pattern, num_layers)
+    specs = {kind.letter: spec(kind) for kind in KINDS.values() if kind.letter in letters}
+    return tuple(specs[letter] for letter in letters)
 
 
 def build_schedule(config: RunConfig) -> Schedule:
@@ -151,10 +150,11 @@ def build_schedule(config: RunConfig) -> Schedule:
     return Schedule(tuple(stages))
 
 
-def last_moba(stages: Sequence[Stage]) -> tuple[AttentionSpec, ...] | None:
-    """The attention of the last of these stages in which a layer has MoBA; None if none has."""
+def last_sparse(stages: Sequence[Stage]) -> tuple[AttentionSpec, ...] | None:
+    """The attention of the last of these stages in which a layer has MoBA, or another kind that stands in for full
+    attention; None if none has."""
     plans = (stage.attention for stage in reversed(stages))
-    return next((plan for plan in plans if any(spec.kind == "moba" for spec in plan)), None)
+    return next((plan for plan in plans if any(spec.replaces_full for spec in plan)), None)
 
 
 def _normalised(shares: dict[str, float]) -> dict[str, float]:

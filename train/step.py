@@ -74,7 +74,7 @@ def train_step(
     for index, batch in enumerate(batches):
         batch = batch.to(world.device)
         engine.set_gradient_accumulation_boundary(index == len(batches) - 1)
-        losses = engine(batch.tokens, batch.positions, batch.cu_seqlens, batch.labels)
+        losses = engine(batch.tokens, batch.positions, batch.documents, batch.labels)
         loss = losses.sum() * scale
         loss = loss * torch.where(loss.isfinite(), 1.0, torch.nan)
         engine.backward(loss, scale_wrt_gas=False)

@@ -26,8 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from moba.backends.refusals import BackendUnavailable
 from moba.backends.varlen import PLAIN, Primitive, default_primitive
-from moba.checks import BackendUnavailable
 from moba.routing import score_dtype
 
 SHORTEST = 4096

@@ -27,16 +27,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from moba.backends.refusals import FLASH_LISTS
 from moba.backends.varlen import Primitive, default_primitive
-from moba.checks import BackendUnavailable
+from moba.documents import Documents
 from moba.routing import BlockLayout, layout_means, score_dtype, select_blocks
 
 # Elements of the gathered queries of a chunk of heads: 512 MiB of bfloat16 a copy; the backward pass has five.
 ROW_ELEMENTS = 1 << 28
-# Beyond, flash's backward kernel reads out of bounds (illegal memory access seen at 2.9e9 elements, torch 2.11).
-MAX_ROW_ELEMENTS = 1 << 31
-# Sequences of one varlen call: a dimension of the CUDA grid.
-MAX_LISTS = 65535
 
 
 class _Picks(NamedTuple):
@@ -189,29 +186,27 @@ def moba_flash(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    documents: Documents,
     *,
     block_size: int,
     top_k: int,
-    cu_seqlens: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None,
     softmax_scale: float | None = None,
     deterministic: bool = False,
     varlen: Primitive | None = None,
     selection: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """MoBA attention: (out [T, H, D] in q's dtype, lse [H, T] float32, natural log); arguments as moba_attention's.
+    """MoBA attention: (out [T, H, D] in q's dtype, lse [H, T] float32, natural log); sizes as moba_attention's.
 
     `varlen` is the flash attention to build on; by default flash-attn or torch's own on CUDA, and a plain loop
     elsewhere. `deterministic` asks it for bitwise repeatable gradients. `selection`: int32 [H, T, K] of another gate
-    (moba/gates.py); None = route. Raises BackendUnavailable for dtypes and
-    head sizes that flash kernels don't take and for more routed rows or blocks than they can index.
+    (moba/gates.py); None = route. What it cannot do is said by moba/backends/refusals.py.
     """
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     if q.shape[0] == 0:
         return q.clone(), q.new_empty(q.shape[1], 0, dtype=score_dtype(q))
     varlen = varlen or default_primitive(q)
-    layout = BlockLayout.build(block_size, q.shape[0], k.shape[0], cu_seqlens, cu_seqlens_k, q.device)
-    chunks = _head_chunks(q.shape, k.shape[1], layout.num_blocks, block_size, top_k)
+    layout = documents.layout(block_size)
+    chunks = _head_chunks(q.shape, k.shape[1], layout.num_blocks, top_k)
     selection_HTK = select_blocks(q, layout_means(k, layout), layout, top_k) if selection is None else selection
     parts = [
         _MixedAttention.apply(*qkv, selection_hTK, layout, scale, deterministic, varlen)
@@ -221,20 +216,15 @@ def moba_flash(
     return (outs[0], lses[0]) if len(parts) == 1 else (torch.cat(outs, dim=1), torch.cat(lses))
 
 
-def _head_chunks(q_shape, num_kv_heads: int, num_blocks: int, block_size: int, top_k: int) -> tuple[int, int]:
-    """(key/value heads, query heads of each) that go through at a time, within ROW_ELEMENTS and MAX_LISTS."""
+def _head_chunks(q_shape, num_kv_heads: int, num_blocks: int, top_k: int) -> tuple[int, int]:
+    """(key/value heads, query heads of each) that go through at a time, within ROW_ELEMENTS and FLASH_LISTS."""
     num_tokens, num_heads, head_dim = q_shape
     group = num_heads // num_kv_heads
     head_elements = num_tokens * (top_k - 1) * head_dim
-    if head_elements > MAX_ROW_ELEMENTS or num_blocks > MAX_LISTS:
-        raise BackendUnavailable(
-            f"block_size={block_size}, top_k={top_k}: more routed rows or blocks than backend 'flash' can index at "
-            f"{num_tokens} tokens; use backend 'triton' or 'torch'"
-        )
     heads = max(1, ROW_ELEMENTS // max(1, head_elements))
     if heads < group:
         return 1, heads
-    return min(num_kv_heads, heads // group, max(1, MAX_LISTS // num_blocks)), group
+    return min(num_kv_heads, heads // group, max(1, FLASH_LISTS // num_blocks)), group
 
 
 def _split_heads(q: Tensor, k: Tensor, v: Tensor, selection_HTK: Tensor, chunks: tuple[int, int]):

@@ -22,6 +22,7 @@ from typing import NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
+from moba.documents import Documents
 from moba.routing import BlockLayout, full_precision, layout_means, score_dtype, select_blocks
 
 # Partial outputs [C, H, K, D] that exist at a time (64 MiB of float32).
@@ -60,21 +61,20 @@ def moba_torch(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
+    documents: Documents,
     *,
     block_size: int,
     top_k: int,
-    cu_seqlens: torch.Tensor | None = None,
-    cu_seqlens_k: torch.Tensor | None = None,
     softmax_scale: float | None = None,
     selection: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(out [T, H, D] in q's dtype, log-sum-exp [H, T] in float32, or float64 for float64 inputs, without gradient).
 
-    Arguments as for `moba.moba_attention`, which checks them. Half precisions are computed in float32. `selection`:
-    int32 [H, T, K] of another gate (moba/gates.py); None = route.
+    Sizes as for `moba.moba_attention`, which checks them. Queries may lie anywhere in their documents. Half precisions
+    are computed in float32. `selection`: int32 [H, T, K] of another gate (moba/gates.py); None = route.
     """
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    layout = BlockLayout.build(block_size, q.shape[0], k.shape[0], cu_seqlens, cu_seqlens_k, q.device)
+    layout = documents.layout(block_size)
     selection_HTK = select_blocks(q, layout_means(k, layout), layout, top_k) if selection is None else selection
     return _BlockSparse.apply(q, k, v, selection_HTK, layout, scale)
 

@@ -5,8 +5,8 @@ see, the window - 1 tokens before the tile included; tiles of equal shape share 
 work and memory grow with T * window, and the workspace is bounded whatever the length. The backward pass recomputes
 the probabilities from the log-sum-exp.
 
-Tiles that share keys never stand in one step, so sums run in a fixed order and results repeat bit for bit. The bounds
-of the documents are needed on the host: on CUDA that waits for the device once a call.
+Tiles that share keys never stand in one step, so sums run in a fixed order and results repeat bit for bit. The lengths
+of the documents are needed on the host.
 
 Shapes: T queries, S keys, H query heads, G key/value heads, R = H / G, D head size; L tiles of a step, n queries and b
 keys of each.
@@ -16,11 +16,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from moba.documents import Documents
 from moba.routing import full_precision, score_dtype
 
 # Queries of a tile: about as many as the window has keys, within what makes efficient products.
@@ -33,20 +35,18 @@ def sliding_torch(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    documents: Documents,
     *,
     window: int,
-    cu_seqlens: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None,
     softmax_scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(out [T, H, D] in q's dtype, log-sum-exp [H, T] in float32, or float64 for float64 inputs, without gradient).
 
-    Arguments as for `moba.sliding_attention`, which checks them. Half precisions are computed in float32.
+    Sizes as for `moba.sliding_attention`, which checks them. Half precisions are computed in float32.
     """
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    bounds = [0, q.shape[0]] if cu_seqlens is None else cu_seqlens.tolist()
-    bounds_k = bounds if cu_seqlens_k is None else cu_seqlens_k.tolist()
-    return _Sliding.apply(q, k, v, tuple(bounds), tuple(bounds_k), window, scale)
+    bounds, bounds_k = (tuple(accumulate(lengths, initial=0)) for lengths in documents.host_lengths())
+    return _Sliding.apply(q, k, v, bounds, bounds_k, window, scale)
 
 
 class _Sliding(torch.autograd.Function):

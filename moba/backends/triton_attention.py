@@ -17,17 +17,15 @@ from torch import Tensor
 
 from moba.backends.triton_backward import attention_backward
 from moba.backends.triton_forward import attention_forward
-from moba.backends.triton_lists import Lists, build_layout, build_lists, place_kernel
+from moba.backends.triton_lists import Layout, Lists, build_lists, place_kernel
 from moba.backends.triton_routing import select_blocks
-from moba.checks import BackendUnavailable
+from moba.documents import Documents
 
 WORKSPACE_BYTES = 5 << 28
 """Budget for partial results. Key/value heads are worked through in groups that fit it. One head's partial results are
 the least that is used, T * G * K * D numbers for the G = H / H_kv query heads of a group, even if they exceed the
 budget."""
 
-MAX_TOP_K = 64
-MAX_HEAD_DIM = 256
 INTERPRETED = not isinstance(place_kernel, triton.JITFunction)
 """Whether kernels run in Triton's interpreter, on the CPU (TRITON_INTERPRET=1 when this was imported)."""
 
@@ -36,74 +34,59 @@ def moba_triton(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    documents: Documents,
     *,
     block_size: int,
     top_k: int,
-    cu_seqlens: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None,
     softmax_scale: float | None = None,
-    deterministic: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """MoBA attention [T, H, D] and its log-sum-exp, float32 [H, T] (natural log); arguments as in
-    `moba.moba_attention`.
+    """MoBA attention [T, H, D] and its log-sum-exp, float32 [H, T] (natural log); sizes as in `moba.moba_attention`.
 
-    Both outputs are differentiable. Gradients are bitwise repeatable with or without `deterministic`: no step uses
-    float atomics. Raises BackendUnavailable, naming a backend that can, for what these kernels cannot do.
+    Both outputs are differentiable. Gradients are bitwise repeatable: no step uses float atomics. What these kernels
+    cannot do is said by moba/backends/refusals.py.
     """
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
-    _check(q, k, block_size, top_k, cu_seqlens_k, scale)
-    return triton_forward(q, k, v, cu_seqlens, block_size, top_k, scale)[:2]
-
-
-def _check(q: Tensor, k: Tensor, block_size: int, top_k: int, cu_seqlens_k: Tensor | None, scale: float) -> None:
-    group = q.shape[1] // k.shape[1]
-    dtypes = (torch.float16, torch.float32) if INTERPRETED else (torch.float16, torch.bfloat16)
-    if cu_seqlens_k is not None:
-        problem = "cu_seqlens_k is given, but the triton backend attends from all tokens of a document"
-    elif q.dtype not in dtypes:
-        problem = f"dtype {q.dtype}: the triton backend takes {' and '.join(str(d) for d in dtypes)}"
-    elif q.device.type != "cuda" and not INTERPRETED:
-        problem = f"device {q.device}: the triton backend needs CUDA"
-    elif q.shape[2] > MAX_HEAD_DIM or q.shape[2] % 8:
-        problem = f"head size {q.shape[2]}: the triton backend takes multiples of 8 up to {MAX_HEAD_DIM}"
-    elif top_k > MAX_TOP_K:
-        problem = f"top_k={top_k}: the triton backend takes at most {MAX_TOP_K}"
-    elif scale <= 0:
-        problem = f"softmax_scale={scale}: the triton backend needs a positive one"
-    elif q.shape[0] * group * top_k >= 1 << 31:
-        picks = f"{q.shape[0]} tokens x {group} heads of a group x top_k={top_k}"
-        problem = f"{picks}: the triton backend counts fewer than 2**31"
-    else:
-        return
-    raise BackendUnavailable(f"{problem}; backend='torch' can do this")
+    with device_of(q):
+        layout = documents.kernel_layout(block_size)
+    tensors = (layout.start_M, layout.length_M, layout.first_block_T, layout.own_block_T)
+    return triton_forward(q, k, v, *tensors, block_size, top_k, scale)[:2]
 
 
 @torch.library.custom_op("moba::triton_forward", mutates_args=())
 def triton_forward(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, block_size: int, top_k: int, softmax_scale: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(out [T, H, D], lse float32 [H, T], and the tensors of `Lists` for the backward: rows, slots, list_start,
-    start_M, length_M)."""
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    start_M: Tensor,
+    length_M: Tensor,
+    first_block_T: Tensor,
+    own_block_T: Tensor,
+    block_size: int,
+    top_k: int,
+    softmax_scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(out [T, H, D], lse float32 [H, T], and the tensors of `Lists` for the backward: rows, slots, list_start), from
+    the tensors of a `Layout`."""
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     if q.shape[0] == 0:
-        return _empty_outputs(q, k, cu_seqlens, block_size, top_k)
+        return _empty_outputs(q, k, start_M, top_k)
     with device_of(q):
-        layout = build_layout(cu_seqlens, q.shape[0], block_size, q.device)
+        layout = Layout(start_M.shape[0], start_M, length_M, first_block_T, own_block_T)
         selection = select_blocks(q, k, layout, block_size, top_k)
         lists = build_lists(selection, layout, k.shape[1])
         del selection
         out, lse = attention_forward(q, k, v, lists, block_size, softmax_scale, WORKSPACE_BYTES)
-    return out, lse, lists.rows, lists.slots, lists.list_start, lists.start_M, lists.length_M
+    return out, lse, lists.rows, lists.slots, lists.list_start
 
 
 @triton_forward.register_fake
-def _(q, k, v, cu_seqlens, block_size, top_k, softmax_scale):
-    return _empty_outputs(q, k, cu_seqlens, block_size, top_k)
+def _(q, k, v, start_M, length_M, first_block_T, own_block_T, block_size, top_k, softmax_scale):
+    return _empty_outputs(q, k, start_M, top_k)
 
 
-def _empty_outputs(q: Tensor, k: Tensor, cu_seqlens: Tensor | None, block_size: int, top_k: int) -> tuple[Tensor, ...]:
+def _empty_outputs(q: Tensor, k: Tensor, start_M: Tensor, top_k: int) -> tuple[Tensor, ...]:
     (num_tokens, num_heads, _), num_kv_heads = q.shape, k.shape[1]
-    num_blocks = num_tokens // block_size + (1 if cu_seqlens is None else cu_seqlens.shape[0] - 1)
+    num_blocks = start_M.shape[0]
     region = num_tokens * (num_heads // num_kv_heads) * top_k
     return (
         q.new_empty(q.shape),
@@ -111,8 +94,6 @@ def _empty_outputs(q: Tensor, k: Tensor, cu_seqlens: Tensor | None, block_size: 
         q.new_empty((num_kv_heads, region), dtype=torch.int32),
         q.new_empty((num_tokens, num_heads, top_k), dtype=torch.int32),
         q.new_empty((num_kv_heads, num_blocks + 1), dtype=torch.int32),
-        q.new_empty(num_blocks, dtype=torch.int32),
-        q.new_empty(num_blocks, dtype=torch.int32),
     )
 
 
@@ -149,8 +130,8 @@ def _(d_out, d_lse, q, k, v, out, lse, rows, slots, list_start, start_M, length_
 
 
 def _save(ctx, inputs, output) -> None:
-    q, k, v, _, ctx.block_size, _, ctx.softmax_scale = inputs
-    ctx.save_for_backward(q, k, v, *output)
+    q, k, v, start_M, length_M, _, _, ctx.block_size, _, ctx.softmax_scale = inputs
+    ctx.save_for_backward(q, k, v, *output, start_M, length_M)
     ctx.set_materialize_grads(False)
 
 
@@ -158,7 +139,7 @@ def _gradients(ctx, d_out, d_lse, *_):
     q, k, v, out, lse, *lists = ctx.saved_tensors
     d_out = torch.zeros_like(out) if d_out is None else d_out
     d_q, d_k, d_v = triton_backward(d_out, d_lse, q, k, v, out, lse, *lists, ctx.block_size, ctx.softmax_scale)
-    return d_q, d_k, d_v, None, None, None, None
+    return d_q, d_k, d_v, *[None] * 7
 
 
 triton_forward.register_autograd(_gradients, setup_context=_save)

@@ -25,6 +25,8 @@ import torch
 import triton
 import triton.language as tl
 
+from moba.documents import Documents
+
 PLACE_TILE = 64
 PLACE_WARPS = 1
 MAX_CHUNKS = 512
@@ -34,7 +36,7 @@ MAX_COUNTERS = 1 << 21  # counters of one key/value head: blocks times chunks
 @dataclass(frozen=True)
 class Layout:
     """Where the blocks of a pack lie, on the device. Blocks are numbered through the pack; M = T // B + N bounds their
-    number."""
+    number. Documents makes it once a pack and block size."""
 
     num_blocks: int
     start_M: torch.Tensor
@@ -81,13 +83,10 @@ class Items:
     """int32 [H_kv, max_items]: block of each item."""
 
 
-def build_layout(cu_seqlens: torch.Tensor | None, num_tokens: int, block_size: int, device: torch.device) -> Layout:
-    """The block layout of a pack; without cu_seqlens the pack is one document. Three small launches."""
-    if cu_seqlens is None:
-        bounds_N = torch.arange(0, 2 * num_tokens, num_tokens, device=device, dtype=torch.int32)
-    else:
-        bounds_N = cu_seqlens.to(device=device, dtype=torch.int32)
-    num_documents = bounds_N.numel() - 1
+def build_layout(documents: Documents, block_size: int) -> Layout:
+    """The block layout of a pack whose queries are all its keys. Two small launches."""
+    bounds_N, device = documents.cu_seqlens, documents.device
+    num_tokens, num_documents = documents.num_queries, documents.number
     num_blocks = num_tokens // block_size + num_documents
     first_block_N = torch.empty_like(bounds_N)
     scan_documents_kernel[(1,)](bounds_N, first_block_N, num_documents, block_size, TILE=1024)

@@ -24,7 +24,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moba.checks import BackendUnavailable
 from moba.routing import score_dtype
 
 
@@ -107,19 +106,6 @@ PLAIN = Primitive("plain", _plain_forward, _plain_backward)
 # -------------------- CUDA
 
 
-def _check_cuda(q: Tensor) -> None:
-    """Raises BackendUnavailable if flash kernels cannot take this dtype or head size."""
-    if q.dtype not in (torch.float16, torch.bfloat16):
-        raise BackendUnavailable(
-            f"dtype={q.dtype}: flash kernels take torch.bfloat16 or torch.float16; backend 'torch' takes any dtype"
-        )
-    head_dim = q.shape[-1]
-    if head_dim % 8 or head_dim > 256:
-        raise BackendUnavailable(
-            f"head_dim={head_dim}: flash kernels take multiples of 8 up to 256; backend 'torch' takes any head size"
-        )
-
-
 @contextlib.contextmanager
 def _deterministic_algorithms(enabled: bool):
     """Turns torch's global determinism flag on for the body: the only way to reach it in aten's flash backward."""
@@ -140,7 +126,6 @@ def _aten_window(window: int | None) -> dict[str, int]:
 
 
 def _aten_forward(q, k, v, cu_q, cu_k, max_q, max_k, causal, softmax_scale, window=None):
-    _check_cuda(q)
     sizes = (cu_q, cu_k, max_q, max_k, 0.0, causal)
     out, lse, *_ = torch.ops.aten._flash_attention_forward(
         q, k, v, *sizes, False, scale=softmax_scale, **_aten_window(window)
@@ -182,7 +167,6 @@ def _flash_attn_primitive() -> Primitive | None:
         return (sides,) if is_pair else sides
 
     def forward(q, k, v, cu_q, cu_k, max_q, max_k, causal, softmax_scale, window=None):
-        _check_cuda(q)
         sizes = (cu_q, cu_k, max_q, max_k, 0.0, softmax_scale, causal)
         results = _flash_attn_varlen_forward(q, k, v, *sizes, *window_arguments(window))
         return results[0], results[lse_position]
@@ -200,13 +184,9 @@ def _flash_attn_primitive() -> Primitive | None:
 
 
 def default_primitive(q: Tensor) -> Primitive:
-    """The fastest primitive for q: flash-attn, else torch's flash kernels, on CUDA; plain PyTorch elsewhere.
-
-    Raises BackendUnavailable for dtypes and head sizes that flash kernels don't take.
-    """
+    """The fastest primitive for q: flash-attn, else torch's flash kernels, on CUDA; plain PyTorch elsewhere."""
     if not q.is_cuda:
         return PLAIN
-    _check_cuda(q)
     return _flash_attn_primitive() or ATEN
 
 
@@ -250,7 +230,7 @@ def varlen_attention(
 
     max_q, max_k are the longest lengths in tokens or any bound on them. Where a sequence has more keys than queries,
     its queries are its last tokens. `window` (with causal) limits a query to its last so many keys. lse carries no
-    gradient. Raises BackendUnavailable for dtypes or head sizes that flash kernels don't take (CUDA only).
+    gradient. Which dtypes and head sizes flash kernels take is said by moba/backends/refusals.py.
     """
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     if q.shape[0] == 0:

@@ -181,7 +181,7 @@ def test_batch_by_hand():
     assert batch.tokens.tolist() == [11, 12, 20, 21, 13]
     assert batch.labels.tolist() == [12, 13, 21, 2, 2]  # a cut window's last label is the document's next token
     assert batch.positions.tolist() == [0, 1, 0, 1, 0]
-    assert batch.cu_seqlens.tolist() == [0, 2, 4, 5] and batch.lengths == [2, 2, 1]
+    assert batch.cu_seqlens.tolist() == [0, 2, 4, 5] and batch.lengths == (2, 2, 1)
     assert batch.cu_seqlens.dtype == torch.int32
     assert {batch.tokens.dtype, batch.labels.dtype, batch.positions.dtype} == {torch.int64}
     moved = batch.to("cpu")

@@ -158,7 +158,7 @@ def test_held_out_documents(write_jsonl, tmp_path):
     assert held.ids == ["d2", "d3", "d4"] == [name for name, _ in held]  # 11 tokens give 10 predictions
     for _, batch in held:
         assert batch.tokens.tolist() == [256, *b"abcdefghi"] and batch.positions.tolist() == list(range(10))
-        assert batch.labels[:-1].tolist() == [*b"abcdefghi"] and batch.lengths == [10]
+        assert batch.labels[:-1].tolist() == [*b"abcdefghi"] and batch.lengths == (10,)
     assert held[0][1].labels[-1] == 257 and held[1][1].labels[-1] == ord("j")
     assert set(held_out_documents(source, 10, 2).ids) < set(held.ids)
     with pytest.raises(DataError, match=r"0 of 5 documents have the 31 tokens .* longest has 30"):

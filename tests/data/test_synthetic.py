@@ -95,7 +95,7 @@ def test_a_run_reads_whole_documents_and_learns_answers_alone():
     loader.set_stage(seq_len=2 * LENGTH, batch_tokens=4 * LENGTH, micro_tokens=2 * LENGTH, mix={"mqar": 1.0})
     seen = []
     for batch in [b for _ in range(2) for b in loader.next_step()]:
-        assert batch.lengths == [LENGTH, LENGTH]
+        assert batch.lengths == (LENGTH, LENGTH)
         for window, start in zip(batch.windows, (0, LENGTH)):
             sample = sources["mqar"].sample(window.document)
             labels = np.where(sample.learnt[1:], sample.tokens[1:], IGNORED)

@@ -21,14 +21,15 @@ from data.tokenizer import load_tokenizer
 from evals.loading import attention_plan, load_trained, resolve_device
 from launch.compare import main as compare
 from launch.evaluate import main
-from moba.spec import AttentionSpec
+from moba.documents import Documents
+from moba.kinds import Full, Moba, Sliding
 from train.checkpoint.checkpoint_dir import CheckpointError
 from train.model.decoder import Decoder
 from train.record.position_loss import PositionCurve
 
 ROOT = Path(__file__).resolve().parents[2]
-MOBA = AttentionSpec("moba", block_size=16, top_k=2)
-FULL = AttentionSpec("full")
+MOBA = Moba(block_size=16, top_k=2)
+FULL = Full()
 WRITE_RUN = """
 import sys
 from pathlib import Path
@@ -117,7 +118,7 @@ def test_a_hugging_face_directory_is_a_model_too(tmp_path):
     with pytest.raises(ValueError, match="not trained with MoBA"):
         attention_plan("moba", trained)
     tokens = torch.randint(0, 258, (80,))
-    pack = (tokens, torch.arange(80), torch.tensor([0, 80], dtype=torch.int32))
+    pack = (tokens, torch.arange(80), Documents.from_lengths([80]))
     torch.testing.assert_close(trained.model.logits(*pack), theirs(tokens[None]).logits[0], rtol=1e-4, atol=1e-4)
     assert trained.model(*pack, tokens).shape == (80,)
 
@@ -136,13 +137,13 @@ def test_attention_by_name(run_dir):
     """Catches MoBA put on layers that the run keeps full, and names that are misread."""
     sparse = load_trained(run_dir / "checkpoints" / "tokens_000000000001024")
     dense = load_trained(run_dir)
-    other = AttentionSpec("moba", block_size=1024, top_k=3)
+    other = Moba(block_size=1024, top_k=3)
     assert attention_plan("stage", sparse) == (MOBA, FULL)
     assert attention_plan("full", sparse) == (FULL, FULL)
     assert attention_plan("moba", sparse) == attention_plan("moba", dense) == (MOBA, FULL)
     assert attention_plan("1Kx3", sparse) == (other, FULL)
     assert attention_plan("1Kx3", dense) == (other, other)
-    slide = AttentionSpec("sliding", window=8)
+    slide = Sliding(window=8)
     for kept, expected in ((MOBA, (slide, other)), (FULL, (slide, other))):
         patterned = replace(sparse, stage=replace(sparse.stage, attention=(slide, kept)))
         assert attention_plan("1Kx3", patterned) == expected and attention_plan("full", patterned) == (slide, FULL)
@@ -166,7 +167,7 @@ def test_evaluate_writes_what_the_model_scores(run_dir, capsys):
     model.init_weights(5)
     text = json.loads((run_dir / "held_out.jsonl").read_text().splitlines()[1])["text"]
     tokens = torch.from_numpy(load_tokenizer("bytes").document(text)[:129].astype(np.int64))
-    pack = (tokens[:-1], torch.arange(128), torch.tensor([0, 128], dtype=torch.int32), tokens[1:])
+    pack = (tokens[:-1], torch.arange(128), Documents.from_lengths([128]), tokens[1:])
     row = [document["id"] for document in record["documents"]].index("d1")
     model.set_attention([MOBA] * 2)
     with torch.no_grad():

@@ -13,6 +13,7 @@ from data.packing import Batch
 from evals.context import Context
 from evals.figures import length_axis, plot_curves, plot_heatmap, plot_history
 from evals.position_loss import evaluate, load_evaluation
+from moba.documents import Documents
 from train.record.position_loss import PositionCurve, PositionLoss
 
 LENGTH = 64
@@ -21,8 +22,7 @@ LENGTH = 64
 def make_document(name, tokens):
     """An (id, Batch) pair as data.validation gives it, of LENGTH + 1 tokens."""
     tokens = torch.from_numpy(tokens)
-    cu_seqlens = torch.tensor([0, LENGTH], dtype=torch.int32)
-    return name, Batch(tokens[:-1], tokens[1:], torch.arange(LENGTH), cu_seqlens)
+    return name, Batch(tokens[:-1], tokens[1:], torch.arange(LENGTH), Documents.from_lengths([LENGTH]))
 
 
 def make_documents(count, seed=0):
@@ -30,10 +30,10 @@ def make_documents(count, seed=0):
     return [make_document(f"doc-{i}", rng.integers(0, 1000, LENGTH + 1)) for i in range(count)]
 
 
-def fake_loss(tokens, positions, cu_seqlens, labels):
+def fake_loss(tokens, positions, documents, labels):
     """A loss that depends on tokens, labels and positions, so that any mix-up of them shows."""
     assert tokens.shape == positions.shape == labels.shape == (LENGTH,)
-    assert cu_seqlens.tolist() == [0, LENGTH] and not torch.is_grad_enabled()
+    assert documents.lengths == (LENGTH,) and not torch.is_grad_enabled()
     return (tokens.float() / 1000 + labels.float() / 500 + 10 / (positions + 1)).float()
 
 
@@ -112,7 +112,7 @@ def test_keys_name_the_tokens():
 def test_non_finite_losses_are_reported():
     """Catches an infinite loss that silently leaves the mean."""
 
-    def loss(tokens, positions, cu_seqlens, labels):
+    def loss(tokens, positions, documents, labels):
         return torch.where(positions == 5, math.inf, 1.0)
 
     result = evaluate(Context(loss, "cpu"), make_documents(3), seq_len=LENGTH)
@@ -194,11 +194,11 @@ def test_available_cohort_uses_what_documents_fill():
     lengths, documents = [64, 16, 64, 36, 64], []
     for i, length in enumerate(lengths):
         tokens = torch.from_numpy(rng.integers(0, 1000, length + 1))
-        cu_seqlens = torch.tensor([0, length], dtype=torch.int32)
-        documents.append((f"c{i % 2}/{i}", Batch(tokens[:-1], tokens[1:], torch.arange(length), cu_seqlens)))
+        whole = Documents.from_lengths([length])
+        documents.append((f"c{i % 2}/{i}", Batch(tokens[:-1], tokens[1:], torch.arange(length), whole)))
     documents[0][1].labels[3:5] = -100
 
-    def loss(tokens, positions, cu_seqlens, labels):
+    def loss(tokens, positions, documents, labels):
         return torch.where(labels == -100, 0.0, tokens / 1000.0 + positions)
 
     context = Context(loss, "cpu", cluster_of=lambda name: name.split("/")[0])

@@ -12,12 +12,13 @@ from evals.context import Context
 from evals.recall import recall, result, score
 from evals.recall_report import RecallReport, table
 from evals.swap import VARIANTS, under, variant
-from moba.spec import AttentionSpec
+from moba.documents import Documents
+from moba.kinds import Full, Moba
 from train.model.decoder import Decoder
 from train.model.generation import Sampling, generate
 
 LENGTH, SYMBOLS = 64, 8
-MOBA = AttentionSpec("moba", 8, 2)
+MOBA = Moba(8, 2)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +44,7 @@ def test_teacher_forced_match_is_greedy_decoding(model, gate):
     """Catches scores read one token off, answers counted right by their first token, and an attention that sees more in
     one pass than while decoding: all documents are also generated, answer by answer."""
     source = make_source("mqar", 2, pairs=2, key_tokens=1)
-    plan = [AttentionSpec("moba", 8, 2, gate=gate)] * 2
+    plan = [Moba(8, 2, gate=gate)] * 2
     matches = []
     with under(model, plan), torch.no_grad():
         for i in range(16):
@@ -72,7 +73,7 @@ def test_report_counts_answers_by_distance_and_variant(model):
                 scores = model.logits(
                     torch.from_numpy(sample.tokens[:-1]),
                     torch.arange(LENGTH),
-                    torch.tensor([0, LENGTH], dtype=torch.int32),
+                    Documents.from_lengths([LENGTH]),
                 )
                 for start, _, needle in sample.answers:
                     hit = scores[start - 1].argmax().item() == sample.tokens[start]
@@ -109,7 +110,7 @@ def test_local_blocks_cannot_reach_far_evidence():
                 model.logits(
                     torch.from_numpy(t[:-1]),
                     torch.arange(LENGTH),
-                    torch.tensor([0, LENGTH], dtype=torch.int32),
+                    Documents.from_lengths([LENGTH]),
                     rows=rows,
                 )
                 for t in (sample.tokens, changed)
@@ -123,7 +124,7 @@ def test_intervals_and_files(model, tmp_path):
     report = recall(Context(model, "cpu"), make_source("passkey", 4), samples=8)
     low, high = RecallReport.interval(report.accuracy("moba"))
     assert low == 0 and 0.2 < high < 0.6
-    with under(model, [AttentionSpec("full")] * 2):
+    with under(model, [Full()] * 2):
         full = recall(Context(model, "cpu"), make_source("copy", 8), samples=4)
     assert full.variants == ("full",) and full.gate_matters is None
     path = result({"passkey": report, "copy": full}).write(tmp_path, "recall", run="x")

@@ -14,8 +14,9 @@ from evals.context import Context
 from evals.routing import diagnose
 from evals.routing_numbers import model_hit_rate
 from evals.routing_report import HEAD
+from moba.documents import Documents
 from moba.gates import select
-from moba.spec import AttentionSpec
+from moba.kinds import Full, Moba
 from train.model.decoder import Decoder
 
 LENGTH, SIZE, TOP_K, LAYERS, HEADS = 96, 8, 3, 2, 4
@@ -35,7 +36,7 @@ def model():
     )
     model = Decoder(config, 64).double()
     model.init_weights(3)
-    model.set_attention([AttentionSpec("full"), AttentionSpec("moba", SIZE, TOP_K)])
+    model.set_attention([Full(), Moba(SIZE, TOP_K)])
     return model.eval()
 
 
@@ -44,7 +45,7 @@ def make_documents(count):
     documents = []
     for i in range(count):
         tokens = torch.randint(0, 64, (LENGTH + 1,), generator=generator)
-        bounds = torch.tensor([0, LENGTH], dtype=torch.int32)
+        bounds = Documents.from_lengths([LENGTH])
         documents.append((f"d{i}", Batch(tokens[:-1], tokens[1:], torch.arange(LENGTH), bounds)))
     return documents
 
@@ -53,12 +54,12 @@ def expected(model, batch):
     """The HEAD values of the MoBA layer for one document, [H] each, from dense attention and loops over queries."""
     seen = []
     module = model.model.layers[1].self_attn
-    module.observer = lambda layer, q, k, v, cu_seqlens: seen.append((q, k, v))
+    module.observer = lambda layer, q, k, v, documents: seen.append((q, k, v))
     with torch.no_grad():
-        model.logits(batch.tokens, batch.positions, batch.cu_seqlens)
+        model.logits(batch.tokens, batch.positions, batch.documents)
     module.observer = None
     ((q, k, v),) = seen
-    selection = select("mean", q, k, SIZE, TOP_K)
+    selection = select("mean", q, k, SIZE, TOP_K, documents=batch.documents)
     values = {name: [] for name in HEAD}
     for h in range(HEADS):
         kh, vh, rows, errors, norms, picks = k[:, h // 2], v[:, h // 2], {name: [] for name in HEAD}, 0, 0, np.zeros(12)
@@ -170,9 +171,9 @@ def test_results_can_be_written_and_dense_attention_is_refused(model, tmp_path):
         assert (tmp_path / f"routing_{figure}.png").stat().st_size > 10_000
     plan = model.attention
     for spec, words in (
-        (AttentionSpec("full"), "no layer"),
-        (AttentionSpec("moba", 32, 3), "nothing is routed"),
-        (AttentionSpec("moba", 8, 1), "top_k=1"),
+        (Full(), "no layer"),
+        (Moba(32, 3), "nothing is routed"),
+        (Moba(8, 1), "top_k=1"),
     ):
         model.set_attention([spec] * LAYERS)
         with pytest.raises(ValueError, match=words):

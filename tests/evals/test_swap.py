@@ -10,12 +10,13 @@ from conf.schema import ModelConfig
 from data.packing import Batch
 from evals.context import Context
 from evals.swap import VARIANTS, swap, under, variant
+from moba.documents import Documents
+from moba.kinds import Full, Moba
 from moba.layer import KVCache
-from moba.spec import AttentionSpec
 from train.model.decoder import Decoder
 
 LENGTH, LAST = 64, 12
-FULL, MOBA = AttentionSpec("full"), AttentionSpec("moba", 8, 3)
+FULL, MOBA = Full(), Moba(8, 3)
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,7 @@ def documents():
     found = []
     for i in range(4):
         tokens = torch.randint(0, 64, (LENGTH + 1,), generator=generator)
-        bounds = torch.tensor([0, LENGTH], dtype=torch.int32)
+        bounds = Documents.from_lengths([LENGTH])
         found.append((f"d{i}", Batch(tokens[:-1], tokens[1:], torch.arange(LENGTH), bounds)))
     return found
 
@@ -53,14 +54,14 @@ def test_variants_are_the_plans_they_name(model, documents, report):
     plans = {
         "full": [FULL] * 3,
         "moba": [MOBA, MOBA, FULL],
-        **{g: [AttentionSpec("moba", 8, 3, gate=g)] * 2 + [FULL] for g in ("oracle", "random", "local")},
+        **{g: [Moba(8, 3, gate=g)] * 2 + [FULL] for g in ("oracle", "random", "local")},
     }
     means = {}
     for name in VARIANTS:
         assert list(variant(model.attention, name)) == plans[name]
         with under(model, plans[name]), torch.no_grad():
             batches = [batch for _, batch in documents]
-            losses = [model(b.tokens, b.positions, b.cu_seqlens, b.labels).double().numpy() for b in batches]
+            losses = [model(b.tokens, b.positions, b.documents, b.labels).double().numpy() for b in batches]
         means[name] = np.array([loss.mean() for loss in losses])
         found = report.evaluations[name].document_loss
         np.testing.assert_allclose(found, np.array(losses).reshape(4, 16, 4).mean(-1), atol=1e-9)
@@ -84,12 +85,12 @@ def test_last_tokens_score_as_if_decoded_one_by_one(model, documents, report):
         for p, prefill in enumerate(("moba", "full")):
             for d, decode in enumerate(("moba", "full")):
                 cache, losses = KVCache(3, decode=decode), []
-                bounds = torch.tensor([0, LENGTH - LAST], dtype=torch.int32)
+                bounds = Documents.from_lengths([LENGTH - LAST])
                 with under(model, plans[prefill]):
                     model.logits(batch.tokens[:-LAST], batch.positions[:-LAST], bounds, cache)
                 with under(model, plans[decode]):
                     for t in range(LENGTH - LAST, LENGTH):
-                        one = torch.tensor([0, 1], dtype=torch.int32)
+                        one = Documents.from_lengths([1])
                         scores = model.logits(batch.tokens[t : t + 1], batch.positions[t : t + 1], one, cache)
                         losses.append(-scores[0].log_softmax(-1)[batch.labels[t]].item())
                 assert report.last_loss_NPD[1, p, d] == pytest.approx(np.mean(losses), abs=1e-5)

@@ -92,7 +92,7 @@ def test_any_key_can_be_set_without_a_plus():
     )
     sparse, full = config.schedule.stages.values()
     assert sparse.tokens == -(-100_000_000 // 2**18) * 2**18 and sparse.rope.theta == 1e6
-    assert full.lr.peak == 1e-4 and full.attention.block_size == 512
+    assert full.lr.peak == 1e-4 and full.attention.options["block_size"] == 512
     assert config.model.rope_scaling == {"rope_type": "linear"} and config.data.validation is None
 
 
@@ -153,7 +153,7 @@ def test_paper_experiments_follow_table_1(experiment):
     model, stages = config.model, list(config.schedule.stages.values())
     assert (model.num_layers, model.num_heads, model.hidden_size, model.head_dim) == (layers, layers, hidden, 128)
     assert 0 <= config.schedule.tokens - billions * 1e9 < 2 * 2**20
-    assert (stages[0].attention.block_size, stages[0].attention.top_k) == blocks
+    assert tuple(stages[0].attention.options[name] for name in ("block_size", "top_k")) == blocks
     assert all(stage.seq_len == int(length[:-1]) * 1024 for stage in stages)
     assert [stage.attention.kind for stage in stages] == (["moba", "full"] if hybrid else ["moba"])
     if hybrid:
@@ -182,8 +182,9 @@ def test_flashmoba_experiments_follow_the_paper(size, hidden, heads, ffn, millio
         config = load([f"+exp=flashmoba/{size}", *overrides.split()])
         (stage,) = config.schedule.stages.values()
         attention, model, optim = stage.attention, config.model, config.optim
-        row = (attention.kind, attention.block_size, attention.top_k, attention.pattern, model.key_conv)
-        assert row == expected and attention.window == 256 and stage.seq_len == 8192
+        options = attention.options
+        row = (attention.kind, options["block_size"], options["top_k"], attention.pattern, model.key_conv)
+        assert row == expected and options["window"] == 256 and stage.seq_len == 8192
         shape = (model.num_layers, model.hidden_size, model.num_heads, model.head_dim, model.ffn_size)
         assert shape == (24, hidden, heads, 64, ffn) and model.rope_pattern == "RN" and model.activation_checkpointing
         added = num_parameters(model, 32768)["total"] - num_parameters(replace(model, key_conv=0), 32768)["total"]
@@ -212,7 +213,8 @@ def test_the_papers_chain_to_a_million_tokens():
         assert (stage.rope.scaling, stage.rope.factor, stage.rope.theta) == ("linear", 8, None)
         sparse = ("moba", 4096, 12, 3)
         attention = stage.attention
-        found = (attention.kind, attention.block_size, attention.top_k, attention.full_last)
+        options = attention.options
+        found = (attention.kind, options["block_size"], options["top_k"], attention.full_last)
         assert attention.kind == "full" if name.startswith("cpt") else found == sparse
         assert config.init.source == source and config.data.tokenizer == "models/Llama-3.1-8B"
         assert name != "moba_100b" or 0 <= stage.tokens - 100e9 < stage.batch_tokens

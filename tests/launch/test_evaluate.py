@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from dataclasses import replace
 
 import pytest
@@ -58,6 +59,10 @@ def test_an_eval_is_one_file_and_one_line(toy, whole, house, tmp_path, capsys):
     assert found["run"] == "quickstart" and found["attention"] == "moba 16x2" and found["num_processes"] == 1
     assert not path.with_suffix(".npz").exists() and not path.with_suffix(".png").exists()
     (sent,) = (run / "evals" / "wandb").glob("offline-run-*/*.wandb")
+    for _ in range(300):  # wandb's own process writes it
+        if b"guesses/right" in sent.read_bytes():
+            break
+        time.sleep(0.1)
     assert b"guesses/right" in sent.read_bytes()
     report([str(run)])
     page = (run / "report.html").read_text()

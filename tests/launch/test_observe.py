@@ -10,11 +10,11 @@ from conf.schema import EvalConfig, ModelConfig, RunConfig, RunSection, Syntheti
 from data.synthetic import SyntheticSource
 from evals.swap import VARIANTS, under, variant
 from launch.observe import HeldOutEvaluator
-from moba.spec import AttentionSpec
+from moba.kinds import Full, Moba
 from train.engine.world import World
 from train.model.decoder import Decoder
 
-LENGTH, MOBA = 64, AttentionSpec("moba", 4, 2)
+LENGTH, MOBA = 64, Moba(4, 2)
 
 
 class Engine:
@@ -34,7 +34,7 @@ def engine():
     )
     model = Decoder(config, 16)
     model.init_weights(1)
-    model.set_attention([MOBA, AttentionSpec("full")])
+    model.set_attention([MOBA, Full()])
     return Engine(model.eval())
 
 

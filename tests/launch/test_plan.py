@@ -37,7 +37,7 @@ def test_every_experiment_is_planned(experiment):
     assert too_long == ("fits no 80 GB GPU without sequence parallelism" in " ".join(text.split()))
     assert all(stage.name in text for stage in plan.stages)
     assert all(0 < stage.attended_share <= 1 for stage in plan.stages)
-    assert [stage.name for stage in plan.stages if stage.dense] == (
+    assert [stage.name for stage in plan.stages if stage.covers] == (
         ["sft_32k"] if experiment.endswith("/sft_32k") else []
     )
     assert max(map(len, text.splitlines())) <= 118 + len(plan.run_dir)

@@ -13,7 +13,8 @@ from conf.schema import RopeConfig
 from data.tokenizer import load_tokenizer
 from evals.loading import attention_plan, load_trained
 from launch import export, generate
-from moba.spec import AttentionSpec
+from moba.documents import Documents
+from moba.kinds import Moba
 from train.hf import hf_export
 from train.hf.pretrained import read_shape
 
@@ -62,7 +63,7 @@ def test_what_was_trained_goes_back_to_transformers(run, tmp_path):
     assert config.max_position_embeddings == 1024 and config.rope_parameters["rope_theta"] == 40000
     trained = load_trained(folder, "cpu")
     tokens = torch.randint(0, 4000, (1000,))
-    pack = (tokens, torch.arange(1000), torch.tensor([0, 1000], dtype=torch.int32))
+    pack = (tokens, torch.arange(1000), Documents.from_lengths([1000]))
     expected = trained.model.logits(*pack)
     torch.testing.assert_close(theirs(tokens[None]).logits[0], expected, rtol=1e-5, atol=1e-5)
     after = theirs.state_dict()
@@ -102,7 +103,7 @@ def test_the_config_of_an_untrained_model_stays_as_it_came(config, tmp_path):
     config.dtype, config.architectures = torch.bfloat16, [hf_export.FAMILIES[config.model_type].architecture]
     config.save_pretrained(tmp_path)
     original = json.loads((tmp_path / "config.json").read_text())
-    plan = [AttentionSpec("moba", 64, 3)] * 2
+    plan = [Moba(64, 3)] * 2
     options = {"num_embeddings": 4224, "attention": plan, "plan": plan, "dtype": "bf16", "bos_id": None, "eos_id": 9}
     ours = hf_export.config_json(read_shape(tmp_path), rope=RopeConfig(), max_length=512, **options)
     assert hf_export.as_it_came(original, ours) == original | {"moba": ours["moba"]}

@@ -19,12 +19,12 @@ from matplotlib.figure import Figure
 from evals.report import stage_boundaries
 from evals.run_files import read_run, unique_names
 from launch.report import main
-from moba.spec import AttentionSpec
+from moba.kinds import Full, Moba
 from train.record.metrics import MetricsLog, stage_columns
 from train.record.position_loss import PositionCurve, Trailing
 
 ROOT = Path(__file__).resolve().parents[2]
-FULL, MOBA = AttentionSpec("full"), AttentionSpec("moba", 64, 4)
+FULL, MOBA = Full(), Moba(64, 4)
 
 
 def make_run(folder: Path, attentions, *, loss=3.0, evaluate=True, name="x<b>"):
@@ -35,7 +35,7 @@ def make_run(folder: Path, attentions, *, loss=3.0, evaluate=True, name="x<b>"):
     for index, spec in enumerate(attentions):
         start = 4000 * index
         stage = SimpleNamespace(
-            name=f"{spec.kind}{index}",
+            name=f"{spec.name}{index}",
             index=index,
             start=start,
             end=start + 4000,

@@ -6,7 +6,7 @@ from launch_runs import LINE, Act, course, newest, train_losses, weights_of
 
 from evals.loading import load_trained
 from launch import export, generate
-from moba.spec import AttentionSpec
+from moba.kinds import Full, Moba, Sliding
 
 LAYOUT = [
     "model.rope_pattern=RN",
@@ -18,7 +18,7 @@ LAYOUT = [
     "data.validation=null",
     "schedule.tokens=4K",
 ]
-SLIDING, MOBA, FULL = AttentionSpec("sliding", window=24), AttentionSpec("moba", 16, 3), AttentionSpec("full")
+SLIDING, MOBA, FULL = Sliding(window=24), Moba(16, 3), Full()
 
 
 def test_a_patterned_run_goes_on_where_it_was_killed(launcher, command, house, capsys):

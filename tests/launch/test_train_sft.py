@@ -58,7 +58,7 @@ def first_loss(overrides):
     loader.set_stage(seq_len=stage.seq_len, batch_tokens=stage.batch_tokens, micro_tokens=stage.seq_len, mix=stage.mix)
     total, learnt = 0.0, []
     for batch in loader.next_step():
-        logits = model.logits(batch.tokens, batch.positions, batch.cu_seqlens).double()
+        logits = model.logits(batch.tokens, batch.positions, batch.documents).double()
         chosen = batch.labels != IGNORED
         total -= torch.log_softmax(logits, 1)[chosen, batch.labels[chosen]].sum().item()
         learnt.append(int(chosen.sum()))

@@ -19,7 +19,7 @@ def run(job: Job) -> Result:
     sums = torch.zeros(2, dtype=torch.int64, device=context.device)
     for index, counts in context.share(len(documents), "guesses"):
         batch = documents[index][1].to(context.device)
-        scores = context.model.logits(batch.tokens, batch.positions, batch.cu_seqlens)
+        scores = context.model.logits(batch.tokens, batch.positions, batch.documents)
         if counts:
             right = (scores.argmax(-1) == batch.labels)[skip:]
             sums += torch.stack([right.sum(), torch.tensor(len(right), device=right.device)])

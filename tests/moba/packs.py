@@ -8,6 +8,9 @@ import torch
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from moba.attention import attend
+from moba.documents import Documents
+
 HEADS = [(1, 1), (2, 2), (2, 1), (4, 2), (6, 2), (3, 1)]
 
 
@@ -54,6 +57,26 @@ class Pack:
 def bounds(lengths) -> torch.Tensor:
     """int32 [N+1] document bounds of these lengths."""
     return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+
+
+def documents_of(q, k, cu_seqlens=None, cu_seqlens_k=None) -> Documents:
+    """The documents of these bounds."""
+    return Documents.from_bounds(cu_seqlens, cu_seqlens_k, q.shape[0], k.shape[0], q.device)
+
+
+def by_bounds(function):
+    """A backend's function, with the bounds of the documents as the public functions take them."""
+
+    def call(q, k, v, *, cu_seqlens=None, cu_seqlens_k=None, **options):
+        return function(q, k, v, documents_of(q, k, cu_seqlens, cu_seqlens_k), **options)
+
+    return call
+
+
+def attention(q, k, v, kind, *, cu_seqlens=None, cu_seqlens_k=None, **options):
+    """`attend` over the documents of these bounds: the output, with return_lse also the log-sum-exp."""
+    out, lse = attend(q, k, v, kind, documents_of(q, k, cu_seqlens, cu_seqlens_k), **options)
+    return out if lse is None else (out, lse)
 
 
 def packs(**fixed) -> st.SearchStrategy[Pack]:

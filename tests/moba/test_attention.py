@@ -7,11 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 from hypothesis import given, settings
-from packs import Pack, bounds, drops_and_keeps, packs, plain_full_attention
+from packs import Pack, attention, bounds, drops_and_keeps, packs, plain_full_attention
 
-from moba import AttentionSpec, full_attention, moba_attention, route
-from moba import attention as module
-from moba.attention import BackendUnavailable, attention
+from moba import full_attention, moba_attention, route
+from moba.attention import BackendUnavailable
+from moba.backends.choice import choose, log_choice
+from moba.kinds import Backend, Full, Moba, QueryShape
 from moba.reference import reference_attention
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -21,10 +22,10 @@ PACK = Pack([70, 0, 33], block_size=8, top_k=3, heads=(4, 2))
 @pytest.fixture
 def choices(caplog):
     """Messages of the choice of backends, from a clean start."""
-    module._log_choice.cache_clear()
+    log_choice.cache_clear()
     caplog.set_level(logging.INFO, logger="moba")
     yield caplog
-    module._log_choice.cache_clear()
+    log_choice.cache_clear()
 
 
 # -------------------- MoBA
@@ -73,7 +74,7 @@ def test_log_sum_exp_carries_no_gradient():
 def test_empty_pack():
     """Catches a rank without tokens bringing the run down, forward or backward."""
     q, k, v = Pack([0, 0], block_size=4, top_k=2).tensors(requires_grad=True)
-    for spec in (AttentionSpec(), AttentionSpec("moba", 4, 2), AttentionSpec("moba", 4, 2, backend="torch")):
+    for spec in (Full(), Moba(4, 2), Moba(4, 2, backend="torch")):
         out, lse = attention(q, k, v, spec, cu_seqlens=bounds([0, 0]), return_lse=True)
         assert out.shape == q.shape and lse.shape == (2, 0)
         attention(q, k, v, spec, cu_seqlens=bounds([0, 0])).sum().backward()
@@ -83,8 +84,8 @@ def test_spec_chooses_the_kind():
     """Catches a plan that is read but not followed."""
     q, k, v = PACK.tensors()
     cu_seqlens = PACK.options["cu_seqlens"]
-    sparse = attention(q, k, v, AttentionSpec("moba", 8, 3), cu_seqlens=cu_seqlens)
-    dense = attention(q, k, v, AttentionSpec("full"), cu_seqlens=cu_seqlens)
+    sparse = attention(q, k, v, Moba(8, 3), cu_seqlens=cu_seqlens)
+    dense = attention(q, k, v, Full(), cu_seqlens=cu_seqlens)
     torch.testing.assert_close(sparse, reference_attention(q, k, v, **PACK.options))
     torch.testing.assert_close(dense, plain_full_attention(q, k, v, PACK.lengths))
     assert not torch.allclose(sparse, dense)
@@ -100,35 +101,42 @@ def test_auto_says_once_what_it_took(choices):
         moba_attention(q, k, v, **PACK.options)
         full_attention(q, k, v)
     assert [(r.levelname, r.getMessage()) for r in choices.records] == [
-        ("INFO", "MoBA attention runs on backend 'torch'"),
+        ("INFO", "moba attention runs on backend 'torch'"),
         ("INFO", "full attention runs on backend 'torch'"),
     ]
 
 
-def test_auto_says_why_it_is_not_the_fastest(choices):
+def test_auto_says_why_it_is_not_the_fastest(choices, monkeypatch):
     """Catches a slow backend taken in silence, or one taken that had refused."""
 
-    def run(name):
-        if name != "torch":
-            raise BackendUnavailable(f"no {name} today")
-        return name
+    def closed(kind, q, documents):
+        return "closed today"
 
-    assert module._first_available("MoBA", ("triton", "flash", "torch"), run) == "torch"
+    here = QueryShape("cpu", "float32", num_tokens=64, num_heads=2, num_kv_heads=2, head_dim=8)
+    table = (Backend("triton", closed), Backend("flash", closed), Backend("torch", lambda *_: None))
+    monkeypatch.setattr(Moba, "backends", table)
+    found = choose(Moba(8, 2), here, None)
+    log_choice("moba", found)
     (record,) = choices.records
     assert record.levelname == "WARNING"
-    assert "'torch': not 'triton' (no triton today); not 'flash' (no flash today)" in record.getMessage()
-    with pytest.raises(BackendUnavailable, match="no flash today"):
-        module._first_available("MoBA", ("triton", "flash"), run)
+    assert "'torch': not 'triton' (closed today); not 'flash' (closed today)" in record.getMessage()
+    monkeypatch.setattr(Moba, "backends", table[:2])
+    with pytest.raises(BackendUnavailable, match=r"not 'flash' \(closed today"):
+        choose(Moba(8, 2), here, None)
+    with pytest.raises(BackendUnavailable, match="closed today"):
+        choose(Moba(8, 2, backend="flash"), here, None)
 
 
-def test_auto_does_not_hide_other_errors():
+def test_auto_does_not_hide_other_errors(monkeypatch):
     """Catches a fallback that swallows a bug or an out-of-memory of the faster backend."""
 
-    def run(name):
+    def run(*_, **__):
         raise RuntimeError("out of memory")
 
+    q, k, v = PACK.tensors()
+    monkeypatch.setattr("moba.backends.torch_blocks.moba_torch", run)
     with pytest.raises(RuntimeError, match="out of memory"):
-        module._first_available("MoBA", ("triton", "torch"), run)
+        moba_attention(q, k, v, **PACK.options)
 
 
 def test_a_backend_that_cannot_names_one_that_can(monkeypatch):
@@ -138,8 +146,8 @@ def test_a_backend_that_cannot_names_one_that_can(monkeypatch):
         moba_attention(q, k, v, backend="flash", **PACK.options)
     with pytest.raises(BackendUnavailable, match=r"backend='flash' needs CUDA .* use backend='torch'"):
         full_attention(q, k, v, backend="flash")
-    monkeypatch.setitem(sys.modules, "moba.backends.triton_attention", None)
-    with pytest.raises(BackendUnavailable, match=r"needs the triton package .* use 'flash' on CUDA or 'torch'"):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.raises(BackendUnavailable, match=r"needs the triton package: use 'flash' on CUDA or 'torch'"):
         moba_attention(q, k, v, backend="triton", **PACK.options)
     assert issubclass(BackendUnavailable, ValueError)
 
@@ -150,7 +158,7 @@ def test_triton_has_no_dense_kernel_and_says_so(choices):
     out = full_attention(q, k, v, backend="triton")
     torch.testing.assert_close(out, full_attention(q, k, v))
     assert choices.records[0].getMessage() == (
-        "full attention runs on backend 'torch': not 'triton' (there is no dense kernel)"
+        "full attention runs on backend 'torch': not 'triton' (there is no kernel of full attention)"
     )
 
 

@@ -7,13 +7,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packs import by_bounds
 
 from moba.backends import flash as flash_module
 from moba.backends import varlen as varlen_module
-from moba.backends.flash import moba_flash
+from moba.backends.choice import choose
+from moba.backends.refusals import BackendUnavailable
 from moba.backends.varlen import PLAIN, default_primitive, varlen_attention
-from moba.checks import BackendUnavailable
+from moba.documents import Documents
+from moba.kinds import Full, Moba, QueryShape
 from moba.reference import reference_attention, reference_selection
+
+moba_flash = by_bounds(flash_module.moba_flash)
 
 gpu = pytest.mark.gpu
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -254,23 +259,22 @@ def test_flash_attn_signatures(monkeypatch, version, num_results, num_window):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "head_dim", "names"), [(torch.float32, 64, "float32"), (torch.bfloat16, 20, "head_dim=20")]
-)
+@pytest.mark.parametrize(("dtype", "head_dim", "names"), [("float32", 64, "float32"), ("bfloat16", 20, "head_dim=20")])
 def test_flash_kernels_refuse_by_name(dtype, head_dim, names):
     """Catches a crash inside a kernel, or a silent fallback, where a dtype or head size is not supported."""
-    q, k, v, cu, _ = make_inputs([16], 2, 1, head_dim, dtype=dtype)
-    with pytest.raises(BackendUnavailable, match=f"{names}.*'torch'"):
-        moba_flash(q, k, v, block_size=4, top_k=2, cu_seqlens=cu, varlen=varlen_module.ATEN)
+    shape = QueryShape("cuda", dtype, num_tokens=16, num_heads=2, num_kv_heads=1, head_dim=head_dim)
+    for kind in (Moba(4, 2, backend="flash"), Full(backend="flash")):
+        with pytest.raises(BackendUnavailable, match=f"{names}.*'torch'"):
+            choose(kind, shape, Documents.from_lengths([16]))
 
 
-def test_too_many_rows_are_refused_before_any_work(monkeypatch):
+def test_too_many_rows_are_refused_before_any_work():
     """Catches a call that the kernels would index out of bounds, and a message that names no way out."""
-    q, k, v, cu, _ = make_inputs([64], 2, 1, 8)
-    monkeypatch.setattr(flash_module, "MAX_ROW_ELEMENTS", 100)
-    monkeypatch.delattr(flash_module, "select_blocks")
-    with pytest.raises(BackendUnavailable, match=r"block_size=8, top_k=3.*64 tokens.*'torch'"):
-        moba_flash(q, k, v, block_size=8, top_k=3, cu_seqlens=cu)
+    tokens = 1 << 20
+    shape = QueryShape("cuda", "bfloat16", num_tokens=tokens, num_heads=8, num_kv_heads=8, head_dim=128)
+    with pytest.raises(BackendUnavailable, match=r"block_size=4096, top_k=18.*1048576 tokens.*'torch'"):
+        choose(Moba(4096, 18, backend="flash"), shape, Documents.from_lengths([tokens]))
+    choose(Moba(4096, 17, backend="flash"), shape, Documents.from_lengths([tokens]))
 
 
 # -------------------- on CUDA

@@ -3,26 +3,33 @@
 import pytest
 import torch
 from hypothesis import given, settings
-from packs import Pack, packs
+from packs import Pack, attention, documents_of, packs
 
-from moba import AttentionSpec, moba_attention
-from moba.attention import BackendUnavailable, attention
+from moba import moba_attention
+from moba.attention import BackendUnavailable
 from moba.gates import select
+from moba.kinds import Moba
 from moba.kv_cache import KVCache
 from moba.reference import reference_selection
 
 
-def documents_of(pack: Pack):
+def ranges_of(pack: Pack):
     """(queries, keys) of each document, as ranges."""
     bounds = pack.options["cu_seqlens"].tolist()
     bounds_k = bounds if pack.extra is None else pack.options["cu_seqlens_k"].tolist()
     return [(range(a, b), range(c, d)) for a, b, c, d in zip(bounds, bounds[1:], bounds_k, bounds_k[1:])]
 
 
+def picks(gate, q, k, pack):
+    """The selection of a gate."""
+    documents = documents_of(q, k, pack.options["cu_seqlens"], pack.options["cu_seqlens_k"])
+    return select(gate, q, k, pack.block_size, pack.top_k, documents=documents)
+
+
 def dense_mass(q, k, pack):
     """Full attention's probability of each (head, query, block of its document), by plain loops: nested dicts."""
     mass = {}
-    for queries, keys in documents_of(pack):
+    for queries, keys in ranges_of(pack):
         for i, t in enumerate(queries):
             visible = keys[: len(keys) - len(queries) + i + 1]
             for h in range(q.shape[1]):
@@ -38,7 +45,7 @@ def test_oracle_takes_the_blocks_of_largest_mass_and_local_the_latest(pack):
     """Catches masses of keys that a query cannot see or of another head or document, and a budget off by one."""
     q, k, _ = pack.tensors()
     mass = dense_mass(q, k, pack)
-    oracle, local = (select(gate, q, k, **pack.options) for gate in ("oracle", "local"))
+    oracle, local = (picks(gate, q, k, pack) for gate in ("oracle", "local"))
     reference = reference_selection(q, k, **pack.options)
     assert ((oracle >= 0) == (reference >= 0)).all() and ((local >= 0) == (reference >= 0)).all()
     for (h, t), blocks in mass.items():
@@ -57,11 +64,11 @@ def test_a_control_is_attention_to_its_own_selection(pack):
     """Catches a gate whose selection is not what is attended to, forward or backward, and one that does not repeat."""
     q, k, v = pack.tensors(requires_grad=True)
     for gate in ("local", "random", "oracle"):
-        selection = select(gate, q, k, **pack.options)
-        assert torch.equal(selection, select(gate, q, k, **pack.options))
+        selection = picks(gate, q, k, pack)
+        assert torch.equal(selection, picks(gate, q, k, pack))
         out = moba_attention(q, k, v, **pack.options, gate=gate, backend="torch")
         expected = torch.zeros_like(out) + 0 * q
-        for queries, keys in documents_of(pack):
+        for queries, keys in ranges_of(pack):
             if len(queries):
                 block_S = torch.arange(len(keys)) // pack.block_size
                 past_TS = torch.ones(len(queries), len(keys), dtype=torch.bool).tril(len(keys) - len(queries))
@@ -82,7 +89,7 @@ def test_random_picks_are_spread_and_differ():
     """Catches a hash that prefers some blocks, repeats itself over queries or heads, or depends on the block's past."""
     torch.manual_seed(0)
     q, k = torch.randn(2048, 4, 16), torch.randn(2048, 2, 16)
-    selection = select("random", q, k, 32, 3)
+    selection = select("random", q, k, 32, 3, documents=documents_of(q, k))
     late = selection[:, 1024:, :-1]  # 32 to 63 candidates
     counts = torch.bincount(late.flatten().long(), minlength=64)[:32].float()
     expected = sum(2 / (t // 32) for t in range(1024, 2048)) * 4
@@ -95,17 +102,18 @@ def test_controls_reach_layers_and_caches_and_are_refused_elsewhere():
     """Catches a spec whose gate is ignored, in packs or while decoding, and a backend that would route its own way."""
     torch.manual_seed(0)
     q, k, v = torch.randn(40, 2, 8), torch.randn(40, 2, 8), torch.randn(40, 2, 8)
-    outs = [
-        attention(q, k, v, AttentionSpec("moba", 4, 3, gate=gate)) for gate in ("mean", "local", "random", "oracle")
-    ]
+    outs = [attention(q, k, v, Moba(4, 3, gate=gate)) for gate in ("mean", "local", "random", "oracle")]
     assert all((a - b).abs().max() > 1e-3 for i, a in enumerate(outs) for b in outs[:i])
     for gate, whole in zip(("mean", "local", "random", "oracle"), outs):
-        spec, cache = AttentionSpec("moba", 4, 3, gate=gate), KVCache(1)
-        parts = [cache[0].attend(q[a:b], k[a:b], v[a:b], spec, None) for a, b in ((0, 25), (25, 39), (39, 40))]
+        spec, cache = Moba(4, 3, gate=gate), KVCache(1)
+        parts = []
+        for a, b in ((0, 25), (25, 39), (39, 40)):
+            new = q[a:b], k[a:b], v[a:b]
+            parts.append(cache[0].attend(*new, spec, documents_of(*new[:2])))
         torch.testing.assert_close(torch.cat(parts), whole)
     with pytest.raises(BackendUnavailable, match="torch"):
         moba_attention(q, k, v, block_size=4, top_k=3, gate="local", backend="reference")
-    for wrong in (lambda: AttentionSpec("moba", 4, 3, gate="best"), lambda: select("best", q, k, 4, 3)):
+    for wrong in (lambda: Moba(4, 3, gate="best"), lambda: select("best", q, k, 4, 3, documents=documents_of(q, k))):
         with pytest.raises(ValueError, match="oracle"):
             wrong()
-    assert str(AttentionSpec("moba", 4, 3, gate="local")) == "moba 4x3 (local gate)"
+    assert str(Moba(4, 3, gate="local")) == "moba 4x3 (local gate)"

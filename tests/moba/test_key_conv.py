@@ -4,10 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from moba.key_conv import KeyConvolution, document_offsets
+from moba.documents import Documents
+from moba.key_conv import KeyConvolution
+from moba.kinds import Full, Moba, Sliding
 from moba.layer import KVCache, MoBAAttention, apply_rope
 from moba.reference import reference_attention
-from moba.spec import AttentionSpec
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM = 32, 4, 2, 8
 LENGTHS = [1, 0, 37, 2, 24]
@@ -56,7 +57,7 @@ def test_equals_a_plain_loop_with_gradients(width, dtype):
         convolution.weight.copy_(random(width, 6, seed=1))
     exact = [x.detach().double().requires_grad_() for x in (k, convolution.weight)]
     cu_seqlens = bounds(LENGTHS)
-    got, want = convolution(k, document_offsets(cu_seqlens, len(k), k.device)), plain_loop(*exact, cu_seqlens)
+    got, want = convolution(k, Documents.from_lengths(LENGTHS).offsets()), plain_loop(*exact, cu_seqlens)
     upstream = random(*k.shape, seed=2)
     results = [got, *torch.autograd.grad(got, (k, convolution.weight), upstream.to(dtype))]
     expected = [want, *torch.autograd.grad(want, exact, upstream.to(dtype).double())]
@@ -81,14 +82,15 @@ def test_starts_as_nothing_and_still_learns():
 def test_layer_convolves_before_norm_rope_and_routing():
     """Catches block means of the keys as they were, a convolution of rotated or normed keys, and one that reaches over
     a document's start."""
-    lengths, spec = [50, 3, 27], AttentionSpec("moba", block_size=8, top_k=2)
-    layer, x, cu_seqlens = make_layer(qk_norm=True, spec=spec), random(80, HIDDEN, seed=4), bounds(lengths)
+    lengths, spec = [50, 3, 27], Moba(block_size=8, top_k=2)
+    layer, x = make_layer(qk_norm=True, spec=spec), random(80, HIDDEN, seed=4)
+    cu_seqlens, documents = bounds(lengths), Documents.from_lengths(lengths)
     cos, sin = angles_at(torch.cat([torch.arange(n) for n in lengths]))
     k = plain_loop(layer.k_proj(x), layer.k_conv.weight, cu_seqlens).view(80, KV_HEADS, HEAD_DIM)
     q, v = (projection(x).view(80, -1, HEAD_DIM) for projection in (layer.q_proj, layer.v_proj))
     q, k = apply_rope(layer.q_norm(q), cos, sin), apply_rope(layer.k_norm(k), cos, sin)
     want = reference_attention(q, k, v, block_size=8, top_k=2, cu_seqlens=cu_seqlens)
-    torch.testing.assert_close(layer(x, cos, sin, cu_seqlens), layer.o_proj(want.flatten(1)), rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(layer(x, cos, sin, documents), layer.o_proj(want.flatten(1)), rtol=1e-8, atol=1e-8)
 
 
 def test_layers_without_rope_know_no_positions():
@@ -96,13 +98,13 @@ def test_layers_without_rope_know_no_positions():
     x, angles = random(40, HIDDEN, seed=4), (angles_at(torch.arange(40)), angles_at(torch.arange(40) * 3.0))
     for rope in (False, True):
         layer = make_layer(rope=rope)
-        near, far = (layer(x, *cos_sin, None) for cos_sin in angles)
+        near, far = (layer(x, *cos_sin, Documents.from_lengths([40])) for cos_sin in angles)
         assert torch.equal(near, far) != rope
 
 
 @pytest.mark.parametrize(
     "spec",
-    [AttentionSpec(), AttentionSpec("moba", block_size=8, top_k=2), AttentionSpec("sliding", window=11)],
+    [Full(), Moba(block_size=8, top_k=2), Sliding(window=11)],
     ids=str,
 )
 @pytest.mark.parametrize("rope", [False, True])
@@ -117,30 +119,30 @@ def test_cached_sequences_equal_one_pass(spec, rope):
     for step in steps:
         chunks = [text[start : start + n] for text, start, n in zip(texts, done, step)]
         positions = torch.cat([torch.arange(start, start + n) for start, n in zip(done, step)])
-        parts = layer(torch.cat(chunks), *angles_at(positions), bounds(step), cache[0]).split(step)
+        parts = layer(torch.cat(chunks), *angles_at(positions), Documents.from_lengths(step), cache[0]).split(step)
         outs = [[*out, part] for out, part in zip(outs, parts)]
         done = [a + b for a, b in zip(done, step)]
     assert done == [45, 31] == cache.lengths
     for text, out in zip(texts, outs):
-        want = layer(text, *angles_at(torch.arange(len(text))), None)
+        want = layer(text, *angles_at(torch.arange(len(text))), Documents.from_lengths([len(text)]))
         torch.testing.assert_close(torch.cat(out), want, rtol=1e-9, atol=1e-9)
     # Or nothing was tested: the kind of attention and the convolution matter here.
-    layer.spec, angles = AttentionSpec(), angles_at(torch.arange(45))
-    dense = layer(texts[0], *angles, None)
-    assert torch.allclose(dense, torch.cat(outs[0])) == (spec.kind == "full")
+    layer.spec, angles = Full(), angles_at(torch.arange(45))
+    dense = layer(texts[0], *angles, Documents.from_lengths([45]))
+    assert torch.allclose(dense, torch.cat(outs[0])) == (spec == Full())
     layer.k_conv.weight.zero_()
-    assert not torch.allclose(layer(texts[0], *angles, None), dense)
+    assert not torch.allclose(layer(texts[0], *angles, Documents.from_lengths([45])), dense)
 
 
 @torch.no_grad()
 def test_windows_stay_when_decoding_is_dense():
     """Catches decode="full", which is meant for MoBA layers, opening the window of a sliding one, and a window's end
     off by one where a single token is decoded."""
-    layer, x = make_layer(spec=AttentionSpec("sliding", window=4)), random(30, HIDDEN, seed=7)
+    layer, x = make_layer(spec=Sliding(window=4)), random(30, HIDDEN, seed=7)
     cache, outs = KVCache(1, decode="full"), []
     for i, token in enumerate(x.split(1)):
-        outs.append(layer(token, *angles_at(torch.tensor([i])), bounds([1]), cache[0]))
-    want = layer(x, *angles_at(torch.arange(30)), None)
+        outs.append(layer(token, *angles_at(torch.tensor([i])), Documents.from_lengths([1]), cache[0]))
+    want = layer(x, *angles_at(torch.arange(30)), Documents.from_lengths([30]))
     torch.testing.assert_close(torch.cat(outs), want, rtol=1e-9, atol=1e-9)
     # By hand: the last token over the last four keys.
     q, k, v = layer.project(x, *angles_at(torch.arange(30)))
@@ -151,7 +153,7 @@ def test_windows_stay_when_decoding_is_dense():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("spec", [AttentionSpec(), AttentionSpec("sliding", window=11)], ids=str)
+@pytest.mark.parametrize("spec", [Full(), Sliding(window=11)], ids=str)
 def test_cuda_layer_equals_the_cpu(spec):
     """Catches bounds of documents on another device, and half precision summed in half precision, with gradients."""
     lengths, results = [50, 3, 0, 127], []
@@ -163,7 +165,7 @@ def test_cuda_layer_equals_the_cpu(spec):
     for layer in (half, exact):
         parameter = layer.k_conv.weight
         angles = (angle.to(parameter.device, torch.float32 if layer is half else torch.float64) for angle in (cos, sin))
-        out = layer(x.to(parameter), *angles, bounds(lengths).to(parameter.device))
+        out = layer(x.to(parameter), *angles, Documents.from_lengths(lengths, device=parameter.device))
         (gradient,) = torch.autograd.grad(out.square().sum(), parameter)
         results.append([y.detach().double().cpu() for y in (out, gradient)])
     for got, want in zip(*results):

@@ -6,14 +6,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import moba.kv_cache
+from moba.documents import Documents
+from moba.kinds import Full, Moba
 from moba.kv_cache import KVCache, SequenceCache, decode_moba
 from moba.layer import MoBAAttention
 from moba.reference import reference_attention, reference_selection
 from moba.routing import block_means
-from moba.spec import AttentionSpec
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM = 32, 4, 2, 8
-SPARSE = AttentionSpec("moba", block_size=8, top_k=3)
+SPARSE = Moba(block_size=8, top_k=3)
 
 
 @pytest.fixture(autouse=True)
@@ -37,12 +38,8 @@ def rope_at(positions):
     return angles.cos(), angles.sin()
 
 
-def cu_of(lengths):
-    return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-
-
 def one_shot(layer, x):
-    return layer(x, *rope_at(torch.arange(len(x))), None)
+    return layer(x, *rope_at(torch.arange(len(x))), Documents.from_lengths([len(x)]))
 
 
 def in_chunks(layer, x, sizes, cache):
@@ -51,7 +48,7 @@ def in_chunks(layer, x, sizes, cache):
     for chunk in x.split(sizes):
         start = cache.lengths[0]
         positions = torch.arange(start, start + len(chunk))
-        outs.append(layer(chunk, *rope_at(positions), cu_of([len(chunk)]), cache[0]))
+        outs.append(layer(chunk, *rope_at(positions), Documents.from_lengths([len(chunk)]), cache[0]))
     return torch.cat(outs)
 
 
@@ -94,7 +91,7 @@ def test_decoding_token_by_token_equals_one_forward(monkeypatch):
 def test_chunked_prefill_equals_one_forward(sizes, block_size, top_k):
     """Catches chunks that attend densely, or whose blocks start at the chunk instead of the document."""
     with torch.no_grad():
-        layer, x = make_layer(AttentionSpec("moba", block_size, top_k)), make_tokens(sum(sizes))
+        layer, x = make_layer(Moba(block_size, top_k)), make_tokens(sum(sizes))
         got = in_chunks(layer, x, sizes, KVCache(1))
         torch.testing.assert_close(got, one_shot(layer, x), rtol=1e-9, atol=1e-9)
 
@@ -103,7 +100,7 @@ def test_chunks_would_differ_from_dense():
     """Catches a vacuous comparison: the sizes used here must drop blocks."""
     layer, x = make_layer(), make_tokens(67)
     sparse = one_shot(layer, x)
-    layer.spec = AttentionSpec()
+    layer.spec = Full()
     assert not torch.allclose(sparse, one_shot(layer, x))
 
 
@@ -112,13 +109,13 @@ def test_dense_decode_after_sparse_prefill():
     layer, x = make_layer(), make_tokens(70)
     got = in_chunks(layer, x, [40, 26, 1, 1, 1, 1], KVCache(1, decode="full"))
     torch.testing.assert_close(got[:66], one_shot(layer, x)[:66], rtol=1e-9, atol=1e-9)
-    layer.spec = AttentionSpec()
+    layer.spec = Full()
     torch.testing.assert_close(got[66:], one_shot(layer, x)[66:], rtol=1e-9, atol=1e-9)
 
 
 def test_full_layers_stay_full():
     """Catches MoBA decode in a layer whose spec is full (the last layers of a hybrid)."""
-    layer, x = make_layer(AttentionSpec()), make_tokens(40)
+    layer, x = make_layer(Full()), make_tokens(40)
     got = in_chunks(layer, x, [20, 1, 18, 1], KVCache(1, decode="moba"))
     torch.testing.assert_close(got, one_shot(layer, x), rtol=1e-9, atol=1e-9)
 
@@ -127,7 +124,7 @@ def test_switching_the_spec_rebuilds_the_means():
     """Catches means of another block size used after a switch."""
     layer, x, cache = make_layer(), make_tokens(80), KVCache(1)
     in_chunks(layer, x[:60], [50] + [1] * 10, cache)
-    layer.spec = AttentionSpec("moba", block_size=5, top_k=4)
+    layer.spec = Moba(block_size=5, top_k=4)
     got = in_chunks(layer, x[60:], [1] * 20, cache)
     torch.testing.assert_close(got, one_shot(layer, x)[60:], rtol=1e-9, atol=1e-9)
 
@@ -141,7 +138,7 @@ def test_several_sequences_in_a_packed_batch():
     for step in steps:
         chunk = torch.cat([text[d : d + n] for text, d, n in zip(texts, done, step)])
         positions = torch.cat([torch.arange(d, d + n) for d, n in zip(done, step)])
-        out = layer(chunk, *rope_at(positions), cu_of(step), cache[0]).split(step)
+        out = layer(chunk, *rope_at(positions), Documents.from_lengths(step), cache[0]).split(step)
         for i, n in enumerate(step):
             outs[i].append(out[i])
             done[i] += n
@@ -154,7 +151,7 @@ def test_several_sequences_in_a_packed_batch():
 def test_incremental_means_equal_those_of_one_forward_bit_for_bit(dtype):
     """Catches means that depend on how the text was cut, which would flip near-ties between prefill and decode."""
     _, k, v = make_qkv(1000, dtype=dtype)
-    whole = block_means(k, None, 64)[: 1000 // 64]
+    whole = block_means(k, 64)[: 1000 // 64]
     for sizes in ([1000], [63, 1, 1, 127, 500, 308], [1] * 1000):
         sequence = SequenceCache()
         for part_k, part_v in zip(k.split(sizes), v.split(sizes)):
@@ -199,10 +196,14 @@ def test_cuda_reading_and_decoding(decode):
     """Catches what only a GPU shows: half-precision kernels with more keys than queries, bounds on another device."""
     q, k, v = (x.cuda() for x in make_qkv(300, 4, 2, dtype=torch.bfloat16))
     cache = KVCache(1, decode=decode)
-    spec = AttentionSpec("moba", block_size=32, top_k=3)
+    spec = Moba(block_size=32, top_k=3)
     sizes = [100, 130, 60] + [1] * 10
     parts = zip(q.split(sizes), k.split(sizes), v.split(sizes), sizes)
-    got = torch.cat([cache[0].attend(*qkv, spec, cu_of([n]).cuda()) for *qkv, n in parts]).double().cpu()
+    got = (
+        torch.cat([cache[0].attend(*qkv, spec, Documents.from_lengths([n], device="cuda")) for *qkv, n in parts])
+        .double()
+        .cpu()
+    )
     exact = [x.double().cpu() for x in (q, k, v)]
     want = reference_attention(*exact, block_size=32, top_k=3)
     if decode == "full":

@@ -7,12 +7,13 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNor
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
+from moba.documents import Documents
+from moba.kinds import Full, Moba
 from moba.layer import MoBAAttention, RMSNorm, apply_rope
 from moba.reference import reference_attention, reference_selection
-from moba.spec import AttentionSpec
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM = 48, 6, 2, 16
-SPARSE = AttentionSpec("moba", block_size=8, top_k=2)
+SPARSE = Moba(block_size=8, top_k=2)
 
 
 def make_layer(dtype=torch.float64, **options):
@@ -71,7 +72,7 @@ def test_full_attention_equals_transformers(config_class, attention_class, optio
     cos, sin = LlamaRotaryEmbedding(config)(x[None], torch.arange(num_tokens)[None])
     mask = torch.full((num_tokens, num_tokens), float("-inf")).triu(1)[None, None]
     want = theirs(x[None], position_embeddings=(cos, sin), attention_mask=mask)[0][0]
-    got = ours(x, cos[0], sin[0], None)
+    got = ours(x, cos[0], sin[0], Documents.from_lengths([len(x)]))
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
@@ -154,7 +155,7 @@ def test_moba_layer_equals_the_definition_between_its_projections():
     selection = reference_selection(q, k, **options)
     assert (selection[:, :, 0] >= 0).any() and ((selection >= 0).sum(-1) <= selection[..., -1]).any()
     want = layer.o_proj(reference_attention(q, k, v, **options).flatten(1))
-    got = layer(x, cos, sin, cu_of(lengths))
+    got = layer(x, cos, sin, Documents.from_lengths(lengths))
     torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
 
 
@@ -164,9 +165,9 @@ def test_switching_touches_no_parameter():
     before = {name: value.clone() for name, value in layer.state_dict().items()}
     objects = [id(p) for p in layer.parameters()]
     outputs = {}
-    for spec in (AttentionSpec(), SPARSE, AttentionSpec("moba", 8, 8), AttentionSpec()):
+    for spec in (Full(), SPARSE, Moba(8, 8), Full()):
         layer.spec = spec
-        outputs.setdefault(str(spec), []).append(layer(x, cos, sin, cu_of([60])))
+        outputs.setdefault(str(spec), []).append(layer(x, cos, sin, Documents.from_lengths([60])))
     assert objects == [id(p) for p in layer.parameters()] and layer.state_dict().keys() == before.keys()
     for name, value in layer.state_dict().items():
         assert torch.equal(value, before[name])
@@ -179,7 +180,7 @@ def test_switching_touches_no_parameter():
 def test_every_parameter_gets_a_gradient():
     """Catches a detached projection: the gate has no gradient, but keys and queries still have the attention's."""
     layer, (cos, sin) = make_layer(qk_norm=True, qkv_bias=True, spec=SPARSE), rope_of([60])
-    layer(make_tokens(60), cos, sin, None).square().sum().backward()
+    layer(make_tokens(60), cos, sin, Documents.from_lengths([60])).square().sum().backward()
     for name, parameter in layer.named_parameters():
         assert parameter.grad is not None and parameter.grad.norm() > 0, name
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from packs import LargestTensor, Pack, bounds, drops_and_keeps, packs
+from packs import LargestTensor, Pack, bounds, documents_of, drops_and_keeps, packs
 
 from moba import routing
 from moba.reference import reference_selection
-from moba.routing import BlockLayout, block_means, full_precision, route
+from moba.routing import full_precision, layout_means, route
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -153,12 +153,13 @@ def test_block_means_and_layout(pack):
     blocks = [
         (n, i, min(i + size, ends[n + 1])) for n in range(len(ends) - 1) for i in range(ends[n], ends[n + 1], size)
     ]
-    layout = BlockLayout.build(size, sum(pack.lengths), len(k), pack.options["cu_seqlens"], cu_seqlens_k)
+    q = k.new_empty(sum(pack.lengths), 1, 1)
+    layout = documents_of(q, k, pack.options["cu_seqlens"], cu_seqlens_k).layout(size)
     assert layout.num_blocks == len(k) // size + len(ends) - 1
     got = list(zip(layout.document_M.tolist(), layout.start_M.tolist(), layout.end_M.tolist()))
     unused = (len(ends) - 1, len(k), len(k))
     assert got == blocks + [unused] * (layout.num_blocks - len(blocks))
-    means = block_means(k, cu_seqlens_k, size)
+    means = layout_means(k, layout)
     for mean, (_, start, stop) in zip(means, blocks):
         torch.testing.assert_close(mean, k[start:stop].mean(0))
     assert not means[len(blocks) :].any()

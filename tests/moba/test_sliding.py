@@ -4,13 +4,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from packs import LargestTensor, Pack, assert_same, bounds, packs, with_gradients
+from packs import LargestTensor, Pack, assert_same, attention, bounds, by_bounds, packs, with_gradients
 
-from moba import AttentionSpec, sliding_attention
-from moba.attention import attention
-from moba.backends.torch_sliding import sliding_torch
+from moba import sliding_attention
+from moba.backends import torch_sliding
 from moba.backends.varlen import PLAIN, varlen_attention
+from moba.kinds import Full, Sliding
 from moba.reference import reference_sliding
+
+sliding_torch = by_bounds(torch_sliding.sliding_torch)
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -62,11 +64,11 @@ def test_long_documents_equal_the_definition(window):
     options = {"window": window, "cu_seqlens": cu_seqlens}
     want = with_gradients(lambda *a, **o: reference_sliding(*a, return_lse=True, **o), *qkv, **options)
     assert_same(with_gradients(by_backend("torch"), *qkv, **options), want)
-    dense = attention(*qkv, AttentionSpec("full"), cu_seqlens=cu_seqlens)
+    dense = attention(*qkv, Full(), cu_seqlens=cu_seqlens)
     assert not torch.allclose(dense, want[0])
-    spec = AttentionSpec("sliding", window=window)
+    spec = Sliding(window=window)
     torch.testing.assert_close(attention(*qkv, spec, cu_seqlens=cu_seqlens), want[0])
-    torch.testing.assert_close(attention(*qkv, AttentionSpec("sliding", window=700), cu_seqlens=cu_seqlens), dense)
+    torch.testing.assert_close(attention(*qkv, Sliding(window=700), cu_seqlens=cu_seqlens), dense)
 
 
 def test_memory_grows_with_the_window_alone():
@@ -96,7 +98,7 @@ def test_a_window_is_a_positive_integer(window):
     with pytest.raises(ValueError, match=f"window={window}"):
         sliding_attention(q, k, v, window=window)
     with pytest.raises(ValueError, match=f"window={window}"):
-        AttentionSpec("sliding", window=window)
+        Sliding(window=window)
 
 
 @pytest.mark.gpu

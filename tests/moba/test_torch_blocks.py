@@ -6,16 +6,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from packs import LargestTensor, Pack, assert_same, drops_and_keeps, packs, with_gradients
+from packs import LargestTensor, Pack, assert_same, by_bounds, documents_of, drops_and_keeps, packs, with_gradients
 from torch.utils.flop_counter import FlopCounterMode
 
 from moba import routing
 from moba.backends import torch_blocks
-from moba.backends.torch_blocks import moba_torch
 from moba.flops import attended_pairs, attention_flops, causal_pairs
+from moba.kinds import Moba
 from moba.reference import reference_attention
-from moba.routing import BlockLayout, route
-from moba.spec import AttentionSpec
+from moba.routing import route
+
+moba_torch = by_bounds(torch_blocks.moba_torch)
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -50,8 +51,8 @@ def test_chunks_and_steps_equal_reference(pack, partial, step, diagonal):
 def test_steps_hold_every_pick_once(pack, elements, diagonal):
     """Catches a pick that is lost or doubled, and a block twice in one step: its sums would race on a GPU."""
     q, k, _ = pack.tensors()
-    options = (pack.block_size, len(q), len(k), pack.options["cu_seqlens"], pack.options["cu_seqlens_k"])
-    layout, selection = BlockLayout.build(*options), route(q, k, **pack.options)
+    documents = documents_of(q, k, pack.options["cu_seqlens"], pack.options["cu_seqlens_k"])
+    layout, selection = documents.layout(pack.block_size), route(q, k, **pack.options)
     slots = []
     with mock.patch.multiple(torch_blocks, STEP_ELEMENTS=elements, DIAGONAL_QUERIES=diagonal):
         for step in torch_blocks._steps(selection, layout, 0, len(q), pack.heads[1]) if len(q) else ():
@@ -122,7 +123,7 @@ def test_autocast_does_not_reach_inside():
 @pytest.mark.parametrize("heads", [(2, 2), (4, 1)])
 def test_computes_little_more_than_what_is_attended(heads):
     """Catches a dense computation behind a mask: counts the FLOPs of all matrix products, forward and backward."""
-    length, spec = 4096, AttentionSpec("moba", block_size=64, top_k=3)
+    length, spec = 4096, Moba(block_size=64, top_k=3)
     pack = Pack([length], block_size=64, top_k=3, heads=heads, head_dim=16, dtype=torch.float32)
     tensors = pack.tensors(requires_grad=True)
     with FlopCounterMode(display=False) as counter:

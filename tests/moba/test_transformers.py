@@ -19,7 +19,8 @@ from transformers import (
 )
 
 from conf.schema import ModelConfig
-from moba.spec import AttentionSpec
+from moba.documents import Documents
+from moba.kinds import Sliding, from_entry
 from moba.transformers import TokenLayout, configure, token_layout
 from train.model.decoder import Decoder
 
@@ -118,11 +119,11 @@ def test_equals_our_decoder(family, changes, plan):
     ours = Decoder(config, VOCAB)
     ours.load_state_dict(theirs.state_dict())
     theirs.float(), ours.float()
-    cu_seqlens = torch.tensor([0, LENGTH], dtype=torch.int32)
+    documents = Documents.from_lengths([LENGTH])
 
     def our_logits(plan):
-        ours.set_attention([AttentionSpec(*entry) for entry in plan])
-        return ours.logits(ids[0], torch.arange(LENGTH), cu_seqlens)
+        ours.set_attention([from_entry(entry) for entry in plan])
+        return ours.logits(ids[0], torch.arange(LENGTH), documents)
 
     logits = theirs(ids).logits[0]
     torch.testing.assert_close(logits, our_logits(plan), rtol=1e-4, atol=1e-4)
@@ -333,7 +334,10 @@ def test_the_last_layers_stay_full():
         ({"plan": HYBRID[:2]}, "a MoBA plan of 2 layers for a model of 3"),
         ({"plan": [("moba", 8)] * LAYERS}, r"plan\[0\]"),
         ({"plan": [("mobo", 8, 2)] * LAYERS}, "kind='mobo'"),
-        ({"plan": [AttentionSpec("sliding", window=8)] * LAYERS}, "no sliding windows here; say full or moba"),
+        (
+            {"plan": [Sliding(window=8)] * LAYERS},
+            "sliding 8: transformers has no such attention here; say full or moba",
+        ),
         ({"plan": HYBRID, "full_last": 1}, "full_last=1 with plan"),
         ({**SPARSE, "full_last": 4}, "full_last=4: the model has 3 layers"),
         ({**SPARSE, "decode": "dense"}, "decode='dense'"),
@@ -416,7 +420,7 @@ def test_custom_masks_are_refused():
         token_layout(1, 8, 8, use_vmap=True)
     assert token_layout(1, 8, 8) is None
     layout = token_layout(2, 4, 4, attention_mask=torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]], dtype=torch.bool))
-    assert isinstance(layout, TokenLayout) and layout.cu_seqlens.tolist() == [0, 2, 6]
+    assert isinstance(layout, TokenLayout) and layout.documents.cu_seqlens.tolist() == [0, 2, 6]
 
 
 @pytest.mark.gpu

@@ -12,16 +12,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packs import by_bounds, documents_of
 
 pytest.importorskip("triton", reason="the triton backend needs triton")
 
+from moba import moba_attention
 from moba.backends import triton_attention as backend
-from moba.backends.triton_attention import moba_triton
+from moba.backends.refusals import BackendUnavailable
 from moba.backends.triton_forward import kv_heads_at_once
-from moba.backends.triton_lists import build_items, build_layout, build_lists
+from moba.backends.triton_lists import build_items, build_lists
 from moba.backends.triton_routing import block_means, select_blocks
-from moba.checks import BackendUnavailable
+from moba.documents import Documents
 from moba.reference import reference_attention, reference_selection
+
+moba_triton = by_bounds(backend.moba_triton)
 
 pytestmark = [
     pytest.mark.skipif(
@@ -45,7 +49,7 @@ def bounds(values):
 
 def pack_selection(q, k, cu_seqlens, block_size, top_k):
     """The kernels' selection in the reference's form: int32 [H, T, K], block numbers within the document, ascending."""
-    layout = build_layout(cu_seqlens, q.shape[0], block_size, q.device)
+    layout = documents_of(q, k, cu_seqlens).kernel_layout(block_size)
     selection = select_blocks(q, k, layout, block_size, top_k)
     selection = torch.where(selection >= 0, selection - layout.first_block_T[:, None, None], -1)
     return selection.sort(dim=-1).values.transpose(0, 1)
@@ -156,7 +160,7 @@ def test_ties_go_to_the_earlier_block():
 def test_split_means_keep_float32_precision():
     """high + low restores the float32 mean to 2^-20 in float16, where one rounded term is off by 2^-11."""
     _, k, _ = tensors(96, (1, 1), 16, torch.float16)
-    high, low = block_means(k, build_layout(None, 96, 32, k.device), 32)
+    high, low = block_means(k, documents_of(k, k).kernel_layout(32), 32)
     want = k.double().view(3, 32, 16).mean(1)
     error = high[0, :3].double() + low[0, :3].double() - want
     assert error.abs().max() < 2**-20
@@ -167,7 +171,7 @@ def test_split_means_keep_float32_precision():
 def test_lists_hold_every_pick_once_in_order(documents):
     """Each list is the rows that picked its block, ascending, the block's own rows first; slots is the inverse map."""
     q, k, _ = tensors(90, (4, 2), 16)
-    layout = build_layout(bounds(documents), 90, 8, q.device)
+    layout = documents_of(q, k, bounds(documents)).kernel_layout(8)
     selection = select_blocks(q, k, layout, 8, 3)
     lists = build_lists(selection, layout, 2)
     for kv_head in range(2):
@@ -192,7 +196,7 @@ def test_lists_hold_every_pick_once_in_order(documents):
 def test_items_cover_the_lists():
     """The items of a list tile it without gap or overlap, and the bounds that size the launches hold."""
     q, k, _ = tensors(90, (4, 2), 16)
-    layout = build_layout(None, 90, 8, q.device)
+    layout = documents_of(q, k).kernel_layout(8)
     lists = build_lists(select_blocks(q, k, layout, 8, 3), layout, 2)
     items = build_items(lists, 16)
     lengths = lists.list_start.diff(dim=1)
@@ -208,7 +212,7 @@ def test_items_cover_the_lists():
 
 def test_layout_of_a_pack():
     """Blocks are cut from each document's start; empty documents have none; unused slots have length 0."""
-    layout = build_layout(bounds([0, 10, 10, 13, 29]), 29, 8, torch.device("cpu"))
+    layout = Documents.from_lengths([10, 0, 3, 16]).kernel_layout(8)
     assert layout.num_blocks == 29 // 8 + 4
     assert layout.start_M.tolist()[:5] == [0, 8, 10, 13, 21] and layout.length_M.tolist() == [8, 2, 3, 8, 8, 0, 0]
     assert layout.own_block_T.tolist() == [0] * 8 + [1] * 2 + [2] * 3 + [3] * 8 + [4] * 8
@@ -235,12 +239,14 @@ def test_operators_have_fake_versions():
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     q, k, v = tensors(50, (4, 2), 16)
-    real = backend.triton_forward(q, k, v, bounds([0, 20, 50]), 16, 3, 0.25)
-    grads = backend.triton_backward(torch.ones_like(q), None, q, k, v, *real, 16, 0.25)
+    found = Documents.from_lengths([20, 30]).kernel_layout(16)
+    layout = (found.start_M, found.length_M, found.first_block_T, found.own_block_T)
+    real = backend.triton_forward(q, k, v, *layout, 16, 3, 0.25)
+    grads = backend.triton_backward(torch.ones_like(q), None, q, k, v, *real, *layout[:2], 16, 0.25)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        fq, fk, fv, cu = (mode.from_tensor(x) for x in (q, k, v, bounds([0, 20, 50])))
-        fake = backend.triton_forward(fq, fk, fv, cu, 16, 3, 0.25)
-        fake_grads = backend.triton_backward(fq, None, fq, fk, fv, *fake, 16, 0.25)
+        fq, fk, fv, *fakes = (mode.from_tensor(x) for x in (q, k, v, *layout))
+        fake = backend.triton_forward(fq, fk, fv, *fakes, 16, 3, 0.25)
+        fake_grads = backend.triton_backward(fq, None, fq, fk, fv, *fake, *fakes[:2], 16, 0.25)
     for a, b in zip((*real, *grads), (*fake, *fake_grads), strict=True):
         assert a.shape == b.shape and a.dtype == b.dtype
 
@@ -259,7 +265,7 @@ def test_empty_pack():
     [
         ({"top_k": 65}, "top_k=65"),
         ({"softmax_scale": -1.0}, "softmax_scale"),
-        ({"cu_seqlens_k": torch.tensor([0, 32], dtype=torch.int32)}, "cu_seqlens_k"),
+        ({"cu_seqlens": bounds([0, 20]), "cu_seqlens_k": bounds([0, 32])}, "cu_seqlens_k"),
         ({"dtype": torch.float64}, "float64"),
         ({"head_dim": 12}, "head size 12"),
     ],
@@ -268,8 +274,9 @@ def test_says_what_it_cannot_do(change, message):
     """Every refusal names the argument and a backend that can."""
     options = {"block_size": 16, "top_k": 2, **change}
     q, k, v = tensors(32, (2, 1), options.pop("head_dim", 16), options.pop("dtype", torch.float32))
+    q = q[: options["cu_seqlens"][-1]] if "cu_seqlens" in options else q
     with pytest.raises(BackendUnavailable, match=message) as error:
-        moba_triton(q, k, v, **options)
+        moba_attention(q, k, v, backend="triton", **options)
     assert "torch" in str(error.value)
 
 

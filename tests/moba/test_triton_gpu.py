@@ -11,14 +11,15 @@ import time
 
 import pytest
 import torch
+from packs import by_bounds, documents_of
 
 pytest.importorskip("triton", reason="the triton backend needs triton")
 
 from moba.backends import triton_attention as backend
-from moba.backends.triton_attention import moba_triton
-from moba.backends.triton_lists import build_layout
 from moba.backends.triton_routing import select_blocks
 from moba.routing import route
+
+moba_triton = by_bounds(backend.moba_triton)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -67,7 +68,7 @@ def check(num_tokens, heads, head_dim, block_size, top_k, documents=None, dtype=
     options = {"block_size": block_size, "top_k": top_k, "cu_seqlens": bounds(documents)}
     got = run(q, k, v, d_out, **options)
     assert all(torch.equal(a, b) for a, b in zip(got, run(q, k, v, d_out, **options))), "not repeatable"
-    layout = build_layout(options["cu_seqlens"], num_tokens, block_size, q.device)
+    layout = documents_of(q, k, options["cu_seqlens"]).kernel_layout(block_size)
     selection = select_blocks(q, k, layout, block_size, top_k)
     want = dense(q, k, v, d_out, selection, layout)
     for name, a, b in zip(("out", "lse", "dq", "dk", "dv"), got, want):

@@ -14,7 +14,8 @@ import torch
 
 from conf.schema import DeepSpeedConfig, LRConfig, ModelConfig, OptimConfig, RunConfig
 from data.packing import IGNORED, Batch
-from moba.spec import AttentionSpec
+from moba.documents import Documents
+from moba.kinds import Moba
 from train.model.decoder import Decoder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,7 +43,7 @@ def build_model() -> Decoder:
     config = ModelConfig(**shape, qkv_bias=True, key_conv=3, loss_tile=32)
     model = Decoder(config, VOCAB)
     model.init_weights(seed=1)
-    model.set_attention([AttentionSpec("moba", block_size=8, top_k=2)])
+    model.set_attention([Moba(block_size=8, top_k=2)])
     return model
 
 
@@ -71,7 +72,7 @@ def pack(step: int, index: int) -> Batch:
     labels = tokens[1:].clone()
     labels[: (7 * step + 11 * index) % (LENGTH - 1)] = IGNORED
     positions = torch.arange(LENGTH)
-    return Batch(tokens[:-1], labels, positions, torch.tensor([0, LENGTH], dtype=torch.int32))
+    return Batch(tokens[:-1], labels, positions, Documents.from_lengths([LENGTH]))
 
 
 def num_packs(step: int) -> int:
@@ -96,7 +97,7 @@ def reference(reset: bool = True) -> list[dict[str, float]]:
             groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
             optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
         packs = [pack(step, i) for i in range(num_packs(step))]
-        losses = torch.cat([model(b.tokens, b.positions, b.cu_seqlens, b.labels) for b in packs])
+        losses = torch.cat([model(b.tokens, b.positions, b.documents, b.labels) for b in packs])
         num_tokens = sum(int((b.labels != IGNORED).sum()) for b in packs)
         loss = losses.sum() / num_tokens
         loss.backward()

@@ -9,12 +9,13 @@ from hypothesis import strategies as st
 
 from conf.schema import ModelConfig
 from data.tokenizer import load_tokenizer
-from moba.spec import AttentionSpec
+from moba.documents import Documents
+from moba.kinds import Full, Moba
 from train.model.decoder import Decoder
 from train.model.generation import Sampling, TextStream, draw, generate
 
 VOCAB, LENGTH, NEW = 96, 50, 16
-MOBA, OTHER, FULL = AttentionSpec("moba", 8, 2), AttentionSpec("moba", 4, 3), AttentionSpec("full")
+MOBA, OTHER, FULL = Moba(8, 2), Moba(4, 3), Full()
 HYBRID, DENSE = (MOBA, FULL, OTHER), (FULL, FULL, FULL)
 GREEDY = Sampling(temperature=0)
 
@@ -38,8 +39,7 @@ def make_prompt(length=LENGTH, seed=0):
 @torch.no_grad()
 def whole(model, ids):
     """Scores [T, V] of one forward pass without a cache."""
-    cu_seqlens = torch.tensor([0, len(ids)], dtype=torch.int32)
-    return model.logits(torch.tensor(ids), torch.arange(len(ids)), cu_seqlens)
+    return model.logits(torch.tensor(ids), torch.arange(len(ids)), Documents.from_lengths([len(ids)]))
 
 
 @pytest.mark.parametrize("chunk_tokens", [7, 1000])

@@ -17,6 +17,7 @@ from transformers import (
 
 from conf.build import ConfigError
 from conf.schema import ModelConfig
+from moba.documents import Documents
 from train.checkpoint.store import CheckpointError
 from train.hf import pretrained
 from train.model.decoder import Decoder
@@ -84,8 +85,7 @@ def edit(directory, **changes):
 def both_logits(theirs, ours, length=100):
     """Logits of both models for the same random tokens: [T, V] each."""
     tokens = torch.randint(0, SIZES["vocab_size"], (length,))
-    cu_seqlens = torch.tensor([0, length], dtype=torch.int32)
-    return theirs(tokens[None]).logits[0], ours.logits(tokens, torch.arange(length), cu_seqlens)
+    return theirs(tokens[None]).logits[0], ours.logits(tokens, torch.arange(length), Documents.from_lengths([length]))
 
 
 def refusal(directory):

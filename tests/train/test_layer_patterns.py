@@ -8,13 +8,14 @@ import torch
 from test_model import VOCAB, losses_and_gradients, make_model, make_pack
 
 import train.model.decoder
+from moba.documents import Documents
+from moba.kinds import Full, Moba, Sliding
 from moba.layer import KVCache
-from moba.spec import AttentionSpec
 from train.model.generation import Sampling, generate
 from train.model.sizes import num_parameters
 from train.plan.describe import describe_layers, describe_model
 
-SLIDING, MOBA, FULL = AttentionSpec("sliding", window=9), AttentionSpec("moba", block_size=8, top_k=2), AttentionSpec()
+SLIDING, MOBA, FULL = Sliding(window=9), Moba(block_size=8, top_k=2), Full()
 LAYOUT = {"num_layers": 4, "rope_pattern": "RN", "key_conv": 3, "key_conv_pattern": "-k"}
 
 
@@ -29,27 +30,27 @@ def patterned(plan=(SLIDING, MOBA) * 2, **changes):
 @torch.no_grad()
 def test_token_by_token_equals_one_pass(plan):
     """Catches any state of decoding that is missing or stale: positions, windows, blocks, the convolution's tail."""
-    model, (tokens, positions, cu_seqlens, _) = patterned(plan), make_pack([45])
-    expected = model.logits(tokens, positions, cu_seqlens)
+    model, (tokens, positions, documents, _) = patterned(plan), make_pack([45])
+    expected = model.logits(tokens, positions, documents)
     for sizes in ([1] * 45, [20, 13, *[1] * 12]):
         cache, chunks = KVCache(4), []
         for token, position in zip(tokens.split(sizes), positions.split(sizes)):
-            chunks.append(model.logits(token, position, torch.tensor([0, len(token)], dtype=torch.int32), cache))
+            chunks.append(model.logits(token, position, Documents.from_lengths([len(token)]), cache))
         torch.testing.assert_close(torch.cat(chunks), expected, rtol=1e-4, atol=1e-5)
     for other in ({"rope_pattern": None}, {"key_conv": 0}, {"key_conv_pattern": None}):
         changed = patterned(plan, **other)
         changed.load_state_dict(model.state_dict(), strict=False)
-        assert not torch.allclose(changed.logits(tokens, positions, cu_seqlens), expected, atol=1e-3), other
+        assert not torch.allclose(changed.logits(tokens, positions, documents), expected, atol=1e-3), other
 
 
 @torch.no_grad()
 def test_packed_documents_equal_each_alone():
     """Catches keys or windows that reach over a document's start, documents shorter than the convolution included."""
-    model, (tokens, positions, cu_seqlens, labels) = patterned(), make_pack([37, 1, 0, 2, 30])
-    packed, alone = model(tokens, positions, cu_seqlens, labels), []
-    for start, end in zip(cu_seqlens.tolist(), cu_seqlens.tolist()[1:]):
+    model, (tokens, positions, documents, labels) = patterned(), make_pack([37, 1, 0, 2, 30])
+    packed, alone = model(tokens, positions, documents, labels), []
+    for start, end in zip(documents.cu_seqlens.tolist(), documents.cu_seqlens.tolist()[1:]):
         if end > start:
-            one = torch.tensor([0, end - start], dtype=torch.int32)
+            one = Documents.from_lengths([end - start])
             alone.append(model(tokens[start:end], positions[start:end], one, labels[start:end]))
     torch.testing.assert_close(packed, torch.cat(alone), rtol=1e-5, atol=1e-5)
 

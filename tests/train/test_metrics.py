@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moba.spec import AttentionSpec
+from moba.kinds import Full, Moba
 from train.record.metrics import MetricsLog, describe_plan, read_metrics
 
-FULL = AttentionSpec("full")
-MOBA = AttentionSpec("moba", block_size=4, top_k=2)
+FULL = Full()
+MOBA = Moba(block_size=4, top_k=2)
 
 
 def stage(name="sparse", index=0, start=0):

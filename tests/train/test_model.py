@@ -17,15 +17,16 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 import train.model.decoder
 from conf.schema import ModelConfig, RopeConfig
 from data.packing import IGNORED
+from moba.documents import Documents
+from moba.kinds import Full, Moba
 from moba.layer import KVCache
-from moba.spec import AttentionSpec
 from train.model.decoder import Decoder, OutputProjection
 from train.model.sizes import num_parameters
 from train.plan.memory import activation_bytes_per_token
 
 ROOT = Path(__file__).resolve().parents[2]
 VOCAB = 96
-FULL = AttentionSpec("full")
+FULL = Full()
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -61,14 +62,14 @@ def make_model(seed=0, **changes):
 
 
 def make_pack(lengths, seed=0):
-    """Packed random documents `(tokens, positions, cu_seqlens, labels)`; the last label of each is ignored."""
+    """Packed random documents `(tokens, positions, documents, labels)`; the last label of each is ignored."""
     g = torch.Generator().manual_seed(seed)
     tokens = torch.randint(0, VOCAB, (sum(lengths),), generator=g)
     positions = torch.cat([torch.arange(n) for n in lengths])
-    cu_seqlens = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    documents = Documents.from_lengths(lengths)
     labels = tokens.roll(-1)
-    labels[cu_seqlens[1:].long() - 1] = IGNORED
-    return tokens, positions, cu_seqlens, labels
+    labels[documents.cu_seqlens[1:].long() - 1] = IGNORED
+    return tokens, positions, documents, labels
 
 
 def transformers_model(family, config):
@@ -115,11 +116,11 @@ def test_equals_transformers_on_the_same_weights(family, changes):
     ours, theirs = make_model(**changes), transformers_model(family, config)
     assert ours.state_dict().keys() == theirs.state_dict().keys()
     theirs.load_state_dict(ours.state_dict())
-    tokens, positions, cu_seqlens, labels = make_pack([70])
+    tokens, positions, documents, labels = make_pack([70])
     with torch.no_grad():
         expected = theirs(tokens[None]).logits[0]
-        logits = ours.logits(tokens, positions, cu_seqlens)
-        losses = ours(tokens, positions, cu_seqlens, labels)
+        logits = ours.logits(tokens, positions, documents)
+        losses = ours(tokens, positions, documents, labels)
         torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(losses[:-1], F.cross_entropy(expected[:-1], labels[:-1], reduction="none"))
         mean = theirs(tokens[None], labels=tokens[None]).loss
@@ -128,7 +129,7 @@ def test_equals_transformers_on_the_same_weights(family, changes):
     if config.rope_scaling:
         ours.config = small_config(**{**changes, "rope_scaling": None})
         ours.set_rope(None)
-        assert not torch.allclose(ours.logits(tokens, positions, cu_seqlens), expected, atol=1e-3)
+        assert not torch.allclose(ours.logits(tokens, positions, documents), expected, atol=1e-3)
 
 
 def test_gradients_equal_transformers():
@@ -136,8 +137,8 @@ def test_gradients_equal_transformers():
     ours = make_model(tie_embeddings=True)
     theirs = transformers_model("llama", ours.config)
     theirs.load_state_dict(ours.state_dict())
-    tokens, positions, cu_seqlens, labels = make_pack([50])
-    (ours(tokens, positions, cu_seqlens, labels).sum() / 49).backward()
+    tokens, positions, documents, labels = make_pack([50])
+    (ours(tokens, positions, documents, labels).sum() / 49).backward()
     theirs(tokens[None], labels=tokens[None]).loss.backward()
     theirs_by_name = dict(theirs.named_parameters())
     for name, p in ours.named_parameters():
@@ -146,22 +147,22 @@ def test_gradients_equal_transformers():
         )
 
 
-@pytest.mark.parametrize("spec", [FULL, AttentionSpec("moba", block_size=8, top_k=2)], ids=str)
+@pytest.mark.parametrize("spec", [FULL, Moba(block_size=8, top_k=2)], ids=str)
 def test_packed_documents_equal_each_alone(spec):
     """Catches attention, positions or loss that leak from one document of a pack into another."""
     model = make_model()
     model.set_attention([spec] * 3)
     lengths = [37, 5, 0, 30]
-    tokens, positions, cu_seqlens, labels = make_pack(lengths)
+    tokens, positions, documents, labels = make_pack(lengths)
     with torch.no_grad():
-        packed = model(tokens, positions, cu_seqlens, labels)
+        packed = model(tokens, positions, documents, labels)
         alone = []
-        for start, end in zip(cu_seqlens.tolist(), cu_seqlens.tolist()[1:]):
+        for start, end in zip(documents.cu_seqlens.tolist(), documents.cu_seqlens.tolist()[1:]):
             if end > start:
-                one = torch.tensor([0, end - start], dtype=torch.int32)
+                one = Documents.from_lengths([end - start])
                 alone.append(model(tokens[start:end], positions[start:end], one, labels[start:end]))
         torch.testing.assert_close(packed, torch.cat(alone), rtol=1e-5, atol=1e-5)
-        unbounded = model(tokens, positions, torch.tensor([0, 72], dtype=torch.int32), labels)
+        unbounded = model(tokens, positions, Documents.from_lengths([72]), labels)
     assert not torch.allclose(packed, unbounded, atol=1e-3)  # or the documents would not matter here
 
 
@@ -170,7 +171,7 @@ def test_a_swap_touches_no_parameter():
     model = make_model()
     before = {name: (p, p.data_ptr(), p.detach().clone()) for name, p in model.named_parameters()}
     keys = list(model.state_dict())
-    moba = AttentionSpec("moba", block_size=8, top_k=2)
+    moba = Moba(block_size=8, top_k=2)
     pack = make_pack([64])
     losses = []
     for plan, rope in [
@@ -198,15 +199,15 @@ def test_moba_that_covers_the_length_equals_full_attention():
     pack = make_pack([64, 31])
     with torch.no_grad():
         full = model(*pack)
-        model.set_attention([AttentionSpec("moba", block_size=16, top_k=4)] * 3)
+        model.set_attention([Moba(block_size=16, top_k=4)] * 3)
         torch.testing.assert_close(model(*pack), full, rtol=1e-5, atol=1e-5)
-        model.set_attention([AttentionSpec("moba", block_size=16, top_k=3)] * 3)
+        model.set_attention([Moba(block_size=16, top_k=3)] * 3)
         sparse = model(*pack)
     assert not torch.allclose(sparse[48:64], full[48:64], atol=1e-4)
     torch.testing.assert_close(sparse[:48], full[:48], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("spec", [FULL, AttentionSpec("moba", block_size=8, top_k=2)], ids=str)
+@pytest.mark.parametrize("spec", [FULL, Moba(block_size=8, top_k=2)], ids=str)
 @pytest.mark.parametrize("recompute", ["mlp", True])
 def test_activation_checkpointing_gives_the_same_bits(spec, recompute):
     """Catches routing or anything else that comes out differently when a layer is computed again, and a recomputation
@@ -269,7 +270,7 @@ def test_compiled_layers_equal_eager_and_are_compiled_once(monkeypatch):
     torch._dynamo.reset()
     counters.clear()
     models = [make_model(num_layers=2, qk_norm=True, tie_embeddings=True, compile=c) for c in (False, True)]
-    moba, half = AttentionSpec("moba", block_size=8, top_k=2), RopeConfig(scaling="linear", factor=2.0)
+    moba, half = Moba(block_size=8, top_k=2), RopeConfig(scaling="linear", factor=2.0)
     for lengths, plan, rope, recompute, num_graphs in [
         ([40, 24], [moba, moba], None, False, 2),
         ([10, 0, 20, 34], [moba, FULL], half, True, 2),
@@ -321,13 +322,13 @@ def test_the_mlp_is_recomputed_inside_what_is_compiled(monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("spec", [FULL, AttentionSpec("moba", block_size=64, top_k=5)], ids=str)
+@pytest.mark.parametrize("spec", [FULL, Moba(block_size=64, top_k=5)], ids=str)
 def test_compiled_kernels_equal_eager_on_a_gpu(spec):
     """Catches kernels generated in bf16 that lose precision, forward or backward, and outputs whose strides attention
     cannot take. Fused, bf16 is rounded less often, so losses move by rounding; MoBA takes all of a document's blocks
     here, since the choices of a random model turn with every rounding."""
     pytest.importorskip("triton")
-    pack = [x.cuda() for x in make_pack([300, 212])]
+    pack = [x.to("cuda") for x in make_pack([300, 212])]
     results = []
     for compiled in (False, True):
         model = make_model(num_layers=2, hidden_size=128, head_dim=32, compile=compiled).cuda().bfloat16()
@@ -451,35 +452,35 @@ def test_parameter_counts_equal_the_closed_form(changes):
     assert sum(p.numel() for p in model.parameters() if id(p) not in outside) == counts["non_embedding"]
 
 
-@pytest.mark.parametrize("spec", [FULL, AttentionSpec("moba", block_size=8, top_k=2)], ids=str)
+@pytest.mark.parametrize("spec", [FULL, Moba(block_size=8, top_k=2)], ids=str)
 def test_logits_with_a_cache_equal_one_pass(spec):
     """Catches a cache that shifts positions, forgets tokens, or routes otherwise than the full forward pass."""
     model = make_model()
     model.set_attention([spec] * 3)
-    tokens, positions, cu_seqlens, _ = make_pack([45])
+    tokens, positions, documents, _ = make_pack([45])
     with torch.no_grad():
-        expected = model.logits(tokens, positions, cu_seqlens)
+        expected = model.logits(tokens, positions, documents)
         cache = KVCache(3)
         chunks = []
         for size in (20, 13, *[1] * 12):
             start = cache.lengths[0]
             part = slice(start, start + size)
-            bounds = torch.tensor([0, size], dtype=torch.int32)
+            bounds = Documents.from_lengths([size])
             chunks.append(model.logits(tokens[part], positions[part], bounds, cache))
         torch.testing.assert_close(torch.cat(chunks), expected, rtol=1e-4, atol=1e-5)
         last = torch.tensor([44, 3])
-        torch.testing.assert_close(model.logits(tokens, positions, cu_seqlens, rows=last), expected[last])
+        torch.testing.assert_close(model.logits(tokens, positions, documents, rows=last), expected[last])
 
 
 def test_bf16_loss_is_close_and_float32():
     """Catches losses rounded to bf16, and angles computed in bf16 (wrong by radians far into a document)."""
     model = make_model()
-    tokens, positions, cu_seqlens, labels = make_pack([64])
+    tokens, positions, documents, labels = make_pack([64])
     far = positions + 100_000
     with torch.no_grad():
-        expected = model(tokens, far, cu_seqlens, labels)
+        expected = model(tokens, far, documents, labels)
         model.bfloat16()
-        losses = model(tokens, far, cu_seqlens, labels)
+        losses = model(tokens, far, documents, labels)
     assert losses.dtype == torch.float32 and not torch.equal(losses, losses.bfloat16().float())
     assert (losses - expected).abs().mean() < 0.03
 
@@ -495,7 +496,8 @@ import copy, sys
 import torch
 from conf.schema import DeepSpeedConfig, LRConfig, ModelConfig, OptimConfig, RunConfig
 from data.packing import Batch
-from moba.spec import AttentionSpec
+from moba.documents import Documents
+from moba.kinds import Full, Moba, Sliding
 from train.engine.world import init_world, shutdown
 from train.model.decoder import Decoder
 from train.engine.optim import build_engine, param_groups
@@ -518,20 +520,20 @@ for tied, recompute in ((True, True), (False, False)):
     assert sum(p.numel() for p in engine.module.parameters()) < 1000, "nothing is sharded"
     optimizer = torch.optim.AdamW(param_groups(plain, 0.1), lr=0.01, betas=(0.9, 0.95))
     for step in range(4):
-        plan = [AttentionSpec("moba", 8, 2) if step < 2 else AttentionSpec("full"), AttentionSpec("sliding", window=9)]
+        plan = [Moba(8, 2) if step < 2 else Full(), Sliding(window=9)]
         tokens = torch.randint(0, 64, (49,), generator=g)
         positions = torch.cat([torch.arange(30), torch.arange(18)])
-        batch = Batch(tokens[:-1], tokens[1:], positions, torch.tensor([0, 30, 48], dtype=torch.int32))
+        batch = Batch(tokens[:-1], tokens[1:], positions, Documents.from_lengths([30, 18]))
         model.set_attention(plan), plain.set_attention(plan)
         result = train_step(engine, [batch], lr=0.01, world=world)
-        losses = plain(batch.tokens, batch.positions, batch.cu_seqlens, batch.labels)
+        losses = plain(batch.tokens, batch.positions, batch.documents, batch.labels)
         (losses.sum() / 48).backward()
         norm = torch.nn.utils.get_total_norm([p.grad for p in plain.parameters()])
         optimizer.step(), optimizer.zero_grad()
         torch.testing.assert_close(result.loss_sum.float(), losses.detach().sum(), rtol=1e-5, atol=0)
         torch.testing.assert_close(float(result.grad_norm), float(norm), rtol=1e-4, atol=0)
     with torch.no_grad():
-        where = (batch.tokens, batch.positions, batch.cu_seqlens)
+        where = (batch.tokens, batch.positions, batch.documents)
         torch.testing.assert_close(model.logits(*where), plain.logits(*where), rtol=1e-3, atol=1e-4)
 print("equal")
 shutdown()
@@ -551,7 +553,8 @@ import torch
 import train.model.decoder
 from conf.schema import DeepSpeedConfig, LRConfig, ModelConfig, OptimConfig, RunConfig
 from data.packing import Batch
-from moba.spec import AttentionSpec
+from moba.documents import Documents
+from moba.kinds import Full, Moba, Sliding
 from train.engine.world import init_world, shutdown
 from train.engine.optim import build_engine
 from train.step import train_step
@@ -568,10 +571,10 @@ for stage, compiled in ((0, False), (0, True), (1, True), (2, True)):
     engine = build_engine(model, RunConfig(deepspeed=deepspeed, optim=optim), world)
     g = torch.Generator().manual_seed(0)
     for step in range(3):
-        model.set_attention([AttentionSpec("moba", 8, 2) if step < 2 else AttentionSpec("full")] * 2)
+        model.set_attention([Moba(8, 2) if step < 2 else Full()] * 2)
         tokens = torch.randint(0, 64, (49,), generator=g)
         positions = torch.cat([torch.arange(30), torch.arange(18)])
-        batch = Batch(tokens[:-1], tokens[1:], positions, torch.tensor([0, 30, 48], dtype=torch.int32))
+        batch = Batch(tokens[:-1], tokens[1:], positions, Documents.from_lengths([30, 18]))
         result = train_step(engine, [batch], lr=0.01, world=world)
         runs.append([float(result.loss_sum), float(result.grad_norm)])
 for i in (3, 6, 9):

@@ -11,7 +11,7 @@ import torch
 from conf.hardware import Hardware
 from conf.schema import DeepSpeedConfig, ModelConfig, SourceConfig
 from conf.validate import freeze, to_dict
-from moba.spec import AttentionSpec
+from moba.kinds import Full, Moba
 from train.model.sizes import num_parameters
 from train.plan.describe import describe_layers
 from train.plan.memory import estimate_memory
@@ -77,11 +77,11 @@ def test_dense_at_this_length_is_said():
     """Catches a stage of MoBA or windows that is full attention in disguise."""
     assert "warning" not in make_plan(config_of(), 384).text()
     plan = make_plan(config_of(attention={"block_size": 64, "top_k": 4}), 384)
-    assert plan.stages[0].dense and "warning: MoBA is dense at this length" in plan.text()
+    assert plan.stages[0].covers and "warning: MoBA is dense at this length" in plan.text()
     assert plan.stages[0].attended_share == 1.0
     for window, is_wide in ((255, False), (256, True)):
         plan = make_plan(config_of(attention={"pattern": "S", "window": window}), 384)
-        assert plan.stages[0].wide == is_wide == ("warning: sliding windows hide nothing" in plan.text())
+        assert bool(plan.stages[0].covers) == is_wide == ("warning: sliding windows hide nothing" in plan.text())
         assert (plan.stages[0].attended_share == 1.0) == is_wide
 
 
@@ -137,7 +137,7 @@ def test_text_says_what_an_extension_changes():
 
 def test_layers_are_named():
     """Catches an off-by-one in the ranges of layers."""
-    moba, full = AttentionSpec("moba", 512, 3), AttentionSpec("full")
+    moba, full = Moba(512, 3), Full()
     assert describe_layers((moba,) * 4 + (full,) * 2) == "moba 512x3 (layers 0-3), full (layers 4-5)"
     assert describe_layers((moba, full, moba, moba)) == "moba 512x3 (layers 0, 2-3), full (layer 1)"
 
@@ -163,7 +163,7 @@ def memory_of(stage: int, world_size: int, bf16: bool = True, **engine):
         bf16=bf16,
         world_size=world_size,
         micro_tokens=32768,
-        attention=(AttentionSpec("full"),) * 20,
+        attention=(Full(),) * 20,
     )
 
 
@@ -189,7 +189,7 @@ def test_memory_offloaded_and_recomputed():
     _, there = memory_of(3, 1, offload_optimizer=True, offload_params=True)
     assert there.weights == there.optimizer == 0 and there.host == here.weights + here.optimizer
     model, _ = memory_of(1, 1)
-    arguments = {"bf16": True, "world_size": 1, "micro_tokens": 32768, "attention": (AttentionSpec("full"),) * 20}
+    arguments = {"bf16": True, "world_size": 1, "micro_tokens": 32768, "attention": (Full(),) * 20}
     kept = estimate_memory(model, 32768, DeepSpeedConfig(), **arguments)
     lean = estimate_memory(replace(model, activation_checkpointing=True), 32768, DeepSpeedConfig(), **arguments)
     half = estimate_memory(replace(model, activation_checkpointing="mlp"), 32768, DeepSpeedConfig(), **arguments)

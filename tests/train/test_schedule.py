@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from conf.schema import AttentionConfig, LRConfig
 from conf.validate import freeze
-from moba.spec import AttentionSpec
+from moba.kinds import Full, Moba, Sliding
 from train.schedule import build_schedule, layer_plan, lr_at
 
 K = 1024
@@ -133,19 +133,22 @@ def test_first_step_trains_and_last_step_has_the_final_rate():
 
 def test_layer_plans():
     """Catches full layers at the wrong end, a pattern that isn't repeated, kernels a full layer doesn't have."""
-    moba, full = AttentionSpec("moba", 64, 3), AttentionSpec("full")
-    assert layer_plan(AttentionConfig("full", 64, top_k=3), 2) == (full, full)
-    assert layer_plan(AttentionConfig("moba", 64, top_k=3), 2) == (moba, moba)
-    assert layer_plan(AttentionConfig("moba", 64, top_k=3, full_last=1), 3) == (moba, moba, full)
-    assert layer_plan(AttentionConfig("moba", 64, top_k=3, full_last=3), 3) == (full,) * 3
-    assert layer_plan(AttentionConfig("moba", 64, top_k=3, pattern="MMf"), 5) == (moba, moba, full, moba, moba)
-    plan = layer_plan(AttentionConfig("moba", 64, top_k=3, backend="triton", full_last=1), 2)
-    assert [spec.backend for spec in plan] == ["triton", "auto"]
-    slide = AttentionSpec("sliding", window=16)
-    assert layer_plan(AttentionConfig("moba", 64, top_k=3, pattern="SM", window=16), 3) == (slide, moba, slide)
-    assert layer_plan(AttentionConfig("full", 64, top_k=3, pattern="sf", window=16), 4) == (slide, full) * 2
-    plan = layer_plan(AttentionConfig("moba", 64, top_k=3, backend="triton", pattern="SM", window=16), 2)
-    assert [spec.backend for spec in plan] == ["auto", "triton"]
+
+    def plan(kind, num_layers, **options):
+        return layer_plan(
+            AttentionConfig(kind, options={"block_size": 64, "top_k": 3, "window": 16}, **options), num_layers
+        )
+
+    moba, full, slide = Moba(64, 3), Full(), Sliding(window=16)
+    assert plan("full", 2) == (full, full)
+    assert plan("moba", 2) == (moba, moba)
+    assert plan("moba", 3, full_last=1) == (moba, moba, full)
+    assert plan("moba", 3, full_last=3) == (full,) * 3
+    assert plan("moba", 5, pattern="MMf") == (moba, moba, full, moba, moba)
+    assert [spec.backend for spec in plan("moba", 2, backend="triton", full_last=1)] == ["triton", "auto"]
+    assert plan("moba", 3, pattern="SM") == (slide, moba, slide)
+    assert plan("full", 4, pattern="sf") == (slide, full) * 2
+    assert [spec.backend for spec in plan("moba", 2, backend="triton", pattern="SM")] == ["auto", "triton"]
 
 
 def test_stages_resolve_what_they_leave_open():
@@ -154,12 +157,12 @@ def test_stages_resolve_what_they_leave_open():
     first, second = schedule_of(stages, schedule={"block_size": 128, "top_k": 2}).stages
     assert (first.seq_len, first.batch_tokens, first.micro_tokens) == (256, K, 256)
     assert second.micro_tokens == 512
-    assert first.attention[0] == AttentionSpec("moba", 128, 2)
+    assert first.attention[0] == Moba(128, 2)
     twins = {
         "a": {"tokens": K, "attention": {"pattern": "SM"}},
         "b": {"tokens": K, "attention": {"kind": "full", "pattern": "SF", "window": 9}},
         "c": {"tokens": K},
     }
-    windows = [stage.attention[0].window for stage in schedule_of(twins, schedule={"window": 64}).stages]
-    assert windows == [64, 9, None]
+    firsts = [stage.attention[0] for stage in schedule_of(twins, schedule={"window": 64}).stages]
+    assert firsts[:2] == [Sliding(64), Sliding(9)] and isinstance(firsts[2], Moba)
     assert first.mix == {"a": 0.75, "b": 0.25} and second.mix == {"b": 1.0}

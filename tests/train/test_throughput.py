@@ -5,11 +5,11 @@ from types import SimpleNamespace
 import pytest
 
 from conf.schema import ModelConfig
-from moba.spec import AttentionSpec
+from moba.kinds import Full, Moba
 from train.record.throughput import CONVENTION, Throughput, Work, batch_work, peak_tflops
 
-FULL = AttentionSpec("full")
-MOBA = AttentionSpec("moba", block_size=4, top_k=2)
+FULL = Full()
+MOBA = Moba(block_size=4, top_k=2)
 MODEL = ModelConfig(hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16, ffn_size=48)
 
 
@@ -24,7 +24,7 @@ def pairs_by_hand(spec, lengths):
     total = 0
     for length in lengths:
         for query in range(length):
-            if spec.kind == "full":
+            if spec == FULL:
                 total += query + 1
             else:
                 own = query // spec.block_size

@@ -18,9 +18,9 @@ from transformers import AutoConfig
 
 from conf.build import ConfigError
 from conf.schema import ModelConfig, RopeConfig
-from moba.spec import AttentionSpec
+from moba.kinds import AttentionSpec
 from train.checkpoint.store import MODEL_INDEX, TensorFiles, read_index
-from train.hf.pretrained import FAMILIES, SINGLE_FILE, windows
+from train.hf.pretrained import FAMILIES, PLAN_KEY, SINGLE_FILE, windows
 from train.model.rope import Rope, changes_rope, check_rope_scaling, stage_scaling
 from train.model.sizes import head_dim, ntk_theta, num_kv_heads, rope_layers
 
@@ -70,7 +70,7 @@ def config_json(
         "bos_token_id": bos_id,
         "eos_token_id": eos_id,
         "use_cache": True,
-        "moba": {"plan": [_plan_entry(spec) for spec in plan]},
+        PLAN_KEY: {"plan": [spec.entry() for spec in plan]},
     }
     if kind in ("llama", "qwen3"):
         config["attention_bias"] = False
@@ -86,7 +86,8 @@ def as_it_came(original: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]
     was, now = (
         AutoConfig.for_model(**(config | {"model_type": original["model_type"]})) for config in (original, ours)
     )
-    result = {key: value for key, value in original.items() if key not in ("auto_map", "moba")} | {"moba": ours["moba"]}
+    result = {key: value for key, value in original.items() if key not in ("auto_map", PLAN_KEY)}
+    result[PLAN_KEY] = ours[PLAN_KEY]
     if was.rope_parameters != now.rope_parameters:
         result = {key: value for key, value in result.items() if key != "rope_parameters"}
         result |= {"rope_theta": ours["rope_theta"], "rope_scaling": ours["rope_scaling"]}
@@ -98,11 +99,6 @@ def as_it_came(original: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]
         result |= {"sliding_window": None} | {key: False for key in ("use_sliding_window",) if key in result}
         result.pop("layer_types", None)
     return result
-
-
-def _plan_entry(spec: AttentionSpec) -> list[Any]:
-    """[kind, block_size, top_k], as moba.transformers reads it."""
-    return ["full", None, None] if spec.kind == "full" else [spec.kind, spec.block_size, spec.top_k]
 
 
 def _family(model: ModelConfig) -> str:
@@ -123,10 +119,9 @@ def _refuse_own_layers(model: ModelConfig, attention: Sequence[AttentionSpec]) -
     parts = {
         f"model.key_conv={model.key_conv}": model.key_conv,
         f"model.rope_pattern={model.rope_pattern}": not all(rope_layers(model)),
-        "sliding windows (S in attention.pattern)": any(spec.kind == "sliding" for spec in attention),
-        "a control gate (attention.gate)": any(spec.gate != "mean" for spec in attention),
     }
     named = [part for part, is_on in parts.items() if is_on]
+    named += dict.fromkeys(spec.export_problem for spec in attention if spec.export_problem is not None)
     if named:
         hint = "use this project's own commands (launch/evaluate.py, launch/generate.py)"
         raise ConfigError([f"{part}: no Llama, Qwen2 or Qwen3 of transformers has it; {hint}" for part in named])

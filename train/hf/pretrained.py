@@ -22,13 +22,15 @@ from torch import nn
 
 from conf.build import ConfigError, show
 from conf.schema import ModelConfig
-from moba.spec import AttentionSpec
+from moba.kinds import AttentionSpec, Full, Moba, from_entry
 from train.checkpoint.store import MODEL_INDEX, CheckpointError, TensorFiles, compare_parameters, read_index
 from train.engine import engine_state
 from train.engine.collectives import barrier
 from train.model.rope import check_rope_scaling
 
 CONFIG, SINGLE_FILE = "config.json", "model.safetensors"
+PLAN_KEY = Moba.name
+"""Where a config.json has the attention of each layer."""
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 DESCRIPTION = ["*.json", "*.jinja", "*.model", "*.txt"]
 DTYPES = ("F32", "BF16", "F16")
@@ -154,14 +156,14 @@ def read_plan(directory: Path, num_layers: int) -> tuple[AttentionSpec, ...]:
 
     ConfigError if the plan is not one of `num_layers` entries [kind, block_size, top_k].
     """
-    settings = json.loads((directory / CONFIG).read_text(encoding="utf-8")).get("moba")
+    settings = json.loads((directory / CONFIG).read_text(encoding="utf-8")).get(PLAN_KEY)
     if settings is None:
-        return (AttentionSpec("full"),) * num_layers
+        return (Full(),) * num_layers
     try:
-        plan = tuple(AttentionSpec(*entry) for entry in settings["plan"])
+        plan = tuple(from_entry(entry) for entry in settings["plan"])
     except (TypeError, KeyError, ValueError) as error:
         raise ConfigError(
-            [f"{directory / CONFIG}: moba={settings!r} has no plan that can be read ({error})"]
+            [f"{directory / CONFIG}: {PLAN_KEY}={settings!r} has no plan that can be read ({error})"]
         ) from error
     if len(plan) != num_layers:
         raise ConfigError([f"{directory / CONFIG}: a MoBA plan of {len(plan)} layers for a model of {num_layers}"])

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from conf.schema import ModelConfig, RopeConfig
+from moba.documents import Documents
+from moba.kinds import AttentionSpec
 from moba.layer import KVCache, LayerCache, MoBAAttention, RMSNorm
-from moba.spec import AttentionSpec
 from train.model.loss import tiled_cross_entropy
 from train.model.rope import Rope
 from train.model.sizes import head_dim, key_conv_widths, num_kv_heads, rope_layers
@@ -73,14 +74,14 @@ class DecoderLayer(nn.Module):
         self.recomputes_mlp = config.activation_checkpointing == "mlp"
 
     def forward(
-        self, x_TC: Tensor, cos_TD: Tensor, sin_TD: Tensor, cu_seqlens: Tensor, cache: LayerCache | None = None
+        self, x_TC: Tensor, cos_TD: Tensor, sin_TD: Tensor, documents: Documents, cache: LayerCache | None = None
     ) -> Tensor:
         before, after = (_compiled(f) if self.compiled else f for f in (_before_attention, _after_attention))
         if cache is None:
-            qkv = before(self, x_TC, cos_TD, sin_TD, self.self_attn.offsets(x_TC, cu_seqlens))
+            qkv = before(self, x_TC, cos_TD, sin_TD, self.self_attn.offsets(documents))
         else:
-            qkv = _before_attention(self, x_TC, cos_TD, sin_TD, None, cu_seqlens, cache)
-        out_THD = self.self_attn.attend(*qkv, cu_seqlens, cache)
+            qkv = _before_attention(self, x_TC, cos_TD, sin_TD, None, documents, cache)
+        out_THD = self.self_attn.attend(*qkv, documents, cache)
         return after(self, x_TC, out_THD)
 
 
@@ -127,14 +128,14 @@ class Backbone(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.activation_checkpointing = config.activation_checkpointing is True
 
-    def forward(self, tokens_T: Tensor, cos_TD, sin_TD, cu_seqlens: Tensor, cache: KVCache | None = None) -> Tensor:
+    def forward(self, tokens_T: Tensor, cos_TD, sin_TD, documents: Documents, cache: KVCache | None = None) -> Tensor:
         x_TC = self.embed_tokens(tokens_T)
         recompute = self.activation_checkpointing and torch.is_grad_enabled()
         for i, layer in enumerate(self.layers):
             if recompute:
-                x_TC = _recomputed(layer, x_TC, cos_TD, sin_TD, cu_seqlens)
+                x_TC = _recomputed(layer, x_TC, cos_TD, sin_TD, documents)
             else:
-                x_TC = layer(x_TC, cos_TD, sin_TD, cu_seqlens, None if cache is None else cache[i])
+                x_TC = layer(x_TC, cos_TD, sin_TD, documents, None if cache is None else cache[i])
         return self.norm(x_TC)
 
 
@@ -185,19 +186,19 @@ class Decoder(nn.Module):
         """Puts a stage's RoPE changes (None: none) on top of the model's own from now on; no parameter is touched."""
         self.rope = Rope(self.config, stage)
 
-    def forward(self, tokens_T: Tensor, positions_T: Tensor, cu_seqlens: Tensor, labels_T: Tensor) -> Tensor:
+    def forward(self, tokens_T: Tensor, positions_T: Tensor, documents: Documents, labels_T: Tensor) -> Tensor:
         """The loss of each token of a pack in nats: float32 `[T]`, 0 where the label is -100.
 
-        tokens, positions (0-based in the document or window) and labels (already shifted) are int64 `[T]`; cu_seqlens
-        int32 `[N + 1]` bounds the documents, which do not see each other. Logits of all tokens never exist at once.
+        tokens, positions (0-based in the document or window) and labels (already shifted) are int64 `[T]`; the
+        documents do not see each other. Logits of all tokens never exist at once.
         """
-        return self.lm_head(self._hidden(tokens_T, positions_T, cu_seqlens, None), labels_T)
+        return self.lm_head(self._hidden(tokens_T, positions_T, documents, None), labels_T)
 
     def logits(
         self,
         tokens_T: Tensor,
         positions_T: Tensor,
-        cu_seqlens: Tensor,
+        documents: Documents,
         cache: KVCache | None = None,
         rows: Tensor | None = None,
     ) -> Tensor:
@@ -206,14 +207,14 @@ class Decoder(nn.Module):
         With a cache, the tokens of document i continue cached sequence i (positions too) and are added to it. `rows`
         (int64) spares a long prompt the logits that nobody reads.
         """
-        hidden_TC = self._hidden(tokens_T, positions_T, cu_seqlens, cache)
+        hidden_TC = self._hidden(tokens_T, positions_T, documents, cache)
         return self.lm_head(hidden_TC if rows is None else hidden_TC[rows])
 
-    def _hidden(self, tokens_T: Tensor, positions_T: Tensor, cu_seqlens: Tensor, cache: KVCache | None) -> Tensor:
+    def _hidden(self, tokens_T: Tensor, positions_T: Tensor, documents: Documents, cache: KVCache | None) -> Tensor:
         """`[T, C]` after the last norm. Angles are computed once for all layers, in float32 whatever the weights
         are."""
         cos_TD, sin_TD = self.rope.cos_sin(positions_T, torch.float32, tokens_T.device)
-        return self.model(tokens_T, cos_TD, sin_TD, cu_seqlens, cache)
+        return self.model(tokens_T, cos_TD, sin_TD, documents, cache)
 
     @torch.no_grad()
     def init_weights(

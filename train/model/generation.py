@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from data.tokenizer import Tokenizer
+from moba.documents import one_document
+from moba.kinds import AttentionSpec
 from moba.layer import KVCache
-from moba.spec import AttentionSpec
 from train.model.decoder import Decoder
 
 CHUNK_TOKENS = 8192
@@ -71,7 +72,7 @@ def generate(
         raise ValueError(f"max_new_tokens={max_new_tokens}: needs a whole number of at least 0")
     sampling = sampling or Sampling()
     generator = torch.Generator().manual_seed(sampling.seed)
-    decode = decode or tuple(spec.without_moba() for spec in model.attention)
+    decode = decode or tuple(spec.dense() for spec in model.attention)
     cache = KVCache(len(model.attention))
     pending = torch.as_tensor(list(prompt), dtype=torch.int64)
     plan = prefill or model.attention
@@ -104,10 +105,10 @@ def _read(model: Decoder, tokens_T: Tensor, cache: KVCache, plan: Sequence[Atten
     device = model.model.embed_tokens.weight.device
     num_tokens, start = len(tokens_T), cache.lengths[0]
     positions_T = torch.arange(start, start + num_tokens, device=device)
-    cu_seqlens = torch.tensor([0, num_tokens], dtype=torch.int32, device=device)
+    documents = one_document(num_tokens, num_tokens, device)
     last = torch.tensor([num_tokens - 1], device=device)
     with _attending(model, plan):
-        return model.logits(tokens_T.to(device), positions_T, cu_seqlens, cache, rows=last)[0]
+        return model.logits(tokens_T.to(device), positions_T, documents, cache, rows=last)[0]
 
 
 @contextmanager

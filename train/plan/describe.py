@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -12,7 +12,9 @@ from conf.numbers import format_count, format_length, format_tokens
 from conf.schema import LRConfig, RopeConfig, RunConfig, SourceConfig
 from data.mixture import long_share, make_pools, passes
 from data.sources import Source
-from moba.spec import AttentionSpec
+from moba.backends.choice import choose
+from moba.backends.refusals import BackendUnavailable
+from moba.kinds import AttentionSpec, QueryShape
 from train.model.sizes import head_dim, key_conv_widths, ntk_theta, num_kv_heads, rope_layers
 from train.schedule import Stage
 
@@ -25,6 +27,33 @@ def describe_layers(attention: tuple[AttentionSpec, ...]) -> str:
     for index, spec in enumerate(attention):
         layers.setdefault(str(spec), []).append(index)
     return ", ".join(f"{name} ({_layers(indices)})" for name, indices in layers.items())
+
+
+def describe_kernels(config: RunConfig, stages: Sequence[Stage], hardware: Hardware, bf16: bool) -> tuple[str, ...]:
+    """What will compute each kind of attention, and why nothing faster: one entry a kind and backend."""
+    model, found = config.model, {}
+    for stage in stages:
+        shape = QueryShape(
+            device="cuda" if hardware.num_gpus else "cpu",
+            dtype="bfloat16" if bf16 else "float32",
+            num_tokens=stage.micro_tokens,
+            num_heads=model.num_heads,
+            num_kv_heads=num_kv_heads(model),
+            head_dim=head_dim(model),
+        )
+        for spec in dict.fromkeys(stage.attention):
+            kind = spec.at(stage.seq_len)
+            try:
+                choice = str(choose(kind, shape, None))
+            except BackendUnavailable as error:
+                choice = f"none: {error}"
+            text = (
+                f"{kind} on {choice}"
+                if kind == spec
+                else f"{spec} at {format_length(stage.seq_len)} as {kind} on {choice}"
+            )
+            found.setdefault(text)
+    return tuple(found)
 
 
 def _layers(indices: list[int]) -> str:

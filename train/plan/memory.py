@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from conf.schema import DeepSpeedConfig, ModelConfig
-from moba.spec import AttentionSpec
+from moba.kinds import AttentionSpec
 from train.model.sizes import head_dim, key_conv_widths, num_kv_heads, num_parameters
 
 VERDICT_SHARE = 0.92
@@ -89,7 +89,7 @@ def activation_bytes_per_token(model: ModelConfig, attention: tuple[AttentionSpe
     kept = model.num_layers * (layer - recomputed)
     if model.activation_checkpointing is not True:
         kept += sum(size > 0 for size in key_conv_widths(model)) * width * kv_size
-    blocks = max((spec.top_k for spec in attention if spec.kind == "moba"), default=1)
+    blocks = max(spec.partial_outputs for spec in attention)
     working = layer + blocks * q_size * (width + 4)
     return kept + working + 2 * width * model.hidden_size
 

@@ -23,6 +23,7 @@ from train.model.sizes import head_dim, matmul_flops_per_token, num_parameters
 from train.plan.describe import (
     describe_data,
     describe_engine,
+    describe_kernels,
     describe_layers,
     describe_lr,
     describe_model,
@@ -53,10 +54,8 @@ class StagePlan:
     attention: str
     attended_share: float
     """Attended (query, key) pairs / causal pairs, over all layers."""
-    dense: bool
-    """MoBA layers whose blocks cover the whole context: they compute full attention."""
-    wide: bool
-    """Windows that cover the whole context: they hide nothing."""
+    covers: tuple[str, ...]
+    """Warnings of layers that hide nothing at this length."""
     rope: str
     lr: str
     """Its schedule in words."""
@@ -86,6 +85,8 @@ class Plan:
     total_steps: int
     lr: str
     engine: str
+    kernels: tuple[str, ...]
+    """What computes each kind of attention, and why nothing faster."""
     world_size: int
     memory: Memory
     verdict: str
@@ -130,6 +131,7 @@ def make_plan(
         total_steps=schedule.total_steps,
         lr=describe_lr(config),
         engine=describe_engine(config, hardware),
+        kernels=describe_kernels(config, schedule.stages, hardware, uses_bf16(config, hardware)),
         world_size=hardware.world_size,
         memory=memory,
         verdict=verdict,
@@ -165,8 +167,7 @@ def _stage_plan(
         micro_batches=stage.batch_tokens // stage.micro_tokens // hardware.world_size,
         attention=describe_layers(stage.attention),
         attended_share=attended / causal,
-        dense=any(spec.kind == "moba" and spec.is_dense_at(stage.seq_len) for spec in stage.attention),
-        wide=any(spec.kind == "sliding" and spec.is_dense_at(stage.seq_len) for spec in stage.attention),
+        covers=_covers(stage),
         rope=describe_rope(stage.rope, config),
         lr=describe_stage_lr(config, stage.name),
         reset_optimizer=stage.reset_optimizer,
@@ -177,6 +178,12 @@ def _stage_plan(
         flops=total_flops(attended),
         dense_flops=total_flops(causal),
     )
+
+
+def _covers(stage: Stage) -> tuple[str, ...]:
+    """What the kinds say of layers that are dense at the stage's length, each once."""
+    kinds = {type(spec) for spec in stage.attention if spec.covers and spec.is_dense_at(stage.seq_len)}
+    return tuple(sorted(kind.covers.format(length=format_length(stage.seq_len)) for kind in kinds))
 
 
 def _memory(config: RunConfig, stages: tuple[Stage, ...], vocab_size: int, hardware: Hardware) -> tuple[Memory, str]:
@@ -251,6 +258,7 @@ def _lines(plan: Plan) -> list[str]:
         *_block("budget", f"{plan.total_tokens:,} tokens in {plan.total_steps:,} steps"),
         *_block("rate", plan.lr),
         *_block("engine", plan.engine),
+        *_block("kernels", *plan.kernels),
         "",
         *_stage_table(plan.stages),
         "",
@@ -323,9 +331,4 @@ def _stage_details(stage: StagePlan, later: bool) -> list[str]:
     lines += textwrap.wrap(text, WIDTH, initial_indent="    ", subsequent_indent="    ")
     if len(stage.mix) > 1:
         lines.append("    mix " + ", ".join(f"{name} {share:.1%}" for name, share in stage.mix.items()))
-    length = format_length(stage.seq_len)
-    if stage.wide:
-        lines.append(f"    warning: sliding windows hide nothing at this length: a window covers all of {length}")
-    if stage.dense:
-        lines.append(f"    warning: MoBA is dense at this length: block_size * top_k covers all of {length}")
-    return lines
+    return lines + [f"    warning: {text}" for text in stage.covers]

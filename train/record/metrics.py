@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from moba.spec import AttentionSpec
+from moba.kinds import AttentionSpec
 from train.plan.describe import describe_layers
 
 FILE_NAME = "metrics.jsonl"

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from conf.schema import ModelConfig
 from moba.flops import attended_pairs, attention_flops, causal_pairs
-from moba.spec import AttentionSpec
+from moba.kinds import AttentionSpec
 from train.model.sizes import head_dim, matmul_flops_per_token
 
 CONVENTION = (

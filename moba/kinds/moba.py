@@ -1,0 +1,175 @@
+"""MoBA: every query sees its own block and the best of the complete blocks before it (MoBA paper, section 2.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+from moba.backends import refusals
+from moba.kinds.base import AttentionSpec, Backend, BadOption, Option, Routing, at_least_one, causal_pairs, check_counts
+from moba.kinds.full import Full
+
+MEAN = "mean"
+GATES = (MEAN, "local", "random", "oracle")
+
+
+@dataclass(frozen=True)
+class Moba(AttentionSpec):
+    """Attention to `top_k` blocks of `block_size` tokens, the query's own included.
+
+    `top_k=1` is block-local attention, and `block_size * top_k >= length` is full attention. `gate` picks the blocks:
+    "mean" is MoBA, the others are controls (moba/gates.py).
+    """
+
+    name = "moba"
+    letter = "M"
+    in_patterns = "moba"
+    covers = "MoBA is dense at this length: block_size * top_k covers all of {length}"
+    backends = (
+        Backend("triton", refusals.triton, device="cuda"),
+        Backend("flash", refusals.moba_flash, device="cuda"),
+        Backend("torch", refusals.nothing),
+        Backend("reference", refusals.reference, by_itself=False),
+    )
+    options = {
+        "block_size": Option(
+            int,
+            "Tokens a block; null = seq_len / num_blocks, or schedule.block_size where num_blocks is null too.",
+            is_length=True,
+        ),
+        "num_blocks": Option(int, "Blocks a full-length context is cut into, instead of block_size."),
+        "top_k": Option(int, "Blocks a query attends to, its own included; null = schedule.top_k."),
+        "gate": Option(
+            str,
+            "What picks the blocks of MoBA layers: `mean` (MoBA), or a control for comparison: `local` (the latest), "
+            "`random`, `oracle` (those of largest attention; costs full attention). Controls run on `torch` and "
+            "`flash`.",
+            default=MEAN,
+        ),
+    }
+    VARIANTS: ClassVar[tuple[str, ...]] = (name, "oracle", "random", "local", Full.name)
+    """What a comparison of gates puts in the place of MoBA layers."""
+
+    block_size: int
+    top_k: int
+    gate: str = MEAN
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.gate not in GATES:
+            raise ValueError(f"gate={self.gate!r}: choose one of {', '.join(GATES)}")
+        check_counts(self.name, block_size=self.block_size, top_k=self.top_k)
+
+    def is_dense_at(self, length: int) -> bool:
+        return self.block_size * self.top_k >= length
+
+    def attended_pairs(self, length: int) -> int:
+        """A query at position p sees min(p // B, top_k - 1) blocks of B keys, and the p % B + 1 keys of its own block
+        up to itself: exact whatever the gate picks."""
+        num_complete, tail = divmod(length, self.block_size)
+        own = num_complete * causal_pairs(self.block_size) + causal_pairs(tail)
+        # Queries of block i see min(i, top_k - 1) earlier blocks: a triangle while history is short, then a band.
+        growing = min(num_complete, self.top_k)
+        history_blocks = growing * (growing - 1) // 2 + (num_complete - growing) * (self.top_k - 1)
+        history = history_blocks * self.block_size**2 + tail * min(num_complete, self.top_k - 1) * self.block_size
+        return own + history
+
+    @property
+    def routing(self) -> Routing:
+        return Routing(self.block_size, self.top_k, self.gate)
+
+    @property
+    def partial_outputs(self) -> int:
+        return self.top_k
+
+    def variants(self) -> dict[str, AttentionSpec]:
+        others = {name: replace(self, gate=name) for name in self.VARIANTS[1:-1]}
+        return {self.name: self, **others, Full.name: Full()}
+
+    def run(self, backend, q, k, v, documents, *, softmax_scale, deterministic, return_lse):
+        options: dict[str, Any] = {
+            "block_size": self.block_size,
+            "top_k": self.top_k,
+            "softmax_scale": softmax_scale,
+        }
+        if backend == "reference":
+            from moba.reference import reference_attention
+
+            return reference_attention(q, k, v, **documents.bounds, **options, return_lse=True)
+        if backend == "triton":
+            from moba.backends.triton_attention import moba_triton
+
+            return moba_triton(q, k, v, documents, **options)
+        if self.gate != MEAN:
+            from moba.gates import select
+
+            options["selection"] = select(
+                self.gate, q, k, self.block_size, self.top_k, documents=documents, softmax_scale=softmax_scale
+            )
+        if backend == "torch":
+            from moba.backends.torch_blocks import moba_torch
+
+            return moba_torch(q, k, v, documents, **options)
+        from moba.backends.flash import moba_flash
+
+        return moba_flash(q, k, v, documents, **options, deterministic=deterministic)
+
+    def decode(self, q, sequence, dense):
+        if dense or self.gate != MEAN:
+            return super().decode(q, sequence, dense)
+        from moba.kv_cache import decode_moba
+
+        return decode_moba(q, sequence, self.block_size, self.top_k)
+
+    @classmethod
+    def check_options(cls, values: Mapping[str, Any], seq_len: int | None, used: bool) -> Iterator[BadOption]:
+        yield from at_least_one(values, "block_size", "num_blocks", "top_k")
+        gate = values.get("gate")
+        if gate not in GATES:
+            yield BadOption("gate", gate, f"choose one of {', '.join(GATES)}")
+        elif gate != MEAN and not used:
+            yield BadOption("gate", gate, f"only with {{key}}.kind={cls.name}")
+        yield from cls._check_num_blocks(values, seq_len)
+
+    @classmethod
+    def _check_num_blocks(cls, values: Mapping[str, Any], seq_len: int | None) -> Iterator[BadOption]:
+        num_blocks, block_size = values.get("num_blocks"), values.get("block_size")
+        if num_blocks is None or num_blocks < 1 or seq_len is None or seq_len < 1:
+            return
+        if seq_len % num_blocks:
+            yield BadOption("num_blocks", num_blocks, "must divide seq_len={seq_len}: {divisors}")
+        elif block_size is not None and block_size * num_blocks != seq_len:
+            hint = f"{{key}}.block_size={block_size} says otherwise at seq_len={{seq_len}}; set {{key}}.block_size=null"
+            yield BadOption("num_blocks", num_blocks, hint)
+
+    @classmethod
+    def check_backend(cls, values: Mapping[str, Any], backend: str) -> Iterator[BadOption]:
+        if values.get("gate") != MEAN and values.get("gate") in GATES and backend in ("triton", "reference"):
+            yield BadOption("backend", backend, "knows gate=mean alone; {key}.gate takes torch or flash")
+
+    @classmethod
+    def fill_options(cls, values: Mapping[str, Any], defaults: Any, seq_len: int | None) -> dict[str, Any]:
+        block_size, num_blocks = values.get("block_size"), values.get("num_blocks")
+        if block_size is None and num_blocks is None:
+            block_size = defaults.block_size
+        if block_size is None and seq_len and num_blocks and num_blocks >= 1 and seq_len % num_blocks == 0:
+            block_size = seq_len // num_blocks
+        top_k = values.get("top_k")
+        return {"block_size": block_size, "top_k": defaults.top_k if top_k is None else top_k}
+
+    @property
+    def export_problem(self) -> str | None:
+        return None if self.gate == MEAN else "a control gate (attention.gate)"
+
+    def entry(self) -> list[Any]:
+        return [self.name, self.block_size, self.top_k]
+
+    @classmethod
+    def from_entry(cls, sizes: Sequence[Any]) -> Moba:
+        block_size, top_k = sizes
+        return cls(block_size, top_k)
+
+    def __str__(self) -> str:
+        gate = "" if self.gate == MEAN else f" ({self.gate} gate)"
+        return f"{self.name} {self.block_size}x{self.top_k}{gate}"
