@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 from conf.schema import RunConfig
 from data.sources import Source
@@ -22,6 +21,7 @@ from evals.results import Stopwatch
 from evals.swap import OWN, VARIANTS, under, variant
 from moba.stats import mean_stats, record_routing
 from train.engine.collectives import all_reduce_sum
+from train.engine.engine import Engine
 from train.engine.world import World
 from train.loop import CURVES
 from train.record.metrics import FILE_NAME, read_metrics
@@ -42,11 +42,11 @@ class HeldOutEvaluator:
         lengths = {self._length or stage.seq_len for stage in schedule.stages}
         self._documents = {length: held_out_documents(source, length, config.eval.documents) for length in lengths}
 
-    def __call__(self, engine: Any, stage: Stage, tokens: int) -> tuple[PositionCurve, dict[str, float]]:
+    def __call__(self, engine: Engine, stage: Stage, tokens: int) -> tuple[PositionCurve, dict[str, float]]:
         """The curve, scalars of the suite and the seconds it took; rank 0 also writes them into the run directory."""
         watch, length = Stopwatch(), self._length or stage.seq_len
         context = self._context(engine)
-        with record_routing(engine.module) if self._suite != "loss" else nullcontext([]) as routing:
+        with record_routing(engine.model) if self._suite != "loss" else nullcontext([]) as routing:
             found = self._evaluate(context, length)
         scalars = {f"route/{name}": value for name, value in mean_stats(routing).items()}
         if self._suite != "loss" and isinstance(self._source, SyntheticSource):
@@ -58,10 +58,10 @@ class HeldOutEvaluator:
             found.result(stem).write(self._folder, stem, tokens=tokens, stage=stage.name, scalars=scalars)
         return found.curve, scalars | {"seconds": watch.seconds}
 
-    def _context(self, engine: Any) -> Context:
+    def _context(self, engine: Engine) -> Context:
         world = self._world
         return Context(
-            engine.module,
+            engine.model,
             world.device,
             engine=engine,
             rank=world.rank,

@@ -24,13 +24,12 @@ from data.sources import Source
 from data.tokenizer import Tokenizer
 from train.checkpoint import store
 from train.checkpoint.rng import load_rng, seed_rank
-from train.engine import engine_state
 from train.engine.collectives import all_reduce_sum
-from train.engine.optim import build_engine
+from train.engine.engine import Engine
+from train.engine.optim import build_engine, build_model
 from train.engine.signals import PreemptionFlag
 from train.engine.world import World
 from train.hf import pretrained
-from train.model.decoder import Decoder
 from train.model.sizes import embedding_rows
 from train.non_finite import NonFiniteGuard
 from train.record.metrics import FILE_NAME, MetricsLog, stage_columns
@@ -45,7 +44,7 @@ CURVES = "position_loss"
 class Evaluator(Protocol):
     """Measures the model on held-out documents. Called on all ranks alike; must not change weights or random state."""
 
-    def __call__(self, engine: Any, stage: Stage, tokens: int) -> tuple[PositionCurve, dict[str, float]] | None:
+    def __call__(self, engine: Engine, stage: Stage, tokens: int) -> tuple[PositionCurve, dict[str, float]] | None:
         """The held-out curve, and scalars to be logged beside it; None without held-out documents."""
 
     def forget_after(self, tokens: int) -> None:
@@ -100,19 +99,17 @@ class Trainer:
         seed_rank(config.run.seed)
         torch.use_deterministic_algorithms(config.run.deterministic, warn_only=True)
         vocab_size = embedding_rows(config.model, tokenizer.vocab_size)
-        model = Decoder(config.model, vocab_size)
-        model.init_weights(config.run.seed)
+        model = build_model(config, vocab_size)
         first = schedule.stages[0]
         model.set_attention(first.attention)
         model.set_rope(first.rope)
-        self.engine = build_engine(model, config, world)
-        engine_state.slots(self.engine)  # refuses now what no checkpoint could hold
-        self.model = self.engine.module
+        self.engine: Engine = build_engine(model, config, world)
+        self.model = self.engine.model
         self.loader = Loader(
             sources,
             seed=config.data.seed,
-            rank=world.rank,
-            world_size=world.world_size,
+            rank=world.data_rank,
+            world_size=world.data_size,
             interleave=config.data.interleave,
             pin_for=world.device if world.device.type == "cuda" else None,
         )
@@ -172,7 +169,7 @@ class Trainer:
         if stage is self.stage:
             return stage
         if stage.reset_optimizer and self.tokens == stage.start:
-            engine_state.reset_moments(self.engine)
+            self.engine.reset_moments()
         self.model.set_attention(stage.attention)
         self.model.set_rope(stage.rope)
         self.loader.set_stage(

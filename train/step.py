@@ -9,7 +9,7 @@ bad one multiplies the loss by NaN, so that its gradients, and after the reducti
 norm is tested before the optimizer, on all ranks alike since the gradients are reduced by then, and a bad step is
 dropped as if it had never been: no parameter, moment or step count moves. Who tests the norm:
 
-    stage 0                 `_step_plain` below
+    stage 0                 DeepSpeedEngine._step_plain
     stage 1 bf16            DeepSpeed's BF16_Optimizer.step
     stages 1, 2, 3          DeepSpeed's ZeRO optimizers' step, bf16 and fp32, offloaded or not
 
@@ -23,13 +23,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from data.packing import IGNORED, Batch
 from train.engine.collectives import all_reduce_sum
-from train.engine.optim import set_lr
+from train.engine.engine import Engine
 from train.engine.world import World
 
 
@@ -50,7 +49,7 @@ class StepResult:
 
 
 def train_step(
-    engine: Any,
+    engine: Engine,
     batches: Sequence[Batch],
     *,
     lr: float,
@@ -67,41 +66,22 @@ def train_step(
     """
     valid = torch.stack([(batch.labels != IGNORED).sum() for batch in batches]).sum()
     counts = all_reduce_sum(torch.stack([valid, valid.new_tensor(int(stop))]).to(world.device))
-    # DeepSpeed averages gradients over ranks; the loss is a sum over them.
+    # The engine averages gradients over ranks; the loss is a sum over them.
     scale = world.world_size / counts[0].clamp(min=1)
 
     seen = []
     for index, batch in enumerate(batches):
         batch = batch.to(world.device)
-        engine.set_gradient_accumulation_boundary(index == len(batches) - 1)
         losses = engine(batch.tokens, batch.positions, batch.documents, batch.labels)
         loss = losses.sum() * scale
         loss = loss * torch.where(loss.isfinite(), 1.0, torch.nan)
-        engine.backward(loss, scale_wrt_gas=False)
+        engine.backward(loss, last=index == len(batches) - 1)
         seen.append((losses.detach(), batch))
 
     num_tokens, num_stops = counts.tolist()
-    set_lr(engine, lr)
-    skipped, grad_norm = _step_plain(engine) if engine.zero_optimization_stage() == 0 else _step_zero(engine)
+    skipped, grad_norm = engine.step(lr)
     loss_sum = torch.stack([losses.sum(dtype=torch.float64) for losses, _ in seen]).sum()
     if on_losses is not None and not skipped:
         for losses, batch in seen:
             on_losses(losses, batch)
-    grad_norm = torch.as_tensor(grad_norm, dtype=torch.float32, device=world.device)
     return StepResult(loss_sum, num_tokens, grad_norm, skipped, stop=num_stops > 0)
-
-
-def _step_zero(engine: Any) -> tuple[bool, torch.Tensor | float]:
-    """Returns (skipped, gradient norm), having clipped and stepped unless ZeRO's optimizer found the norm bad."""
-    engine.step()
-    return not engine.was_step_applied(), engine.get_global_grad_norm()
-
-
-def _step_plain(engine: Any) -> tuple[bool, torch.Tensor | float]:
-    """The same at stage 0, where the optimizer is torch's own and DeepSpeed clips without testing the norm."""
-    norm = torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
-    if not norm.isfinite():
-        engine.zero_grad()
-        return True, norm
-    engine.step()
-    return False, norm

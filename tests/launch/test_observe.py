@@ -18,13 +18,13 @@ LENGTH, MOBA = 64, Moba(4, 2)
 
 
 class Engine:
-    """What the loop hands over: callable, with the model as `module`."""
+    """What the loop hands over: callable, with the model as `model`."""
 
     def __init__(self, model):
-        self.module = model
+        self.model = model
 
     def __call__(self, *arguments):
-        return self.module(*arguments)
+        return self.model(*arguments)
 
 
 @pytest.fixture
@@ -47,10 +47,10 @@ def test_suites(engine, suite, tmp_path, monkeypatch):
     config = RunConfig(run=RunSection(dir=str(tmp_path)), eval=EvalConfig(suite=suite, documents=6))
     stage = SimpleNamespace(seq_len=LENGTH, name="sparse")
     evaluator = HeldOutEvaluator(source, config, SimpleNamespace(stages=[stage]), World(0, 1, 0, torch.device("cpu")))
-    before, state = engine.module.attention, torch.random.get_rng_state()
+    before, state = engine.model.attention, torch.random.get_rng_state()
     curve, scalars = evaluator(engine, stage, 1000)
-    assert engine.module.attention == before and torch.equal(torch.random.get_rng_state(), state)
-    assert all(layer.self_attn.observer is None for layer in engine.module.model.layers)
+    assert engine.model.attention == before and torch.equal(torch.random.get_rng_state(), state)
+    assert all(layer.self_attn.observer is None for layer in engine.model.model.layers)
     routed = {
         "route/captured",
         "route/oracle_share",
@@ -66,7 +66,7 @@ def test_suites(engine, suite, tmp_path, monkeypatch):
     assert {path.suffix for path in (tmp_path / "position_loss").iterdir()} == {".npz", ".json", ".png"}
     if suite == "swap":
         assert 0 < scalars["route/captured"] <= scalars["route/oracle_share"] < 1
-        with under(engine.module, variant(before, "local")):
+        with under(engine.model, variant(before, "local")):
             again, _ = HeldOutEvaluator(
                 source, RunConfig(run=config.run, eval=EvalConfig(suite="loss", documents=6)),
                 SimpleNamespace(stages=[stage]), World(0, 1, 0, torch.device("cpu")),

@@ -301,23 +301,23 @@ def test_two_ranks_repeat_bit_for_bit(launcher, command, house, whole):
 
 def record_switches(path: Path) -> None:
     """Makes the run write down a digest of all that its engine holds before and after each stage is entered."""
-    from train.engine import engine_state
+    from train.engine.engine import MASTER, MOMENTS
     from train.loop import Trainer
 
     enter = Trainer._enter
 
     def digest(trainer: Trainer) -> list[str]:
-        keys = (engine_state.MASTER, *engine_state.MOMENTS)
-        held = [engine_state.gather(trainer.engine, s, k, 0) for s in engine_state.slots(trainer.engine) for k in keys]
+        keys = (MASTER, *MOMENTS)
+        held = [trainer.engine.gather(s, k, 0) for s in trainer.engine.slots() for k in keys]
         held += [parameter.detach() for parameter in trainer.model.parameters()]
         return [hashlib.sha256(tensor.numpy().tobytes()).hexdigest() for tensor in held]
 
     def recorded(trainer: Trainer, stage):
         if stage is trainer.stage:
             return enter(trainer, stage)
-        before = digest(trainer), engine_state.step_count(trainer.engine), str(trainer.model.attention)
+        before = digest(trainer), trainer.engine.step_count(), str(trainer.model.attention)
         entered = enter(trainer, stage)
-        after = digest(trainer), engine_state.step_count(trainer.engine), str(trainer.model.attention)
+        after = digest(trainer), trainer.engine.step_count(), str(trainer.model.attention)
         with open(path, "a") as file:
             file.write(json.dumps([stage.name, before, after]) + "\n")
         return entered

@@ -22,8 +22,9 @@ from safetensors import safe_open
 
 from train.checkpoint import store
 from train.checkpoint.rng import load_rng, seed_rank
-from train.engine import engine_state
+from train.engine import deepspeed_engine
 from train.engine.collectives import all_reduce_sum, any_rank, gather_objects
+from train.engine.engine import MASTER, MOMENTS
 from train.engine.optim import build_engine
 from train.engine.world import World, init_world, shutdown
 from train.step import StepResult, train_step
@@ -66,8 +67,8 @@ def draws() -> list[float]:
 
 def snapshot(engine: Any) -> list[torch.Tensor]:
     """Everything the optimizer holds, on rank 0."""
-    keys = (engine_state.MASTER, *engine_state.MOMENTS)
-    return [engine_state.gather(engine, slot, key, owner=0) for slot in engine_state.slots(engine) for key in keys]
+    keys = (MASTER, *MOMENTS)
+    return [engine.gather(slot, key, owner=0) for slot in engine.slots() for key in keys]
 
 
 def same(left: list[torch.Tensor], right: list[torch.Tensor]) -> bool:
@@ -85,12 +86,12 @@ def bad_step(engine: Any, world: World, kind: str) -> dict[str, Any]:
             return losses
         return losses + (torch.nan if kind == "nan" else torch.inf)
 
-    before = snapshot(engine), engine_state.step_count(engine)
-    hook = engine.module.register_forward_hook(spoil) if world.rank == world.world_size - 1 else None
+    before = snapshot(engine), engine.step_count()
+    hook = engine.model.register_forward_hook(spoil) if world.rank == world.world_size - 1 else None
     record, result = one_step(engine, LAST + 1, world, on_losses=lambda losses, batch: seen.append(len(losses)))
     if hook:
         hook.remove()
-    after = snapshot(engine), engine_state.step_count(engine)
+    after = snapshot(engine), engine.step_count()
     return {
         "skipped": gather_objects(result.skipped),
         "untouched": same(before[0], after[0]) and before[1] == after[1],
@@ -111,11 +112,11 @@ def observed_step(engine: Any, world: World) -> tuple[dict[str, Any], StepResult
 def reset(engine: Any, world: World) -> dict[str, Any]:
     """Two more steps from fresh moments, and what the reset left."""
     before = snapshot(engine)
-    engine_state.reset_moments(engine)
+    engine.reset_moments()
     after = snapshot(engine)
     moments = [t for i, t in enumerate(after) if i % 3 and t is not None]
     return {
-        "step_count": engine_state.step_count(engine),
+        "step_count": engine.step_count(),
         "weights_kept": same(before[::3], after[::3]) and not same(before, after) if world.is_main else True,
         "moments_are_zero": all(not t.any() for t in moments),
         "steps": steps(engine, range(LAST + 1, LAST + 3), world),
@@ -147,7 +148,7 @@ def first(directory: Path, world: World) -> dict[str, Any]:
     for name in ENGINES:
         engine = build_engine(build_model(), config_of(name), world)
         run_dir = directory / f"{name}-{world.world_size}"
-        mine: dict[str, Any] = {"optimizer": type(engine.optimizer).__name__}
+        mine: dict[str, Any] = {"optimizer": type(engine._optimizer).__name__}
         if name == "z2-bf16":
             save(run_dir, engine, 0)
         mine["steps"] = steps(engine, range(SAVE_AT), world)
@@ -176,10 +177,8 @@ def files_hold(path: Path, engine: Any) -> bool:
     for file in path.glob("*-of-*.safetensors"):
         with safe_open(file, framework="pt") as content:
             tensors |= {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
-    keys = (engine_state.MASTER, *engine_state.MOMENTS)
-    names = [
-        slot.name if key == "master" else f"{slot.name}.{key}" for slot in engine_state.slots(engine) for key in keys
-    ]
+    keys = (MASTER, *MOMENTS)
+    names = [slot.name if key == "master" else f"{slot.name}.{key}" for slot in engine.slots() for key in keys]
     return same(snapshot(engine), [tensors[name] for name in names])
 
 
@@ -206,7 +205,7 @@ if __name__ == "__main__":
     role, target = sys.argv[1], Path(sys.argv[2])
     here = init_world("cpu")
     # So that the small model fills several files and several rounds of gathering.
-    store.SHARD_BYTES, engine_state.GATHER_ELEMENTS = 3000, 100
+    store.SHARD_BYTES, deepspeed_engine.GATHER_ELEMENTS = 3000, 100
     content = {"first": first, "second": second}[role](target, here)
     if here.is_main:
         (target / f"{role}-{here.world_size}.json").write_text(json.dumps(content))

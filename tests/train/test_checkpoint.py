@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from train.checkpoint import checkpoint_dir, store
 from train.checkpoint.store import CheckpointError, newest, verify
-from train.engine.engine_state import Slot
+from train.engine.engine import Slot
 
 WORLDS = (1, 2)
 NAME = checkpoint_dir.directory_name(SAVE_AT)

@@ -169,6 +169,8 @@ def test_a_process_that_stops_in_time_says_nothing():
 
 def test_importing_reads_no_environment_and_no_deepspeed():
     """Catches a module that imports deepspeed before `init` has told it which accelerator there is."""
-    modules = "train.engine.world, train.engine.optim, train.step, train.checkpoint.store, train.engine.engine_state"
+    modules = (
+        "train.engine.world, train.engine.optim, train.step, train.checkpoint.store, train.engine.deepspeed_engine"
+    )
     code = f"import sys, {modules}; sys.exit('deepspeed' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

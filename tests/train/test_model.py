@@ -1,6 +1,5 @@
 """The decoder against transformers' Llama, Qwen2 and Qwen3 on the same weights, and what a switch may not touch."""
 
-import copy
 import functools
 import math
 import subprocess
@@ -410,34 +409,6 @@ def test_initial_weights_have_the_stated_scale():
             assert p.std().item() == pytest.approx(expected, rel=0.05), name
 
 
-def test_initial_weights_go_through_gather():
-    """Catches weights of sharded parameters drawn while only a shard is there."""
-    model = Decoder(small_config(), VOCAB)
-    expected = copy.deepcopy(model)
-    expected.init_weights(3)
-    whole = {id(p): p.data for p in model.parameters()}
-    gathered = []
-
-    class Gather:
-        def __init__(self, parameters):
-            self.parameters = parameters
-
-        def __enter__(self):
-            for p in self.parameters:
-                gathered.append(p)
-                p.data = whole[id(p)]
-
-        def __exit__(self, *_):
-            for p in self.parameters:
-                p.data = torch.empty(0)
-
-    for p in model.parameters():
-        p.data = torch.empty(0)
-    model.init_weights(3, gather=Gather)
-    assert len(gathered) == len(whole)
-    assert all(torch.equal(whole[id(p)], q) for p, q in zip(model.parameters(), expected.parameters()))
-
-
 @pytest.mark.parametrize(
     "changes",
     [{}, {"tie_embeddings": True}, {"qkv_bias": True, "qk_norm": True}, {"head_dim": None, "num_kv_heads": None}],
@@ -492,7 +463,7 @@ def test_wrong_number_of_layers_in_a_plan():
 
 
 SHARDED = """
-import copy, sys
+import dataclasses
 import torch
 from conf.schema import DeepSpeedConfig, LRConfig, ModelConfig, OptimConfig, RunConfig
 from data.packing import Batch
@@ -500,7 +471,8 @@ from moba.documents import Documents
 from moba.kinds import Full, Moba, Sliding
 from train.engine.world import init_world, shutdown
 from train.model.decoder import Decoder
-from train.engine.optim import build_engine, param_groups
+from train.engine.engine import MASTER
+from train.engine.optim import build_engine, build_model, param_groups
 from train.step import train_step
 
 world = init_world("cpu")
@@ -513,11 +485,15 @@ g = torch.Generator().manual_seed(0)
 for tied, recompute in ((True, True), (False, False)):
     shape = dict(hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, ffn_size=64, qkv_bias=True, loss_tile=16)
     shape |= dict(key_conv=3, rope_pattern="RN")
-    model = Decoder(ModelConfig(**shape, tie_embeddings=tied, activation_checkpointing=recompute), 64)
-    model.init_weights(3)
-    plain = copy.deepcopy(model)
+    shape |= dict(tie_embeddings=tied, activation_checkpointing=recompute)
+    config = dataclasses.replace(config, model=ModelConfig(**shape))
+    plain = Decoder(config.model, 64)
+    plain.init_weights(config.run.seed)
+    model = build_model(config, 64)
     engine = build_engine(model, config, world)
-    assert sum(p.numel() for p in engine.module.parameters()) < 1000, "nothing is sharded"
+    whole = [engine.gather(slot, MASTER, owner=0) for slot in engine.slots()]
+    assert all(torch.equal(a, b) for a, b in zip(whole, plain.parameters(), strict=True)), "drawn otherwise"
+    assert sum(p.numel() for p in engine.model.parameters()) < 1000, "nothing is sharded"
     optimizer = torch.optim.AdamW(param_groups(plain, 0.1), lr=0.01, betas=(0.9, 0.95))
     for step in range(4):
         plan = [Moba(8, 2) if step < 2 else Full(), Sliding(window=9)]
@@ -541,8 +517,9 @@ shutdown()
 
 
 def test_sharded_parameters_train_as_whole_ones():
-    """Catches weights read outside their module's forward, tied weights whose two gradients do not both arrive, and
-    recomputation that fails, with ZeRO-3 (parameters are empty except around their module); steps cross a switch."""
+    """Catches initial weights that differ from a whole model's, weights read outside their module's forward, tied
+    weights whose gradients do not both arrive, and recomputation that fails, with ZeRO-3 (parameters are empty except
+    around their module); steps cross a switch."""
     done = subprocess.run([sys.executable, "-c", SHARDED], cwd=ROOT, capture_output=True, text=True, timeout=250)
     assert "equal" in done.stdout, done.stdout + done.stderr
 

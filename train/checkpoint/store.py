@@ -36,9 +36,8 @@ from torch import nn
 
 from train.checkpoint import checkpoint_dir, rng
 from train.checkpoint.checkpoint_dir import FORMAT_VERSION, STATE, CheckpointError, clean_stale, find, newest, verify
-from train.engine import engine_state
 from train.engine.collectives import barrier, gather_objects
-from train.engine.engine_state import MASTER, MOMENTS, Slot
+from train.engine.engine import MASTER, MOMENTS, Engine, Slot
 
 __all__ = [
     "CheckpointError",
@@ -84,7 +83,7 @@ class Saved:
 
 def save(
     run_dir: Path,
-    engine: Any,
+    engine: Engine,
     *,
     tokens: int,
     state: dict[str, Any],
@@ -140,16 +139,16 @@ def _attempt(temporary: Path, action: Callable[[], T]) -> T:
     return result
 
 
-def _meta(engine: Any, tokens: int, stage_end: bool) -> dict[str, Any]:
+def _meta(engine: Engine, tokens: int, stage_end: bool) -> dict[str, Any]:
     return {
         "format_version": FORMAT_VERSION,
         "tokens": tokens,
         "stage_end": stage_end,
-        "optimizer_step": engine_state.step_count(engine),
+        "optimizer_step": engine.step_count(),
         "world_size": dist.get_world_size(),
-        "zero_stage": int(engine.zero_optimization_stage()),
-        "precision": "bf16" if engine.bfloat16_enabled() else "fp32",
-        "parameters": {slot.name: list(slot.shape) for slot in engine_state.slots(engine)},
+        "zero_stage": engine.zero_stage,
+        "precision": engine.precision,
+        "parameters": {slot.name: list(slot.shape) for slot in engine.slots()},
     }
 
 
@@ -192,11 +191,11 @@ def _plan(slots: list[Slot], kind: str, bytes_each: int, world_size: int) -> lis
     return rounds
 
 
-def _write_engine(temporary: Path, engine: Any) -> tuple[list[str], dict[str, Any]]:
+def _write_engine(temporary: Path, engine: Engine) -> tuple[list[str], dict[str, Any]]:
     """Returns (files this rank wrote, index file -> its content), having written this rank's shards."""
-    slots = engine_state.slots(engine)
+    slots = engine.slots()
     kinds = {MODEL_INDEX: ("model", (MASTER,))}
-    if engine_state.has_moments(engine):
+    if engine.has_moments():
         kinds[OPTIMIZER_INDEX] = ("optimizer", MOMENTS)
     files: list[str] = []
     index: dict[str, Any] = {}
@@ -211,13 +210,13 @@ def _write_engine(temporary: Path, engine: Any) -> tuple[list[str], dict[str, An
     return files, index
 
 
-def _write_round(temporary: Path, engine: Any, shards: list[_Shard], keys: tuple[str, ...]) -> list[str]:
+def _write_round(temporary: Path, engine: Engine, shards: list[_Shard], keys: tuple[str, ...]) -> list[str]:
     """Returns the file this rank wrote, if any: one shard is gathered for each rank, then all write at once."""
     file, mine = None, {}
     for shard in shards:
         for slot in shard.slots:
             for key in keys:
-                tensor = engine_state.gather(engine, slot, key, shard.owner)
+                tensor = engine.gather(slot, key, shard.owner)
                 if tensor is not None:
                     file, mine[_tensor_name(slot, key)] = shard.file, tensor
     _attempt(temporary, lambda: save_file(mine, temporary / file, metadata={"format": "pt"}) if file else None)
@@ -273,7 +272,7 @@ class TensorFiles:
         return rows.reshape(-1)[start - first * row :][:size]
 
 
-def load_engine(engine: Any, checkpoint: Path, *, optimizer: bool = True) -> None:
+def load_engine(engine: Engine, checkpoint: Path, *, optimizer: bool = True) -> None:
     """Puts a checkpoint's fp32 weights, and with `optimizer` AdamW's moments and step count, into an engine; a
     collective.
 
@@ -282,7 +281,7 @@ def load_engine(engine: Any, checkpoint: Path, *, optimizer: bool = True) -> Non
     """
     verify_together(checkpoint)
     meta = read(checkpoint).meta
-    compare_parameters({slot.name: slot.shape for slot in engine_state.slots(engine)}, meta["parameters"], checkpoint)
+    compare_parameters({slot.name: slot.shape for slot in engine.slots()}, meta["parameters"], checkpoint)
     step = meta["optimizer_step"] if optimizer else 0
     with ExitStack() as stack:
         files = {MASTER: TensorFiles(checkpoint, read_index(checkpoint, MODEL_INDEX), stack)}
@@ -292,7 +291,7 @@ def load_engine(engine: Any, checkpoint: Path, *, optimizer: bool = True) -> Non
         def elements(key: str, slot: Slot) -> torch.Tensor:
             return files[key].elements(_tensor_name(slot, key), slot.shape, slot.start, slot.size)
 
-        engine_state.restore(engine, elements, step=step)
+        engine.restore(elements, step=step)
     barrier()
 
 

@@ -16,13 +16,16 @@ from torch import nn
 
 from conf.build import ConfigError
 from conf.schema import DeepSpeedConfig, RunConfig
+from train.engine.deepspeed_engine import DeepSpeedEngine
 from train.engine.world import World
+from train.model.decoder import Decoder
 
 
 def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Returns AdamW's parameter groups: matrices with `weight_decay`, norms and biases with none; none empty."""
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
+    sizes = {p: getattr(p, "ds_shape", p.shape) for p in model.parameters()}  # a shard is flat; DeepSpeed knows of what
+    matrices = [p for p, shape in sizes.items() if len(shape) >= 2]
+    vectors = [p for p, shape in sizes.items() if len(shape) < 2]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
 
@@ -84,37 +87,65 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def build_engine(model: nn.Module, config: RunConfig, world: World) -> Any:
-    """Returns the DeepSpeed engine around `model`, which it moves to the device (and casts to bf16 where that is
-    asked for). Raises ConfigError for what DeepSpeed does not take.
+def build_model(config: RunConfig, vocab_size: int) -> Decoder:
+    """The run's model with `vocab_size` embedding rows, its weights drawn; at ZeRO-3 without any (on the meta device),
+    for `build_engine` to draw them into the shards."""
+    if config.deepspeed.zero_stage == 3:
+        with torch.device("meta"):
+            model = Decoder(config.model, vocab_size)
+        model.set_rope(None)  # its angles are no parameters
+        return model
+    model = Decoder(config.model, vocab_size)
+    model.init_weights(config.run.seed)
+    return model
 
-    Every rank must hold the same weights, whatever the stage; ZeRO partitions them afterwards. Needs
-    `init_world` first.
+
+def build_engine(model: Decoder, config: RunConfig, world: World) -> DeepSpeedEngine:
+    """The engine around `model`, which it moves to the device (and casts to bf16 where that is asked for). Raises
+    ConfigError for what DeepSpeed does not take.
+
+    Every rank must hold the same weights. At stage 3 parameters that are on the meta device are drawn here one at a
+    time, and each rank keeps its share alone. Needs `init_world` first.
     """
     import deepspeed  # after init_world, which decides what it finds
     from pydantic import ValidationError  # with which DeepSpeed reads its configuration
 
-    optim = config.optim
-    optimizer = torch.optim.AdamW(
-        param_groups(model.to(world.device), optim.weight_decay),
-        lr=optim.lr.peak,
-        betas=(optim.betas[0], optim.betas[1]),
-        eps=optim.eps,
-        fused=world.device.type == "cuda",
-    )
+    optim, settings = config.optim, deepspeed_config(config, world)
     # Its bf16 optimizer prints a dozen lines of memory usage while it is built.
     try:
         with contextlib.redirect_stdout(io.StringIO()):
-            engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(config, world))
+            if any(parameter.is_meta for parameter in model.parameters()):
+                _draw_shards(model, config, settings, world)
+            else:
+                model.to(world.device)
+            optimizer = torch.optim.AdamW(
+                param_groups(model, optim.weight_decay),
+                lr=optim.lr.peak,
+                betas=(optim.betas[0], optim.betas[1]),
+                eps=optim.eps,
+                fused=world.device.type == "cuda",
+            )
+            engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     except ValidationError as error:
         wrong = [(".".join(map(str, one["loc"])), one["input"], one["msg"]) for one in error.errors()]
         raise ConfigError(
             [f"deepspeed.extra: DeepSpeed does not take {k}={v}: {why}" for k, v, why in wrong]
         ) from error
-    return engine
+    return DeepSpeedEngine(engine)
 
 
-def set_lr(engine: Any, lr: float) -> None:
-    """Sets the learning rate of the next step (every ZeRO optimizer forwards `param_groups` to the inner one)."""
-    for group in engine.optimizer.param_groups:
-        group["lr"] = lr
+def _draw_shards(model: Decoder, config: RunConfig, settings: dict[str, Any], world: World) -> None:
+    """Gives the parameters of a model on the meta device their initial values, one at a time, each cut into the ranks'
+    shares before the next is drawn."""
+    import deepspeed
+
+    dtype = torch.bfloat16 if resolve_precision(config.deepspeed, world.device) == "bf16" else torch.float32
+    cutter = deepspeed.zero.Init(config_dict_or_path=settings, dtype=dtype)
+    drawn: dict[nn.Parameter, nn.Parameter] = {}  # tied parameters stay one
+    for path, module in model.named_modules():
+        for key, parameter in list(module.named_parameters(recurse=False)):
+            if parameter not in drawn:
+                value = model.initial_value(f"{path}.{key}", tuple(parameter.shape), config.run.seed)
+                drawn[parameter] = nn.Parameter(value.to(world.device, dtype))
+                cutter._convert_to_zero_parameters([drawn[parameter]])
+            setattr(module, key, drawn[parameter])

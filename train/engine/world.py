@@ -24,12 +24,29 @@ from conf.build import ConfigError
 
 @dataclass(frozen=True)
 class World:
-    """This process among all of them."""
+    """This process among all of them, which stand along two axes: data x sequence."""
 
     rank: int
     world_size: int
     local_rank: int
     device: torch.device
+    sequence_size: int = 1
+    """Ranks that share a sequence: neighbours."""
+
+    @property
+    def data_size(self) -> int:
+        """Groups of ranks with data of their own."""
+        return self.world_size // self.sequence_size
+
+    @property
+    def data_rank(self) -> int:
+        """Which of them this process belongs to."""
+        return self.rank // self.sequence_size
+
+    @property
+    def sequence_rank(self) -> int:
+        """Which slice of its group's sequences this process has."""
+        return self.rank % self.sequence_size
 
     @property
     def is_main(self) -> bool:

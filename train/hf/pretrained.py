@@ -24,8 +24,8 @@ from conf.build import ConfigError, show
 from conf.schema import ModelConfig
 from moba.kinds import AttentionSpec, Full, Moba, from_entry
 from train.checkpoint.store import MODEL_INDEX, CheckpointError, TensorFiles, compare_parameters, read_index
-from train.engine import engine_state
 from train.engine.collectives import barrier
+from train.engine.engine import Engine, Slot
 from train.model.rope import check_rope_scaling
 
 CONFIG, SINGLE_FILE = "config.json", "model.safetensors"
@@ -276,20 +276,20 @@ def weight_map(directory: Path) -> dict[str, str]:
     raise CheckpointError(f"{directory} has neither {SINGLE_FILE} nor {MODEL_INDEX}")
 
 
-def load_engine(engine: Any, config: ModelConfig, source: Path | str) -> Path:
+def load_engine(engine: Engine, config: ModelConfig, source: Path | str) -> Path:
     """Puts a Hugging Face model's weights into an engine, exactly; returns the directory. A collective.
 
     Each rank reads its own ranges, tensor by tensor, at any ZeRO stage and number of ranks. Raises ConfigError or
     CheckpointError on all ranks if the model is not `config`'s.
     """
-    directory, files = _open_checked(config, source, {s.name: s.shape for s in engine_state.slots(engine)})
+    directory, files = _open_checked(config, source, {s.name: s.shape for s in engine.slots()})
     with ExitStack() as stack:
         tensors = TensorFiles(directory, files, stack)
 
-        def elements(_: str, slot: engine_state.Slot) -> torch.Tensor:
+        def elements(_: str, slot: Slot) -> torch.Tensor:
             return tensors.elements(slot.name, slot.shape, slot.start, slot.size).float()
 
-        engine_state.restore(engine, elements, step=0)
+        engine.restore(elements, step=0)
     barrier()
     return directory
 

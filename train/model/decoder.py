@@ -13,7 +13,6 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -217,28 +216,27 @@ class Decoder(nn.Module):
         return self.model(tokens_T, cos_TD, sin_TD, documents, cache)
 
     @torch.no_grad()
-    def init_weights(
-        self, seed: int, gather: Callable[[list[nn.Parameter]], AbstractContextManager] | None = None
-    ) -> None:
-        """Draws all weights: matrices normal with `init_std`, those that write into the residual stream with init_std /
-        sqrt(2 * num_layers) (GPT-2's rule: the stream then starts at the same scale at any depth), norms 1, biases 0,
-        key convolutions 0, which leaves the keys as they are (theirs is not published; ours).
-
-        Each parameter has a generator of its own, seeded by `seed` and its name, and is drawn on the CPU in float32:
-        the weights depend on nothing else, not on world size, device or the order of construction.
-        `gather([parameter])` makes a sharded parameter whole and writable for a while (DeepSpeed's GatheredParameters
-        at stage 3).
-        """
+    def init_weights(self, seed: int) -> None:
+        """Gives all parameters their `initial_value`."""
         for name, parameter in self.named_parameters():
-            with gather([parameter]) if gather else nullcontext():
-                if name.endswith(("bias", "k_conv.weight")):
-                    parameter.zero_()
-                elif parameter.ndim < 2:
-                    parameter.fill_(1.0)
-                else:
-                    std = self.config.init_std
-                    if name.endswith(RESIDUAL_OUTPUTS):
-                        std /= (2 * self.config.num_layers) ** 0.5
-                    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
-                    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
-                    parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))
+            parameter.copy_(self.initial_value(name, tuple(parameter.shape), seed))
+
+    def initial_value(self, name: str, shape: tuple[int, ...], seed: int) -> Tensor:
+        """What a parameter starts from, float32 on the CPU: matrices normal with `init_std`, those that write into the
+        residual stream with init_std / sqrt(2 * num_layers) (GPT-2's rule: the stream then starts at the same scale at
+        any depth), norms 1, biases 0, key convolutions 0, which leaves the keys as they are (theirs is not published;
+        ours).
+
+        Each parameter has a generator of its own, seeded by `seed` and its name: the values depend on nothing else, not
+        on world size, device or the order of construction.
+        """
+        if name.endswith(("bias", "k_conv.weight")):
+            return torch.zeros(shape)
+        if len(shape) < 2:
+            return torch.ones(shape)
+        std = self.config.init_std
+        if name.endswith(RESIDUAL_OUTPUTS):
+            std /= (2 * self.config.num_layers) ** 0.5
+        digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+        return torch.empty(shape).normal_(0.0, std, generator=generator)
