@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:] = [str(ROOT)] + [p for p in sys.path if Path(p or ".").resolve() != ROOT / "launch"]
 
-from train.engine.world import init_world, launch_environment, shutdown  # noqa: E402 - first: decides what torch reads
+from train.engine.world import init_world, launch_environment, leave, shutdown  # noqa: E402 - first: decides what torch reads
 
 # isort: split
 
@@ -146,3 +146,4 @@ def _open_tracker(trained: TrainedModel, values: dict[str, str], folder: Path) -
 
 if __name__ == "__main__":
     main()
+    leave(0)

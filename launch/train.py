@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Python puts launch/ itself first, where `train` would be this file.
 sys.path[:] = [str(ROOT)] + [p for p in sys.path if Path(p or ".").resolve() != ROOT / "launch"]
 
-from train.engine.world import init_world, launch_environment, shutdown  # noqa: E402 - first: decides what torch reads
+from train.engine.world import init_world, launch_environment, leave, shutdown  # noqa: E402 - first: decides what torch reads
 
 # isort: split
 import yaml  # noqa: E402
@@ -280,4 +280,4 @@ def _say_goodbye(finished: bool, preemption, config: RunConfig, trainer: Trainer
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main, sys.argv[1:], USAGE, quiet=launch_environment().rank > 0))
+    leave(run_command(main, sys.argv[1:], USAGE, quiet=launch_environment().rank > 0))

@@ -17,7 +17,7 @@ from conf.trajectory import to_dict  # noqa: E402
 from launch.config import load  # noqa: E402
 from train.checkpoint import store  # noqa: E402
 from train.engine.optim import build_engine  # noqa: E402
-from train.engine.world import init_world, shutdown  # noqa: E402
+from train.engine.world import init_world, leave, shutdown  # noqa: E402
 from train.hf import pretrained  # noqa: E402
 from train.model.decoder import Decoder  # noqa: E402
 
@@ -41,3 +41,4 @@ for line in Path(sys.argv[1]).read_text().splitlines():
     )
     engine.destroy()
 shutdown()
+leave(0)

@@ -26,7 +26,7 @@ from train.engine import deepspeed_engine
 from train.engine.collectives import all_reduce_sum, any_rank, gather_objects
 from train.engine.engine import MASTER, MOMENTS
 from train.engine.optim import build_engine
-from train.engine.world import World, init_world, shutdown
+from train.engine.world import World, init_world, leave, shutdown
 from train.step import StepResult, train_step
 
 
@@ -210,3 +210,4 @@ if __name__ == "__main__":
     if here.is_main:
         (target / f"{role}-{here.world_size}.json").write_text(json.dumps(content))
     shutdown()
+    leave(0)
