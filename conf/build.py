@@ -12,6 +12,7 @@ from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from conf.numbers import parse_length, parse_tokens
+from conf.words import listed, show
 
 SCALARS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
@@ -44,23 +45,12 @@ class Problems:
             raise ConfigError(list(dict.fromkeys(self.lines)))
 
 
-def show(value: object) -> str:
-    """`value` as the user would write it on the command line."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{k}: {show(v)}" for k, v in value.items()) + "}"
-    if isinstance(value, list | tuple):
-        return "[" + ", ".join(show(v) for v in value) + "]"
-    return str(value)
-
-
 def suggestion(name: str, known: list[str]) -> str:
     """ "did you mean ...?" with close matches of `name`, else the list of what is known."""
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
     if close:
         return f"did you mean {' or '.join(close)}?"
-    return f"known here: {', '.join(known)}" if known else "nothing is known by that name"
+    return f"known here: {listed(known, most=40)}" if known else "nothing is known by that name"
 
 
 def build(cls: type, values: Mapping[str, Any], problems: Problems, path: str = "") -> Any:

@@ -12,8 +12,8 @@ from dataclasses import asdict
 from fnmatch import fnmatchcase
 from typing import Any
 
-from conf.build import show
 from conf.schema import RunConfig
+from conf.words import show
 
 EXEMPT = (
     "run.name",

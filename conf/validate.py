@@ -14,8 +14,9 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from conf.build import ConfigError, Problems, build, parse_quantities, quantity, show
+from conf.build import ConfigError, Problems, build, parse_quantities, quantity
 from conf.checks import check
+from conf.files import FileError, parse_yaml
 from conf.hardware import Hardware
 from conf.numbers import format_tokens, is_share, parse_share
 from conf.schema import (
@@ -30,8 +31,9 @@ from conf.schema import (
     StageConfig,
 )
 from conf.trajectory import to_dict, trajectory_diff
+from conf.words import show
 
-__all__ = ["ConfigError", "Hardware", "freeze", "to_dict", "trajectory_diff"]
+__all__ = ["ConfigError", "Hardware", "freeze", "from_yaml", "to_dict", "trajectory_diff"]
 
 
 def freeze(config: DictConfig | Mapping[str, Any], hardware: Hardware | None = None) -> RunConfig:
@@ -53,6 +55,16 @@ def freeze(config: DictConfig | Mapping[str, Any], hardware: Hardware | None = N
     check(run_config, hardware, problems)
     problems.raise_if_any()
     return run_config
+
+
+def from_yaml(text: str, where: object) -> RunConfig:
+    """The RunConfig in the YAML of a config.yaml. ConfigError, each line naming `where`, for anything else."""
+    try:
+        return freeze(parse_yaml(text, where=where))
+    except ConfigError as error:
+        raise ConfigError([f"{where}: {problem}" for problem in error.problems]) from error
+    except FileError as error:
+        raise ConfigError([str(error)]) from error
 
 
 def _fill_run(config: RunConfig) -> Any:

@@ -16,6 +16,8 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
+from conf.files import user_path
+
 
 class UsageError(Exception):
     """The arguments do not make sense; the text is a complete message."""
@@ -54,8 +56,8 @@ def key_values(
 def split_paths(argv: Sequence[str]) -> tuple[list[Path], list[str]]:
     """(paths, arguments) of a command that takes both. A directory may well be called lr=3e-4, so what exists is a
     path, and an argument only what looks like one and does not."""
-    is_path = [not (text.startswith("-") or "=" in text) or Path(text).expanduser().exists() for text in argv]
-    paths = [Path(text).expanduser() for text, own in zip(argv, is_path) if own]
+    is_path = [not (text.startswith("-") or "=" in text) or user_path(text).exists() for text in argv]
+    paths = [user_path(text) for text, own in zip(argv, is_path) if own]
     return paths, [text for text, own in zip(argv, is_path) if not own]
 
 

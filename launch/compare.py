@@ -18,6 +18,7 @@ sys.path[:] = [str(ROOT)] + [p for p in sys.path if Path(p or ".").resolve() != 
 
 import numpy as np  # noqa: E402
 
+from conf.files import user_path  # noqa: E402
 from evals.comparison import plot_positions  # noqa: E402
 from evals.paired import Difference, difference  # noqa: E402
 from evals.position_loss import Evaluation, load_evaluation  # noqa: E402
@@ -44,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
     sides = {_label(path, paths): _evaluation(path) for path in paths}
     (first, run), (second, reference) = sides.items()
     found = difference(run, reference)
-    folder = Path(values.get("to", "comparisons")).expanduser()
+    folder = user_path(values.get("to", "comparisons"))
     stem = f"{first}_vs_{second}".replace("/", "_")
     folder.mkdir(parents=True, exist_ok=True)
     plot_positions(sides, folder / f"{stem}.png")

@@ -9,14 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
-import yaml
-
 from conf.build import ConfigError, Problems, build
+from conf.files import user_path
 from conf.schema import ModelConfig
-from conf.validate import freeze
+from conf.validate import from_yaml
 
 FROM_SOURCE = "from_source"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
@@ -32,7 +30,7 @@ def with_source(plain: dict[str, Any], overrides: Sequence[str]) -> dict[str, An
     takes = (plain.get("model") or {}).get("name") == FROM_SOURCE
     if takes and source is None:
         raise ConfigError(["model=from_source: from which? Set init.source=<Hugging Face model, run or checkpoint>"])
-    if source is None or not (takes or (Path(source).expanduser() / "config.json").is_file()):
+    if source is None or not (takes or (user_path(source) / "config.json").is_file()):
         return plain
     from train.hf import pretrained
 
@@ -47,9 +45,15 @@ def with_source(plain: dict[str, Any], overrides: Sequence[str]) -> dict[str, An
         for key in ("optimizer", "data")
         if plain["init"].get(key)
     ]
-    tokenizer = str(source) if Path(source).expanduser().is_dir() else str(directory)
+    tokenizer = str(source) if user_path(source).is_dir() else str(directory)
     has_tokenizer = any((directory / file).is_file() for file in TOKENIZER_FILES)
     filled = _filled(plain, shape, tokenizer if has_tokenizer and takes else None, overrides)
+    is_set = any(text.lstrip("+").startswith("data.tokenizer=") for text in overrides)
+    if takes and not has_tokenizer and not is_set and filled.get("data", {}).get("tokenizer", "bytes") == "bytes":
+        problems.append(
+            f"data.tokenizer: {directory} has no tokenizer beside its weights. Say data.tokenizer=<directory or "
+            "tokenizer.json> of the one they were trained with (data.tokenizer=bytes if that was bytes)"
+        )
     if has_tokenizer:
         problems += _tokenizer_problems(filled.get("data", {}).get("tokenizer", "bytes"), tokenizer)
     if problems:
@@ -63,10 +67,12 @@ def _with_run(plain: dict[str, Any], source: str, overrides: Sequence[str]) -> d
     from train.hf import source_files
 
     try:
-        found = store.find(Path(source).expanduser())
+        found = store.find(user_path(source))
+        config_yaml = store.read(found).config_yaml
     except store.CheckpointError as error:
-        raise ConfigError([f"init.source={source}: {error}; nor is it a Hugging Face model"]) from error
-    saved = freeze(yaml.safe_load(store.read(found).config_yaml))
+        nor = "" if (user_path(source) / "checkpoints").is_dir() else "; nor is it a Hugging Face model"
+        raise ConfigError([f"init.source={source}: {error}{nor}"]) from error
+    saved = from_yaml(config_yaml, found / store.CONFIG)
     tokenizer = source_files.tokenizer_name(saved, found)
     problems = _differences(plain["model"], saved.model)
     if problems:

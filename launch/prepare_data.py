@@ -16,6 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:] = [str(ROOT)] + [p for p in sys.path if Path(p or ".").resolve() != ROOT / "launch"]
 
+from conf.files import user_path  # noqa: E402
 from conf.numbers import parse_tokens  # noqa: E402
 from conf.schema import SourceConfig  # noqa: E402
 from data.errors import DataError  # noqa: E402
@@ -58,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
     meta = prepare(
         documents(),
         tokenizer,
-        Path(values["to"]).expanduser(),
+        user_path(values["to"]),
         origin=origin,
         title=values["source"],
         workers=_whole_number(values, "workers", 0, at_least=0),
@@ -78,7 +79,7 @@ def main(argv: list[str] | None = None) -> None:
 def _source(values: dict[str, str]) -> SourceConfig:
     """The source that the arguments describe: a path if it can be one, else the name of a hub data set."""
     text = values["source"]
-    there = is_shipped(text) or Path(text).expanduser().exists() or glob.has_magic(text)
+    there = is_shipped(text) or user_path(text).exists() or glob.has_magic(text)
     is_hub = not there and re.fullmatch(r"[\w-]+/[\w.-]+", text) is not None and not Path(text).suffix
     if is_hub:
         _say(f"{text} is no path here, so it is taken for a hub data set")

@@ -27,9 +27,10 @@ from train.engine.world import init_world, launch_environment, shutdown  # noqa:
 import yaml  # noqa: E402
 
 from conf.build import ConfigError  # noqa: E402
+from conf.files import user_path  # noqa: E402
 from conf.schema import RunConfig  # noqa: E402
 from conf.trajectory import to_dict, trajectory_diff  # noqa: E402
-from conf.validate import freeze  # noqa: E402
+from conf.validate import from_yaml  # noqa: E402
 from data.errors import DataError  # noqa: E402
 from data.sources import open_sources, open_validation  # noqa: E402
 from data.tokenizer import Tokenizer, load_tokenizer  # noqa: E402
@@ -40,7 +41,7 @@ from train.checkpoint import checkpoint_dir, store  # noqa: E402
 from train.checkpoint.run_lock import RunLocked, lock_run  # noqa: E402
 from train.engine import collectives, signals  # noqa: E402
 from train.hf import pretrained, source_files  # noqa: E402
-from train.loop import Observers, Trainer, read_checked  # noqa: E402
+from train.loop import Observers, Trainer  # noqa: E402
 from train.model.rope import check_stages  # noqa: E402
 from train.model.sizes import embedding_rows  # noqa: E402
 from train.non_finite import NonFiniteError  # noqa: E402
@@ -147,12 +148,12 @@ def _saved_run(run_dir: Path) -> store.Saved | None:
     """The newest checkpoint of the run in this directory, or None if it has none."""
     checkpoint_dir.refuse_incomplete(run_dir)
     newest = store.newest(run_dir)
-    return None if newest is None else read_checked(newest)
+    return None if newest is None else store.read(newest)
 
 
 def _refuse_another_trajectory(config: RunConfig, saved: store.Saved) -> None:
     """ConfigError if this configuration would change the losses of the run that was saved."""
-    differences = trajectory_diff(freeze(yaml.safe_load(saved.config_yaml)), config)
+    differences = trajectory_diff(from_yaml(saved.config_yaml, saved.path / store.CONFIG), config)
     if differences:
         problem = (
             f"{config.run.dir} holds a run that this configuration would change. Choose another run.dir, go back to "
@@ -222,7 +223,7 @@ def _keep_source(config: RunConfig) -> None:
     """Copies tokenizer and config.json of what the run starts from into its directory."""
     source = None
     if config.init.source is not None:
-        given = Path(config.init.source).expanduser()
+        given = user_path(config.init.source)
         source = pretrained.locate(given, weights=False) if pretrained.is_model(given) else given
     source_files.keep(config, Path(config.run.dir), source)
 

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import torch
 
+from conf.files import user_path
 from conf.schema import RunConfig
 from data.loader import Loader
 from data.packing import Batch
@@ -63,12 +64,6 @@ class Observers:
     """Get (name, curve, tokens) of every evaluation and of each stage's training losses."""
     say: Callable[[str], None] = lambda line: None
     """Gets lines for people."""
-
-
-def read_checked(path: Path) -> store.Saved:
-    """A checkpoint without its weights and moments, the files it comes from verified. Raises CheckpointError."""
-    store.verify(path, (store.STATE, store.CONFIG, store.TENSORS))
-    return store.read(path)
 
 
 class Trainer:
@@ -335,7 +330,7 @@ class Trainer:
         if newest is not None:
             self._resume(newest)
         elif self.config.init.source is not None:
-            self._start_from(Path(self.config.init.source).expanduser())
+            self._start_from(user_path(self.config.init.source))
         self.metrics.cut_back(self.tokens, evaluated=not self._watch_missing)
         if self.observers.evaluate is not None and self.world.is_main:
             self.observers.evaluate.forget_after(self.tokens)
@@ -374,7 +369,7 @@ class Trainer:
             self.observers.say(f"starting from {path}: weights")
             return
         path = store.find(source)
-        saved = read_checked(path)
+        saved = store.read(path)
         theirs = saved.state["tokenizer"]
         if theirs["fingerprint"] != self._tokenizer["fingerprint"]:
             raise store.CheckpointError(

@@ -83,10 +83,13 @@ def as_it_came(original: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]
 
     What transformers takes from both decides whether something has changed.
     """
+    if not isinstance(original.get("model_type"), str):
+        raise ConfigError(["the config.json kept in the run's source/ folder has no model_type: remove it"])
     was, now = (
         AutoConfig.for_model(**(config | {"model_type": original["model_type"]})) for config in (original, ours)
     )
     result = {key: value for key, value in original.items() if key not in ("auto_map", "moba")} | {"moba": ours["moba"]}
+    result |= {key: ours[key] for key in ("eos_token_id",) if key in result}
     if was.rope_parameters != now.rope_parameters:
         result = {key: value for key, value in result.items() if key != "rope_parameters"}
         result |= {"rope_theta": ours["rope_theta"], "rope_scaling": ours["rope_scaling"]}

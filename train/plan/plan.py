@@ -9,11 +9,11 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from conf.files import user_path
 from conf.hardware import Hardware
 from conf.numbers import format_length, format_memory
 from conf.schema import RunConfig
@@ -121,7 +121,7 @@ def make_plan(
     memory, verdict = _memory(config, schedule.stages, vocab_size, hardware)
     return Plan(
         name=config.run.name,
-        run_dir=str(Path(config.run.dir).expanduser().absolute()),
+        run_dir=str(user_path(config.run.dir).absolute()),
         model=describe_model(config),
         parameters=num_parameters(config.model, vocab_size),
         vocab_size=vocab_size,

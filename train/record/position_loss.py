@@ -14,6 +14,8 @@ suffixes: T tokens, N documents or windows, B buckets.
 
 from __future__ import annotations
 
+import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +24,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from conf.files import FileError
+from conf.words import first_line, listed
 from data.packing import IGNORED
 
 BUCKET = 2048
@@ -94,11 +98,39 @@ class PositionCurve:
     @staticmethod
     def from_npz(path: Path | str) -> PositionCurve:
         """The curve in a .npz file that holds its `arrays`, equal bit for bit."""
+        return read_npz(path)[0]
+
+
+def read_npz(path: Path | str) -> tuple[PositionCurve, dict[str, np.ndarray]]:
+    """The curve in a .npz file, and the arrays beside it. FileError if there is none."""
+    remedy = "A curve is written by training (position_loss/) or launch/evaluate.py"
+    try:
         with np.load(path) as fields:
-            values = {name: fields[name] for name in PositionCurve.__dataclass_fields__}
-        values["max_length"] = int(values["max_length"])
-        values["trailing"] = Trailing(*map(float, values["trailing"]))
-        return PositionCurve(**values)
+            arrays = dict(fields)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError, KeyError) as error:
+        raise FileError(f"{path} cannot be read ({first_line(error)}). {remedy}") from error
+    except TypeError as error:  # a .npy of one array
+        raise FileError(f"{path} holds an array, not named arrays. {remedy}") from error
+    names = PositionCurve.__dataclass_fields__
+    missing = [name for name in names if name not in arrays]
+    if missing:
+        raise FileError(f"{path} has no {listed(missing)}. {remedy}")
+    values = {name: arrays.pop(name) for name in names}
+    shapes = _curve_shapes(values["edges"].size - 1, values["max_length"])
+    wrong = [n for n, v in values.items() if v.dtype.kind not in "fiu" or v.shape != shapes[n]]
+    if wrong:
+        raise FileError(f"{path}: {listed(wrong)} not in the shape of a curve. {remedy}")
+    values["max_length"] = int(values["max_length"])
+    values["trailing"] = Trailing(*map(float, values["trailing"]))
+    return PositionCurve(**values), arrays
+
+
+def _curve_shapes(num_buckets: int, max_length: np.ndarray) -> dict[str, tuple[int, ...]]:
+    """The shape of each array of a PositionCurve."""
+    positions = (int(max_length),) if max_length.shape == () and max_length.dtype.kind in "iu" else (-1,)
+    by_bucket = dict.fromkeys(("mean", "se", "count", "clusters"), (num_buckets,))
+    by_position = dict.fromkeys(("position_mean", "position_count"), positions)
+    return by_bucket | by_position | {"max_length": (), "edges": (num_buckets + 1,), "trailing": (4,)}
 
 
 class PositionLoss:
