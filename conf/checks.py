@@ -7,6 +7,7 @@ is recorded already). Rules about data on disk or checkpoints live where those a
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from conf.build import Problems
 from conf.hardware import Hardware, check_device, check_world, divisors, refuse_bf16_at_stage_0
@@ -18,6 +19,7 @@ from conf.schema import (
     ModelConfig,
     RopeConfig,
     RunConfig,
+    ScheduleConfig,
     SourceConfig,
     StageConfig,
 )
@@ -61,6 +63,15 @@ def check(config: RunConfig, hardware: Hardware | None, problems: Problems) -> N
         check_device(config, hardware, problems)
     if hardware is not None:
         check_world(config, hardware.world_size, problems)
+
+
+def check_inherited(schedule: ScheduleConfig, problems: Problems) -> ScheduleConfig:
+    """`schedule` without what is wrong in the keys that stages take from it, once recorded under their own names."""
+    good = {}
+    for name in ("seq_len", "batch_tokens", "block_size", "top_k"):
+        value = getattr(schedule, name)
+        good[name] = value if _at_least(f"schedule.{name}", value, 1, problems) else None
+    return replace(schedule, **good)
 
 
 def _one_of(key: str, value: str, choices: tuple[str, ...], problems: Problems) -> bool:

@@ -78,7 +78,7 @@ def parse_json(
     try:
         return _adapter(shape).validate_json(text, strict=True)
     except ValidationError as problem:
-        raise error(_line(where, f"is damaged or of another kind: {_problems(problem)}", remedy)) from None
+        raise error(_line(where, _problems(problem), remedy)) from None
 
 
 def parse_yaml(text: str, *, where: object, error: Callable[[str], Exception] = FileError, remedy: str = "") -> dict:
@@ -98,13 +98,14 @@ def _adapter(shape: Any) -> TypeAdapter:
 
 
 def _problems(error: ValidationError) -> str:
-    """Each place and what is wrong there."""
+    """What is wrong with a file: it is no JSON, or each place and what is wrong there."""
     found = []
     for one in error.errors(include_url=False, include_context=False, include_input=False):
-        place = ".".join(map(str, one["loc"]))
-        message = one["msg"].removeprefix("Value error, ").removeprefix("Invalid JSON: ")
+        if one["type"] == "json_invalid":
+            return f"is not JSON ({one['msg'].removeprefix('Invalid JSON: ')})"
+        place, message = ".".join(map(str, one["loc"])), one["msg"].removeprefix("Value error, ")
         found.append(f"{cut(place, 100)}: {message}" if place else message)
-    return listed(found, separator="; ", most=3)
+    return "is damaged or of another kind: " + listed(found, separator="; ", most=3)
 
 
 def _line(where: object, what: str, remedy: str) -> str:

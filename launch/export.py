@@ -61,7 +61,8 @@ def main(argv: list[str] | None = None) -> None:
     template = chat_template(config, tokenizer)
     eos = ends_of_text(config, tokenizer, template, values.get("eos"))
     description["eos_token_id"] = hf_metadata.ids(eos)
-    length, original = description["max_position_embeddings"], source_files.model_file(checkpoint, GENERATION)
+    length, beside = description["max_position_embeddings"], user_path(tokenizer.name) / GENERATION
+    original = source_files.model_file(checkpoint, GENERATION) or (beside if beside.is_file() else None)
     old_length = config.model.pretrained_length
     generation = hf_metadata.generation_config(original, eos=eos, old_length=old_length, length=length)
     # Filled under another name, so that an interrupted export is not taken for a model.

@@ -9,15 +9,34 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from conf.build import ConfigError, Problems, build
 from conf.files import user_path
 from conf.schema import ModelConfig
 from conf.validate import from_yaml
+from conf.words import cut
 
 FROM_SOURCE = "from_source"
+RUNS = "runs"  # where run.dir lies by default
+EXPERIMENTS = Path(__file__).resolve().parents[1] / "conf" / "exp"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+
+
+def missing_source(source: str | None) -> str | None:
+    """What is wrong with an init.source that names a path where nothing is; None for one that is there, a hub id, or
+    none."""
+    from train.hf import pretrained
+
+    if source is None or user_path(source).exists():
+        return None
+    first, *rest = Path(source).parts
+    if pretrained.HUB_ID.fullmatch(source) and first != RUNS:
+        return None
+    is_made = first == RUNS and rest and (EXPERIMENTS / f"{'/'.join(rest)}.yaml").is_file()
+    made_by = f"run +exp={'/'.join(rest)} first, or name another" if is_made else "name a run, a checkpoint or a model"
+    return f"init.source={cut(source)} does not exist: {made_by}"
 
 
 def with_source(plain: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -26,7 +45,11 @@ def with_source(plain: dict[str, Any], overrides: Sequence[str]) -> dict[str, An
     A model or tokenizer set on the command line (`overrides`) is kept. ConfigError if the source has another, or
     cannot be used; a source that is not there is left to the start of the run, unless it is needed here.
     """
+    if not all(isinstance(plain.get(key) or {}, dict) for key in ("init", "model", "data")):
+        return plain  # which is said where sections are typed
     source = (plain.get("init") or {}).get("source")
+    if source is not None and not isinstance(source, str):
+        return plain
     takes = (plain.get("model") or {}).get("name") == FROM_SOURCE
     if takes and source is None:
         raise ConfigError(["model=from_source: from which? Set init.source=<Hugging Face model, run or checkpoint>"])
@@ -34,6 +57,9 @@ def with_source(plain: dict[str, Any], overrides: Sequence[str]) -> dict[str, An
         return plain
     from train.hf import pretrained
 
+    missing = missing_source(source)
+    if missing is not None:
+        raise ConfigError([missing])
     if not pretrained.is_model(source):
         return _with_run(plain, source, overrides)
     directory = pretrained.locate(source, weights=False)

@@ -34,7 +34,8 @@ from conf.validate import from_yaml  # noqa: E402
 from data.errors import DataError  # noqa: E402
 from data.sources import open_sources, open_validation  # noqa: E402
 from data.tokenizer import Tokenizer, load_tokenizer  # noqa: E402
-from launch.config import detect_hardware, load, run_command  # noqa: E402
+from launch.config import detect_hardware, load_asked, run_command  # noqa: E402
+from launch.inputs import refuse_missing  # noqa: E402
 from launch.observe import FIGURES, HeldOutEvaluator, draw_figures  # noqa: E402
 from moba.attention import BackendUnavailable  # noqa: E402
 from train.checkpoint import checkpoint_dir, store  # noqa: E402
@@ -80,12 +81,15 @@ def main(overrides: list[str]) -> None:
     """Trains as these overrides say. ConfigError for the user's mistakes."""
     launched = launch_environment()
     hardware = detect_hardware(launched.world_size, launched.local_world_size)
-    config = load(overrides, hardware)
+    config, asked = load_asked(overrides, hardware)
     check_stages(config)
     with _mistakes_in_words(config):
         tokenizer = load_tokenizer(config.data.tokenizer)
         run_dir = Path(config.run.dir)
-        plan = partial(make_plan, config, embedding_rows(config.model, tokenizer.vocab_size), hardware)
+        refuse_missing(config, overrides, continues=store.newest(run_dir) is not None)
+        plan = partial(
+            make_plan, config, embedding_rows(config.model, tokenizer.vocab_size), hardware, asked_tokens=asked
+        )
         saved = _saved_run(run_dir)
         if saved is not None and not config.run.allow_changes:
             _refuse_another_trajectory(config, saved)

@@ -340,7 +340,8 @@ class Trainer:
         self._saved = saved = store.read(path)
         self.tokens, self.step, self.last_checkpoint = saved.tokens, saved.state["step"], path
         self._watch_missing = not saved.state["watched"]
-        self.loader.load_state_dict(saved.state["loader"])
+        for line in self.loader.load_state_dict(saved.state["loader"], allow_changes=self.config.run.allow_changes):
+            self.observers.say(f"run.allow_changes=true: {line}")
         self.guard.load_state_dict(saved.state["guard"])
         load_rng(path, seed=self.config.run.seed)
         self.observers.say(f"continuing from {path}: {self.tokens:,} of {self.schedule.total_tokens:,} tokens")

@@ -90,9 +90,8 @@ def find(source: Path) -> Path:
     refuse_incomplete(source)
     found = newest(source)
     if found is None:
-        if not source.exists():
-            raise CheckpointError(f"{source}: no such directory")
-        raise CheckpointError(f"{source} is neither a checkpoint nor a run directory with a complete one")
+        nothing = "" if source.exists() else ": there is no such directory"
+        raise CheckpointError(f"{source} is neither a checkpoint nor a run directory with a complete one{nothing}")
     return found
 
 
