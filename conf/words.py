@@ -24,10 +24,10 @@ def show(value: object) -> str:
     return cut(_written(value))
 
 
-def listed(items: Iterable[object], separator: str = ", ", most: int = MOST) -> str:
-    """The items, each cut, and after `most` of them how many more there are; "none" without any."""
+def listed(items: Iterable[object], separator: str = ", ", most: int = MOST, longest: int = LONGEST) -> str:
+    """The items, each cut to `longest`, and after `most` of them how many more there are; "none" without any."""
     entries = items if isinstance(items, Collection) else list(items)
-    shown = [cut(item) for item, _ in zip(entries, range(most))]
+    shown = [cut(item, longest) for item, _ in zip(entries, range(most))]
     rest = len(entries) - len(shown)
     return separator.join(shown) + (f" and {rest:,} more" if rest else "") if shown else "none"
 

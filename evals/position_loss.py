@@ -62,8 +62,12 @@ class Evaluation:
     def result(self, title: str, dense_up_to: int | None = None) -> Result:
         """The evaluation as files and text. `title` is the curve's in the figure, `dense_up_to` a line there."""
         value, se, _, clusters = self.curve.trailing
-        error = f"+- {half_width(se, clusters):.4f} (95 %, {clusters:.0f} clusters)"
-        known = error if se == se else "(one cluster: no error estimate)"
+        width = float(half_width(se, self.curve.trailing_interval_freedom))
+        known = f"+- {width:.4f} (95 %, {clusters:.0f} clusters)"
+        if width != width:
+            known = (
+                "(one cluster: no error estimate)" if clusters < 2 else f"({clusters:.0f} clusters too unequal for one)"
+            )
         table = {name: getattr(self, name) for name in ("document_ids", "document_keys", "document_clusters")}
         return Result(
             length=self.curve.max_length,
@@ -98,6 +102,7 @@ class Evaluation:
             "se": plain(curve.se),
             "num_tokens": plain(curve.count),
             "clusters": plain(curve.clusters),
+            "freedom": plain(curve.interval_freedom),
             "sd_of_documents": plain(spread),
             "num_non_finite": self.num_non_finite,
             "documents": [{"id": i, "key": k, "cluster": c} for i, k, c in rows],
@@ -167,7 +172,9 @@ def _curve(sums_NB, counts_NB, is_full_N, by_position_2T, clusters: list[str], s
         se=found.se,
         count=found.count,
         clusters=found.clusters,
-        trailing=Trailing(*map(float, trailing)),
+        trailing=Trailing(*map(float, trailing[:4])),
+        freedom=found.freedom,
+        trailing_freedom=float(trailing.freedom),
         position_mean=_divide(by_position_2T[0] / FIXED_POINT, by_position_2T[1]),
         position_count=by_position_2T[1].astype(np.float64),
     )

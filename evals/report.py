@@ -7,6 +7,7 @@ run as well as after it.
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -209,7 +210,9 @@ def _run_row(run: Run) -> tuple[str, ...]:
     last = run.train[-1]
     held_out = run.evaluations[-1] if run.evaluations else {}
     error = held_out.get("trailing_se")
-    spread = f" +- {half_width(error, held_out['documents']):.3f}" if error is not None else ""
+    freedom = held_out.get("trailing_freedom") or held_out.get("documents", 0) - 1
+    width = math.nan if error is None else float(half_width(error, freedom))
+    spread = f" +- {width:.3f}" if math.isfinite(width) else ""
     count = run.device.get("num_devices", 1)
     return (
         run.name,

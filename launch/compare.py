@@ -82,6 +82,10 @@ def table(found: Difference, gap: float | None = None) -> str:
         lines.append(f"{low:>7}-{high:<7}  {mean:>+10.4f}  {intervals[b]:>8.4f}  {found.sd[b]:>7.4f}  {clusters:>8.0f}")
     how = f"{found.num_documents} documents, each under both" if found.paired else "different documents: errors added"
     lines.append(f"{how}; 95 %: half-width of a bucket's own interval; training seeds vary on top of it")
+    if found.paired and not np.isfinite(intervals).all():
+        lines.append("nan: fewer than two clusters, or one with so many of the documents that no interval would hold")
+    if found.no_band is not None:
+        lines.append(f"no band of all buckets at once: {found.no_band}")
     last = found.by_bucket.mean[-1] if gap is None else gap
     if found.paired and np.isfinite(found.sd[-1]) and last:
         needed = found.summary(abs(last))

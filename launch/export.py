@@ -147,7 +147,7 @@ def save_tokenizer(tokenizer: Tokenizer, to: Path, template: ChatTemplate | None
 def _save_files(tokenizer: Tokenizer, to: Path) -> None:
     path = user_path(tokenizer.name)
     if tokenizer.name != "bytes" and tokenizer.name not in SHIPPED and path.is_dir():
-        for name in source_files.TOKENIZER_FILES:
+        for name in (*source_files.TOKENIZER_FILES, GENERATION):
             if (path / name).is_file():
                 shutil.copyfile(path / name, to / name)
         return

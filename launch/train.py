@@ -37,6 +37,7 @@ from data.tokenizer import Tokenizer, load_tokenizer  # noqa: E402
 from launch.config import detect_hardware, load_asked, run_command  # noqa: E402
 from launch.inputs import refuse_missing  # noqa: E402
 from launch.observe import FIGURES, HeldOutEvaluator, draw_figures  # noqa: E402
+from launch.stopping import ParentWatch, StopFlag, exit_code, stop_reasons  # noqa: E402
 from moba.attention import BackendUnavailable  # noqa: E402
 from train.checkpoint import checkpoint_dir, store  # noqa: E402
 from train.checkpoint.run_lock import RunLocked, lock_run  # noqa: E402
@@ -78,7 +79,9 @@ FILE_ERRORS = {
 
 
 def main(overrides: list[str]) -> None:
-    """Trains as these overrides say. ConfigError for the user's mistakes."""
+    """Trains as these overrides say. ConfigError for the user's mistakes; SystemExit with the code of a run that was
+    saved and stopped."""
+    watch = ParentWatch().start()
     launched = launch_environment()
     hardware = detect_hardware(launched.world_size, launched.local_world_size)
     config, asked = load_asked(overrides, hardware)
@@ -99,7 +102,7 @@ def main(overrides: list[str]) -> None:
             if launched.rank == 0:
                 print(f"\n{run_dir} is finished. To go on from its weights: another run.dir with init.source={run_dir}")
             return
-        _train(config, tokenizer, plan)
+        _train(config, tokenizer, plan, watch)
 
 
 @contextmanager
@@ -136,16 +139,17 @@ def _leave_lost_run(config: RunConfig) -> NoReturn:
 def _say_stuck(config: RunConfig, name: str) -> None:
     """What is known of a process that does not come to an end after a signal."""
     _report_once(
-        f"{name} came {signals.STUCK_SECONDS} s ago; the step in hand has not ended or is not saved. If another "
+        f"{name} came {signals.STUCK_SECONDS} s ago; the step in hand has not ended or is not saved yet. If another "
         "process of this run is gone, which torchrun reports, it never will: the same command again goes on from the "
-        f"newest checkpoint in {config.run.dir}, if there is one"
+        f"newest checkpoint in {config.run.dir}, if there is one",
+        title="waiting",
     )
 
 
-def _report_once(text: str) -> None:
+def _report_once(text: str, title: str = "error") -> None:
     """Says it, unless another process of the run has reported something."""
     if signals.first_to_report():
-        print(f"error: {text}", file=sys.stderr, flush=True)
+        print(f"{title}: {text}", file=sys.stderr, flush=True)
 
 
 def _saved_run(run_dir: Path) -> store.Saved | None:
@@ -166,7 +170,7 @@ def _refuse_another_trajectory(config: RunConfig, saved: store.Saved) -> None:
         raise ConfigError(["\n      ".join([problem, *differences])])
 
 
-def _train(config: RunConfig, tokenizer: Tokenizer, plan: Callable[..., Plan]) -> None:
+def _train(config: RunConfig, tokenizer: Tokenizer, plan: Callable[..., Plan], watch: ParentWatch) -> None:
     world = init_world(config.run.device)
     run_dir, schedule = Path(config.run.dir), build_schedule(config)
     lock = lock_run(run_dir, world)
@@ -205,7 +209,7 @@ def _train(config: RunConfig, tokenizer: Tokenizer, plan: Callable[..., Plan]) -
         )
         progress = Progress(schedule.total_tokens, tokens=trainer.tokens, bar=config.logging.progress)
         _watch(observers, config, run_dir, tracker, progress)
-    preemption = signals.PreemptionFlag(stuck=partial(_say_stuck, config)).install()
+    watch.flag = preemption = StopFlag(stuck=partial(_say_stuck, config)).install()
     try:
         # In here as well: torchrun's SIGTERM must not end a process that is about to say that another one is lost.
         with _mistakes_in_words(config):
@@ -216,11 +220,14 @@ def _train(config: RunConfig, tokenizer: Tokenizer, plan: Callable[..., Plan]) -
                     progress.close()
     finally:
         preemption.uninstall()
+    reasons = [] if finished else stop_reasons(preemption)
     if world.is_main:
-        _say_goodbye(finished, preemption, config, trainer)
+        _say_goodbye(finished, reasons, config, trainer)
         tracker.finish()
         lock.release()
     shutdown()
+    if not finished:
+        raise SystemExit(exit_code(reasons))
 
 
 def _keep_source(config: RunConfig) -> None:
@@ -273,10 +280,10 @@ def _figure(value: float | None) -> str:
     return "not finite" if value is None else f"{value:.4f}"
 
 
-def _say_goodbye(finished: bool, preemption, config: RunConfig, trainer: Trainer) -> None:
+def _say_goodbye(finished: bool, reasons: list[str], config: RunConfig, trainer: Trainer) -> None:
     if not finished:
         print(
-            f"stopped by {preemption.received or 'a signal to another process'} at {trainer.tokens:,} tokens, saved in "
+            f"stopped by {' and '.join(reasons) or 'a signal'} at {trainer.tokens:,} tokens, saved in "
             f"{trainer.last_checkpoint}. The same command again goes on from there"
         )
         return

@@ -269,6 +269,7 @@ class Trainer:
             loss=curve.total_mean,
             trailing_loss=curve.trailing.value,
             trailing_se=curve.trailing.se,
+            trailing_freedom=curve.trailing_interval_freedom,
             documents=int(curve.trailing.clusters),
             **scalars,
         )

@@ -267,4 +267,4 @@ def raise_damage(checkpoint: Path, found: list[str], what: str = "is damaged") -
         if path.name < checkpoint.name and not any(damage(path, f, entry) for f, entry in manifest(path).items()):
             advice = f"The newest good one before it is {path}: remove {checkpoint} to continue from there"
             break
-    raise CheckpointError(f"{checkpoint} {what}: {listed(found, '; ')}. {advice}")
+    raise CheckpointError(f"{checkpoint} {what}: {listed(found, '; ', longest=1000)}. {advice}")

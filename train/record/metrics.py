@@ -48,6 +48,7 @@ class _Line:
     loss: float | None = None
     trailing_loss: float | None = None
     trailing_se: float | None = None
+    trailing_freedom: float | None = None
     grad_norm: float | None = None
     lr: float | None = None
     tokens_per_second: float | None = None

@@ -80,6 +80,21 @@ class PositionCurve:
     """[max_length] mean loss at each number of visible tokens (index 0: one)."""
     position_count: np.ndarray
     """[max_length] tokens counted there."""
+    freedom: np.ndarray | None = None
+    """[B] degrees of freedom of each bucket's interval, NaN where none holds at its rate; None = clusters of one size
+    or of unknown sizes, one less than they are."""
+    trailing_freedom: float | None = None
+    """The same of `trailing`."""
+
+    @property
+    def interval_freedom(self) -> np.ndarray:
+        """[B] degrees of freedom."""
+        return self.clusters - 1 if self.freedom is None else self.freedom
+
+    @property
+    def trailing_interval_freedom(self) -> float:
+        """Of the trailing loss."""
+        return self.trailing.clusters - 1 if self.trailing_freedom is None else self.trailing_freedom
 
     @property
     def total_mean(self) -> float:
@@ -89,7 +104,7 @@ class PositionCurve:
 
     def arrays(self) -> dict[str, np.ndarray]:
         """All fields as arrays, for a .npz file that may hold more beside them."""
-        return {name: np.asarray(value) for name, value in vars(self).items()}
+        return {name: np.asarray(value) for name, value in vars(self).items() if value is not None}
 
     def to_npz(self, path: Path | str) -> None:
         """Writes the curve to `path`, to be read by `from_npz` or plain numpy."""
@@ -111,26 +126,32 @@ def read_npz(path: Path | str) -> tuple[PositionCurve, dict[str, np.ndarray]]:
         raise FileError(f"{path} cannot be read ({first_line(error)}). {remedy}") from error
     except TypeError as error:  # a .npy of one array
         raise FileError(f"{path} holds an array, not named arrays. {remedy}") from error
-    names = PositionCurve.__dataclass_fields__
-    missing = [name for name in names if name not in arrays]
+    shapes = _curve_shapes(arrays)
+    missing = [name for name in shapes if name not in arrays and name not in OPTIONAL]
     if missing:
         raise FileError(f"{path} has no {listed(missing)}. {remedy}")
-    values = {name: arrays.pop(name) for name in names}
-    shapes = _curve_shapes(values["edges"].size - 1, values["max_length"])
+    values = {name: arrays.pop(name) for name in shapes if name in arrays}
     wrong = [n for n, v in values.items() if v.dtype.kind not in "fiu" or v.shape != shapes[n]]
     if wrong:
         raise FileError(f"{path}: {listed(wrong)} not in the shape of a curve. {remedy}")
     values["max_length"] = int(values["max_length"])
     values["trailing"] = Trailing(*map(float, values["trailing"]))
+    if "trailing_freedom" in values:
+        values["trailing_freedom"] = float(values["trailing_freedom"])
     return PositionCurve(**values), arrays
 
 
-def _curve_shapes(num_buckets: int, max_length: np.ndarray) -> dict[str, tuple[int, ...]]:
-    """The shape of each array of a PositionCurve."""
-    positions = (int(max_length),) if max_length.shape == () and max_length.dtype.kind in "iu" else (-1,)
-    by_bucket = dict.fromkeys(("mean", "se", "count", "clusters"), (num_buckets,))
+OPTIONAL = ("freedom", "trailing_freedom")
+
+
+def _curve_shapes(arrays: dict[str, np.ndarray]) -> dict[str, tuple[int, ...]]:
+    """The shape of each array of a PositionCurve with the length and buckets that `arrays` say."""
+    length, edges = arrays.get("max_length", np.zeros(0)), arrays.get("edges", np.zeros(1))
+    positions = (int(length),) if length.shape == () and length.dtype.kind in "iu" else (-1,)
+    by_bucket = dict.fromkeys(("mean", "se", "count", "clusters", "freedom"), (edges.size - 1,))
     by_position = dict.fromkeys(("position_mean", "position_count"), positions)
-    return by_bucket | by_position | {"max_length": (), "edges": (num_buckets + 1,), "trailing": (4,)}
+    single = {"max_length": (), "trailing_freedom": (), "trailing": (4,), "edges": (edges.size,)}
+    return by_bucket | by_position | single
 
 
 class PositionLoss:
