@@ -14,6 +14,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from conf.numbers import LARGEST, parse_length, parse_tokens
 from conf.words import cut, listed, show
 
+LONGEST_HINT = 800  # characters
 SCALARS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 
@@ -37,7 +38,7 @@ class Problems:
         """Record that `key` = `value` will not do; `hint` says what would. Keys are named as they were typed."""
         for filled, typed in self.typed.items():
             hint = hint.replace(f"{filled}=", f"{typed}=")
-        self.lines.append(f"{self.typed.get(key, key)}={show(value)}: {hint}")
+        self.lines.append(f"{self.typed.get(key, key)}={show(value)}: {cut(hint, LONGEST_HINT)}")
 
     def about(self, key: str) -> bool:
         """True if `key` itself was found wrong: what only follows from that needs no line of its own."""

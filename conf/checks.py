@@ -23,6 +23,7 @@ from conf.schema import (
     SourceConfig,
     StageConfig,
 )
+from conf.words import show
 
 SYNTHETIC_TASKS = ("mqar", "passkey", "multi_key", "multi_query", "straddle", "copy")
 EVAL_SUITES = ("loss", "mini", "swap")
@@ -200,7 +201,7 @@ def _check_source(key: str, source: SourceConfig, problems: Problems) -> None:
         short = "data.path=<file, glob or directory> with data=files, data.name=<hub data set> with data=hub"
         problems.add(f"{key}.path", None, f"where is the data? Set {short}" if shorthand else hint)
     if source.path is not None and source.name is not None:
-        problems.add(f"{key}.path", source.path, f"{key}.name={source.name} is set too; set one of them to null")
+        problems.add(f"{key}.path", source.path, f"{key}.name={show(source.name)} is set too; set one of them to null")
     _one_of(f"{key}.format", source.format, FORMATS, problems)
     if source.format != "chat":
         for field, default in (
@@ -211,7 +212,9 @@ def _check_source(key: str, source: SourceConfig, problems: Problems) -> None:
             if getattr(source, field) != default:
                 problems.add(f"{key}.{field}", getattr(source, field), f"only with {key}.format=chat")
         if source.path is not None and source.path.startswith("embedded-chat"):
-            problems.add(f"{key}.format", source.format, f"{key}.path={source.path} holds conversations; use chat")
+            problems.add(
+                f"{key}.format", source.format, f"{key}.path={show(source.path)} holds conversations; use chat"
+            )
     if source.name is None:
         for field, default in (("subset", None), ("split", "train"), ("streaming", False)):
             if getattr(source, field) != default:
@@ -357,7 +360,7 @@ def _check_blocks(key: str, attention: AttentionConfig, seq_len: int | None, pro
         problems.add(
             f"{key}.num_blocks",
             attention.num_blocks,
-            f"{key}.block_size={attention.block_size} says otherwise at seq_len={format_length(seq_len)};"
+            f"{key}.block_size={show(attention.block_size)} says otherwise at seq_len={format_length(seq_len)};"
             f" set {key}.block_size=null",
         )
 

@@ -19,6 +19,7 @@ sys.path[:] = [str(ROOT)] + [p for p in sys.path if Path(p or ".").resolve() != 
 from conf.files import user_path  # noqa: E402
 from conf.numbers import parse_tokens  # noqa: E402
 from conf.schema import SourceConfig  # noqa: E402
+from conf.words import cut  # noqa: E402
 from data.errors import DataError  # noqa: E402
 from data.prepare import SHARD_CHARS, prepare  # noqa: E402
 from data.sources import chat_encoder, is_shipped, text_origin  # noqa: E402
@@ -90,7 +91,9 @@ def _source(values: dict[str, str]) -> SourceConfig:
     try:
         limit = None if max_tokens is None else parse_tokens(max_tokens)
     except ValueError as error:
-        raise UsageError(f"max_tokens={max_tokens!r}: {error}") from error
+        raise UsageError(f"max_tokens={cut(max_tokens)}: {error}") from error
+    if limit == 0:
+        raise UsageError(f"max_tokens={max_tokens}: takes 1 at least")
     if values.get("format", "text") not in ("text", "chat"):
         raise UsageError(f"format={values['format']!r}: text or chat")
     chat_keys = ("chat_template", "messages_field", "prompt_field", "response_field")

@@ -107,7 +107,7 @@ def other_bytes(draw, valid: bytes) -> bytes:
 def half_valid(valid: bytes, as_json: Any = None):
     """(bytes, whether they are the valid ones): half of them valid, the others of another shape or of other bytes."""
     shaped = other_bytes(valid) if as_json is None else other_json(as_json).map(lambda text: text.encode("utf-8"))
-    return st.sampled_from(["valid", "valid", "shape", "bytes"]).flatmap(
+    return st.sampled_from(["valid", "valid", "valid", "shape", "bytes"]).flatmap(
         lambda kind: {
             "valid": st.integers(0, 2**32).map(lambda _: (valid, True)),  # numbered, lest repetitions be left out
             "shape": shaped.map(lambda content: (content, content == valid)),

@@ -214,7 +214,7 @@ def test_own_conversations_take_one_key():
     config = load(["+exp=sft_quickstart", "data.path=chat.jsonl"])
     assert {name: (s.path, s.format) for name, s in config.data.sources.items()} == {"main": ("chat.jsonl", "chat")}
     assert all(stage.mix is None for stage in config.schedule.stages.values())
-    with pytest.raises(ConfigError, match="data.sources has .*more already"):
+    with pytest.raises(ConfigError, match=r"data\.sources has .*more already"):
         load(["+exp=sft_quickstart", "data.path=chat.jsonl", "+data.sources.more.path=b"])
 
 

@@ -38,6 +38,7 @@ from train.checkpoint.store import CheckpointError
 from train.hf import hf_metadata, pretrained
 from train.record.metrics import MetricsLog, read_metrics
 
+LONG = 1000
 MISTAKES = (CheckpointError, DataError, ConfigError, ReportError, ValueError)
 CONVERSATION = {
     "messages": [
@@ -244,7 +245,7 @@ def test_whatever_a_file_holds(folder, path):
 @pytest.mark.parametrize("path", CASES, ids=[case.name for case in CASES.values()])
 def test_whatever_a_file_holds_at_length(folder, path):
     """The same for many more examples, other ones each time."""
-    fuzz(folder, path, thorough(1000))
+    fuzz(folder, path, thorough(LONG))
 
 
 @pytest.mark.parametrize("path", [path for path in CASES if not path.endswith(".jinja")])

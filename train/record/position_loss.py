@@ -116,13 +116,17 @@ class PositionCurve:
         return read_npz(path)[0]
 
 
+# What numpy and zipfile raise for bytes that are no .npz, or a damaged one.
+NPZ_ERRORS = (OSError, ValueError, EOFError, RuntimeError, KeyError, MemoryError, zipfile.BadZipFile, zlib.error)
+
+
 def read_npz(path: Path | str) -> tuple[PositionCurve, dict[str, np.ndarray]]:
     """The curve in a .npz file, and the arrays beside it. FileError if there is none."""
     remedy = "A curve is written by training (position_loss/) or launch/evaluate.py"
     try:
         with np.load(path) as fields:
             arrays = dict(fields)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError, KeyError) as error:
+    except NPZ_ERRORS as error:
         raise FileError(f"{path} cannot be read ({first_line(error)}). {remedy}") from error
     except TypeError as error:  # a .npy of one array
         raise FileError(f"{path} holds an array, not named arrays. {remedy}") from error
