@@ -91,7 +91,7 @@ def _source(values: dict[str, str]) -> SourceConfig:
     try:
         limit = None if max_tokens is None else parse_tokens(max_tokens)
     except ValueError as error:
-        raise UsageError(f"max_tokens={cut(max_tokens)}: {error}") from error
+        raise UsageError(f"max_tokens={cut(repr(max_tokens))}: {error}") from error
     if limit == 0:
         raise UsageError(f"max_tokens={max_tokens}: takes 1 at least")
     if values.get("format", "text") not in ("text", "chat"):
