@@ -27,7 +27,7 @@ from train.engine.world import init_world, launch_environment, shutdown  # noqa:
 import yaml  # noqa: E402
 
 from conf.build import ConfigError  # noqa: E402
-from conf.files import user_path  # noqa: E402
+from conf.files import FileError, user_path  # noqa: E402
 from conf.schema import RunConfig  # noqa: E402
 from conf.trajectory import to_dict, trajectory_diff  # noqa: E402
 from conf.validate import from_yaml  # noqa: E402
@@ -63,6 +63,7 @@ Trains, or continues the run in run.dir. Plain python in place of torchrun start
 MISTAKES = (
     BackendUnavailable,
     DataError,
+    FileError,
     MetricsError,
     NonFiniteError,
     RunLocked,
