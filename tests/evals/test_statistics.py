@@ -28,7 +28,7 @@ def test_clustered_intervals_cover_at_their_rate(num_clusters):
 
 
 SIZES = {
-    "one large": [10, 4, 3, 2, 2, *[1] * 6],
+    "one large": [15, 4, 3, 2, 2, *[1] * 6],
     "three large": [8, 8, 8, 3, 2, 1],
     "a ladder": [6, 5, 4, 3, 2, 1],
     "a few": [3, 3, 2, 1],
