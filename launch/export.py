@@ -60,21 +60,26 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer, description = describe(saved, config, dtype)
     template = chat_template(config, tokenizer)
     eos = ends_of_text(config, tokenizer, template, values.get("eos"))
-    description["eos_token_id"] = hf_metadata.ids(eos)
+    own_end = None if eos == [tokenizer.eos_id] else eos  # None: as the tokenizer, or the original, says
+    if own_end is not None:
+        description["eos_token_id"] = hf_metadata.ids(own_end)
     length, beside = description["max_position_embeddings"], user_path(tokenizer.name) / GENERATION
     original = source_files.model_file(checkpoint, GENERATION) or (beside if beside.is_file() else None)
     old_length = config.model.pretrained_length
-    generation = hf_metadata.generation_config(original, eos=eos, old_length=old_length, length=length)
+    generation = hf_metadata.generation_config(original, eos=own_end, old_length=old_length, length=length)
     # Filled under another name, so that an interrupted export is not taken for a model.
     temporary = to.with_name(f".{to.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     hf_metadata.write_json(temporary / "config.json", hf_metadata.with_both_ropes(description))
     save_tokenizer(tokenizer, temporary, None if config.data.chat_template is None else template)
-    own = None if eos == [tokenizer.eos_id] else tokenizer.text_of(eos[0])
-    hf_metadata.finish_tokenizer(temporary, eos=own, length=length)
+    hf_metadata.finish_tokenizer(
+        temporary, eos=None if own_end is None else tokenizer.text_of(own_end[0]), length=length
+    )
     if generation is not None:
         hf_metadata.write_json(temporary / GENERATION, generation)
+    elif original is not None:
+        shutil.copyfile(original, temporary / GENERATION)
     files = hf_export.write_weights(checkpoint, temporary, saved.meta["parameters"], dtype)
     for path in temporary.iterdir():
         checkpoint_dir.share(path)

@@ -60,7 +60,7 @@ def test_generation_settings_follow_the_context(tmp_path):
         path.write_text(json.dumps({"max_length": before, "temperature": 0.5, "eos_token_id": 1}))
         found = hf_metadata.generation_config(path, eos=[7], old_length=2048, length=8192)
         assert found == {"max_length": after, "temperature": 0.5, "eos_token_id": 7}
-    assert hf_metadata.generation_config(None, eos=[7], old_length=None, length=8) is None
+    assert hf_metadata.generation_config(path, eos=None, old_length=2048, length=8192) is None, "left as it came"
 
 
 @pytest.mark.parametrize("scaling", [None, {"rope_type": "linear", "factor": 4.0}])

@@ -94,7 +94,6 @@ def as_it_came(original: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]
         what = "the config.json kept in the run's source/ folder is not one that transformers can read"
         raise ConfigError([f"{what} ({first_line(error)}): remove it"]) from error
     result = {key: value for key, value in original.items() if key not in ("auto_map", "moba")} | {"moba": ours["moba"]}
-    result |= {key: ours[key] for key in ("eos_token_id",) if key in result}
     if was.rope_parameters != now.rope_parameters:
         result = {key: value for key, value in result.items() if key != "rope_parameters"}
         result |= {"rope_theta": ours["rope_theta"], "rope_scaling": ours["rope_scaling"]}

@@ -31,16 +31,18 @@ def with_both_ropes(config: dict[str, Any]) -> dict[str, Any]:
     return config | {"rope_parameters": scaling | {"rope_theta": config["rope_theta"]}}
 
 
-def generation_config(original: Path | None, *, eos: Sequence[int], old_length: int | None, length: int) -> dict | None:
-    """The content of generation_config.json: the original's, ending at the tokens `eos`; one that bounded texts by the
-    model's old context bounds them by the new. None without an original and with one end alone, which config.json
-    says."""
+def generation_config(
+    original: Path | None, *, eos: Sequence[int] | None, old_length: int | None, length: int
+) -> dict | None:
+    """The content of generation_config.json: the original's, ending at the tokens `eos` (None: where it ended).
+
+    One that bounded texts by the model's old context bounds them by the new. None where nothing of it changes.
+    """
     given = {} if original is None else read_json(original, Object, remedy="Remove it from the run's source/ folder")
-    if original is None and len(eos) == 1:
-        return None
-    if old_length is not None and given.get("max_length") == old_length:
-        given["max_length"] = length
-    return given | {"eos_token_id": ids(eos)}
+    changed = {} if eos is None else {"eos_token_id": ids(eos)}
+    if old_length is not None and given.get("max_length") == old_length != length:
+        changed["max_length"] = length
+    return given | changed if changed else None
 
 
 def ids(eos: Sequence[int]) -> int | list[int]:
@@ -55,11 +57,11 @@ def finish_tokenizer(folder: Path, *, eos: str | None, length: int) -> None:
         if not path.is_file():
             continue
         content = read_json(path, Object, remedy="It belongs to data.tokenizer")
-        if eos is not None:
-            content["eos_token"] = eos
+        changed = {} if eos is None else {"eos_token": eos}
         if name == TOKENIZER_CONFIG and _is_length(content.get("model_max_length")):
-            content["model_max_length"] = length
-        write_json(path, content)
+            changed["model_max_length"] = length
+        if content | changed != content:
+            write_json(path, content | changed)
 
 
 def _is_length(value: Any) -> bool:
