@@ -181,7 +181,7 @@ class Study:
         self.results["measured"].append(what | found.summary())
         self._write()
         value, se, _, count = found.curve.trailing
-        at, error = f"{time.monotonic() - self.began:.0f} s", half_width(se, count)
+        at, error = f"{time.monotonic() - self.began:.0f} s", half_width(se, count - 1)
         print(f"[{at}] {what}: trailing {value:.4f} +- {error:.4f}", flush=True)
 
     def _write(self) -> None:
@@ -202,7 +202,7 @@ def table(results: dict) -> str:
     for record in results["measured"]:
         mean = statistics.fmean(record["mean"])
         trailing = record["trailing"]
-        error = "" if trailing["se"] is None else f" +- {half_width(trailing['se'], trailing['clusters']):.4f}"
+        error = "" if trailing["se"] is None else f" +- {half_width(trailing['se'], trailing['clusters'] - 1):.4f}"
         cells = [record["arm"], format_count(record["tokens"]), record["rope"], record["attention"], f"{mean:.4f}"]
         lines.append(f"| {' | '.join(cells)} | {trailing['value']:.4f}{error} |")
     if {"moba", "full"} <= results["runs"].keys():
@@ -223,7 +223,7 @@ def _difference(results: dict, tokens: int, attention: str) -> str:
     theirs = _find(results, "full", tokens, "full", "of the run")
     gaps = np.array([[a[-1] - b[-1]] for a, b in zip(ours["document_loss"], theirs["document_loss"])])
     found = clustered_mean(gaps, np.ones_like(gaps), [document["cluster"] for document in ours["documents"]])
-    error = half_width(found.se, found.clusters)[0]
+    error = half_width(found.se, found.freedom)[0]
     return (
         f"After {format_count(tokens)} tokens the run `moba` under {attention} attention is {found.mean[0]:+.4f} +- "
         f"{error:.4f} above the run `full`, trailing, document by document."

@@ -216,7 +216,7 @@ def interval_95(documents: list[float] | np.ndarray) -> tuple[float, float]:
     """Mean over documents, and the half-width of its 95 % interval."""
     values = np.array(documents)
     error = values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan
-    return float(values.mean()), float(np.nan_to_num(half_width(np.array([error]), np.array([len(values)])))[0])
+    return float(values.mean()), float(np.nan_to_num(half_width(np.array([error]), np.array([len(values) - 1])))[0])
 
 
 def print_table(results: dict) -> None:

@@ -237,7 +237,7 @@ def draw(results: dict, path: Path) -> None:
             name = "full" if record["attention"] == "full" else f"MoBA {record['attention']}"
             axes.plot(centres, record["mean"], color=f"C{i}", marker="o", markersize=5, label=name)
             if record["num_clusters"] >= FEW:
-                errors = half_width(record["se"], record["clusters"])
+                errors = half_width(record["se"], [count - 1 for count in record["clusters"]])
                 axes.errorbar(centres, record["mean"], yerr=errors, color=f"C{i}", fmt="none", capsize=2)
             else:
                 for losses in record["document_loss"]:

@@ -11,8 +11,10 @@ from dataclasses import fields, is_dataclass, replace
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from conf.numbers import parse_length, parse_tokens
+from conf.numbers import LARGEST, parse_length, parse_tokens
+from conf.words import cut, listed, show
 
+LONGEST_HINT = 800  # characters
 SCALARS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 
@@ -29,14 +31,18 @@ class Problems:
 
     def __init__(self):
         self.lines: list[str] = []
+        self.typed: dict[str, str] = {}
+        """Key -> the key that its value was given under, where that is another (schedule.top_k for every stage)."""
 
     def add(self, key: str, value: object, hint: str) -> None:
-        """Record that `key` = `value` will not do; `hint` says what would."""
-        self.lines.append(f"{key}={show(value)}: {hint}")
+        """Record that `key` = `value` will not do; `hint` says what would. Keys are named as they were typed."""
+        for filled, typed in self.typed.items():
+            hint = hint.replace(f"{filled}=", f"{typed}=")
+        self.lines.append(f"{self.typed.get(key, key)}={show(value)}: {cut(hint, LONGEST_HINT)}")
 
     def about(self, key: str) -> bool:
         """True if `key` itself was found wrong: what only follows from that needs no line of its own."""
-        return any(line.startswith(f"{key}=") for line in self.lines)
+        return any(line.startswith(f"{self.typed.get(key, key)}=") for line in self.lines)
 
     def raise_if_any(self) -> None:
         """Raise ConfigError if anything was recorded, each line once."""
@@ -44,23 +50,12 @@ class Problems:
             raise ConfigError(list(dict.fromkeys(self.lines)))
 
 
-def show(value: object) -> str:
-    """`value` as the user would write it on the command line."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{k}: {show(v)}" for k, v in value.items()) + "}"
-    if isinstance(value, list | tuple):
-        return "[" + ", ".join(show(v) for v in value) + "]"
-    return str(value)
-
-
 def suggestion(name: str, known: list[str]) -> str:
     """ "did you mean ...?" with close matches of `name`, else the list of what is known."""
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
     if close:
         return f"did you mean {' or '.join(close)}?"
-    return f"known here: {', '.join(known)}" if known else "nothing is known by that name"
+    return f"known here: {listed(known, most=40)}" if known else "nothing is known by that name"
 
 
 def build(cls: type, values: Mapping[str, Any], problems: Problems, path: str = "") -> Any:
@@ -73,7 +68,7 @@ def build(cls: type, values: Mapping[str, Any], problems: Problems, path: str = 
     known = [f.name for f in fields(cls) if f.name != collector] + list(options)
     arguments: dict[str, Any] = {}
     for name, value in values.items():
-        key = f"{path}.{name}" if path else str(name)
+        key = f"{path}.{cut(name)}" if path else cut(name)
         if name not in known:
             problems.add(key, value, f"unknown key; {suggestion(str(name), known)}")
             continue
@@ -127,13 +122,17 @@ def _entries(hint: Any, values: Mapping[str, Any], problems: Problems, path: str
         try:
             entries[str(name)] = _convert(hint, value, problems, f"{path}.{name}")
         except TypeError as error:
-            problems.add(f"{path}.{name}", value, str(error))
+            problems.add(f"{path}.{cut(name)}", value, str(error))
     return entries
 
 
 def _scalar(kind: type, value: Any) -> Any:
     """`value` as int, float, bool or str without losing anything (3 is a float, "1e-4" too; 3.5 is no int)."""
+    if kind is not bool and isinstance(value, int) and abs(value) > LARGEST:
+        raise TypeError(f"expected {SCALARS[kind]} that fits 64 bits")
     if kind is str and isinstance(value, int | float | str) and not isinstance(value, bool):
+        if "\0" in str(value):
+            raise TypeError("expected text without null characters")
         return str(value)
     if isinstance(value, bool) == (kind is bool) and isinstance(value, kind):
         return value
@@ -148,8 +147,8 @@ def _scalar(kind: type, value: Any) -> Any:
 def parse_quantities(config: Any, problems: Problems, path: str = "") -> Any:
     """`config` with its lengths and budgets (fields with "length" or "tokens" as unit) read as ints, at every depth.
 
-    An unreadable one is recorded and becomes None, which later checks take as "not known". Shares stay as written: they
-    need a total.
+    An unreadable one is recorded and becomes None, which later checks take as "not known"; so does a null where the
+    default is no null, unless the field's metadata says what it means. Shares stay as written: they need a total.
     """
     changes = {}
     collector, options = collected(config)
@@ -162,8 +161,14 @@ def parse_quantities(config: Any, problems: Problems, path: str = "") -> Any:
                 for name, given in value.items()
             }
             continue
-        parse = {"length": parse_length, "tokens": parse_tokens}.get(field.metadata.get("unit"))
-        if parse is not None:
+        unit = field.metadata.get("unit")
+        parse = {"length": parse_length, "tokens": parse_tokens}.get(unit)
+        if unit is not None and value is None and field.default is not None:
+            if "null" in field.metadata:
+                changes[field.name] = field.metadata["null"]
+            else:
+                problems.add(key, None, f"needs a value, such as {show(field.default)}")
+        elif parse is not None:
             changes[field.name] = quantity(parse, key, value, problems)
         elif is_dataclass(value):
             changes[field.name] = parse_quantities(value, problems, key)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 
 from conf.build import Problems
 from conf.hardware import Hardware, check_device, check_world, divisors, refuse_bf16_at_stage_0
@@ -19,9 +20,11 @@ from conf.schema import (
     ModelConfig,
     RopeConfig,
     RunConfig,
+    ScheduleConfig,
     SourceConfig,
     StageConfig,
 )
+from conf.words import show
 from moba.kinds import BACKENDS, KINDS, BadOption, Moba, Sliding, stage_kinds
 
 SYNTHETIC_TASKS = ("mqar", "passkey", "multi_key", "multi_query", "straddle", "copy")
@@ -60,6 +63,15 @@ def check(config: RunConfig, hardware: Hardware | None, problems: Problems) -> N
         check_device(config, hardware, problems)
     if hardware is not None:
         check_world(config, hardware.world_size, problems)
+
+
+def check_inherited(schedule: ScheduleConfig, problems: Problems) -> ScheduleConfig:
+    """`schedule` without what is wrong in the keys that stages take from it, once recorded under their own names."""
+    good = {}
+    for name in ("seq_len", "batch_tokens", "block_size", "top_k"):
+        value = getattr(schedule, name)
+        good[name] = value if _at_least(f"schedule.{name}", value, 1, problems) else None
+    return replace(schedule, **good)
 
 
 def _one_of(key: str, value: str, choices: tuple[str, ...], problems: Problems) -> bool:
@@ -188,7 +200,7 @@ def _check_source(key: str, source: SourceConfig, problems: Problems) -> None:
         short = "data.path=<file, glob or directory> with data=files, data.name=<hub data set> with data=hub"
         problems.add(f"{key}.path", None, f"where is the data? Set {short}" if shorthand else hint)
     if source.path is not None and source.name is not None:
-        problems.add(f"{key}.path", source.path, f"{key}.name={source.name} is set too; set one of them to null")
+        problems.add(f"{key}.path", source.path, f"{key}.name={show(source.name)} is set too; set one of them to null")
     _one_of(f"{key}.format", source.format, FORMATS, problems)
     if source.format != "chat":
         for field, default in (
@@ -199,7 +211,9 @@ def _check_source(key: str, source: SourceConfig, problems: Problems) -> None:
             if getattr(source, field) != default:
                 problems.add(f"{key}.{field}", getattr(source, field), f"only with {key}.format=chat")
         if source.path is not None and source.path.startswith("embedded-chat"):
-            problems.add(f"{key}.format", source.format, f"{key}.path={source.path} holds conversations; use chat")
+            problems.add(
+                f"{key}.format", source.format, f"{key}.path={show(source.path)} holds conversations; use chat"
+            )
     if source.name is None:
         for field, default in (("subset", None), ("split", "train"), ("streaming", False)):
             if getattr(source, field) != default:

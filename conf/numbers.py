@@ -14,14 +14,19 @@ LENGTH_UNITS = {"": 1, "K": 1024, "M": 1024**2}
 TOKEN_UNITS = {"": 1, "K": 1000, "M": 1000**2, "B": 1000**3, "T": 1000**4}
 MEMORY_UNITS = {"": 1, "K": 1024, "M": 1024**2, "G": 1024**3, "T": 1024**4}
 
-_NUMBER = re.compile(r"([+-]?(?:\d[\d_,]*\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*([A-Za-z%]*)")
+_NUMBER = re.compile(r"([+-]?(?:\d[\d_,]*\.?\d*|\.\d+)(?:[eE][+-]?\d{1,3})?)\s*([A-Za-z%]*)")
+LONGEST = 64  # characters of a quantity
+LARGEST = 2**63 - 1
 
 
 def _split(text: object, example: str) -> tuple[Fraction, str]:
     """The exact number and the unit in `text` (upper case); ValueError with an example of what would be read."""
     if isinstance(text, bool) or not isinstance(text, int | float | str):
         raise ValueError(f"expected a quantity such as {example}")
-    match = _NUMBER.fullmatch(str(text).strip())
+    if isinstance(text, int) and abs(text) > LARGEST:
+        raise ValueError(f"does not fit 64 bits; write for example {example}")
+    text = str(text).strip()
+    match = _NUMBER.fullmatch(text) if len(text) <= LONGEST and text.isascii() else None
     if match is None:
         raise ValueError(f"not a quantity; write for example {example}")
     return Fraction(match[1].replace("_", "").replace(",", "")), match[2].upper()
@@ -33,11 +38,13 @@ def _scaled(text: object, units: dict[str, int], example: str) -> int:
         known = ", ".join(name for name in units if name)
         raise ValueError(f"unknown unit {unit!r}; this quantity takes {known} or none, for example {example}")
     value = number * units[unit]
-    if value.denominator != 1:
+    if value.denominator != 1 and abs(value) <= LARGEST:
         below = value.numerator // value.denominator
         raise ValueError(f"is not a whole number; write {below} or {below + 1}")
     if value < 0:
         raise ValueError(f"is negative; write for example {example}")
+    if value > LARGEST:
+        raise ValueError(f"does not fit 64 bits; write for example {example}")
     return int(value)
 
 

@@ -17,6 +17,7 @@ from moba.kinds import Moba, all_options
 LENGTH = {"unit": "length"}  # binary K, becomes int
 TOKENS = {"unit": "tokens"}  # decimal K, becomes int
 SHARE = {"unit": "tokens or share"}  # "27B" or "90%": becomes int tokens
+OFF = {"null": 0}  # of a cadence: null is as good as 0
 
 
 @dataclass(frozen=True)
@@ -334,7 +335,7 @@ class DeepSpeedConfig:
 class LoggingConfig:
     """What is written while training."""
 
-    every_tokens: Any = field(default="0", metadata=TOKENS)
+    every_tokens: Any = field(default="0", metadata=TOKENS | OFF)
     """A metrics line each so many tokens; 0 = every step."""
     wandb: str = "auto"
     """`auto` (online if logged in, else offline), `online`, `offline` or `disabled`. Never asks."""
@@ -356,7 +357,7 @@ class EvalConfig:
     """What is measured: `loss` (by position), `mini` (also the router on the first document, and the right answers
     where the held-out documents are a recall task), or `swap` (also the loss under every gate of evals/swap.py, at five
     times the time)."""
-    every_tokens: Any = field(default="20%", metadata=SHARE)
+    every_tokens: Any = field(default="20%", metadata=SHARE | OFF)
     """Evaluate each so many tokens ("20%" of the run) and at each stage's end; 0 = only at stage ends."""
     documents: int = 16
     """Held-out documents of full length to use at most."""
@@ -368,7 +369,7 @@ class EvalConfig:
 class CheckpointConfig:
     """When the run is saved."""
 
-    every_tokens: Any = field(default="10%", metadata=SHARE)
+    every_tokens: Any = field(default="10%", metadata=SHARE | OFF)
     """Save each so many tokens, and at each stage's end, and on SIGTERM or Ctrl-C; 0 = only those."""
     keep: int = 2
     """Newest checkpoints kept, besides the ends of stages."""

@@ -9,12 +9,13 @@ micro-batches, kernels, recomputation), which moves losses by rounding only.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-from conf.build import collected, show
-from conf.schema import RunConfig
+from conf.build import collected
+from conf.schema import RunConfig, SourceConfig
+from conf.words import listed, show
 
 EXEMPT = (
     "run.name",
@@ -63,10 +64,17 @@ def trajectory_diff(old: RunConfig, new: RunConfig) -> list[str]:
     before, after = _flat(to_dict(old)), _flat(to_dict(new))
     lines = []
     if list(old.schedule.stages) != list(new.schedule.stages):
-        lines.append(f"schedule.stages: {', '.join(old.schedule.stages)} -> {', '.join(new.schedule.stages)}")
+        lines.append(f"schedule.stages: {listed(old.schedule.stages)} -> {listed(new.schedule.stages)}")
+    sources = old.data.sources, new.data.sources
+    for name in dict.fromkeys(name for side in sources for name in side):
+        if any(name not in side for side in sources):
+            lines.append(f"data.sources.{name}: " + " -> ".join(_in_brief(side.get(name)) for side in sources))
+    one_sided = [f"data.sources.{name}." for name in sources[0].keys() ^ sources[1].keys()]
+    one_sided += [f"schedule.stages.{name}." for name in old.schedule.stages.keys() ^ new.schedule.stages.keys()]
     for key in dict.fromkeys([*before, *after]):
         was, now = before.get(key), after.get(key)
-        if was != now and not any(fnmatchcase(key, pattern) for pattern in EXEMPT):
+        is_exempt = any(fnmatchcase(key, pattern) for pattern in EXEMPT) or key.startswith(tuple(one_sided))
+        if was != now and not is_exempt:
             lines.append(f"{key}: {show(was)} -> {show(now)}")
     return lines
 
@@ -82,6 +90,14 @@ def _written(value: Any) -> Any:
     collector, _ = collected(value)
     section = {one.name: _written(getattr(value, one.name)) for one in fields(value)}
     return section | section.pop(collector) if collector else section
+
+
+def _in_brief(source: SourceConfig | None) -> str:
+    """What a source says that is not default."""
+    if source is None:
+        return "none"
+    given, default = asdict(source), asdict(SourceConfig())
+    return show({key: value for key, value in given.items() if value != default[key]})
 
 
 def _flat(values: dict[str, Any], path: str = "") -> dict[str, Any]:

@@ -7,15 +7,15 @@ changes nothing, so config.yaml in a run directory is read by the same function.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from conf.build import ConfigError, Problems, build, parse_quantities, quantity, show
-from conf.checks import check
+from conf.build import ConfigError, Problems, build, parse_quantities, quantity
+from conf.checks import check, check_inherited
+from conf.files import FileError, parse_yaml, user_path
 from conf.hardware import Hardware
 from conf.numbers import format_tokens, is_share, parse_share
 from conf.schema import (
@@ -30,9 +30,10 @@ from conf.schema import (
     StageConfig,
 )
 from conf.trajectory import to_dict, trajectory_diff
+from conf.words import listed, show
 from moba.kinds import KINDS, all_options
 
-__all__ = ["ConfigError", "Hardware", "freeze", "to_dict", "trajectory_diff"]
+__all__ = ["ConfigError", "Hardware", "freeze", "from_yaml", "to_dict", "trajectory_diff"]
 
 
 def freeze(config: DictConfig | Mapping[str, Any], hardware: Hardware | None = None) -> RunConfig:
@@ -43,12 +44,15 @@ def freeze(config: DictConfig | Mapping[str, Any], hardware: Hardware | None = N
     problems = Problems()
     values = OmegaConf.to_container(config, resolve=True) if isinstance(config, DictConfig) else config
     run_config = parse_quantities(build(RunConfig, values, problems), problems)
+    _name_as_typed(run_config, problems)
+    data = _fill_sources(run_config.data, run_config.run.seed, problems)
+    schedule = _fill_mixes(check_inherited(run_config.schedule, problems), run_config.data, data)
     run_config = replace(
         run_config,
         run=_fill_run(run_config),
         model=_fill_model(run_config.model),
-        data=_fill_synthetic(_fill_sources(run_config.data, run_config.run.seed, problems), run_config.schedule),
-        schedule=_fill_schedule(run_config.schedule, problems),
+        data=_fill_synthetic(data, schedule),
+        schedule=_fill_schedule(schedule, problems),
     )
     run_config = _fill_shares(run_config, problems)
     check(run_config, hardware, problems)
@@ -56,9 +60,33 @@ def freeze(config: DictConfig | Mapping[str, Any], hardware: Hardware | None = N
     return run_config
 
 
+def _name_as_typed(config: RunConfig, problems: Problems) -> None:
+    """What the keys of `config` that are filled in from other keys are called in messages."""
+    if config.data.path is not None or config.data.name is not None:
+        problems.typed |= {f"data.sources.main.{key}": f"data.{key}" for key in ("path", "name")}
+    for name, stage in config.schedule.stages.items():
+        at = f"schedule.stages.{name}"
+        for key in ("seq_len", "batch_tokens"):
+            if getattr(stage, key) is None:
+                problems.typed[f"{at}.{key}"] = f"schedule.{key}"
+        for key in all_options():
+            if stage.attention.options.get(key) is None and getattr(config.schedule, key, None) is not None:
+                problems.typed[f"{at}.attention.{key}"] = f"schedule.{key}"
+
+
+def from_yaml(text: str, where: object) -> RunConfig:
+    """The RunConfig in the YAML of a config.yaml. ConfigError, each line naming `where`, for anything else."""
+    try:
+        return freeze(parse_yaml(text, where=where))
+    except ConfigError as error:
+        raise ConfigError([f"{where}: {problem}" for problem in error.problems]) from error
+    except FileError as error:
+        raise ConfigError([str(error)]) from error
+
+
 def _fill_run(config: RunConfig) -> Any:
     name = config.run.name or "run"
-    return replace(config.run, name=name, dir=os.path.expanduser(config.run.dir or f"runs/{name}"))
+    return replace(config.run, name=name, dir=str(user_path(config.run.dir or f"runs/{name}")))
 
 
 def _fill_model(model: ModelConfig) -> ModelConfig:
@@ -70,21 +98,36 @@ def _fill_model(model: ModelConfig) -> ModelConfig:
 
 
 def _fill_sources(data: DataConfig, seed: int, problems: Problems) -> DataConfig:
-    """`data` with the shorthands data.path and data.name moved to the source `main`."""
+    """`data` with the shorthands data.path and data.name moved to the source `main`, in place of those that ship with
+    the project."""
     sources = dict(data.sources)
     for key, choice in (("path", "files"), ("name", "hub")):
         value = getattr(data, key)
         if value is None:
             continue
-        if set(sources) - {"main"}:
-            hint = f"data.sources has {', '.join(sources)} already; say data={choice} data.{key}={value}"
+        shipped = {name for name, source in sources.items() if (source.path or "").startswith("embedded")}
+        if set(sources) - shipped - {"main"}:
+            hint = f"data.sources has {listed(sources)} already; say data={choice} data.{key}={show(value)}"
             problems.add(f"data.{key}", value, hint)
             continue
-        main = sources.get("main", SourceConfig())
+        formats = {source.format for source in sources.values()}
+        default = SourceConfig(format=formats.pop() if len(formats) == 1 else "text")
+        main = sources.get("main", default)
+        main = replace(main, path=None) if "main" in shipped else main
         if getattr(main, key) not in (None, value):
             problems.add(f"data.{key}", value, f"data.sources.main.{key}={getattr(main, key)} says otherwise; set one")
-        sources["main"] = replace(main, **{key: value})
+        sources = {"main": replace(main, **{key: value})}
     return replace(data, path=None, name=None, sources=sources, seed=seed if data.seed is None else data.seed)
+
+
+def _fill_mixes(schedule: ScheduleConfig, before: DataConfig, data: DataConfig) -> ScheduleConfig:
+    """`schedule` without the mixes of sources that gave way to data.path or data.name."""
+    gone = set(before.sources) - set(data.sources)
+    stages = {
+        name: replace(stage, mix=None) if set(stage.mix or ()) & gone else stage
+        for name, stage in schedule.stages.items()
+    }
+    return replace(schedule, stages=stages)
 
 
 def _fill_synthetic(data: DataConfig, schedule: ScheduleConfig) -> DataConfig:
@@ -158,11 +201,12 @@ def _fill_long_documents(long: LongDocumentsConfig | None, seq_len: int | None) 
 def _stage_tokens(key: str, value: Any, total: int | None, problems: Problems) -> int | None:
     """A stage's budget in tokens, not yet in whole steps."""
     if value is None:
-        problems.add(key, value, 'a stage needs a budget, such as "27B" or "90%"')
         return None
     if is_share(value) and total is None:
         if not problems.about("schedule.tokens"):
             problems.add(key, value, "a share of what? Set schedule.tokens, or give the stage a number of tokens")
+        return None
+    if value is not None and problems.about(key):
         return None
     tokens = quantity(parse_share, key, value, problems, total or 0)
     if tokens == 0:

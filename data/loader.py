@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from conf.schema import LongDocumentsConfig
+from conf.words import listed
 from data.errors import DataError
 from data.mixture import Mixture
 from data.packing import Batch, Packer, Window, make_batch
@@ -94,10 +95,6 @@ class Loader:
         """
         check_batch(seq_len, batch_tokens, micro_tokens, self._world_size)
         self._drop_ahead()
-        self._mixture.set_mix(mix, long_documents)
-        # No more than there are: a document is not read twice at the same time.
-        texts = [name for name, source in self._sources.items() if not source.is_chat]
-        interleave = max(1, min(self._interleave, self._mixture.num_documents(seq_len, texts)))
         conversations = {name: one.usable_inputs(seq_len) for name, one in self._sources.items() if one.is_chat}
         for name, used in conversations.items():
             if mix.get(name, 0) > 0 and not used.any():
@@ -105,6 +102,10 @@ class Loader:
                     f"source {name!r}: none of its {len(used):,} conversations has an answer within the first "
                     f"{seq_len:,} tokens; train at a larger seq_len, or on shorter conversations"
                 )
+        self._mixture.set_mix(mix, long_documents, conversations)
+        # No more than there are: a document is not read twice at the same time.
+        texts = [name for name, source in self._sources.items() if not source.is_chat]
+        interleave = max(1, min(self._interleave, self._mixture.num_documents(seq_len, texts)))
         self._stage = Stage(seq_len, interleave, conversations, batch_tokens // seq_len, micro_tokens // seq_len)
 
     def next_step(self) -> list[Batch]:
@@ -134,20 +135,23 @@ class Loader:
             "pieces": [list(piece) for piece in self._position.pieces],
         }
 
-    def load_state_dict(self, state: dict) -> None:
-        """Go on from `state`, under the present stage, rank and world size. Raises DataError if the data or the seed
-        differ."""
+    def load_state_dict(self, state: dict, *, allow_changes: bool = False) -> list[str]:
+        """Go on from `state`, under the present stage, rank and world size; returns what is lost, a line each.
+
+        Raises DataError if the data or the seed differ. With `allow_changes` sources may: those that are the same go on
+        where they were, others begin anew.
+        """
         if state["version"] != STATE_VERSION:
             raise DataError(
                 f"the checkpoint's data position has format {state['version']}, this program reads {STATE_VERSION}"
             )
-        if state["fingerprint"] != self.fingerprint:
-            was, now = state["sources"], {name: source.fingerprint for name, source in self._sources.items()}
+        was, now = state["sources"], {name: source.fingerprint for name, source in self._sources.items()}
+        changed = sorted(name for name in was.keys() | now.keys() if was.get(name) != now.get(name))
+        if changed and not allow_changes:
             raise DataError(
-                f"the data changed since the checkpoint: fingerprint was {state['fingerprint']} ({_listed(was)}), is "
-                "now "
-                f"{self.fingerprint} ({_listed(now)}). Give it the same sources and tokenizer, or start a new run "
-                "from its weights"
+                f"the data changed since the checkpoint: {listed(_change(name, was, now) for name in changed)}. Give "
+                "it the same sources and tokenizer, say run.allow_changes=true to go on with the new, or start a new "
+                "run from its weights"
             )
         if state["seed"] != self.seed:
             raise DataError(
@@ -156,7 +160,13 @@ class Loader:
             )
         self._drop_ahead()
         pieces = [Window(*piece) for piece in state["pieces"]]
-        self._position = Position(state["draws"], dict(state["counts"]), pieces)
+        counts = dict(state["counts"])
+        if changed:
+            pieces = [piece for piece in pieces if piece.source not in changed]
+            counts = {name: count for name, count in counts.items() if name.split(" ")[0] not in changed}
+            counts = dict.fromkeys(self._sources, 0) | counts
+        self._position = Position(state["draws"], counts, pieces)
+        return [f"{_change(name, was, now)}: what was read of it is not known any more" for name in changed]
 
     def _drop_ahead(self) -> None:
         """Throw away what was made ahead; the mixture is nobody else's then."""
@@ -219,5 +229,10 @@ def _fitting_micro(seq_len: int, batch_tokens: int, world_size: int) -> str:
     return f", or micro_tokens={' or '.join(map(str, fits[:6]))}"
 
 
-def _listed(fingerprints: Mapping[str, str]) -> str:
-    return ", ".join(f"{name} {fingerprint}" for name, fingerprint in sorted(fingerprints.items()))
+def _change(name: str, was: Mapping[str, str], now: Mapping[str, str]) -> str:
+    """What became of a source between two sets of fingerprints."""
+    if name not in now:
+        return f"source {name!r} is gone"
+    if name not in was:
+        return f"source {name!r} is new"
+    return f"source {name!r} has other documents or tokens ({was[name]} -> {now[name]})"

@@ -31,7 +31,9 @@ class Pool(NamedTuple):
     documents: np.ndarray
     """int64, their numbers in the source."""
     inputs: np.ndarray
-    """int64, what each of them gives to train on: a token less than it has."""
+    """int64, the inputs of each of them: a token less than it has."""
+    used: np.ndarray
+    """int64, how many of these are trained on at the length in force: fewer where a conversation is cut or left out."""
 
 
 class Draws(NamedTuple):
@@ -62,10 +64,16 @@ class Mixture:
         self._made = 0
         self._orders: dict[str, tuple[int, np.ndarray]] = {}
 
-    def set_mix(self, mix: Mapping[str, float], long_documents: LongDocumentsConfig | None = None) -> None:
+    def set_mix(
+        self,
+        mix: Mapping[str, float],
+        long_documents: LongDocumentsConfig | None = None,
+        used: Mapping[str, np.ndarray] | None = None,
+    ) -> None:
         """From the next draw on, source s gives the share mix[s] / sum(mix) of training tokens; with `long_documents`,
-        that share of each source's tokens comes from its long documents. Raises ValueError."""
-        self._pools = make_pools(self._lengths, mix, long_documents)
+        that share of each source's tokens comes from its long documents. used: source -> inputs of each document that
+        are trained on, where they are not all. Raises ValueError."""
+        self._pools = make_pools(self._lengths, mix, long_documents, used)
         weights = draw_weights(self._pools)
         self._names = list(weights)
         self._edges = np.cumsum(list(weights.values()))[:-1]
@@ -145,9 +153,13 @@ class Mixture:
 
 
 def make_pools(
-    lengths: Mapping[str, np.ndarray], mix: Mapping[str, float], long_documents: LongDocumentsConfig | None = None
+    lengths: Mapping[str, np.ndarray],
+    mix: Mapping[str, float],
+    long_documents: LongDocumentsConfig | None = None,
+    used: Mapping[str, np.ndarray] | None = None,
 ) -> dict[str, Pool]:
-    """The pools of a mix by name, sorted by source: one a source, or its long and its short documents.
+    """The pools of a mix by name, sorted by source: one a source, or its long and its short documents. used: as
+    Mixture.set_mix takes it.
 
     A source whose documents are all long or all short is one pool, with all of its share. Raises ValueError for names
     that are no source, negative shares, or no positive one.
@@ -160,7 +172,8 @@ def make_pools(
         raise ValueError(f"mix={dict(mix)}: shares are numbers of at least 0, and one of them is above 0")
     pools = {}
     for name in (name for name in sorted(mix) if mix[name] > 0):
-        whole = Pool(name, mix[name], np.arange(len(lengths[name])), lengths[name] - 1)
+        inputs = lengths[name] - 1
+        whole = Pool(name, mix[name], np.arange(len(inputs)), inputs, (used or {}).get(name, inputs))
         pools |= {name: whole} if long_documents is None else _split(whole, long_documents)
     if not pools:
         raise ValueError(f"mix={dict(mix)}: no document of these sources has a token to train on")
@@ -178,14 +191,14 @@ def _split(whole: Pool, long_documents: LongDocumentsConfig) -> dict[str, Pool]:
     kept = kept or {name: (1, part) for name, (_, part) in parts.items() if part.any()}
     total = sum(share for share, _ in kept.values())
     return {
-        name: Pool(whole.source, whole.share * share / total, whole.documents[part], whole.inputs[part])
+        name: Pool(whole.source, whole.share * share / total, *(one[part] for one in whole[2:]))
         for name, (share, part) in kept.items()
     }
 
 
 def draw_weights(pools: Mapping[str, Pool]) -> dict[str, float]:
-    """Probability of drawing each pool, so that its documents make up its share of the inputs."""
-    weights = {name: pool.share / float(np.mean(pool.inputs)) for name, pool in pools.items()}
+    """Probability of drawing each pool, so that its documents make up its share of the inputs trained on."""
+    weights = {name: pool.share / float(np.mean(pool.used)) for name, pool in pools.items() if pool.used.any()}
     total = sum(weights.values())
     return {name: weight / total for name, weight in weights.items()}
 

@@ -7,8 +7,8 @@ the pack's end, and its rest opens the next pack as a window of its own. So ever
 exactly once.
 
 A conversation (data/sft.py) is not cut: it goes whole into the fullest of a few open packs that has room for it. What
-is left of a pack is padding behind its last window: token 0, no labels. A conversation longer than L is used up to its
-input L alone, or not at all (data.sft.usable_inputs).
+is left of a pack is padding behind its last window, a window of its own: token 0, no labels. A conversation longer than
+L is used up to its input L alone, or not at all (data.sft.usable_inputs).
 
 Shapes: T inputs in a batch, N windows in it.
 """
@@ -31,8 +31,8 @@ OPEN_PACKS = 4  # of conversations
 
 
 class Window(NamedTuple):
-    """`length` inputs of a document from its input `start`; the label of the last is token start + length. Of a
-    conversation, inputs behind its end are padding."""
+    """`length` inputs of a document from its input `start`; the label of the last is token start + length. Inputs
+    behind the end of a conversation are padding."""
 
     source: str
     document: int
@@ -211,11 +211,14 @@ class Packer:
         return None if leaves is None else self._close(leaves)
 
     def _close(self, pack: _Bin) -> list[Window]:
-        """The windows of a pack that is not to take more, the last one longer by the padding."""
+        """The windows of a pack that is not to take more, the padding behind the last as a window of its own: it is no
+        context of anything."""
         self._bins.remove(pack)
         used = [int(self.conversations[window.source][window.document]) for _, window in pack.windows]
-        used[-1] += pack.free
-        return [window._replace(length=length) for (_, window), length in zip(pack.windows, used)]
+        windows = [window._replace(length=length) for (_, window), length in zip(pack.windows, used)]
+        last = windows[-1]
+        padding = [Window(last.source, last.document, last.start + last.length, pack.free)] if pack.free else []
+        return windows + padding
 
 
 @dataclass(eq=False)

@@ -23,6 +23,9 @@ from pathlib import Path
 
 import numpy as np
 
+from conf.files import Object, read_json
+from conf.words import cut, listed, show
+from data.conversations import from_json
 from data.errors import DataError
 from data.sft import ChatEncoder, ChatTemplate
 from data.shards import META, TokenShards, finished_shard, trim_shard, write_atomic, write_meta, write_shard
@@ -48,14 +51,17 @@ def prepare(
 ) -> dict:
     """Tokenise (id, text) pairs into `directory`, or finish what an interrupted call began; returns its meta.json.
 
-    template: the texts are conversations (data.sft.read_conversation), rendered and masked by it; None = plain text.
+    template: the texts are conversations (data.conversations), rendered and masked by it; None = plain text.
     origin: JSON-able, says what the documents are and must change with them; a directory begun from something else is
     refused. title: what to call them in messages. workers: processes, 0 = this one. max_tokens: stop after the document
     that reaches it. Raises DataError for empty input, a directory of something else, a damaged finished directory, or a
     worker that was killed.
     """
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"{directory} cannot be made ({error.strerror}): choose another (data.cache_dir)") from error
     plan = origin | {"tokenizer": tokenizer.fingerprint, "max_tokens": max_tokens, "shard_chars": shard_chars}
     with _locked(directory, log):
         _check_plan(directory, plan)
@@ -133,7 +139,7 @@ def encoder(tokenizer: Tokenizer, template: ChatTemplate | None) -> Encode:
     if template is None:
         return lambda text: (tokenizer.document(text), None)
     chat = ChatEncoder(tokenizer, template)
-    return lambda text: chat.encode(json.loads(text))
+    return lambda text: chat.encode(*from_json(text))
 
 
 def _tokenise(directory: Path, number: int, group: list[tuple[str, str]], encode: Encode) -> dict:
@@ -142,7 +148,7 @@ def _tokenise(directory: Path, number: int, group: list[tuple[str, str]], encode
         try:
             tokens, mask = encode(text)
         except DataError as error:
-            raise DataError(f"conversation {name}: {error}") from error
+            raise DataError(f"conversation {cut(name)}: {error}") from error
         documents.append(tokens)
         masks.append(mask)
     is_text = masks[0] is None
@@ -172,7 +178,8 @@ def _remove_from(directory: Path, number: int) -> None:
 def _check_plan(directory: Path, plan: dict) -> None:
     """Leave `plan` in the directory, or raise if it was begun with another one."""
     path = directory / PLAN
-    old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    remedy = "Delete the directory and prepare it again"
+    old = read_json(path, Object, error=DataError, remedy=remedy) if path.exists() else None
     if old is None:
         others = sorted(p.name for p in directory.iterdir() if not p.name.startswith("."))
         if others:
@@ -181,7 +188,7 @@ def _check_plan(directory: Path, plan: dict) -> None:
             )
     elif old != plan and any(directory.glob("[0-9]*.json")):
         keys = sorted(k for k in old.keys() | plan.keys() if old.get(k) != plan.get(k))
-        changes = "; ".join(f"{k} was {old.get(k)!r}, now {plan.get(k)!r}" for k in keys)
+        changes = listed((f"{k} was {show(old.get(k))}, now {show(plan.get(k))}" for k in keys), "; ")
         raise DataError(
             f"{directory} holds token shards of something else: {changes}. Choose another directory, or delete this one"
         )

@@ -16,10 +16,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -28,11 +27,13 @@ import jinja2.nodes
 import jinja2.sandbox
 import numpy as np
 
-from conf.schema import SourceConfig
+from conf.files import read_text, user_path
+from conf.words import cut, first_line
+from data.conversations import LEARN
 from data.errors import DataError
 from data.tokenizer import Tokenizer
 
-Message = Mapping[str, str]
+Message = Mapping[str, Any]
 
 NAMED = {
     "chatml": (
@@ -58,6 +59,8 @@ NAMED = {
         "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
     ),
 }
+# What a template's own expressions can raise beside jinja's errors.
+TEMPLATE_ERRORS = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError, MemoryError)
 # Unicode's noncharacters: no text has them, so they can mark places in a rendering.
 BEGIN, END, BROKEN = "\ufdd0", "\ufdd1", "\ufdd2"
 MARKS = dict.fromkeys(map(ord, (BEGIN, END, BROKEN)))
@@ -104,14 +107,17 @@ class ChatTemplate:
         environment.globals["raise_exception"] = _raise
         return environment.from_string(self.source)
 
-    def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
+    def render(
+        self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: Sequence[Any] | None = None
+    ) -> str:
         """The conversation as text, marks of generation blocks included. DataError with the template's own message."""
+        given = {"messages": list(messages), "add_generation_prompt": add_generation_prompt}
+        given |= {} if tools is None else {"tools": list(tools)}
         try:
-            return self._compiled.render(
-                messages=list(messages), add_generation_prompt=add_generation_prompt, **dict(self.variables)
-            )
-        except (jinja2.TemplateError, TypeError) as error:
-            raise DataError(f"chat template {self.name!r} cannot render it: {error}") from error
+            return self._compiled.render(**given, **dict(self.variables))
+        except (jinja2.TemplateError, *TEMPLATE_ERRORS) as error:
+            what = type(error).__name__ if isinstance(error, RecursionError | MemoryError) else first_line(error)
+            raise DataError(f"chat template {self.name!r} cannot render it: {what}") from error
 
 
 def _raise(message: str):
@@ -137,10 +143,11 @@ def load_template(name: str | None, tokenizer: Tokenizer) -> ChatTemplate:
                 "Use plain, the tokenizer's own template (null), or a tokenizer that has them"
             )
         return ChatTemplate(name, NAMED[name], variables)
-    path = Path(name).expanduser()
+    path = user_path(name)
     if not path.is_file():
-        raise DataError(f"data.chat_template={name!r}: no such file. Choose {', '.join(NAMED)}, or a jinja file")
-    template = ChatTemplate(name, path.read_text(encoding="utf-8"), variables)
+        raise DataError(f"data.chat_template={cut(name)!r}: no such file. Choose {', '.join(NAMED)}, or a jinja file")
+    remedy = f"data.chat_template takes {', '.join(NAMED)}, or a jinja file"
+    template = ChatTemplate(name, read_text(path, error=DataError, remedy=remedy), variables)
     try:
         template.render([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
     except DataError as error:
@@ -164,12 +171,12 @@ class ChatEncoder:
                 "be tokenised one by one and its answers not be masked exactly; use a byte-level tokenizer"
             )
 
-    def encode(self, messages: Sequence[Message]) -> tuple[np.ndarray, np.ndarray]:
+    def encode(self, messages: Sequence[Message], tools: Sequence[Any] | None = None) -> tuple[np.ndarray, np.ndarray]:
         """(tokens in the tokenizer's dtype, bool mask), both [n]; a token is learnt where the mask is True.
 
         Raises DataError if the template cannot render the conversation or its turns cannot be told apart exactly.
         """
-        ids = [(self._ids(text), learnt) for text, learnt in self.parts(messages)]
+        ids = [(self._ids(text), learnt) for text, learnt in self.parts(messages, tools)]
         tokens = np.concatenate([np.zeros(0, self.tokenizer.dtype), *(part for part, _ in ids)])
         return tokens, np.concatenate([np.zeros(0, bool), *(np.full(len(part), learnt) for part, learnt in ids)])
 
@@ -183,36 +190,61 @@ class ChatEncoder:
         tokens, learnt = self.encode([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
         return int(tokens[np.flatnonzero(learnt)[-1]])
 
-    def parts(self, messages: Sequence[Message]) -> list[tuple[str, bool]]:
-        """The rendered conversation in parts (text, learnt); joined, they are the rendering of the whole."""
-        guarded = self._guarded(messages)
-        whole, spans = _unmarked(self.template.render(guarded))
+    def parts(self, messages: Sequence[Message], tools: Sequence[Any] | None = None) -> list[tuple[str, bool]]:
+        """The rendered conversation in parts (text, learnt); joined, they are the rendering of the whole.
+
+        A message with `learn` false is not learnt.
+        """
+        guarded, tools = self._guarded(messages), self._guarded(tools)
+        whole, spans = _unmarked(self.template.render(guarded, tools=tools))
         if not spans:
-            spans = self._turns(guarded, whole)
+            spans = self._turns(guarded, whole, tools)
+        flags = [one.get(LEARN, True) for one in messages if one["role"] == "assistant"]
+        if not all(flags):
+            if len(spans) != len(flags):
+                raise DataError(
+                    f"chat template {self.template.name!r} marks {len(spans)} answers of {len(flags)}, so those that "
+                    "are not to be learnt (weight, train) cannot be told from the others"
+                )
+            spans = [span for span, is_learnt in zip(spans, flags) if is_learnt]
         parts, done = [], 0
         for begin, end in spans:
             parts += [(whole[done:begin], False), (whole[begin:end], True)]
             done = end
         return [(text, learnt) for text, learnt in [*parts, (whole[done:], False)] if text]
 
-    def _turns(self, messages: list[dict[str, str]], whole: str) -> list[tuple[int, int]]:
+    def _turns(self, messages: list[dict[str, Any]], whole: str, tools) -> list[tuple[int, int]]:
         """Where the assistant's turns are in the rendering, by rendering beginnings of the conversation."""
         spans = []
         for i, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            head = self.template.render(messages[:i], add_generation_prompt=True)
-            upto = self.template.render(messages[: i + 1])
+            head = self.template.render(messages[:i], add_generation_prompt=True, tools=tools)
+            upto = self.template.render(messages[: i + 1], tools=tools)
             what = f"chat template {self.template.name!r} cannot be masked exactly: turn {i + 1}"
             way_out = "Mark answers with {% generation %} in the template, or use another (data.chat_template)"
             if not (whole.startswith(upto) and upto.startswith(head)):
                 raise DataError(f"{what} is rendered otherwise where the conversation goes on. {way_out}")
             answer = upto[len(head) :]
-            before = answer.partition(message["content"].strip())[0] if message["content"].strip() else ""
+            before = self._before_content(answer, message)
             if before.strip():
-                raise DataError(f"{what} has {before!r} before the answer, not in the generation prompt. {way_out}")
+                raise DataError(
+                    f"{what} has {cut(repr(before))} before the answer, not in the generation prompt. {way_out}"
+                )
             spans.append((len(head), len(head) + len(self._without_break(answer))))
         return spans
+
+    def _before_content(self, answer: str, message: Mapping[str, Any]) -> str:
+        """What stands in an answer's rendering before anything that the message says, its end left out."""
+        content, reasoning = (str(message.get(key) or "").strip() for key in ("content", "reasoning_content"))
+        if content:
+            before = answer.partition(content)[0]
+            return "" if reasoning and reasoning in before else before
+        if reasoning or message.get("tool_calls"):
+            return ""  # which the template spells in its own way
+        answer = self._without_break(answer)
+        ends = [token for token in self.tokenizer.special_tokens if answer.endswith(token)]
+        return answer.removesuffix(max(ends, key=len)) if ends else answer
 
     def _without_break(self, answer: str) -> str:
         """The answer without white space behind the special token that ends the turn."""
@@ -220,18 +252,14 @@ class ChatEncoder:
         ends = self._special is not None and any(stripped.endswith(token) for token in self.tokenizer.special_tokens)
         return stripped if ends else answer
 
-    def _guarded(self, messages: Sequence[Message]) -> list[dict[str, str]]:
-        """The messages with a mark inside every special token that they spell out."""
-
-        def break_up(match: re.Match) -> str:
-            return match[0][0] + BROKEN + match[0][1:]
-
-        guarded = []
-        for message in messages:
-            content = message["content"].translate(MARKS)
-            content = content if self._special is None else self._special.sub(break_up, content)
-            guarded.append({"role": message["role"], "content": content})
-        return guarded
+    def _guarded(self, value: Any) -> Any:
+        """`value`, messages say, with a mark inside every special token that a text in it spells out."""
+        if isinstance(value, str):
+            plain = value.translate(MARKS)
+            return plain if self._special is None else self._special.sub(_break_up, plain)
+        if isinstance(value, Mapping):
+            return {key: self._guarded(one) for key, one in value.items() if key != LEARN}
+        return [self._guarded(one) for one in value] if isinstance(value, list | tuple) else value
 
     def _ids(self, text: str) -> np.ndarray:
         """The tokens of a part of a rendering, special tokens as such."""
@@ -242,6 +270,10 @@ class ChatEncoder:
             plain = piece.replace(BROKEN, "")
             ids.append(self.tokenizer.encode(plain) if special is None else np.array([special], self.tokenizer.dtype))
         return np.concatenate(ids)
+
+
+def _break_up(match: re.Match) -> str:
+    return match[0][0] + BROKEN + match[0][1:]
 
 
 def _unmarked(rendered: str) -> tuple[str, list[tuple[int, int]]]:
@@ -255,43 +287,6 @@ def _unmarked(rendered: str) -> tuple[str, list[tuple[int, int]]]:
         else:
             text += piece
     return text, spans
-
-
-def read_conversation(row: Mapping[str, Any], config: SourceConfig, where: str) -> str:
-    """The conversation of a row as JSON text, from its messages or from a prompt and a response. Raises DataError."""
-    if row.get(config.messages_field) is not None:
-        messages = row[config.messages_field]
-    elif {config.prompt_field, config.response_field} <= row.keys():
-        roles = {"user": config.prompt_field, "assistant": config.response_field}
-        messages = [{"role": role, "content": row[field]} for role, field in roles.items()]
-    else:
-        raise DataError(
-            f"{where}: a row has neither {config.messages_field!r} nor {config.prompt_field!r} and "
-            f"{config.response_field!r}; it has {', '.join(row)}. Set messages_field, or prompt_field and "
-            "response_field"
-        )
-    good = isinstance(messages, list) and messages and all(isinstance(m, Mapping) for m in messages)
-    if not good or not all(isinstance(m.get(key), str) for m in messages for key in ("role", "content")):
-        raise DataError(
-            f"{where}: a conversation is a list of messages with a role and a content, both text; found "
-            f"{str(messages)[:200]!r}"
-        )
-    calls = next((m for m in messages if m.get("tool_calls")), None)
-    if calls is not None:
-        raise DataError(f"{where}: messages with tool_calls cannot be trained on: {str(calls)[:200]!r}")
-    return json.dumps([{"role": m["role"], "content": m["content"]} for m in messages], ensure_ascii=False)
-
-
-def with_answers(conversations: Iterator[tuple[str, str]], log) -> Iterator[tuple[str, str]]:
-    """The (id, JSON text) pairs that have an assistant's turn; says how many had none."""
-    left_out = 0
-    for name, text in conversations:
-        if '{"role": "assistant", ' in text:  # a quote inside a text is escaped, so this is always a role
-            yield name, text
-        else:
-            left_out += 1
-    if left_out:
-        log(f"left out {left_out:,} conversations without an assistant's turn")
 
 
 def usable_inputs(lengths: np.ndarray, seq_len: int, is_learnt) -> np.ndarray:

@@ -17,11 +17,15 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
+from pydantic import Field
 
+from conf.files import Count, Object, parse_json, read_text
 from data.errors import DataError
 from data.tokenizer import Tokenizer
 
@@ -80,12 +84,9 @@ def _write_files(
 
 def finished_shard(directory: Path, number: int) -> dict | None:
     """The record of shard `number` if it was finished (see the module's text), else None."""
-    path = directory / f"{number:05d}.json"
-    if not path.exists():
+    if not (directory / f"{number:05d}.json").exists():
         return None
-    record = json.loads(path.read_text(encoding="utf-8"))
-    del record["ids"]
-    return record
+    return _written_record(directory, number)[0]
 
 
 def trim_shard(directory: Path, number: int, max_tokens: int, tokenizer: Tokenizer) -> dict:
@@ -95,7 +96,7 @@ def trim_shard(directory: Path, number: int, max_tokens: int, tokenizer: Tokeniz
     keep = int(np.searchsorted(offsets, max_tokens, side="left"))
     if keep >= len(offsets) - 1:
         return finished_shard(directory, number)
-    ids = json.loads((directory / f"{stem}.json").read_text(encoding="utf-8"))["ids"][:keep]
+    ids = _written_record(directory, number)[1][:keep]
     tokens = np.fromfile(directory / f"{stem}.bin", tokenizer.dtype, count=int(offsets[keep]))
     mask = directory / f"{stem}.mask"
     mask = np.fromfile(mask, np.uint8, count=int(offsets[keep])) if mask.exists() else None
@@ -130,6 +131,66 @@ def write_meta(directory: Path, tokenizer: Tokenizer, records: Sequence[dict], o
     return meta
 
 
+@dataclass(frozen=True)
+class _Record:
+    """What is known of a shard."""
+
+    documents: Count
+    tokens: Count
+    bin_sha256: str
+    idx_sha256: str
+
+
+@dataclass(frozen=True)
+class _Written(_Record):
+    """NNNNN.json."""
+
+    ids: list[str]
+
+
+@dataclass(frozen=True)
+class _MaskedRecord(_Record):
+    """Of a shard of conversations."""
+
+    learnt: Count
+    mask_sha256: str
+
+
+@dataclass(frozen=True)
+class _MadeWith:
+    """The tokenizer of a directory."""
+
+    name: str
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class _Version:
+    """Of meta.json, what says how to read the rest."""
+
+    version: int
+
+
+@dataclass(frozen=True)
+class _Meta(_Version):
+    """Of meta.json, what is read."""
+
+    tokenizer: _MadeWith
+    dtype: Literal["<u2", "<u4"]
+    documents: Count
+    tokens: Count
+    fingerprint: str
+    origin: Object
+    shards: Annotated[list[_Record], Field(min_length=1)]
+
+
+@dataclass(frozen=True)
+class _MetaWithMasks(_Meta):
+    """The same of conversations."""
+
+    shards: Annotated[list[_MaskedRecord], Field(min_length=1)]
+
+
 class TokenShards:
     """Random access to a finished directory of token shards.
 
@@ -161,7 +222,9 @@ class TokenShards:
         """The documents' ids, read when first asked for: training does not need them."""
         ids = []
         for number in range(len(self.meta["shards"])):
-            ids += json.loads((self.directory / f"{number:05d}.json").read_text(encoding="utf-8"))["ids"]
+            ids += _written_record(self.directory, number)[1]
+        if len(ids) != len(self.lengths):
+            raise DataError(f"{self.directory} names {len(ids):,} of {len(self.lengths):,} documents. {_REMEDY}")
         return ids
 
     def tokens(self, document: int, start: int, stop: int) -> np.ndarray:
@@ -202,7 +265,10 @@ class TokenShards:
         raw = path.with_suffix(".idx").read_bytes() if path.with_suffix(".idx").exists() else b""
         if hashlib.sha256(raw).hexdigest() != record["idx_sha256"]:
             raise DataError(f"{path.with_suffix('.idx')} is missing or damaged: its checksum differs. {_REMEDY}")
-        return np.frombuffer(raw, "<i8")
+        index = np.frombuffer(raw, "<i8") if len(raw) % 8 == 0 else np.zeros(0, "<i8")
+        if not len(index) or index[0] != 0 or index[-1] != record["tokens"] or (np.diff(index) < 1).any():
+            raise DataError(f"{path.with_suffix('.idx')} is no index of {record['tokens']:,} tokens. {_REMEDY}")
+        return index
 
 
 _REMEDY = "Copy the directory again, or delete it and run launch/prepare_data.py again"
@@ -216,12 +282,20 @@ def _read_meta(directory: Path) -> dict:
                 f"{directory} holds unfinished token shards: run the same launch/prepare_data.py command again"
             )
         raise DataError(f"{directory} holds no token shards (no {META})")
-    try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
-        version = meta["version"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} is damaged ({error}). {_REMEDY}") from error
+    text = read_text(path, error=DataError, remedy=_REMEDY)
+    version = parse_json(text, _Version, where=path, error=DataError, remedy=_REMEDY).version
     if version not in (VERSION, VERSION_WITH_MASKS):
         known = f"versions {VERSION} and {VERSION_WITH_MASKS}"
         raise DataError(f"{path}: format version {version}, this program reads {known}. {_REMEDY}")
-    return meta
+    shape = _MetaWithMasks if version == VERSION_WITH_MASKS else _Meta
+    parse_json(text, shape, where=path, error=DataError, remedy=_REMEDY)
+    return parse_json(text, Object, where=path, error=DataError, remedy=_REMEDY)
+
+
+def _written_record(directory: Path, number: int) -> tuple[dict, list[str]]:
+    """(record, ids of the documents) of a finished shard, as its NNNNN.json says."""
+    path = directory / f"{number:05d}.json"
+    text = read_text(path, error=DataError, remedy=_REMEDY)
+    parse_json(text, _Written, where=path, error=DataError, remedy=_REMEDY)
+    record = parse_json(text, Object, where=path, error=DataError, remedy=_REMEDY)
+    return record, record.pop("ids")

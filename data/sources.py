@@ -9,21 +9,24 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 
+from conf.files import read_text, user_path
 from conf.numbers import parse_length
 from conf.schema import DataConfig, SourceConfig
 from data import chat_set
+from data.conversations import ConversationReader
 from data.errors import DataError
 from data.prepare import PLAN, prepare
-from data.sft import ChatEncoder, load_template, usable_inputs, with_answers
+from data.sft import ChatEncoder, load_template, usable_inputs
 from data.shards import META, TokenShards, write_atomic
 from data.synthetic import SyntheticSource
-from data.text import content_hash, find_files, read_files, read_hub
+from data.text import Documents, content_hash, find_files
 from data.tokenizer import EMBEDDED, Tokenizer, load_tokenizer
 
 SHIPPED_TEXT = {"embedded": EMBEDDED / "train.jsonl.xz", "embedded-validation": EMBEDDED / "validation.jsonl.xz"}
@@ -156,10 +159,10 @@ def known_sources(config: DataConfig) -> dict[str, Source]:
 
 def _cached_text(source: SourceConfig, config: DataConfig, tokenizer: Tokenizer) -> Path | None:
     """Where the source's token shards are if a run has tokenised it; None if its text is not there or was not read."""
-    cache = Path(config.cache_dir).expanduser()
+    cache = user_path(config.cache_dir)
     try:
         is_set = source.path is not None and is_shipped(source.path) and source.path not in SHIPPED_TEXT
-        if source.name is None and not is_set and not _content_memo(_text_files(source), cache).exists():
+        if source.name is None and not is_set and not _content_memo(_text_files(source), cache).is_file():
             return None
         encoder = chat_encoder(source, config.chat_template, tokenizer)
         origin, _ = text_origin("", source, cache, lambda line: None, encoder)
@@ -200,15 +203,16 @@ def shard_directory(source: SourceConfig) -> Path | None:
     """The directory of token shards that source.path names, or None if it names text or a hub set."""
     if source.path is None or is_shipped(source.path):
         return None
-    path = Path(source.path).expanduser()
+    path = user_path(source.path)
     return path if (path / META).exists() or (path / PLAN).exists() else None
 
 
 def prepare_text(name: str, source: SourceConfig, config: DataConfig, tokenizer: Tokenizer, make: bool, log) -> Path:
     """The cache directory with the source's token shards, written first if `make` and it is not there."""
-    cache = Path(config.cache_dir).expanduser()
+    cache = user_path(config.cache_dir)
     encoder = chat_encoder(source, config.chat_template, tokenizer)
-    origin, documents = text_origin(name, source, cache, log, encoder)
+    key = "data.validation." if name == "validation" else f"data.sources.{name}."
+    origin, documents = text_origin(name, source, cache, log, encoder, key)
     directory = _cache_directory(origin, source, config, tokenizer)
     if not (directory / META).exists():
         if not make:
@@ -233,7 +237,7 @@ def prepare_text(name: str, source: SourceConfig, config: DataConfig, tokenizer:
 
 def _cache_directory(origin: dict, source: SourceConfig, config: DataConfig, tokenizer: Tokenizer) -> Path:
     key = json.dumps([origin, tokenizer.fingerprint, source.max_tokens], sort_keys=True)
-    return Path(config.cache_dir).expanduser() / hashlib.sha256(key.encode()).hexdigest()[:24]
+    return user_path(config.cache_dir) / hashlib.sha256(key.encode()).hexdigest()[:24]
 
 
 def _text_files(source: SourceConfig) -> list[Path]:
@@ -251,9 +255,10 @@ def chat_encoder(source: SourceConfig, template: str | None, tokenizer: Tokenize
 
 
 def text_origin(
-    name: str, source: SourceConfig, cache: Path | None, log, encoder: ChatEncoder | None = None
+    name: str, source: SourceConfig, cache: Path | None, log, encoder: ChatEncoder | None = None, key: str = ""
 ) -> tuple[dict, Callable]:
-    """(what identifies the source's text, a function that gives its (id, text) pairs). encoder: of conversations.
+    """(what identifies the source's text, a function that gives its (id, text) pairs). encoder: of conversations. key:
+    what stands before the name of one of the source's keys in messages.
 
     Local files are identified by their content, a hub set by its name: it is not asked again once it is in the cache.
     """
@@ -265,21 +270,25 @@ def text_origin(
     fields = {"text_field": source.text_field, "id_field": source.id_field}
     if encoder is not None:
         named = {key: getattr(source, key) for key in ("messages_field", "prompt_field", "response_field", "id_field")}
-        fields = {"format": "chat", "template": encoder.template.fingerprint} | named
+        fields = {"format": "chat 2", "template": encoder.template.fingerprint} | named
     if source.path is not None and source.path.partition(":")[0] in SHIPPED_CHAT:
         return _chat_set_origin(name, source.path, encoder)
     if source.name is not None:
         if source.streaming and source.max_tokens is None:
             raise DataError(f"source {name!r}: streaming=true needs max_tokens (how much of {source.name} to take)")
         hub = {key: asdict(source)[key] for key in ("name", "subset", "split")}
-        return hub | fields, lambda: _readable(read_hub(source, log), encoder, log)
+        return hub | fields, lambda: _documents(source, encoder, key, log, None)
     files = _text_files(source)
     content = {"content": _cached_content_hash(files, cache)}
-    return content | fields, lambda: _readable(read_files(files, source), encoder, log)
+    return content | fields, lambda: _documents(source, encoder, key, log, files)
 
 
-def _readable(documents, encoder: ChatEncoder | None, log):
-    return documents if encoder is None else with_answers(documents, log)
+def _documents(source: SourceConfig, encoder: ChatEncoder | None, key: str, log, files: list[Path] | None):
+    """The documents of these files, or of the hub data set for None; then what was left out is said."""
+    chat = None if encoder is None else ConversationReader(source, encoder.template.source, key)
+    documents = Documents(source, chat, key)
+    yield from documents.of_hub(log) if files is None else documents.of_files(files)
+    documents.report(log)
 
 
 def _chat_set_origin(name: str, path: str, encoder: ChatEncoder | None) -> tuple[dict, Callable]:
@@ -307,10 +316,15 @@ def _cached_content_hash(files: list[Path], cache: Path | None) -> str:
     if cache is None:
         return content_hash(files)
     memo = _content_memo(files, cache)
-    if not memo.exists():
-        memo.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(memo, content_hash(files).encode())
-    return memo.read_text()
+    known = memo.read_bytes() if memo.is_file() else b""
+    if not re.fullmatch(rb"[0-9a-f]{64}", known):  # none, or not ours: it costs only the reading
+        known = content_hash(files).encode()
+        try:
+            memo.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(memo, known)
+        except OSError as error:
+            raise DataError(f"data.cache_dir={cache} cannot be written ({error.strerror}): choose another") from error
+    return known.decode()
 
 
 def _content_memo(files: list[Path], cache: Path) -> Path:
@@ -339,7 +353,7 @@ def _check_format(name: str, source: SourceConfig, shards: TokenShards, config: 
         )
     if not shards.has_masks:
         return
-    theirs, ours = shards.meta["origin"]["template"], load_template(config.chat_template, tokenizer)
+    theirs, ours = shards.meta["origin"].get("template"), load_template(config.chat_template, tokenizer)
     if theirs != ours.fingerprint:
         raise DataError(
             f"source {name!r}: the conversations in {shards.directory} were written with another chat template "
@@ -355,12 +369,12 @@ def _selection(name: str, source: SourceConfig, shards: TokenShards, *, prefix: 
         before = np.cumsum(shards.lengths) - shards.lengths
         keep &= before < source.max_tokens
     if source.exclude_ids is not None:
-        path = Path(source.exclude_ids).expanduser()
+        path = user_path(source.exclude_ids)
         if not path.is_file():
             raise DataError(
                 f"source {name!r}: exclude_ids={source.exclude_ids!r}: no such file (one document id a line)"
             )
-        excluded = set(path.read_text(encoding="utf-8").split("\n")) - {""}
+        excluded = set(read_text(path, error=DataError, remedy="It takes one document id a line").split("\n")) - {""}
         hit = np.array([i in excluded for i in shards.ids])
         log(f"source {name!r}: {int(hit.sum())} documents left out by the {len(excluded)} ids of {path}")
         keep &= ~hit

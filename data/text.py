@@ -14,9 +14,12 @@ from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
 
+from conf.files import user_path
 from conf.schema import SourceConfig
+from conf.words import cut, first_line, listed
+from data.conversations import ConversationReader
 from data.errors import DataError
-from data.sft import read_conversation
+from data.json_rows import json_rows
 
 COMPRESSED = (".xz", ".gz", ".bz2", ".zst")
 KINDS = {
@@ -28,6 +31,14 @@ KINDS = {
     ".text": "text",
     ".md": "text",
 }
+# Endings of what is no text, however it was named.
+FOREIGN = (
+    *(".csv", ".tsv", ".xls", ".xlsx", ".ods", ".db", ".sqlite", ".arrow", ".feather", ".orc", ".avro"),
+    *(".pdf", ".ps", ".doc", ".docx", ".odt", ".rtf", ".epub", ".mobi", ".djvu", ".ppt", ".pptx"),
+    *(".zip", ".tar", ".tgz", ".7z", ".rar", ".whl", ".jar", ".exe", ".so", ".dll", ".o", ".pyc"),
+    *(".png", ".jpg", ".jpeg", ".gif", ".webp", ".mp3", ".mp4", ".wav", ".npy", ".npz", ".pt", ".pth", ".safetensors"),
+)
+LOOK_FOR_TEXT = 1000  # rows of a table, of which one has to have the column with the text
 PLAIN_FILE = SourceConfig(text_field="text", id_field=None)  # how a whole text file is read
 # What a damaged or foreign file makes the readers below raise (pyarrow's and Unicode's errors are ValueErrors).
 READ_ERRORS = (ValueError, OSError, EOFError, lzma.LZMAError, zlib.error, ImportError)
@@ -39,7 +50,7 @@ def find_files(path: str) -> list[Path]:
     A directory gives its files with known endings, at any depth, hidden ones left out. A file named outright or by a
     glob is read as text whatever its ending (source code, say). Raises DataError if nothing matches.
     """
-    root = Path(path).expanduser()
+    root = user_path(path)
     if root.is_dir():
         files = [
             f
@@ -53,7 +64,13 @@ def find_files(path: str) -> list[Path]:
         problem = "no file matches" if glob.has_magic(str(root)) else "no such file or directory"
     files = sorted((f.resolve() for f in files if f.is_file()), key=lambda f: (_kind(f, "text"), str(f)))
     if not files:
-        raise DataError(f"path={path!r}: {problem} (looked in {Path.cwd()})")
+        raise DataError(f"path={cut(path)!r}: {problem} (looked in {Path.cwd()})")
+    foreign = [f for f in files if _ending(f) in FOREIGN]
+    if foreign:
+        raise DataError(
+            f"path={cut(path)!r}: {listed(foreign)} cannot be read: documents are jsonl, parquet or text. Convert "
+            "tables to parquet or jsonl and others to text, or leave them out of the pattern"
+        )
     return files
 
 
@@ -66,47 +83,97 @@ def content_hash(files: list[Path]) -> str:
     return digest.hexdigest()
 
 
-def read_files(files: list[Path], config: SourceConfig) -> Iterator[tuple[str, str]]:
-    """(id, text) of every non-empty document in `files`, in order. Raises DataError naming the file that cannot be
-    read."""
-    rows = 0
-    for kind, group in groupby(files, key=lambda f: _kind(f, "text")):
-        if kind == "text":
-            if config.format == "chat":
-                raise DataError(f"{next(group)}: conversations (format=chat) are read from jsonl or parquet, not text")
-            for row in _rows_of_texts(list(group)):
-                rows += 1
-                yield from _document(row, rows - 1, PLAIN_FILE, "text file")
+class Documents:
+    """The (id, text) of every document of a source; once read, `report` says which rows were none."""
+
+    def __init__(self, config: SourceConfig, chat: ConversationReader | None = None, key: str = ""):
+        """chat: what reads conversations; None = text. key: what stands before a field's name in messages."""
+        self._config, self._chat, self._key = config, chat, key
+        self._rows = self._without_text = 0
+
+    def of_files(self, files: list[Path]) -> Iterator[tuple[str, str]]:
+        """Those in `files`, in order. Raises DataError naming the file that cannot be read."""
+        for kind, group in groupby(files, key=lambda f: _kind(f, "text")):
+            if kind == "text":
+                if self._chat is not None:
+                    raise DataError(f"{next(group)}: conversations (format=chat) are read from jsonl or parquet")
+                for row in _rows_of_texts(list(group)):
+                    yield from self._document(row, PLAIN_FILE, "text file")
+            else:
+                for path in group:
+                    yield from self._of_table(_rows_of_table(kind, path), str(path))
+
+    def of_hub(self, log=lambda line: None) -> Iterator[tuple[str, str]]:
+        """Those of a hub data set. Raises DataError, naming the alternatives, if it cannot be had."""
+        import datasets
+
+        _quieten()
+        config = self._config
+        log(f"looking for {config.name} on the Hugging Face hub (gives up after about half a minute without a network)")
+        try:
+            table = datasets.load_dataset(config.name, config.subset, split=config.split, streaming=config.streaming)
+            yield from self._of_table(table, str(config.name))
+        except READ_ERRORS as error:
+            raise DataError(
+                f"hub data set {config.name!r} (subset {config.subset}, split {config.split!r}) cannot be read from "
+                f"the Hugging Face hub: {first_line(error)}. Without a network: data=files data.path=<your files>, or "
+                "data=embedded for the shipped books"
+            ) from error
+
+    def report(self, log) -> None:
+        """Says what was left out."""
+        if self._without_text:
+            what = "rows without text (missing, null, empty or only white space)"
+            log(f"left out {self._without_text:,} of {self._rows:,} {what}")
+        if self._chat is not None:
+            self._chat.report(log)
+
+    def _of_table(self, rows, where: str) -> Iterator[tuple[str, str]]:
+        """The documents of a table, one of whose first LOOK_FOR_TEXT rows has to have the column."""
+        field, missing, first = self._config.text_field, 0, None
+        for row in rows:
+            if self._chat is None and missing is not None:
+                first = row if first is None else first
+                missing = None if field in row else missing + 1
+                if missing == LOOK_FOR_TEXT:
+                    break
+            yield from self._document(row, self._config, where)
+        if missing and first is not None:
+            raise DataError(
+                f"{where} has no column {field!r}; it has {listed(first)}. Set {self._key}text_field to the one with "
+                "the text"
+            )
+
+    def _document(self, row: dict, config: SourceConfig, where: str) -> Iterator[tuple[str, str]]:
+        """The (id, text) of a row, or nothing if it has none; of a conversation, its messages as JSON."""
+        name = row.get(config.id_field) if config.id_field else None
+        name = str(self._rows if name is None else name)
+        self._rows += 1
+        if self._chat is not None:
+            text = self._chat.read(row, f"{where}, conversation {cut(name)}")
+            if text is not None:
+                yield name, text
+            return
+        text = row.get(config.text_field)
+        if text is not None and not isinstance(text, str):
+            raise DataError(
+                f"{where}: column {config.text_field!r} holds {type(text).__name__}, not text; columns: {listed(row)}. "
+                f"Set {self._key}text_field"
+            )
+        if text and not text.isspace():
+            yield name, text
         else:
-            for path in group:
-                for row in _rows_of_table(kind, path):
-                    rows += 1
-                    yield from _document(row, rows - 1, config, str(path))
-
-
-def read_hub(config: SourceConfig, log=lambda line: None) -> Iterator[tuple[str, str]]:
-    """(id, text) of every non-empty document of a hub data set. Raises DataError, naming the alternatives, if it cannot
-    be had."""
-    import datasets
-
-    _quieten()
-    log(f"looking for {config.name} on the Hugging Face hub (gives up after about half a minute without a network)")
-    try:
-        table = datasets.load_dataset(config.name, config.subset, split=config.split, streaming=config.streaming)
-        for number, row in enumerate(table):
-            yield from _document(row, number, config, config.name)
-    except READ_ERRORS as error:
-        raise DataError(
-            f"hub data set {config.name!r} (subset {config.subset}, split {config.split!r}) cannot be read from the "
-            f"Hugging Face hub: {first_line(error)}. Without a network: data=files data.path=<your files>, or "
-            "data=embedded for the shipped books"
-        ) from error
+            self._without_text += 1
 
 
 def _kind(path: Path, default: str | None) -> str | None:
     """The reader for a file by its ending, before any ending of compression."""
-    suffixes = [s for s in path.suffixes if s.lower() not in COMPRESSED]
-    return KINDS.get(suffixes[-1].lower() if suffixes else "", default)
+    return KINDS.get(_ending(path), default)
+
+
+def _ending(path: Path) -> str:
+    suffixes = [s.lower() for s in path.suffixes if s.lower() not in COMPRESSED]
+    return suffixes[-1] if suffixes else ""
 
 
 def _load(kind: str, files: list[Path], **options):
@@ -125,7 +192,7 @@ def _rows_of_table(kind: str, path: Path) -> Iterator[dict]:
     if path.stat().st_size == 0:
         return
     try:
-        yield from _load(kind, [path])
+        yield from json_rows(path) if kind == "json" else _load(kind, [path])
     except READ_ERRORS as error:
         raise DataError(f"{path} cannot be read as {kind}: {first_line(error)}{_zstd_hint(path, error)}") from error
 
@@ -143,34 +210,8 @@ def _rows_of_texts(files: list[Path]) -> Iterator[dict]:
         raise DataError(f"{path} cannot be read as UTF-8 text: {first_line(error)}{_zstd_hint(path, error)}") from error
 
 
-def _document(row: dict, number: int, config: SourceConfig, where: str) -> Iterator[tuple[str, str]]:
-    """The (id, text) of a row, or nothing if its text is empty; of a conversation, its messages as JSON."""
-    name = row.get(config.id_field) if config.id_field else None
-    name = str(number if name is None else name)
-    if config.format == "chat":
-        yield name, read_conversation(row, config, f"{where}, conversation {name}")
-        return
-    text_field = config.text_field
-    if text_field not in row:
-        raise DataError(
-            f"{where} has no column {text_field!r}; it has {', '.join(row)}. Set text_field to the one with the text"
-        )
-    text = row[text_field]
-    if text is not None and not isinstance(text, str):
-        raise DataError(
-            f"{where}: column {text_field!r} holds {type(text).__name__}, not text; columns: {', '.join(row)}"
-        )
-    if text:
-        yield name, text
-
-
 def _zstd_hint(path: Path, error: Exception) -> str:
     return "; .zst needs `pip install zstandard`" if path.suffix == ".zst" else ""
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an exception's text, or its type if it has none."""
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def _quieten() -> None:

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
+from conf.files import Object, parse_json, read_json, read_text, user_path
+from conf.words import cut, first_line, listed, show
 from data.errors import DataError
 
 EMBEDDED = Path(__file__).resolve().parent / "embedded"
@@ -47,6 +49,10 @@ class Tokenizer:
     def decode(self, ids) -> str:
         """The text of `ids`; BOS, EOS and other special tokens leave nothing."""
         raise NotImplementedError
+
+    def text_of(self, token: int) -> str:
+        """How a special token is written; of another its number."""
+        return next((text for text, number in self.special_tokens.items() if number == token), str(token))
 
     @property
     def dtype(self) -> np.dtype:
@@ -117,7 +123,7 @@ def load_tokenizer(name: str) -> Tokenizer:
     """
     if name == "bytes":
         return ByteTokenizer()
-    path = EMBEDDED / f"{name}.json" if name in SHIPPED else Path(name).expanduser()
+    path = EMBEDDED / f"{name}.json" if name in SHIPPED else user_path(name)
     if path.is_dir():
         return _from_directory(name, path)
     if path.is_file():
@@ -133,16 +139,18 @@ def _from_file(name: str, path: Path) -> FastTokenizer:
     """A tokenizer.json; the names of its EOS may stand in a tokenizer_config.json beside it."""
     from tokenizers import Tokenizer as Backend
 
-    raw = path.read_bytes()
+    text = read_text(path, error=DataError, remedy=f"data.tokenizer={cut(name)} takes a tokenizer.json")
+    raw = text.encode()
+    parse_json(text, Object, where=path, error=DataError, remedy=f"data.tokenizer={cut(name)} takes a tokenizer.json")
     try:
-        backend = Backend.from_str(raw.decode("utf-8"))
+        backend = Backend.from_str(text)
     except Exception as error:  # tokenizers raises bare Exception for a malformed file
-        raise DataError(f"data.tokenizer={name!r}: {path} is not a tokenizer.json ({error})") from error
+        raise DataError(f"data.tokenizer={name!r}: {path} is not a tokenizer.json ({first_line(error)})") from error
     declared = _declared_eos(path.with_name("tokenizer_config.json"))
     candidates = [declared] if declared else EOS_NAMES
     eos_id = next((i for i in map(backend.token_to_id, candidates) if i is not None), None)
     beside = path.with_name("chat_template.jinja")
-    template = beside.read_text(encoding="utf-8") if beside.is_file() else None
+    template = read_text(beside, error=DataError) if beside.is_file() else None
     found = f"{path} with the special tokens {_special_tokens(backend)}"
     return _checked(name, backend, raw, eos_id, found, chat_template=template)
 
@@ -153,8 +161,8 @@ def _from_directory(name: str, path: Path) -> FastTokenizer:
 
     try:
         loaded = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
-    except (OSError, ValueError, ImportError) as error:
-        raise DataError(f"data.tokenizer={name!r}: no usable tokenizer in {path} ({_first_line(error)})") from error
+    except Exception as error:  # whatever a file there makes transformers or tokenizers stumble over
+        raise DataError(f"data.tokenizer={name!r}: no usable tokenizer in {path} ({first_line(error)})") from error
     backend = getattr(loaded, "backend_tokenizer", None)
     if backend is None:
         raise DataError(
@@ -186,23 +194,18 @@ def _checked(name: str, backend, identity: bytes, eos_id: int | None, found: str
 
 
 def _special_tokens(backend) -> str:
-    names = [token.content for token in backend.get_added_tokens_decoder().values() if token.special]
-    return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "") if names else "(none)"
+    return listed(token.content for token in backend.get_added_tokens_decoder().values() if token.special)
 
 
 def _declared_eos(config: Path) -> str | None:
     """The eos_token of a tokenizer_config.json (a string, or a dict with its content); None if there is none."""
     if not config.is_file():
         return None
-    try:
-        token = json.loads(config.read_text(encoding="utf-8")).get("eos_token")
-    except ValueError as error:
-        raise DataError(f"{config} is not JSON ({_first_line(error)})") from error
-    return token.get("content") if isinstance(token, dict) else token
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    token = read_json(config, Object, error=DataError).get("eos_token")
+    name = token.get("content") if isinstance(token, dict) else token
+    if name is not None and not isinstance(name, str):
+        raise DataError(f"{config}: eos_token={show(token)} is not the text of a token")
+    return name
 
 
 def _fingerprint(identity: bytes, bos_id: int | None, eos_id: int) -> str:

@@ -103,10 +103,11 @@ def plot_positions(runs: Mapping[str, Evaluation], path: Path | str, dense_up_to
             "capsize": 2,
         }
         text = f"{label}: trailing {curve.trailing.value:.3f}" if np.isfinite(curve.trailing.value) else label
-        axes.errorbar(centres, curve.mean, yerr=interval(curve.se, curve.clusters), label=text, **style)
+        axes.errorbar(centres, curve.mean, yerr=interval(curve.se, curve.interval_freedom), label=text, **style)
         gap = _gap(run, reference) if below is not None and i < len(runs) - 1 else None
         if gap is not None:
             same = f"{gap.num_documents} same documents" if gap.paired else "documents differ"
+            same += "" if gap.no_band is None else ", no band"
             mean, bars, band = gap.by_bucket.mean, np.nan_to_num(gap.interval()), np.nan_to_num(gap.band())
             extents += [np.nanmin(mean - 1.5 * bars), np.nanmax(mean + 1.5 * bars)]
             below.errorbar(centres, mean, yerr=bars, label=f"{label}, {same}", **style)
@@ -144,7 +145,9 @@ def plot_held_out(runs: Mapping[str, Records], path: Path | str, boundaries: Bou
     for i, (label, records) in enumerate(runs.items()):
         tokens, values = _points(records, "trailing_loss")
         known = [record for record in records if record.get("trailing_loss") is not None]
-        width = interval(column(known, "trailing_se"), column(known, "documents"))
+        freedom = column(known, "trailing_freedom")  # of older runs the documents are known alone
+        freedom = np.where(np.isnan(freedom), column(known, "documents") - 1, freedom)
+        width = interval(column(known, "trailing_se"), freedom)
         style = {"color": f"C{i % 10}"}
         axes.plot(tokens, values, marker="o", markersize=3, linewidth=1.3, label=label, **style)
         axes.fill_between(tokens, values - width, values + width, alpha=0.15, linewidth=0, **style)

@@ -43,7 +43,7 @@ def plot_curves(
         axes.errorbar(
             centres,
             curve.mean,
-            yerr=interval(curve.se, curve.clusters),
+            yerr=interval(curve.se, curve.interval_freedom),
             color=color,
             marker="o",
             markersize=3.5,
@@ -144,9 +144,9 @@ def plot_history(
     save(figure, path)
 
 
-def interval(se: np.ndarray, clusters: np.ndarray) -> np.ndarray:
-    """Half-width of the 95 % interval; 0, which draws no bar, where the standard error is unknown."""
-    return np.nan_to_num(half_width(se, clusters), nan=0.0)
+def interval(se: np.ndarray, freedom: np.ndarray) -> np.ndarray:
+    """Half-width of the 95 % interval; 0, which draws no bar, where there is none."""
+    return np.nan_to_num(half_width(se, freedom), nan=0.0)
 
 
 def mark_dense(axes, dense_up_to: int | None, longest: int) -> None:
@@ -165,7 +165,8 @@ def _trailing_text(curve: PositionCurve) -> str:
     value, se, _, clusters = curve.trailing
     if not np.isfinite(value):
         return f"no document reaches {curve.max_length}"
-    error = f" +- {half_width(se, clusters):.3f}" if np.isfinite(se) else ""
+    width = float(half_width(se, curve.trailing_interval_freedom))
+    error = f" +- {width:.3f}" if np.isfinite(width) else ""
     return f"trailing {value:.3f}{error} ({clusters:.0f} clusters)"
 
 

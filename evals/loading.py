@@ -12,15 +12,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-import yaml
 
+from conf.files import user_path
 from conf.numbers import parse_length
 from conf.schema import AttentionConfig, DataConfig, RunConfig, ScheduleConfig, StageConfig
-from conf.validate import freeze
+from conf.validate import from_yaml
 from data.tokenizer import load_tokenizer
 from moba.kinds import AttentionSpec, Full, Moba
 from train.checkpoint.checkpoint_dir import find
-from train.checkpoint.store import load_weights, read
+from train.checkpoint.store import CONFIG, load_weights, read
 from train.engine.optim import resolve_precision
 from train.hf import pretrained, source_files
 from train.model.decoder import Decoder
@@ -54,11 +54,11 @@ def load_trained(source: Path | str, device: str | torch.device = "auto") -> Tra
     can put right.
     """
     target = device if isinstance(device, torch.device) else resolve_device(device)
-    if (Path(source).expanduser() / pretrained.CONFIG).is_file():
-        return _load_pretrained(Path(source).expanduser(), target)
-    checkpoint = find(Path(source).expanduser())
+    if (user_path(source) / pretrained.CONFIG).is_file():
+        return _load_pretrained(user_path(source), target)
+    checkpoint = find(user_path(source))
     saved = read(checkpoint)
-    config = freeze(yaml.safe_load(saved.config_yaml))
+    config = from_yaml(saved.config_yaml, checkpoint / CONFIG)
     tokenizer = source_files.tokenizer_name(config, checkpoint)
     config = replace(config, data=replace(config.data, tokenizer=tokenizer))
     plain = replace(config.model, compile=False)  # the machine that evaluates may have no compiler

@@ -9,11 +9,13 @@ Shapes: N shared documents, B buckets.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from evals.bands import no_band, simultaneous_factor
 from evals.position_loss import Evaluation, plain
 from evals.statistics import Estimate, clustered_mean, clusters_needed, half_width
 
@@ -26,6 +28,10 @@ class Difference:
     """int64 [B + 1], as of PositionCurve."""
     by_bucket: Estimate
     """[B] mean difference in nats a token, its error, and the documents and clusters it rests on."""
+    factor: float
+    """Standard errors that the band of all buckets is wide to each side; NaN without a band."""
+    no_band: str | None
+    """Why there is none."""
     num_documents: int
     """Shared documents; 0 where the two were not evaluated on the same ones, and their errors had to be added."""
 
@@ -40,12 +46,12 @@ class Difference:
         return self.by_bucket.se * np.sqrt(self.by_bucket.clusters)
 
     def interval(self) -> np.ndarray:
-        """[B] half-width of each bucket's own 95 % interval."""
-        return half_width(self.by_bucket.se, self.by_bucket.clusters)
+        """[B] half-width of each bucket's own 95 % interval; NaN where none holds at its rate."""
+        return half_width(self.by_bucket.se, self.by_bucket.freedom)
 
     def band(self) -> np.ndarray:
-        """[B] half-width of the band that holds all buckets at once with 95 %."""
-        return half_width(self.by_bucket.se, self.by_bucket.clusters, comparisons=len(self.edges) - 1)
+        """[B] half-width of the band that holds all buckets at once with 95 %; NaN where none does."""
+        return self.by_bucket.se * self.factor
 
     def summary(self, gap: float | None = None) -> dict[str, Any]:
         """Plain JSON values; with `gap` also the clusters needed to see a difference of that size in each bucket."""
@@ -58,8 +64,10 @@ class Difference:
             "se": plain(self.by_bucket.se),
             "interval_95": plain(self.interval()),
             "band_95": plain(self.band()),
+            "no_band": self.no_band,
             "sd_of_clusters": plain(self.sd),
             "clusters": plain(self.by_bucket.clusters),
+            "freedom": plain(self.by_bucket.freedom),
         }
         if gap is not None:
             for name, power in (("needed_for_interval", 0.5), ("needed_for_80_percent_power", 0.8)):
@@ -83,10 +91,17 @@ def difference(run: Evaluation, reference: Evaluation) -> Difference:
         raise ValueError("the evaluations share one document only; a difference needs two or more")
     if not shared:
         a, b = run.curve, reference.curve
-        both = Estimate(a.mean - b.mean, np.hypot(a.se, b.se), a.count + b.count, np.minimum(a.clusters, b.clusters))
-        return Difference(a.edges, both, 0)
+        freedom, clusters = np.minimum(a.interval_freedom, b.interval_freedom), np.minimum(a.clusters, b.clusters)
+        se = np.hypot(a.se, b.se)
+        both = Estimate(a.mean - b.mean, se, a.count + b.count, clusters, freedom, np.full(len(se), np.nan))
+        return Difference(a.edges, both, math.nan, "the documents differ", 0)
     ours, theirs = (list(side) for side in zip(*shared))
     gap_NB = run.document_loss[ours] - reference.document_loss[theirs]
     known_NB = np.isfinite(gap_NB)
     clusters = [run.document_clusters[i] for i in ours]
-    return Difference(run.curve.edges, clustered_mean(np.where(known_NB, gap_NB, 0), known_NB, clusters), len(shared))
+    sums_NB = np.where(known_NB, gap_NB, 0)
+    found = clustered_mean(sums_NB, known_NB, clusters)
+    has_any = found.clusters > 0
+    why = no_band(found.clusters[has_any], found.largest_share[has_any])
+    factor = math.nan if why else simultaneous_factor(sums_NB, known_NB, clusters, found)
+    return Difference(run.curve.edges, found, factor, why, len(shared))

@@ -16,7 +16,6 @@ Shapes: T positions, N documents, B buckets.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from conf.files import Count, read_json
 from conf.numbers import format_length, parse_length
 from data.packing import IGNORED, Batch
 from data.validation import COHORTS
@@ -33,7 +33,7 @@ from evals.context import Context
 from evals.figures import plot_curves
 from evals.protocol import Eval, Job, Result
 from evals.statistics import clustered_mean, half_width
-from train.record.position_loss import PositionCurve, Trailing, bucket_edges, default_num_buckets
+from train.record.position_loss import PositionCurve, Trailing, bucket_edges, default_num_buckets, read_npz
 
 FORMAT = 2
 FIXED_POINT = 2.0**32
@@ -62,8 +62,12 @@ class Evaluation:
     def result(self, title: str, dense_up_to: int | None = None) -> Result:
         """The evaluation as files and text. `title` is the curve's in the figure, `dense_up_to` a line there."""
         value, se, _, clusters = self.curve.trailing
-        error = f"+- {half_width(se, clusters):.4f} (95 %, {clusters:.0f} clusters)"
-        known = error if se == se else "(one cluster: no error estimate)"
+        width = float(half_width(se, self.curve.trailing_interval_freedom))
+        known = f"+- {width:.4f} (95 %, {clusters:.0f} clusters)"
+        if width != width:
+            known = (
+                "(one cluster: no error estimate)" if clusters < 2 else f"({clusters:.0f} clusters too unequal for one)"
+            )
         table = {name: getattr(self, name) for name in ("document_ids", "document_keys", "document_clusters")}
         return Result(
             length=self.curve.max_length,
@@ -98,6 +102,7 @@ class Evaluation:
             "se": plain(curve.se),
             "num_tokens": plain(curve.count),
             "clusters": plain(curve.clusters),
+            "freedom": plain(curve.interval_freedom),
             "sd_of_documents": plain(spread),
             "num_non_finite": self.num_non_finite,
             "documents": [{"id": i, "key": k, "cluster": c} for i, k, c in rows],
@@ -167,7 +172,9 @@ def _curve(sums_NB, counts_NB, is_full_N, by_position_2T, clusters: list[str], s
         se=found.se,
         count=found.count,
         clusters=found.clusters,
-        trailing=Trailing(*map(float, trailing)),
+        trailing=Trailing(*map(float, trailing[:4])),
+        freedom=found.freedom,
+        trailing_freedom=float(trailing.freedom),
         position_mean=_divide(by_position_2T[0] / FIXED_POINT, by_position_2T[1]),
         position_count=by_position_2T[1].astype(np.float64),
     )
@@ -190,19 +197,34 @@ def plain(values: Iterable[float]) -> list[float | None]:
     return [float(x) if math.isfinite(x) else None for x in values]
 
 
+@dataclass(frozen=True)
+class _Saved:
+    """Of an evaluation's .json, what is read."""
+
+    num_non_finite: Count
+    cohort: str
+
+
 def load_evaluation(path: Path | str) -> Evaluation:
     """A saved evaluation, from its .json or the .npz beside it. ValueError if either is missing or of no evaluation."""
     base = Path(path)
-    try:
-        record = json.loads(base.with_suffix(".json").read_text(encoding="utf-8"))
-        with np.load(base.with_suffix(".npz")) as fields:
-            keys, ids, loss = (fields[f"document_{name}"] for name in ("keys", "ids", "loss"))
-            clusters = fields.get("document_clusters", ids)
-        curve = PositionCurve.from_npz(base.with_suffix(".npz"))
-        lists = [[str(x) for x in column] for column in (ids, keys, clusters)]
-        return Evaluation(curve, *lists, loss, record["num_non_finite"], record["cohort"].partition(":")[0])
-    except (OSError, KeyError, ValueError) as error:
-        raise ValueError(f"{base} is no saved loss-by-position evaluation (.json with its .npz): {error}") from error
+    record = read_json(
+        base.with_suffix(".json"), _Saved, remedy="A saved loss-by-position evaluation is .json and .npz"
+    )
+    curve, arrays = read_npz(base.with_suffix(".npz"))
+    shape = (len(arrays.get("document_keys", ())), len(curve.edges) - 1)
+    wanted = dict.fromkeys(("document_keys", "document_ids"), shape[:1]) | {"document_loss": shape}
+    for name, dimensions in wanted.items():
+        if name not in arrays or arrays[name].shape != dimensions:
+            found = "no such array" if name not in arrays else f"shape {arrays[name].shape}"
+            raise ValueError(f"{base.with_suffix('.npz')} is no saved evaluation: {name} has {found}, not {dimensions}")
+    if arrays["document_loss"].dtype.kind != "f":
+        raise ValueError(f"{base.with_suffix('.npz')} is no saved evaluation: document_loss holds no numbers")
+    ids, keys = arrays["document_ids"], arrays["document_keys"]
+    lists = [[str(x) for x in column] for column in (ids, keys, arrays.get("document_clusters", ids))]
+    if len(lists[2]) != shape[0]:
+        raise ValueError(f"{base.with_suffix('.npz')} is no saved evaluation: clusters of {len(lists[2])} documents")
+    return Evaluation(curve, *lists, arrays["document_loss"], record.num_non_finite, record.cohort.partition(":")[0])
 
 
 def run(job: Job) -> Result:

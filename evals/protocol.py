@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from conf.files import user_path
 from conf.numbers import parse_length
 from conf.schema import SourceConfig
 from data.sources import open_validation
@@ -68,7 +69,7 @@ class Job:
         where there are none."""
         config = self.trained.config.data
         if "data" in self.values:
-            path, id_field = Path(self.values["data"]).expanduser(), self.values.get("id_field", "id")
+            path, id_field = user_path(self.values["data"]), self.values.get("id_field", "id")
             config = replace(config, validation=SourceConfig(path=str(path), id_field=id_field))
         elif "id_field" in self.values:
             raise ValueError("id_field is for documents named by data=")

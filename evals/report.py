@@ -7,14 +7,17 @@ run as well as after it.
 from __future__ import annotations
 
 import html
-import json
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from conf.files import Count, Object, parse_json, read_text
 from conf.numbers import format_count, format_length
+from conf.words import first_line
 from evals.comparison import (
     column,
     plot_held_out,
@@ -27,7 +30,7 @@ from evals.page import folded, image, note, page, table
 from evals.paired import difference
 from evals.protocol import Eval
 from evals.results import commit
-from evals.run_files import ReportError, Run, read_run, unique_names
+from evals.run_files import REMEDY, ReportError, Run, read_run, unique_names
 from evals.statistics import half_width
 from evals.table import EVALS
 from train.record.progress import clock
@@ -151,11 +154,33 @@ def _results(runs: Sequence[Run], one: Eval) -> str:
     parts = []
     for run in runs:
         for path in run.results[one.name]:
-            record = json.loads(path.read_text(encoding="utf-8"))
+            record = _result(path)
             what = f"{run.name} at {format_count(record['tokens'])} tokens, {record['attention']}"
             origin = f"{path.name}: commit {record['commit'] or 'unknown'}, {record['device']}, {record['date']}"
-            parts.append(f"<h3>{html.escape(what)}</h3>\n{one.page(record, path)}\n{note(origin)}")
+            try:
+                shown = one.page(record, path)
+            except (KeyError, TypeError, IndexError, ValueError) as error:
+                raise ReportError(f"{path} is no result of {one.name} ({first_line(error)}). {REMEDY}") from error
+            parts.append(f"<h3>{html.escape(what)}</h3>\n{shown}\n{note(origin)}")
     return "\n".join(parts)
+
+
+@dataclass(frozen=True)
+class _Provenance:
+    """What a report reads of every result (evals/results.py)."""
+
+    tokens: Count
+    attention: str
+    device: str
+    date: str
+    commit: str | None = None
+
+
+def _result(path: Path) -> dict[str, Any]:
+    """A result's .json. ReportError if it is none."""
+    text = read_text(path, error=ReportError, remedy=REMEDY)
+    parse_json(text, _Provenance, where=path, error=ReportError, remedy=REMEDY)
+    return parse_json(text, Object, where=path, error=ReportError, remedy=REMEDY)
 
 
 def _eval_cost(runs: Sequence[Run]) -> str:
@@ -164,7 +189,7 @@ def _eval_cost(runs: Sequence[Run]) -> str:
     for run in runs:
         seconds = [record["seconds"] for record in run.evaluations if record.get("seconds") is not None]
         if seconds:
-            share = sum(seconds) / max(run.train[-1]["wall_seconds"], 1e-9)
+            share = sum(seconds) / max(run.train[-1].get("wall_seconds", 0.0), 1e-9)
             parts.append(f"{run.name}: {len(seconds)} evaluations took {sum(seconds):.0f} s, {share:.1%} of the run.")
     return " ".join(parts)
 
@@ -185,12 +210,14 @@ def _run_row(run: Run) -> tuple[str, ...]:
     last = run.train[-1]
     held_out = run.evaluations[-1] if run.evaluations else {}
     error = held_out.get("trailing_se")
-    spread = f" +- {half_width(error, held_out['documents']):.3f}" if error is not None else ""
+    freedom = held_out.get("trailing_freedom") or held_out.get("documents", 0) - 1
+    width = math.nan if error is None else float(half_width(error, freedom))
+    spread = f" +- {width:.3f}" if math.isfinite(width) else ""
     count = run.device.get("num_devices", 1)
     return (
         run.name,
         format_count(last["tokens"]),
-        clock(last["wall_seconds"]),
+        clock(last.get("wall_seconds", 0.0)),
         _number(_at_end(run.train, "loss"), ".3f"),
         _number(held_out.get("loss"), ".3f"),
         _number(held_out.get("trailing_loss"), ".3f") + spread,
@@ -217,7 +244,7 @@ _STAGE_COLUMNS = (
 def _stage_rows(run: Run) -> list[tuple[str, ...]]:
     rows = []
     for stage in run.stages:
-        train = [record for record in run.train if record["stage"] == stage["stage"]]
+        train = [record for record in run.train if record.get("stage") == stage["stage"]]
         if train:
             rows.append(_stage_row(f"{run.name}: {stage['stage']}", stage, train))
     return rows

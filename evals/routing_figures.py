@@ -83,7 +83,7 @@ def _by_position(report: RoutingReport, axes) -> None:
     found = report.by_position()
     centres = (report.edges[:-1] + report.edges[1:]) / 2
     for i, name in enumerate(SHARES):
-        width = interval(found.se[:, i], found.clusters[:, i])
+        width = interval(found.se[:, i], found.freedom[:, i])
         axes.errorbar(
             centres, found.mean[:, i], yerr=width, label=LABELS[name], **STYLE, linestyle=LINES.get(name, "-")
         )

@@ -104,7 +104,7 @@ class RoutingReport:
         lines = []
         for name in HEAD:
             found = self.overall(name)
-            width = half_width(found.se, found.clusters)
+            width = half_width(found.se, found.freedom)
             error = f" +- {width:.4f}" if np.isfinite(width) else ""
             lines.append(f"{name:>13} {found.mean:7.4f}{error:<11}  {HEAD[name]}")
         return "\n".join(lines)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from conf.files import Count, read_json, read_text
 from evals.position_loss import Evaluation, load_evaluation
 from evals.table import EVALS
 from train.record.metrics import FILE_NAME, read_metrics
@@ -16,6 +16,16 @@ from train.record.metrics import FILE_NAME, read_metrics
 
 class ReportError(ValueError):
     """A directory that no report can be made from; the message says what is missing."""
+
+
+REMEDY = "Remove it, or evaluate again"
+
+
+@dataclass(frozen=True)
+class _Evaluated:
+    """Of an evaluation's .json, what says how new it is."""
+
+    tokens: Count = 0
 
 
 @dataclass(frozen=True)
@@ -63,7 +73,7 @@ def read_run(folder: Path | str, name: str | None = None) -> Run:
         train=kinds["train"],
         evaluations=list(evaluations.values()),
         held_out=newest_evaluation(folder / "position_loss"),
-        plan=(folder / "plan.txt").read_text(encoding="utf-8") if (folder / "plan.txt").is_file() else "",
+        plan=read_text(folder / "plan.txt", error=ReportError) if (folder / "plan.txt").is_file() else "",
         results={name: newest_results(folder / "evals", name) for name, one in EVALS.items() if one.page is not None},
     )
 
@@ -75,8 +85,11 @@ def newest_evaluation(folder: Path) -> Evaluation | None:
     for path in folder.glob("*.npz"):
         beside = path.with_suffix(".json")
         if beside.exists():
-            found.append((json.loads(beside.read_text(encoding="utf-8")).get("tokens", 0), path))
-    return load_evaluation(max(found)[1]) if found else None
+            found.append((read_json(beside, _Evaluated, error=ReportError, remedy=REMEDY).tokens, path))
+    try:
+        return load_evaluation(max(found)[1]) if found else None
+    except ValueError as error:
+        raise ReportError(f"{error}. {REMEDY}") from error
 
 
 def newest_results(folder: Path, name: str) -> list[Path]:

@@ -166,17 +166,16 @@ def _mean(values_N: np.ndarray, clusters: Sequence[str]) -> dict[str, float | No
     """Mean over documents, its standard error and 95 % half-width, as JSON values."""
     known_N = np.isfinite(values_N)  # a conversation may have no answer there
     found = clustered_mean(np.where(known_N, values_N, 0), known_N, clusters)
-    width = half_width(found.se, found.clusters)
-    known = bool(np.isfinite(found.se))
+    width = half_width(found.se, found.freedom)
     return {
         "mean": float(found.mean),
-        "se": float(found.se) if known else None,
-        "interval_95": float(width) if known else None,
+        "se": float(found.se) if np.isfinite(found.se) else None,
+        "interval_95": float(width) if np.isfinite(width) else None,
     }
 
 
 def _with_error(value: dict[str, float | None]) -> str:
-    return f"{value['mean']:+.4f}" + ("" if value["se"] is None else f" +- {value['interval_95']:.4f}")
+    return f"{value['mean']:+.4f}" + ("" if value["interval_95"] is None else f" +- {value['interval_95']:.4f}")
 
 
 @torch.no_grad()

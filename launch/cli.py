@@ -16,6 +16,9 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
+from conf.files import user_path
+from conf.words import LONGEST_MESSAGE, cut
+
 
 class UsageError(Exception):
     """The arguments do not make sense; the text is a complete message."""
@@ -37,12 +40,12 @@ def key_values(
     for argument in argv:
         key, equals, value = argument.partition("=")
         if not equals:
-            problems.append(f"{argument!r} is not of the form key=value")
+            problems.append(f"{cut(argument)!r} is not of the form key=value")
         elif key not in allowed:
             near = difflib.get_close_matches(key, allowed, n=1)
-            problems.append(f"unknown key {key!r}" + (f" (do you mean {near[0]!r}?)" if near else ""))
+            problems.append(f"unknown key {cut(key)!r}" + (f" (do you mean {near[0]!r}?)" if near else ""))
         elif key in values:
-            problems.append(f"{key} is given twice: {values[key]!r} and {value!r}")
+            problems.append(f"{key} is given twice: {cut(values[key])!r} and {cut(value)!r}")
         else:
             values[key] = value
     problems += [f"{key}=... is missing" for key in required if key not in values]
@@ -54,8 +57,8 @@ def key_values(
 def split_paths(argv: Sequence[str]) -> tuple[list[Path], list[str]]:
     """(paths, arguments) of a command that takes both. A directory may well be called lr=3e-4, so what exists is a
     path, and an argument only what looks like one and does not."""
-    is_path = [not (text.startswith("-") or "=" in text) or Path(text).expanduser().exists() for text in argv]
-    paths = [Path(text).expanduser() for text, own in zip(argv, is_path) if own]
+    is_path = [not (text.startswith("-") or "=" in text) or user_path(text).exists() for text in argv]
+    paths = [user_path(text) for text, own in zip(argv, is_path) if own]
     return paths, [text for text, own in zip(argv, is_path) if not own]
 
 
@@ -77,7 +80,9 @@ def exits_on(*errors: type[Exception], speaks: Callable[[], bool] = lambda: True
                 return main(*args, **kwargs)
             except (UsageError, *errors) as error:
                 if speaks():
-                    print(f"error: {error}", file=sys.stderr)
+                    text = str(error)
+                    text = text if len(text) <= LONGEST_MESSAGE else f"{text[:LONGEST_MESSAGE]}..."
+                    print(f"error: {text}", file=sys.stderr)
                 raise SystemExit(2) from None
             except KeyboardInterrupt:
                 print("interrupted", file=sys.stderr)

@@ -18,6 +18,7 @@ sys.path[:] = [str(ROOT)] + [p for p in sys.path if Path(p or ".").resolve() != 
 
 import numpy as np  # noqa: E402
 
+from conf.files import user_path  # noqa: E402
 from evals.comparison import plot_positions  # noqa: E402
 from evals.paired import Difference, difference  # noqa: E402
 from evals.position_loss import Evaluation, load_evaluation  # noqa: E402
@@ -44,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
     sides = {_label(path, paths): _evaluation(path) for path in paths}
     (first, run), (second, reference) = sides.items()
     found = difference(run, reference)
-    folder = Path(values.get("to", "comparisons")).expanduser()
+    folder = user_path(values.get("to", "comparisons"))
     stem = f"{first}_vs_{second}".replace("/", "_")
     folder.mkdir(parents=True, exist_ok=True)
     plot_positions(sides, folder / f"{stem}.png")
@@ -81,6 +82,10 @@ def table(found: Difference, gap: float | None = None) -> str:
         lines.append(f"{low:>7}-{high:<7}  {mean:>+10.4f}  {intervals[b]:>8.4f}  {found.sd[b]:>7.4f}  {clusters:>8.0f}")
     how = f"{found.num_documents} documents, each under both" if found.paired else "different documents: errors added"
     lines.append(f"{how}; 95 %: half-width of a bucket's own interval; training seeds vary on top of it")
+    if found.paired and not np.isfinite(intervals).all():
+        lines.append("nan: fewer than two clusters, or one with so many of the documents that no interval would hold")
+    if found.no_band is not None:
+        lines.append(f"no band of all buckets at once: {found.no_band}")
     last = found.by_bucket.mean[-1] if gap is None else gap
     if found.paired and np.isfinite(found.sd[-1]) and last:
         needed = found.summary(abs(last))

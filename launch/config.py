@@ -27,13 +27,17 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from conf.build import Problems, build, suggestion
+from conf.numbers import parse_tokens
 from conf.schema import RunConfig
 from conf.trajectory import to_dict
 from conf.validate import ConfigError, Hardware, freeze
+from conf.words import LONGEST_MESSAGE, cut
+from launch.foreign import meant_by
 from launch.init_source import with_source
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 NAMED = (("schedule", "stages"), ("data", "sources"))
+KEY = re.compile(r"[\w./@:-]+")
 EXIT_USER_ERROR, EXIT_INTERRUPTED = 2, 130
 PATIENCE_SECONDS = 30.0
 
@@ -58,7 +62,15 @@ def compose(overrides: list[str]) -> dict[str, Any]:
 def load(overrides: list[str], hardware: Hardware | None = None) -> RunConfig:
     """The checked RunConfig of these overrides, with what it takes from init.source. ConfigError lists everything that
     is wrong."""
-    return freeze(with_source(compose(overrides), overrides), hardware)
+    return load_asked(overrides, hardware)[0]
+
+
+def load_asked(overrides: list[str], hardware: Hardware | None = None) -> tuple[RunConfig, int | None]:
+    """As `load`, and the budget that was asked for (schedule.tokens, which is the stages' sum once it is frozen)."""
+    plain = compose(overrides)
+    config = freeze(with_source(plain, overrides), hardware)
+    asked = plain.get("schedule", {}).get("tokens")
+    return config, None if asked is None else parse_tokens(asked)
 
 
 def composed_yaml(overrides: list[str]) -> str:
@@ -111,7 +123,11 @@ def run_command(main: Callable[[list[str]], None], arguments: list[str], usage: 
         elif "--cfg" in flags:
             say(composed_yaml([text for text in arguments if text not in ("--cfg", "job", "--resolve")]))
         elif flags:
-            raise ConfigError([f"{flags[0]}: unknown option; there are --help and --cfg job. Settings are key=value"])
+            meant = meant_by(flags[0].partition("=")[0])
+            hint = (
+                f"write {meant}" if meant else "unknown option; there are --help and --cfg job. Settings are key=value"
+            )
+            raise ConfigError([f"{cut(flags[0])}: {hint}"])
         else:
             main(arguments)
     except ConfigError as error:
@@ -129,7 +145,12 @@ def error_text(error: ConfigError) -> str:
     """What a user sees of a ConfigError."""
     count = len(error.problems)
     title = "1 problem" if count == 1 else f"{count} problems"
-    return f"{title}:\n" + "\n".join(f"  - {problem}" for problem in error.problems)
+    return f"{title}:\n" + "\n".join(f"  - {_within(problem)}" for problem in error.problems)
+
+
+def _within(problem: str) -> str:
+    """A message of bounded length, whatever was quoted in it."""
+    return problem if len(problem) <= LONGEST_MESSAGE else f"{problem[:LONGEST_MESSAGE]}..."
 
 
 def help_text(usage: str) -> str:
@@ -160,7 +181,7 @@ def _forced(override: str) -> str:
     key, equals, value = override.lstrip("+").partition("=")
     try:
         plain = not OverridesParser.create().parse_override(f"{key}={value}").is_sweep_override()
-    except HydraException:
+    except (HydraException, ValueError, RecursionError):  # ValueError: a number of thousands of digits
         plain = False
     if not plain:
         escaped = value.replace("\\", "\\\\").replace('"', '\\"')
@@ -177,7 +198,7 @@ def _hydra(overrides: list[str]) -> tuple[DictConfig, str | None]:
             OmegaConf.set_struct(config, False)
             del config["hydra"]
             OmegaConf.resolve(config)
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ValueError, RecursionError) as error:
         raise ConfigError([_explain(str(error))]) from error
     return config, experiment
 
@@ -189,17 +210,25 @@ def _refuse_unreadable(overrides: list[str]) -> None:
     problems = []
     for text in overrides:
         key = text.lstrip("+~").partition("=")[0]
+        value = cut(text.partition("=")[2].strip())
         if "=" not in text and not text.startswith("~"):
-            problems.append(f"{text}: settings are written key=value")
+            meant = meant_by(text)
+            problems.append(f"{cut(text)}: " + (f"write {meant}" if meant else "settings are written key=value"))
+        elif not KEY.fullmatch(key):
+            near = "".join(key.split())
+            how = f"without spaces: {near}={value}" if KEY.fullmatch(near) else "and keys are words with dots between"
+            problems.append(f"{cut(text)}: settings are written key=value, {how}")
         elif _is_value(text) or key.startswith("hydra"):
             continue
         elif key == "exp" and not text.startswith("+"):
-            problems.append(f"{text}: an experiment takes a plus: +{text}")
+            problems.append(f"{cut(text)}: an experiment takes a plus: +{text}")
         elif key in sections and key not in groups:
-            problems.append(f"{text}: {key} is a section; set its keys, such as {key}.<key>=<value>")
+            problems.append(f"{cut(text)}: {key} is a section; set its keys, such as {key}.<key>=<value>")
         elif key.partition("@")[0] not in groups:
+            meant = meant_by(key)
             hint = suggestion(key, sorted({*groups, *sections}))
-            problems.append(f"{text}: unknown key ({hint}); keys are written section.key=value")
+            hint = f"write {meant}" if meant else f"unknown key ({hint}); keys are written section.key=value"
+            problems.append(f"{cut(text)}: {hint}")
     if problems:
         raise ConfigError(problems)
 
@@ -220,14 +249,14 @@ def _refuse_new_names(values: list[str], choices: list[str]) -> None:
         known = [*(OmegaConf.select(base, path) or {}), *(other for at, other, _ in added if at == path)]
         if name not in known:
             hint = f"no {path.rpartition('.')[2].removesuffix('s')} is called {name} ({suggestion(name, known)})"
-            problems.append(f"{text}: {hint}; a new one takes a plus: +{text}")
+            problems.append(f"{cut(text)}: {hint}; a new one takes a plus: +{text}")
     if problems:
         raise ConfigError(problems)
 
 
 def _explain(message: str) -> str:
     """Hydra's message in one line that says what would work."""
-    line = " ".join(message.split())
+    line = cut(message, 500)
     missing = re.search(r"Could not find '([\w-]+)/([^']+)'", line)
     if missing and (CONF / missing[1]).is_dir():
         group, name = missing.groups()

@@ -22,6 +22,7 @@ from train.engine.world import init_world, launch_environment, leave, shutdown  
 
 # isort: split
 
+from conf.files import user_path  # noqa: E402
 from conf.numbers import format_length  # noqa: E402
 from data.errors import DataError  # noqa: E402
 from evals.context import Context, clusters_by  # noqa: E402
@@ -72,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
         cluster_of=clusters_by(values.get("cluster")),
         bars=True,
     )
-    folder = Path(values["to"]).expanduser() if "to" in values else run_directory(trained.checkpoint) / "evals"
+    folder = user_path(values["to"]) if "to" in values else run_directory(trained.checkpoint) / "evals"
     job = Job(context, trained, values, folder)
     tracker = _open_tracker(trained, values, folder) if launched.rank == 0 else None
     for one in chosen:

@@ -12,7 +12,6 @@ generation settings come along.
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 from pathlib import Path
@@ -20,22 +19,26 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:] = [str(ROOT)] + [p for p in sys.path if Path(p or ".").resolve() != ROOT / "launch"]
 
-import yaml  # noqa: E402
-
+from conf.files import Object, read_json, user_path  # noqa: E402
+from conf.numbers import format_length  # noqa: E402
 from conf.schema import RunConfig  # noqa: E402
-from conf.validate import freeze  # noqa: E402
+from conf.validate import from_yaml  # noqa: E402
+from conf.words import listed  # noqa: E402
 from data.errors import DataError  # noqa: E402
-from data.sft import ChatTemplate, load_template  # noqa: E402
+from data.sft import ChatEncoder, ChatTemplate, load_template  # noqa: E402
 from data.tokenizer import EMBEDDED, SHIPPED, Tokenizer, load_tokenizer  # noqa: E402
 from launch.cli import UsageError, exits_on, key_values  # noqa: E402
 from train.checkpoint import checkpoint_dir  # noqa: E402
-from train.checkpoint.store import CheckpointError, Saved, find, read, verify  # noqa: E402
-from train.hf import hf_export, source_files  # noqa: E402
+from train.checkpoint.store import CONFIG, CheckpointError, Saved, find, read, verify  # noqa: E402
+from train.hf import hf_export, hf_metadata, source_files  # noqa: E402
+from train.hf.hf_metadata import GENERATION  # noqa: E402
 from train.schedule import build_schedule, last_sparse  # noqa: E402
 
 KEYS = {
     "run": "run directory (its newest checkpoint), or one checkpoint's directory",
     "to": "directory to write; must not exist, or be empty",
+    "eos": "token that ends a text in other software (default: after training on conversations the end of an "
+    "assistant's turn, else the tokenizer's)",
     "dtype": "bf16 or fp32 (default: the precision the run computed in). Checkpoints hold fp32",
 }
 
@@ -44,33 +47,73 @@ KEYS = {
 def main(argv: list[str] | None = None) -> None:
     """The command; see the module's text."""
     values = key_values(sys.argv[1:] if argv is None else argv, KEYS, about=__doc__, required=["run", "to"])
-    to = Path(values["to"]).expanduser()
+    to = user_path(values["to"])
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise UsageError(f"to={to}: exists and is not an empty directory")
     if values.get("dtype", "fp32") not in hf_export.DTYPES:
         raise UsageError(f"dtype={values['dtype']}: choose one of {', '.join(hf_export.DTYPES)}")
-    checkpoint = find(Path(values["run"]).expanduser())
+    checkpoint = find(user_path(values["run"]))
     verify(checkpoint, [f for f in checkpoint_dir.manifest(checkpoint) if not f.startswith(("optimizer", "rng"))])
     saved = read(checkpoint)
     dtype = values.get("dtype", saved.meta["precision"])
-    config = freeze(yaml.safe_load(saved.config_yaml))
+    config = from_yaml(saved.config_yaml, checkpoint / CONFIG)
     tokenizer, description = describe(saved, config, dtype)
-    own = config.data.chat_template
-    template = None if own is None else load_template(own, tokenizer)
+    template = chat_template(config, tokenizer)
+    eos = ends_of_text(config, tokenizer, template, values.get("eos"))
+    own_end = None if eos == [tokenizer.eos_id] else eos  # None: as the tokenizer, or the original, says
+    if own_end is not None:
+        description["eos_token_id"] = hf_metadata.ids(own_end)
+    length, beside = description["max_position_embeddings"], user_path(tokenizer.name) / GENERATION
+    original = source_files.model_file(checkpoint, GENERATION) or (beside if beside.is_file() else None)
+    old_length = config.model.pretrained_length
+    generation = hf_metadata.generation_config(original, eos=own_end, old_length=old_length, length=length)
     # Filled under another name, so that an interrupted export is not taken for a model.
     temporary = to.with_name(f".{to.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    generation = source_files.model_file(checkpoint, "generation_config.json")
+    hf_metadata.write_json(temporary / "config.json", hf_metadata.with_both_ropes(description))
+    save_tokenizer(tokenizer, temporary, None if config.data.chat_template is None else template)
+    hf_metadata.finish_tokenizer(
+        temporary, eos=None if own_end is None else tokenizer.text_of(own_end[0]), length=length
+    )
     if generation is not None:
-        shutil.copyfile(generation, temporary / generation.name)
-    (temporary / "config.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
-    save_tokenizer(tokenizer, temporary, template)
+        hf_metadata.write_json(temporary / GENERATION, generation)
+    elif original is not None:
+        shutil.copyfile(original, temporary / GENERATION)
     files = hf_export.write_weights(checkpoint, temporary, saved.meta["parameters"], dtype)
+    for path in temporary.iterdir():
+        checkpoint_dir.share(path)
     if to.exists():
         to.rmdir()
     temporary.rename(to)
-    print(f"{checkpoint} -> {to}: {description['architectures'][0]}, {dtype}, {len(files)} file(s) of weights")
+    ends = ", ".join(map(tokenizer.text_of, eos))
+    print(
+        f"{checkpoint} -> {to}: {description['architectures'][0]}, {dtype}, {len(files)} file(s) of weights, context "
+        f"{format_length(length)}, texts end at {ends}"
+    )
+
+
+def chat_template(config: RunConfig, tokenizer: Tokenizer) -> ChatTemplate | None:
+    """The template of the run's conversations; None if it has neither conversations nor a template of its own."""
+    is_chat = any(source.format == "chat" for source in config.data.sources.values())
+    own = config.data.chat_template
+    return load_template(own, tokenizer) if is_chat or own is not None else None
+
+
+def ends_of_text(
+    config: RunConfig, tokenizer: Tokenizer, template: ChatTemplate | None, asked: str | None
+) -> list[int]:
+    """The tokens at which other software is to stop: first the one that a text of this model's training ends with."""
+    if asked is not None:
+        token = tokenizer.special_tokens.get(asked)
+        if token is None:
+            raise UsageError(
+                f"eos={asked}: no special token of the tokenizer; it has {listed(tokenizer.special_tokens)}"
+            )
+        return list(dict.fromkeys([token, tokenizer.eos_id]))
+    if template is None:
+        return [tokenizer.eos_id]
+    return list(dict.fromkeys([ChatEncoder(tokenizer, template).end_of_turn(), tokenizer.eos_id]))
 
 
 def describe(saved: Saved, config: RunConfig, dtype: str) -> tuple[Tokenizer, dict]:
@@ -93,7 +136,8 @@ def describe(saved: Saved, config: RunConfig, dtype: str) -> tuple[Tokenizer, di
     original = source_files.model_file(saved.path, "config.json")
     if original is None:
         return tokenizer, description
-    return tokenizer, hf_export.as_it_came(json.loads(original.read_text(encoding="utf-8")), description)
+    came = read_json(original, Object, remedy="It was kept from what the run started from; remove it to do without")
+    return tokenizer, hf_export.as_it_came(came, description)
 
 
 def save_tokenizer(tokenizer: Tokenizer, to: Path, template: ChatTemplate | None = None) -> None:
@@ -106,9 +150,9 @@ def save_tokenizer(tokenizer: Tokenizer, to: Path, template: ChatTemplate | None
 
 
 def _save_files(tokenizer: Tokenizer, to: Path) -> None:
-    path = Path(tokenizer.name).expanduser()
+    path = user_path(tokenizer.name)
     if tokenizer.name != "bytes" and tokenizer.name not in SHIPPED and path.is_dir():
-        for name in (*source_files.TOKENIZER_FILES, "generation_config.json"):
+        for name in (*source_files.TOKENIZER_FILES, GENERATION):
             if (path / name).is_file():
                 shutil.copyfile(path / name, to / name)
         return

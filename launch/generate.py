@@ -20,6 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:] = [str(ROOT)] + [p for p in sys.path if Path(p or ".").resolve() != ROOT / "launch"]
 
+from conf.files import read_text, user_path  # noqa: E402
 from conf.numbers import format_length  # noqa: E402
 from data.errors import DataError  # noqa: E402
 from data.sft import ChatEncoder, load_template  # noqa: E402
@@ -107,7 +108,7 @@ def _prompts(values: dict[str, str]) -> Iterator[str]:
     if "prompt" in values:
         yield values["prompt"]
     elif "prompt_file" in values:
-        yield Path(values["prompt_file"]).expanduser().read_text(encoding="utf-8")
+        yield read_text(user_path(values["prompt_file"]), remedy="prompt_file= takes a text file")
     else:
         for line in iter(_next_line, ""):
             if line.strip():

@@ -12,14 +12,31 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from conf.build import ConfigError, Problems, build
+from conf.files import user_path
 from conf.schema import ModelConfig
-from conf.validate import freeze
+from conf.validate import from_yaml
+from conf.words import cut
 
 FROM_SOURCE = "from_source"
+RUNS = "runs"  # where run.dir lies by default
+EXPERIMENTS = Path(__file__).resolve().parents[1] / "conf" / "exp"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+
+
+def missing_source(source: str | None) -> str | None:
+    """What is wrong with an init.source that names a path where nothing is; None for one that is there, a hub id, or
+    none."""
+    from train.hf import pretrained
+
+    if source is None or user_path(source).exists():
+        return None
+    first, *rest = Path(source).parts
+    if pretrained.HUB_ID.fullmatch(source) and first != RUNS:
+        return None
+    is_made = first == RUNS and rest and (EXPERIMENTS / f"{'/'.join(rest)}.yaml").is_file()
+    made_by = f"run +exp={'/'.join(rest)} first, or name another" if is_made else "name a run, a checkpoint or a model"
+    return f"init.source={cut(source)} does not exist: {made_by}"
 
 
 def with_source(plain: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -28,14 +45,21 @@ def with_source(plain: dict[str, Any], overrides: Sequence[str]) -> dict[str, An
     A model or tokenizer set on the command line (`overrides`) is kept. ConfigError if the source has another, or
     cannot be used; a source that is not there is left to the start of the run, unless it is needed here.
     """
+    if not all(isinstance(plain.get(key) or {}, dict) for key in ("init", "model", "data")):
+        return plain  # which is said where sections are typed
     source = (plain.get("init") or {}).get("source")
+    if source is not None and not isinstance(source, str):
+        return plain
     takes = (plain.get("model") or {}).get("name") == FROM_SOURCE
     if takes and source is None:
         raise ConfigError(["model=from_source: from which? Set init.source=<Hugging Face model, run or checkpoint>"])
-    if source is None or not (takes or (Path(source).expanduser() / "config.json").is_file()):
+    if source is None or not (takes or (user_path(source) / "config.json").is_file()):
         return plain
     from train.hf import pretrained
 
+    missing = missing_source(source)
+    if missing is not None:
+        raise ConfigError([missing])
     if not pretrained.is_model(source):
         return _with_run(plain, source, overrides)
     directory = pretrained.locate(source, weights=False)
@@ -47,9 +71,15 @@ def with_source(plain: dict[str, Any], overrides: Sequence[str]) -> dict[str, An
         for key in ("optimizer", "data")
         if plain["init"].get(key)
     ]
-    tokenizer = str(source) if Path(source).expanduser().is_dir() else str(directory)
+    tokenizer = str(source) if user_path(source).is_dir() else str(directory)
     has_tokenizer = any((directory / file).is_file() for file in TOKENIZER_FILES)
     filled = _filled(plain, shape, tokenizer if has_tokenizer and takes else None, overrides)
+    is_set = any(text.lstrip("+").startswith("data.tokenizer=") for text in overrides)
+    if takes and not has_tokenizer and not is_set and filled.get("data", {}).get("tokenizer", "bytes") == "bytes":
+        problems.append(
+            f"data.tokenizer: {directory} has no tokenizer beside its weights. Say data.tokenizer=<directory or "
+            "tokenizer.json> of the one they were trained with (data.tokenizer=bytes if that was bytes)"
+        )
     if has_tokenizer:
         problems += _tokenizer_problems(filled.get("data", {}).get("tokenizer", "bytes"), tokenizer)
     if problems:
@@ -63,10 +93,12 @@ def _with_run(plain: dict[str, Any], source: str, overrides: Sequence[str]) -> d
     from train.hf import source_files
 
     try:
-        found = store.find(Path(source).expanduser())
+        found = store.find(user_path(source))
+        config_yaml = store.read(found).config_yaml
     except store.CheckpointError as error:
-        raise ConfigError([f"init.source={source}: {error}; nor is it a Hugging Face model"]) from error
-    saved = freeze(yaml.safe_load(store.read(found).config_yaml))
+        nor = "" if (user_path(source) / "checkpoints").is_dir() else "; nor is it a Hugging Face model"
+        raise ConfigError([f"init.source={source}: {error}{nor}"]) from error
+    saved = from_yaml(config_yaml, found / store.CONFIG)
     tokenizer = source_files.tokenizer_name(saved, found)
     problems = _differences(plain["model"], saved.model)
     if problems:

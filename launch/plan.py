@@ -20,7 +20,8 @@ from conf.numbers import parse_memory  # noqa: E402
 from data.errors import DataError  # noqa: E402
 from data.sources import known_sources  # noqa: E402
 from data.tokenizer import load_tokenizer  # noqa: E402
-from launch.config import detect_hardware, load, run_command  # noqa: E402
+from launch.config import detect_hardware, load_asked, run_command  # noqa: E402
+from launch.init_source import missing_source  # noqa: E402
 from train.model.rope import check_stages  # noqa: E402
 from train.model.sizes import embedding_rows  # noqa: E402
 from train.plan.plan import make_plan  # noqa: E402
@@ -35,14 +36,16 @@ machine it is meant for; without them it is one process on this machine."""
 def main(arguments: list[str]) -> None:
     """Prints the plan of a command line. ConfigError for the user's mistakes."""
     overrides, hardware = split_machine(arguments)
-    config = load(overrides, hardware)
+    config, asked = load_asked(overrides, hardware)
     check_stages(config)
     try:
         vocab_size = embedding_rows(config.model, load_tokenizer(config.data.tokenizer).vocab_size)
         sources = known_sources(config.data)
     except DataError as error:
         raise ConfigError([str(error)]) from error
-    print(make_plan(config, vocab_size, hardware, sources).text())
+    plan = make_plan(config, vocab_size, hardware, sources, asked)
+    missing = missing_source(config.init.source)
+    print(plan.text() + (f"\n\n{missing}" if missing else ""))
 
 
 def split_machine(arguments: list[str]) -> tuple[list[str], Hardware]:

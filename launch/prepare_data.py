@@ -16,8 +16,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:] = [str(ROOT)] + [p for p in sys.path if Path(p or ".").resolve() != ROOT / "launch"]
 
+from conf.files import user_path  # noqa: E402
 from conf.numbers import parse_tokens  # noqa: E402
 from conf.schema import SourceConfig  # noqa: E402
+from conf.words import cut  # noqa: E402
 from data.errors import DataError  # noqa: E402
 from data.prepare import SHARD_CHARS, prepare  # noqa: E402
 from data.sources import chat_encoder, is_shipped, text_origin  # noqa: E402
@@ -58,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
     meta = prepare(
         documents(),
         tokenizer,
-        Path(values["to"]).expanduser(),
+        user_path(values["to"]),
         origin=origin,
         title=values["source"],
         workers=_whole_number(values, "workers", 0, at_least=0),
@@ -78,7 +80,7 @@ def main(argv: list[str] | None = None) -> None:
 def _source(values: dict[str, str]) -> SourceConfig:
     """The source that the arguments describe: a path if it can be one, else the name of a hub data set."""
     text = values["source"]
-    there = is_shipped(text) or Path(text).expanduser().exists() or glob.has_magic(text)
+    there = is_shipped(text) or user_path(text).exists() or glob.has_magic(text)
     is_hub = not there and re.fullmatch(r"[\w-]+/[\w.-]+", text) is not None and not Path(text).suffix
     if is_hub:
         _say(f"{text} is no path here, so it is taken for a hub data set")
@@ -89,7 +91,9 @@ def _source(values: dict[str, str]) -> SourceConfig:
     try:
         limit = None if max_tokens is None else parse_tokens(max_tokens)
     except ValueError as error:
-        raise UsageError(f"max_tokens={max_tokens!r}: {error}") from error
+        raise UsageError(f"max_tokens={cut(repr(max_tokens))}: {error}") from error
+    if limit == 0:
+        raise UsageError(f"max_tokens={max_tokens}: takes 1 at least")
     if values.get("format", "text") not in ("text", "chat"):
         raise UsageError(f"format={values['format']!r}: text or chat")
     chat_keys = ("chat_template", "messages_field", "prompt_field", "response_field")

@@ -27,20 +27,23 @@ from train.engine.world import init_world, launch_environment, leave, shutdown  
 import yaml  # noqa: E402
 
 from conf.build import ConfigError  # noqa: E402
+from conf.files import FileError, user_path  # noqa: E402
 from conf.schema import RunConfig  # noqa: E402
 from conf.trajectory import to_dict, trajectory_diff  # noqa: E402
-from conf.validate import freeze  # noqa: E402
+from conf.validate import from_yaml  # noqa: E402
 from data.errors import DataError  # noqa: E402
 from data.sources import open_sources, open_validation  # noqa: E402
 from data.tokenizer import Tokenizer, load_tokenizer  # noqa: E402
-from launch.config import detect_hardware, load, run_command  # noqa: E402
+from launch.config import detect_hardware, load_asked, run_command  # noqa: E402
+from launch.inputs import refuse_missing  # noqa: E402
 from launch.observe import FIGURES, HeldOutEvaluator, draw_figures  # noqa: E402
+from launch.stopping import ParentWatch, StopFlag, exit_code, stop_reasons  # noqa: E402
 from moba.attention import BackendUnavailable  # noqa: E402
 from train.checkpoint import checkpoint_dir, store  # noqa: E402
 from train.checkpoint.run_lock import RunLocked, lock_run  # noqa: E402
 from train.engine import collectives, signals  # noqa: E402
 from train.hf import pretrained, source_files  # noqa: E402
-from train.loop import Observers, Trainer, read_checked  # noqa: E402
+from train.loop import Observers, Trainer  # noqa: E402
 from train.model.rope import check_stages  # noqa: E402
 from train.model.sizes import embedding_rows  # noqa: E402
 from train.non_finite import NonFiniteError  # noqa: E402
@@ -60,6 +63,7 @@ Trains, or continues the run in run.dir. Plain python in place of torchrun start
 MISTAKES = (
     BackendUnavailable,
     DataError,
+    FileError,
     MetricsError,
     NonFiniteError,
     RunLocked,
@@ -76,15 +80,20 @@ FILE_ERRORS = {
 
 
 def main(overrides: list[str]) -> None:
-    """Trains as these overrides say. ConfigError for the user's mistakes."""
+    """Trains as these overrides say. ConfigError for the user's mistakes; SystemExit with the code of a run that was
+    saved and stopped."""
+    watch = ParentWatch().start()
     launched = launch_environment()
     hardware = detect_hardware(launched.world_size, launched.local_world_size)
-    config = load(overrides, hardware)
+    config, asked = load_asked(overrides, hardware)
     check_stages(config)
     with _mistakes_in_words(config):
         tokenizer = load_tokenizer(config.data.tokenizer)
         run_dir = Path(config.run.dir)
-        plan = partial(make_plan, config, embedding_rows(config.model, tokenizer.vocab_size), hardware)
+        refuse_missing(config, overrides, continues=store.newest(run_dir) is not None)
+        plan = partial(
+            make_plan, config, embedding_rows(config.model, tokenizer.vocab_size), hardware, asked_tokens=asked
+        )
         saved = _saved_run(run_dir)
         if saved is not None and not config.run.allow_changes:
             _refuse_another_trajectory(config, saved)
@@ -94,7 +103,7 @@ def main(overrides: list[str]) -> None:
             if launched.rank == 0:
                 print(f"\n{run_dir} is finished. To go on from its weights: another run.dir with init.source={run_dir}")
             return
-        _train(config, tokenizer, plan)
+        _train(config, tokenizer, plan, watch)
 
 
 @contextmanager
@@ -131,28 +140,29 @@ def _leave_lost_run(config: RunConfig) -> NoReturn:
 def _say_stuck(config: RunConfig, name: str) -> None:
     """What is known of a process that does not come to an end after a signal."""
     _report_once(
-        f"{name} came {signals.STUCK_SECONDS} s ago; the step in hand has not ended or is not saved. If another "
+        f"{name} came {signals.STUCK_SECONDS} s ago; the step in hand has not ended or is not saved yet. If another "
         "process of this run is gone, which torchrun reports, it never will: the same command again goes on from the "
-        f"newest checkpoint in {config.run.dir}, if there is one"
+        f"newest checkpoint in {config.run.dir}, if there is one",
+        title="waiting",
     )
 
 
-def _report_once(text: str) -> None:
+def _report_once(text: str, title: str = "error") -> None:
     """Says it, unless another process of the run has reported something."""
     if signals.first_to_report():
-        print(f"error: {text}", file=sys.stderr, flush=True)
+        print(f"{title}: {text}", file=sys.stderr, flush=True)
 
 
 def _saved_run(run_dir: Path) -> store.Saved | None:
     """The newest checkpoint of the run in this directory, or None if it has none."""
     checkpoint_dir.refuse_incomplete(run_dir)
     newest = store.newest(run_dir)
-    return None if newest is None else read_checked(newest)
+    return None if newest is None else store.read(newest)
 
 
 def _refuse_another_trajectory(config: RunConfig, saved: store.Saved) -> None:
     """ConfigError if this configuration would change the losses of the run that was saved."""
-    differences = trajectory_diff(freeze(yaml.safe_load(saved.config_yaml)), config)
+    differences = trajectory_diff(from_yaml(saved.config_yaml, saved.path / store.CONFIG), config)
     if differences:
         problem = (
             f"{config.run.dir} holds a run that this configuration would change. Choose another run.dir, go back to "
@@ -161,7 +171,7 @@ def _refuse_another_trajectory(config: RunConfig, saved: store.Saved) -> None:
         raise ConfigError(["\n      ".join([problem, *differences])])
 
 
-def _train(config: RunConfig, tokenizer: Tokenizer, plan: Callable[..., Plan]) -> None:
+def _train(config: RunConfig, tokenizer: Tokenizer, plan: Callable[..., Plan], watch: ParentWatch) -> None:
     world = init_world(config.run.device)
     run_dir, schedule = Path(config.run.dir), build_schedule(config)
     lock = lock_run(run_dir, world)
@@ -200,7 +210,7 @@ def _train(config: RunConfig, tokenizer: Tokenizer, plan: Callable[..., Plan]) -
         )
         progress = Progress(schedule.total_tokens, tokens=trainer.tokens, bar=config.logging.progress)
         _watch(observers, config, run_dir, tracker, progress)
-    preemption = signals.PreemptionFlag(stuck=partial(_say_stuck, config)).install()
+    watch.flag = preemption = StopFlag(stuck=partial(_say_stuck, config)).install()
     try:
         # In here as well: torchrun's SIGTERM must not end a process that is about to say that another one is lost.
         with _mistakes_in_words(config):
@@ -211,18 +221,21 @@ def _train(config: RunConfig, tokenizer: Tokenizer, plan: Callable[..., Plan]) -
                     progress.close()
     finally:
         preemption.uninstall()
+    reasons = [] if finished else stop_reasons(preemption)
     if world.is_main:
-        _say_goodbye(finished, preemption, config, trainer)
+        _say_goodbye(finished, reasons, config, trainer)
         tracker.finish()
         lock.release()
     shutdown()
+    if not finished:
+        raise SystemExit(exit_code(reasons))
 
 
 def _keep_source(config: RunConfig) -> None:
     """Copies tokenizer and config.json of what the run starts from into its directory."""
     source = None
     if config.init.source is not None:
-        given = Path(config.init.source).expanduser()
+        given = user_path(config.init.source)
         source = pretrained.locate(given, weights=False) if pretrained.is_model(given) else given
     source_files.keep(config, Path(config.run.dir), source)
 
@@ -268,10 +281,10 @@ def _figure(value: float | None) -> str:
     return "not finite" if value is None else f"{value:.4f}"
 
 
-def _say_goodbye(finished: bool, preemption, config: RunConfig, trainer: Trainer) -> None:
+def _say_goodbye(finished: bool, reasons: list[str], config: RunConfig, trainer: Trainer) -> None:
     if not finished:
         print(
-            f"stopped by {preemption.received or 'a signal to another process'} at {trainer.tokens:,} tokens, saved in "
+            f"stopped by {' and '.join(reasons) or 'a signal'} at {trainer.tokens:,} tokens, saved in "
             f"{trainer.last_checkpoint}. The same command again goes on from there"
         )
         return

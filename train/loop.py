@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import torch
 
+from conf.files import user_path
 from conf.schema import RunConfig
 from data.loader import Loader
 from data.packing import Batch
@@ -62,12 +63,6 @@ class Observers:
     """Get (name, curve, tokens) of every evaluation and of each stage's training losses."""
     say: Callable[[str], None] = lambda line: None
     """Gets lines for people."""
-
-
-def read_checked(path: Path) -> store.Saved:
-    """A checkpoint without its weights and moments, the files it comes from verified. Raises CheckpointError."""
-    store.verify(path, (store.STATE, store.CONFIG, store.TENSORS))
-    return store.read(path)
 
 
 class Trainer:
@@ -271,6 +266,7 @@ class Trainer:
             loss=curve.total_mean,
             trailing_loss=curve.trailing.value,
             trailing_se=curve.trailing.se,
+            trailing_freedom=curve.trailing_interval_freedom,
             documents=int(curve.trailing.clusters),
             **scalars,
         )
@@ -332,7 +328,7 @@ class Trainer:
         if newest is not None:
             self._resume(newest)
         elif self.config.init.source is not None:
-            self._start_from(Path(self.config.init.source).expanduser())
+            self._start_from(user_path(self.config.init.source))
         self.metrics.cut_back(self.tokens, evaluated=not self._watch_missing)
         if self.observers.evaluate is not None and self.world.is_main:
             self.observers.evaluate.forget_after(self.tokens)
@@ -342,7 +338,8 @@ class Trainer:
         self._saved = saved = store.read(path)
         self.tokens, self.step, self.last_checkpoint = saved.tokens, saved.state["step"], path
         self._watch_missing = not saved.state["watched"]
-        self.loader.load_state_dict(saved.state["loader"])
+        for line in self.loader.load_state_dict(saved.state["loader"], allow_changes=self.config.run.allow_changes):
+            self.observers.say(f"run.allow_changes=true: {line}")
         self.guard.load_state_dict(saved.state["guard"])
         load_rng(path, seed=self.config.run.seed)
         self.observers.say(f"continuing from {path}: {self.tokens:,} of {self.schedule.total_tokens:,} tokens")
@@ -371,7 +368,7 @@ class Trainer:
             self.observers.say(f"starting from {path}: weights")
             return
         path = store.find(source)
-        saved = read_checked(path)
+        saved = store.read(path)
         theirs = saved.state["tokenizer"]
         if theirs["fingerprint"] != self._tokenizer["fingerprint"]:
             raise store.CheckpointError(

@@ -279,7 +279,8 @@ def test_what_is_too_long_keeps_its_beginning_or_is_left_out(tmp_path):
     seen = {}
     for _ in range(40):
         (batch,) = loader.next_step()
-        (window,) = batch.windows
+        window, *padding = batch.windows
+        assert [one.length for one in padding] == [8 - window.length] * (window.length < 8), "a window of its own"
         seen[window.document] = batch
     assert sorted(seen) == [0, 1, 3, 4]
     assert seen[3].labels.tolist() == [IGNORED, 2] + [IGNORED] * 6
@@ -318,13 +319,14 @@ def test_no_conversation_is_cut_and_none_is_lost(used, texts, seed):
     packs, rest = run(renew=False)
     assert run(renew=True)[0] == packs
     assert all(sum(window.length for window in pack) == 12 for pack in packs)
-    placed = [w.document for pack in packs for w in pack if w.source == "chat"]
+    placed = [w.document for pack in packs for w in pack if w.source == "chat" and w.start == 0]
     for pack in packs:
         kinds = {window.source for window in pack}
         assert len(kinds) == 1
         if kinds == {"chat"}:
-            assert [w.length for w in pack[:-1]] == [used[w.document] for w in pack[:-1]]
-            assert pack[-1].length >= used[pack[-1].document] and all(w.start == 0 for w in pack)
+            whole = [w for w in pack if w.start == 0]
+            assert [w.length for w in whole] == [used[w.document] for w in whole]
+            assert pack[: len(whole)] == whole and len(pack) - len(whole) <= 1, "padding is the last, a window alone"
     waiting = [w for w in rest if w.source == "chat"]
     assert all(w.length == used[w.document] + 5 for w in waiting)  # whole, for a stage of another length
     assert sorted(placed + [w.document for w in waiting]) == [i for i, n in enumerate(used) if n]

@@ -93,7 +93,7 @@ def edit_meta(directory):
         (flip("00000.idx"), "00000.idx is missing or damaged"),
         (flip("00001.bin"), "00001.bin is damaged: its checksum"),
         (edit_meta, "version 9, this program reads versions 1 and 2"),
-        (lambda d: (d / "meta.json").write_text("{"), "meta.json is damaged"),
+        (lambda d: (d / "meta.json").write_text("{"), "meta.json is not JSON"),
         (lambda d: (d / "meta.json").unlink(), "unfinished token shards"),
     ],
 )

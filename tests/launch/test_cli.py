@@ -2,6 +2,7 @@
 
 import pytest
 
+from conf.words import listed, show
 from launch.cli import UsageError, exits_on, key_values
 
 ALLOWED = {"prompt": "what to say", "to": "where"}
@@ -56,3 +57,22 @@ def test_programmer_errors_keep_their_traceback():
 
     with pytest.raises(IndexError):
         main()
+
+
+def test_messages_stay_short(capsys):
+    """Catches a terminal full of one value: 10,000 characters given, or quoted by whoever raises."""
+
+    @exits_on(ValueError)
+    def fails(text):
+        raise ValueError(text)
+
+    for text in ("x" * 10_000, " ".join(map(str, range(10_000)))):
+        with pytest.raises(SystemExit):
+            fails(text)
+        assert len(capsys.readouterr().err) < 2100
+    with pytest.raises(UsageError) as error:
+        key_values(["a=" + "y" * 10_000, "a=" + "z" * 10_000, "w" * 10_000], {"a": "", "b": ""})
+    assert len(str(error.value)) < 1200
+    assert listed(range(25)) == "0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 15 more" and listed([]) == "none"
+    assert len(show({"a": ["b" * 500] * 50})) <= 230 and show([True, None]) == "[true, null]"
+    assert show(10**5000) == "a number of 5,001 digits"

@@ -85,7 +85,7 @@ def folder(tmp_path_factory):
     for name, (config, dtype, tokens, overrides) in RUNS.items():
         source = folder / "source" / name
         save_source(source, config, dtype)
-        init = ["+exp=quickstart", "model=from_source", f"init.source={source}"]
+        init = ["+exp=quickstart", "model=from_source", f"init.source={source}", "data.tokenizer=bytes"]
         persist = "++deepspeed.extra.zero_optimization.stage3_param_persistence_threshold=17"
         lines.append(json.dumps([str(folder / "run" / name), tokens, [*init, persist, *overrides]]))
     (folder / "runs.jsonl").write_text("\n".join(lines))

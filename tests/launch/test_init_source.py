@@ -1,5 +1,6 @@
 """What a configuration takes from init.source, and what it may not say beside it."""
 
+import json
 import shutil
 
 import pytest
@@ -69,6 +70,8 @@ def test_a_source_without_a_tokenizer_leaves_the_choice(source, tmp_path):
     shutil.copytree(source, bare, ignore=shutil.ignore_patterns("tokenizer*", "special*"))
     config = load(["+exp=quickstart", "model=from_source", f"init.source={bare}", "data.tokenizer=bpe-4k"])
     assert config.data.tokenizer == "bpe-4k" and config.model.vocab_size == 4200
+    (line,) = problems("model=from_source", f"init.source={bare}")
+    assert "data.tokenizer" in line and str(bare) in line, "not trained on bytes without a word"
 
 
 def test_a_run_is_a_source_too(tmp_path):
@@ -77,7 +80,8 @@ def test_a_run_is_a_source_too(tmp_path):
     layers = ["model.num_layers=5", "model.rope_pattern=RN", "model.key_conv=3", "model.key_conv_pattern=-K"]
     run = load(["+exp=quickstart", *layers, "data.tokenizer=bpe-4k", f"run.dir={tmp_path / 'run'}"])
     temporary = checkpoint_dir.begin(tmp_path / "run", 7)
-    (temporary / "state.json").write_text('{"tokens": 7, "state": {}, "stage_end": false}')
+    state = {"tokens": 7, "state": {}, "stage_end": False, "optimizer_step": 1, "precision": "fp32", "parameters": {}}
+    (temporary / "state.json").write_text(json.dumps(state))
     (temporary / "config.yaml").write_text(yaml.safe_dump(to_dict(run), sort_keys=False))
     from safetensors.torch import save_file
 

@@ -210,7 +210,8 @@ def test_signals_save_and_the_same_command_goes_on(launcher, command, house, who
 
     def stopped(act: Act, at: int, name: str) -> None:
         ended = launcher.run(command("stopped"), act=act)
-        assert ended.code == 0 and ended.err == "", ended
+        assert ended.code == 128 + signal.Signals[name] and ended.err == "", ended
+        assert "finished" not in ended.out, ended
         assert f"stopped by {name} at {at:,} tokens, saved in {run_dir}/checkpoints/tokens_{at:015d}" in ended.out
         assert "The same command again goes on" in ended.out and course(run_dir)[-1]["tokens"] == at
         assert course(run_dir)[-1]["kind"] == "train", "an evaluation that is due has to wait"
@@ -222,7 +223,8 @@ def test_signals_save_and_the_same_command_goes_on(launcher, command, house, who
         ended = launcher.run(command("stopped"), act=act)
         assert ended.code == -signal.SIGKILL and course(run_dir)[-1]["kind"] == "eval", "made up for, then killed"
     stopped(Act(LINE, 3, signal.SIGINT), 5120, "SIGINT")
-    stopped(Act(LINE, 2, signal.SIGTERM), END, "SIGTERM")
+    stopped(Act(LINE, 1, signal.SIGUSR1), 6144, "SIGUSR1")
+    stopped(Act(LINE, 1, signal.SIGTERM), END, "SIGTERM")
     ended = launcher.run(command("stopped"))
     assert ended.code == 0 and f"finished: {END:,} tokens" in ended.out, ended
     assert_same_run(run_dir, whole)
@@ -236,7 +238,7 @@ def test_a_stop_within_a_log_interval_leaves_its_line_whole(launcher, command, h
     assert ended.code == 0, ended
     for count, at in ((2, 512), (1, 1024)):
         ended = launcher.run(command("rare-stopped", rare), act=Act(LINE, count, signal.SIGTERM))
-        assert ended.code == 0 and f"at {at:,} tokens" in ended.out, ended
+        assert ended.code == 128 + signal.SIGTERM and f"at {at:,} tokens" in ended.out, ended
     ended = launcher.run(command("rare-stopped", rare))
     assert ended.code == 0, ended
     ours, theirs = (course(house.runs / name, without={"attended_share"}) for name in ("rare-stopped", "rare"))
@@ -275,6 +277,7 @@ def test_ranks_may_come_and_go(launcher, command, house, whole):
     process.send_signal(signal.SIGTERM)
     ended = finish_real(process)
     assert "continuing from" in ended.out and "The same command again goes on from there" in ended.out, ended
+    assert ended.code > 0 and ended.out.count("stopped by SIGTERM at") == 1 and "finished:" not in ended.out, ended
     for ended in launcher.run_ranks(command("one-two"), 2):
         assert ended.code == 0, ended
     assert_close_course(run_dir, whole)
@@ -294,6 +297,20 @@ def test_two_ranks_repeat_bit_for_bit(launcher, command, house, whole):
     assert_close_course(house.runs / "two", whole)
     ours, theirs = (weights_of(house.runs / name) for name in ("two-killed", "two"))
     assert ours == theirs
+
+
+def test_workers_end_with_a_torchrun_that_was_killed(command, house):
+    """Catches workers that train on as orphans and hold the run's lock: kill -9 tells them nothing."""
+    run_dir = house.runs / "orphans"
+    process = start_real(command("orphans", "schedule.tokens=2M"), house.root, num_ranks=2)
+    wait_until(lambda: has_lines(run_dir, 2), process)
+    workers = psutil.Process(process.pid).children()
+    assert len(workers) == 2
+    process.kill()
+    _, alive = psutil.wait_procs(workers, timeout=60)
+    assert not alive
+    out = process.communicate(timeout=60)[0]
+    assert "stopped by the end of torchrun at" in out and len(list((run_dir / "checkpoints").glob("tokens_*"))) >= 1
 
 
 # -------------------- what a switch and an evaluation must not touch

@@ -99,7 +99,7 @@ def test_a_checkpoint_holds_what_was_given(saved):
     assert content.tensors["sums"].tolist() == [0, 1, 2]
     assert content.config_yaml == "run:\n  name: test\n"
     assert content.meta["optimizer_step"] == SAVE_AT
-    names = [name for name, _ in store.iter_weights(newest(saved))]
+    names = list(store.read_index(newest(saved)))
     assert sorted(names) == sorted(content.meta["parameters"]) == sorted(dict(build_model().named_parameters()))
     assert "model.embed_tokens.weight" in names
     assert "lm_head.weight" not in names
@@ -295,3 +295,44 @@ def test_a_kill_between_the_two_renames_of_a_replacement_is_mended(tmp_path):
     path.rename(path.with_name(".replaced_" + path.name))
     checkpoint_dir.clean_stale(tmp_path)
     assert newest(tmp_path) == path
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[]",
+        "null",
+        '{"format_version": 1}',
+        '{"format_version": 1, "files": {"state.json": 5}}',
+        "[" * 100_000,
+        "\x00",
+        '{"format_version": 1, "files": {"../../secret": {"size": 1, "sha256": "x"}}}',
+    ],
+    ids=["list", "null", "no files", "numbers", "deep", "bytes", "outside"],
+)
+def test_a_manifest_of_another_shape_is_damage(tmp_path, text):
+    """Catches a traceback, a file outside the checkpoint that is read, and advice without the newest good one."""
+    good, bad = write(tmp_path, 1, keep=9), write(tmp_path, 2, keep=9)
+    (bad / "manifest.json").write_text(text)
+    for looks in (lambda: verify(bad), lambda: store.find(tmp_path), lambda: store.find(bad) and verify(bad)):
+        with pytest.raises(CheckpointError, match=rf"{bad}.*manifest.json.*newest good one before it is {good}"):
+            looks()
+    assert newest(tmp_path) == good
+
+
+def test_what_is_not_ours_in_the_folder_does_not_matter(tmp_path):
+    """Catches a folder or a file with a name like a checkpoint's that blocks a run."""
+    whole = write(tmp_path, 1)
+    (tmp_path / "checkpoints" / "tokens_abc").mkdir()
+    (tmp_path / "checkpoints" / "tokens_12").write_text("x")
+    checkpoint_dir.refuse_incomplete(tmp_path)
+    assert newest(tmp_path) == whole == store.find(tmp_path)
+
+
+def test_a_source_is_not_taken_from_before_its_damage(tmp_path):
+    """Catches weights of an older checkpoint where the newest was asked for: init.source=<run>, export, evaluation."""
+    write(tmp_path, 1, keep=9)
+    damaged = write(tmp_path, 2, keep=9)
+    (damaged / "state.json").write_text("{")
+    with pytest.raises(CheckpointError, match=rf"{damaged} is damaged.*remove {damaged}"):
+        store.find(tmp_path)

@@ -10,19 +10,48 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+
+from conf.files import Count, FileName, read_json
+from conf.words import first_line, listed
 
 FORMAT_VERSION = 1
 STATE, MANIFEST = "state.json", "manifest.json"
 # Both begin with a dot and end with a checkpoint's name.
 SAVING, REPLACED = ".saving_", ".replaced_"
+NAME = re.compile(r"tokens_\d{15}")
 
 
 class CheckpointError(Exception):
     """A checkpoint that cannot be written, found, trusted or used; the message says which file and what to do."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What the manifest says of a file."""
+
+    size: Count
+    """Bytes."""
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """manifest.json."""
+
+    format_version: int
+    files: dict[FileName, Entry]
+
+
+@dataclass(frozen=True)
+class _StageEnd:
+    """Of state.json, what is read here."""
+
+    stage_end: bool
 
 
 def directory_name(tokens: int) -> str:
@@ -32,7 +61,7 @@ def directory_name(tokens: int) -> str:
 
 def checkpoints(run_dir: Path) -> list[Path]:
     """Returns a run's complete checkpoints, oldest first: they have a manifest, and every file of it in its size."""
-    return [path for path in sorted((run_dir / "checkpoints").glob("tokens_*")) if _is_complete(path)]
+    return [path for path in _named(run_dir) if _is_complete(path)]
 
 
 def newest(run_dir: Path) -> Path | None:
@@ -45,20 +74,31 @@ def refuse_incomplete(run_dir: Path) -> None:
 
     They are made whole, so this is damage: going on from an older one unasked would train its tokens again.
     """
-    for path in sorted((run_dir / "checkpoints").glob("tokens_*"), reverse=True):
+    for path in reversed(_named(run_dir)):
         if _is_complete(path):
             return
         verify(path)
 
 
 def find(source: Path) -> Path:
-    """Returns the checkpoint that `source` names: itself, or the newest of a run directory. Raises CheckpointError."""
-    if (source / MANIFEST).exists():
+    """Returns the checkpoint that `source` names: itself, or the newest of a run directory.
+
+    Raises CheckpointError, also if a newer one of that run is damaged: an older one is not taken unasked.
+    """
+    if (source / MANIFEST).exists() or NAME.fullmatch(source.name):
         return source
+    refuse_incomplete(source)
     found = newest(source)
     if found is None:
-        raise CheckpointError(f"{source} is neither a checkpoint nor a run directory with a complete one")
+        nothing = "" if source.exists() else ": there is no such directory"
+        raise CheckpointError(f"{source} is neither a checkpoint nor a run directory with a complete one{nothing}")
     return found
+
+
+def _named(run_dir: Path) -> list[Path]:
+    """What has a checkpoint's name, oldest first; anything else in the folder is not ours."""
+    folder = run_dir / "checkpoints"
+    return sorted(path for path in folder.glob("tokens_*") if NAME.fullmatch(path.name))
 
 
 # Writing
@@ -83,20 +123,28 @@ def write_text(path: Path, text: str) -> None:
     _flush(path)
 
 
-def seal(path: Path) -> dict[str, Any]:
+def seal(path: Path) -> Entry:
     """Returns a file's manifest entry, having flushed the file to disk. Raises OSError."""
+    share(path)
     _flush(path)
-    return {"size": path.stat().st_size, "sha256": _digest(path)}
+    return Entry(path.stat().st_size, _digest(path))
 
 
-def commit(temporary: Path, files: dict[str, dict[str, Any]]) -> Path:
+def share(path: Path) -> None:
+    """Gives a file the mode that the umask allows: safetensors makes its files for the owner alone."""
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)
+
+
+def commit(temporary: Path, files: dict[str, Entry]) -> Path:
     """Returns the finished checkpoint: manifest written, directory flushed and renamed, `latest` pointing to it.
 
     `files` are the manifest entries. The rename is the moment at which it exists. Raises OSError.
     """
     root, name = temporary.parent, temporary.name.removeprefix(SAVING)
     final, replaced = root / name, root / (REPLACED + name)
-    write_text(temporary / MANIFEST, json.dumps({"format_version": FORMAT_VERSION, "files": files}, indent=1))
+    write_text(temporary / MANIFEST, json.dumps(asdict(Manifest(FORMAT_VERSION, files)), indent=1))
     _flush(temporary)
     if final.exists():  # a run that went back past a damaged checkpoint gets here again
         shutil.rmtree(replaced, ignore_errors=True)
@@ -138,8 +186,8 @@ def prune(run_dir: Path, keep: int) -> None:
 
 def _ends_stage(checkpoint: Path) -> bool:
     try:
-        return bool(json.loads((checkpoint / STATE).read_text(encoding="utf-8"))["stage_end"])
-    except (OSError, ValueError, KeyError):
+        return read_json(checkpoint / STATE, _StageEnd, error=CheckpointError).stage_end
+    except CheckpointError:
         return True  # damaged: not ours to remove
 
 
@@ -159,49 +207,58 @@ def _digest(path: Path) -> str:
 # Checking
 
 
-def manifest(checkpoint: Path) -> dict[str, dict[str, Any]]:
-    """Returns file name -> {"size": bytes, "sha256": hex}. Raises CheckpointError."""
+def manifest(checkpoint: Path) -> dict[str, Entry]:
+    """Returns file name -> size and checksum. Raises CheckpointError."""
     path = checkpoint / MANIFEST
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        version, files = content["format_version"], content["files"]
-    except FileNotFoundError:
-        raise CheckpointError(f"{checkpoint} is not a checkpoint of this project: it has no {MANIFEST}") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error})") from None
-    if version != FORMAT_VERSION:
-        raise CheckpointError(f"{checkpoint} has format version {version}; this program reads {FORMAT_VERSION}")
-    return files
+    if not path.exists():
+        raise CheckpointError(f"{checkpoint} is not a checkpoint of this project: it has no {MANIFEST}")
+    content = read_json(path, Manifest, error=CheckpointError)
+    if content.format_version != FORMAT_VERSION:
+        version = f"format version {content.format_version}; this program reads {FORMAT_VERSION}"
+        raise CheckpointError(f"{checkpoint} has {version}")
+    if STATE not in content.files:
+        raise CheckpointError(f"{path} does not name {STATE}")
+    return content.files
 
 
 def _is_complete(checkpoint: Path) -> bool:
     try:
         files = manifest(checkpoint)
-        return all((checkpoint / file).stat().st_size == entry["size"] for file, entry in files.items())
+        return all((checkpoint / file).stat().st_size == entry.size for file, entry in files.items())
     except (CheckpointError, OSError):
         return False
 
 
-def damage(checkpoint: Path, file: str, entry: dict[str, Any]) -> str | None:
-    """Returns what is wrong with one file, or None: its size, its checksum, or that it cannot be read."""
+def damage(checkpoint: Path, file: str, entry: Entry | None) -> str | None:
+    """Returns what is wrong with one file, or None: its size, its checksum, or that it cannot be read.
+
+    Without an `entry` the manifest does not know it.
+    """
     path = checkpoint / file
+    if entry is None:
+        return f"{checkpoint / MANIFEST} does not name {file}"
     try:
         size = path.stat().st_size
-        if size != entry["size"]:
-            return f"{path} has {size} bytes instead of {entry['size']}"
-        return None if _digest(path) == entry["sha256"] else f"{path} does not match its SHA-256 checksum"
+        if size != entry.size:
+            return f"{path} has {size} bytes instead of {entry.size}"
+        return None if _digest(path) == entry.sha256 else f"{path} does not match its SHA-256 checksum"
     except OSError as error:
-        return f"{path} cannot be read ({error})"
+        return f"{path} cannot be read ({error.strerror or first_line(error)})"
 
 
 def verify(checkpoint: Path, files: Iterable[str] | None = None) -> None:
     """Checks size and checksum of all files, or of some. Raises CheckpointError, as `raise_damage` words it."""
-    entries = manifest(checkpoint)
-    found = [damage(checkpoint, file, entries[file]) for file in (entries if files is None else files)]
+    try:
+        entries = manifest(checkpoint)
+    except CheckpointError as error:
+        if NAME.fullmatch(checkpoint.name) and checkpoint.exists():
+            raise_damage(checkpoint, [str(error)], "cannot be read")
+        raise
+    found = [damage(checkpoint, file, entries.get(file)) for file in (entries if files is None else files)]
     raise_damage(checkpoint, [text for text in found if text])
 
 
-def raise_damage(checkpoint: Path, found: list[str]) -> None:
+def raise_damage(checkpoint: Path, found: list[str], what: str = "is damaged") -> None:
     """Raises CheckpointError, if there is damage, with it and the newest good checkpoint before this one."""
     if not found:
         return
@@ -210,4 +267,4 @@ def raise_damage(checkpoint: Path, found: list[str]) -> None:
         if path.name < checkpoint.name and not any(damage(path, f, entry) for f, entry in manifest(path).items()):
             advice = f"The newest good one before it is {path}: remove {checkpoint} to continue from there"
             break
-    raise CheckpointError(f"{checkpoint} is damaged: {'; '.join(found)}. {advice}")
+    raise CheckpointError(f"{checkpoint} {what}: {listed(found, '; ', longest=1000)}. {advice}")

@@ -7,12 +7,13 @@ import os
 import socket
 from pathlib import Path
 
+from conf.words import cut
 from train.engine.collectives import broadcast_object
 from train.engine.world import World
 
 
 class RunLocked(Exception):
-    """Another live process writes to the run directory."""
+    """The run directory cannot be had: another live process writes to it, or it cannot be made."""
 
 
 class RunLock:
@@ -23,14 +24,17 @@ class RunLock:
     """
 
     def __init__(self, run_dir: Path) -> None:
-        """Takes the lock. Raises RunLocked, naming the holder, if another live process has it."""
-        run_dir.mkdir(parents=True, exist_ok=True)
-        self._file = open(run_dir / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 - held for the life of the run
+        """Takes the lock. Raises RunLocked, naming the holder if another live process has it."""
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            self._file = open(run_dir / ".lock", "a+", encoding="utf-8", errors="replace")  # noqa: SIM115 - held for the life of the run
+        except OSError as error:
+            raise RunLocked(f"run.dir={run_dir} cannot be written ({error.strerror}): choose another") from None
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self._file.seek(0)
-            holder = self._file.read().strip() or "another process"
+            holder = cut(self._file.read()) or "another process"
             self._file.close()
             raise RunLocked(
                 f"{run_dir} is in use by {holder}: wait for it, stop it, or choose another run.dir"

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +34,8 @@ from safetensors.torch import load_file, save_file
 from torch import distributed as dist
 from torch import nn
 
+from conf.files import Count, FileName, Object, parse_json, read_json, read_text
+from conf.words import first_line, listed
 from train.checkpoint import checkpoint_dir, rng
 from train.checkpoint.checkpoint_dir import FORMAT_VERSION, STATE, CheckpointError, clean_stale, find, newest, verify
 from train.engine.collectives import barrier, gather_objects
@@ -46,10 +48,10 @@ __all__ = [
     "clean_stale",
     "compare_parameters",
     "find",
-    "iter_weights",
     "load_engine",
     "load_weights",
     "newest",
+    "open_tensors",
     "read",
     "read_index",
     "save",
@@ -165,6 +167,24 @@ def _write_shared(
 
 
 @dataclass(frozen=True)
+class _State:
+    """Of state.json, what is read."""
+
+    tokens: Count
+    state: Object
+    optimizer_step: Count
+    precision: str
+    parameters: dict[str, list[Count]]
+
+
+@dataclass(frozen=True)
+class _Index:
+    """Of an index file, what is read."""
+
+    weight_map: dict[str, FileName]
+
+
+@dataclass(frozen=True)
 class _Shard:
     file: str
     owner: int
@@ -239,15 +259,40 @@ def verify_together(checkpoint: Path) -> None:
 
 
 def read(checkpoint: Path) -> Saved:
-    """Returns everything but weights, moments and random state. Verify first."""
-    meta = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
-    config_yaml = (checkpoint / CONFIG).read_text(encoding="utf-8")
-    return Saved(checkpoint, meta["tokens"], meta["state"], load_file(checkpoint / TENSORS), config_yaml, meta)
+    """Returns everything but weights, moments and random state, the files it comes from verified first.
+
+    Raises CheckpointError.
+    """
+    verify(checkpoint, (STATE, CONFIG, TENSORS))
+    meta = _read_state(checkpoint)
+    config_yaml = read_text(checkpoint / CONFIG, error=CheckpointError)
+    try:
+        tensors = load_file(checkpoint / TENSORS)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{checkpoint / TENSORS} is damaged ({first_line(error)})") from error
+    return Saved(checkpoint, meta["tokens"], meta["state"], tensors, config_yaml, meta)
+
+
+def _read_state(checkpoint: Path) -> dict[str, Any]:
+    """Returns the content of state.json, which has at least what _State says."""
+    text = read_text(checkpoint / STATE, error=CheckpointError)
+    parse_json(text, _State, where=checkpoint / STATE, error=CheckpointError)
+    return parse_json(text, Object, where=checkpoint / STATE, error=CheckpointError)
 
 
 def read_index(directory: Path, index_file: str = MODEL_INDEX) -> dict[str, str]:
-    """Returns tensor name -> file name, as an index file says."""
-    return json.loads((directory / index_file).read_text(encoding="utf-8"))["weight_map"]
+    """Returns tensor name -> name of a file in `directory`, as an index file says. Raises CheckpointError."""
+    return read_json(directory / index_file, _Index, error=CheckpointError).weight_map
+
+
+def open_tensors(path: Path) -> Any:
+    """Returns an open safetensors file. Raises CheckpointError."""
+    try:
+        return safe_open(path, framework="pt")
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing") from None
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is damaged ({first_line(error)}): copy it again") from error
 
 
 class TensorFiles:
@@ -262,13 +307,23 @@ class TensorFiles:
         self._stack = stack
 
     def elements(self, name: str, shape: tuple[int, ...], start: int, size: int) -> torch.Tensor:
-        """Returns elements [start, start + size) of a tensor laid out flat."""
-        file = self._files[name]
+        """Returns elements [start, start + size) of a tensor laid out flat. Raises CheckpointError if there is none of
+        this name and shape."""
+        file = self._files.get(name)
+        if file is None:
+            raise CheckpointError(f"{self._directory} has no tensor {name}")
         if file not in self._open:
-            self._open[file] = self._stack.enter_context(safe_open(self._directory / file, framework="pt"))
+            self._open[file] = self._stack.enter_context(open_tensors(self._directory / file))
         row = math.prod(shape[1:])
         first, last = start // row, -(-(start + size) // row)
-        rows = self._open[file].get_slice(name)[first:last]
+        try:
+            whole = self._open[file].get_slice(name)
+            found = tuple(whole.get_shape())
+            rows = whole[first:last] if found == tuple(shape) else None
+        except SafetensorError as error:
+            raise CheckpointError(f"{self._directory / file}: {name}: {first_line(error)}") from error
+        if rows is None:
+            raise CheckpointError(f"{self._directory / file}: {name} is {found} instead of {tuple(shape)}")
         return rows.reshape(-1)[start - first * row :][:size]
 
 
@@ -297,24 +352,16 @@ def load_engine(engine: Engine, checkpoint: Path, *, optimizer: bool = True) -> 
 
 def compare_parameters(model: dict[str, Any], saved: dict[str, Any], source: Path) -> None:
     """Raises CheckpointError listing how a model's parameters (name -> shape) differ from the saved ones."""
+    saved = {name: tuple(shape) for name, shape in saved.items()}
     problems = [f"{name} is not in the checkpoint" for name in model if name not in saved]
     problems += [f"{name} is not in the model" for name in saved if name not in model]
     problems += [
-        f"{name} is {tuple(saved[name])} in the checkpoint and {tuple(shape)} in the model"
+        f"{name} is {saved[name]} in the checkpoint and {tuple(shape)} in the model"
         for name, shape in model.items()
-        if name in saved and tuple(saved[name]) != tuple(shape)
+        if name in saved and saved[name] != tuple(shape)
     ]
     if problems:
-        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise CheckpointError(f"{source} does not fit model.*: {'; '.join(problems[:5])}{more}")
-
-
-def iter_weights(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yields (name, tensor), one in memory at a time, of a directory with a model.safetensors.index.json."""
-    for file in sorted(set(read_index(directory).values())):
-        with safe_open(directory / file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - not a dict
-                yield name, tensors.get_tensor(name)
+        raise CheckpointError(f"{source} does not fit model.*: {listed(problems, '; ')}")
 
 
 @torch.no_grad()
@@ -327,9 +374,11 @@ def load_weights(model: nn.Module, source: Path) -> Path:
     """
     checkpoint = find(source)
     verify(checkpoint, [f for f in checkpoint_dir.manifest(checkpoint) if f.startswith("model") or f == STATE])
-    meta = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
     parameters = dict(model.named_parameters())
-    compare_parameters({name: p.shape for name, p in parameters.items()}, meta["parameters"], checkpoint)
-    for name, tensor in iter_weights(checkpoint):
-        parameters[name].copy_(tensor)
+    shapes = {name: tuple(p.shape) for name, p in parameters.items()}
+    compare_parameters(shapes, _read_state(checkpoint)["parameters"], checkpoint)
+    with ExitStack() as stack:
+        tensors = TensorFiles(checkpoint, read_index(checkpoint), stack)
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors.elements(name, shapes[name], 0, parameter.numel()).reshape(shapes[name]))
     return checkpoint

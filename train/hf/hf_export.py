@@ -18,6 +18,7 @@ from transformers import AutoConfig
 
 from conf.build import ConfigError
 from conf.schema import ModelConfig, RopeConfig
+from conf.words import first_line
 from moba.kinds import AttentionSpec
 from train.checkpoint.store import MODEL_INDEX, TensorFiles, read_index
 from train.hf.pretrained import FAMILIES, PLAN_KEY, SINGLE_FILE, windows
@@ -83,9 +84,15 @@ def as_it_came(original: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]
 
     What transformers takes from both decides whether something has changed.
     """
-    was, now = (
-        AutoConfig.for_model(**(config | {"model_type": original["model_type"]})) for config in (original, ours)
-    )
+    if not isinstance(original.get("model_type"), str):
+        raise ConfigError(["the config.json kept in the run's source/ folder has no model_type: remove it"])
+    try:
+        was, now = (
+            AutoConfig.for_model(**(config | {"model_type": original["model_type"]})) for config in (original, ours)
+        )
+    except Exception as error:  # whatever the values of a config.json make transformers stumble over
+        what = "the config.json kept in the run's source/ folder is not one that transformers can read"
+        raise ConfigError([f"{what} ({first_line(error)}): remove it"]) from error
     result = {key: value for key, value in original.items() if key not in ("auto_map", PLAN_KEY)}
     result[PLAN_KEY] = ours[PLAN_KEY]
     if was.rope_parameters != now.rope_parameters:

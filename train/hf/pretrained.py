@@ -7,23 +7,31 @@ may have that ours has not is refused by name. train/hf/hf_export.py is the way 
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from pydantic import Field
 from torch import nn
 
-from conf.build import ConfigError, show
+from conf.build import ConfigError
+from conf.files import Object, parse_json, read_json, read_text, user_path
 from conf.schema import ModelConfig
+from conf.words import cut, first_line, listed, show
 from moba.kinds import AttentionSpec, Full, Moba, from_entry
-from train.checkpoint.store import MODEL_INDEX, CheckpointError, TensorFiles, compare_parameters, read_index
+from train.checkpoint.store import (
+    MODEL_INDEX,
+    CheckpointError,
+    TensorFiles,
+    compare_parameters,
+    open_tensors,
+    read_index,
+)
 from train.engine.collectives import barrier
 from train.engine.engine import Engine, Slot
 from train.model.rope import check_rope_scaling
@@ -72,12 +80,40 @@ SHAPE = (
 )
 
 
+Size = Annotated[int, Field(ge=1, le=2**40)]
+
+
+@dataclass(frozen=True)
+class _Description:
+    """Of a config.json, what has to make sense if it is there; transformers fills in the rest."""
+
+    model_type: str
+    architectures: list[str] | None = None
+    vocab_size: Size = 1
+    hidden_size: Size = 1
+    intermediate_size: Size = 1
+    num_hidden_layers: Size = 1
+    num_attention_heads: Size = 1
+    num_key_value_heads: Size | None = None
+    head_dim: Size | None = None
+    max_position_embeddings: Size = 1
+    rms_norm_eps: Annotated[float, Field(gt=0, lt=1)] = 1e-6
+    rope_theta: Annotated[float, Field(gt=0)] | None = None
+    rope_scaling: Object | None = None
+    rope_parameters: Object | None = None
+    tie_word_embeddings: bool | None = None
+
+
+def _config_error(text: str) -> ConfigError:
+    return ConfigError([text])
+
+
 # Where it is
 
 
 def is_model(source: Path | str) -> bool:
     """True if `source` is a directory with a model of Hugging Face's, or no directory but spelt like a hub id."""
-    path = Path(source).expanduser()
+    path = user_path(source)
     return (path / CONFIG).is_file() or (not path.exists() and bool(HUB_ID.fullmatch(str(source))))
 
 
@@ -86,7 +122,7 @@ def locate(source: Path | str, *, weights: bool = True) -> Path:
 
     With `weights=False` only its description and tokenizer are fetched. ConfigError if it cannot be had.
     """
-    path = Path(source).expanduser()
+    path = user_path(source)
     if path.is_dir():
         return path
     from huggingface_hub import snapshot_download
@@ -95,7 +131,7 @@ def locate(source: Path | str, *, weights: bool = True) -> Path:
     try:
         return Path(snapshot_download(str(source), allow_patterns=wanted, ignore_patterns=["*/*", "consolidated*"]))
     except (OSError, ValueError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise ConfigError(
             [
                 f"init.source={source}: there is no such directory here, and it cannot be had as a hub id ({reason}). "
@@ -113,22 +149,21 @@ def read_shape(directory: Path) -> ModelConfig:
 
     ConfigError lists everything about it that our model cannot do.
     """
-    try:
-        raw = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError([f"{directory / CONFIG} is not JSON ({error})"]) from error
-    _raise(directory, _refusals(raw))
-    from huggingface_hub.errors import StrictDataclassError
+    path = directory / CONFIG
+    text = read_text(path, error=_config_error)
+    raw = parse_json(text, Object, where=path, error=_config_error)
+    if isinstance(raw.get("model_type"), str):
+        _raise(directory, _refusals(raw))
+    parse_json(text, _Description, where=path, error=_config_error)
     from transformers import AutoConfig
 
     # transformers fills in what a config.json leaves out, which differs from family to family and over the years.
     try:
         config = AutoConfig.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
-    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError([f"{directory / CONFIG} is not one that transformers can read ({reason})"]) from error
-    problems = windows(config)
-    theta, scaling = _rope(config, problems)
+        problems = windows(config)
+        theta, scaling = _rope(config, problems)
+    except Exception as error:  # whatever the values of a config.json make transformers stumble over
+        raise ConfigError([f"{path} is not one that transformers can read ({cut(error)})"]) from error
     _raise(directory, problems)
     family = FAMILIES[config.model_type]
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -156,15 +191,14 @@ def read_plan(directory: Path, num_layers: int) -> tuple[AttentionSpec, ...]:
 
     ConfigError if the plan is not one of `num_layers` entries [kind, block_size, top_k].
     """
-    settings = json.loads((directory / CONFIG).read_text(encoding="utf-8")).get(PLAN_KEY)
+    settings = read_json(directory / CONFIG, Object, error=_config_error).get(PLAN_KEY)
     if settings is None:
         return (Full(),) * num_layers
     try:
         plan = tuple(from_entry(entry) for entry in settings["plan"])
     except (TypeError, KeyError, ValueError) as error:
-        raise ConfigError(
-            [f"{directory / CONFIG}: {PLAN_KEY}={settings!r} has no plan that can be read ({error})"]
-        ) from error
+        what = f"{PLAN_KEY}={show(settings)} has no plan that can be read ({first_line(error)})"
+        raise ConfigError([f"{directory / CONFIG}: {what}"]) from error
     if len(plan) != num_layers:
         raise ConfigError([f"{directory / CONFIG}: a MoBA plan of {len(plan)} layers for a model of {num_layers}"])
     return plan
@@ -199,19 +233,20 @@ def _refusals(raw: dict[str, Any]) -> list[str]:
     kind = raw.get("model_type")
     for key in ("quantization_config", "compression_config"):
         if raw.get(key):
-            method = raw[key].get("quant_method", "unknown method")
+            method = raw[key].get("quant_method", "unknown method") if isinstance(raw[key], dict) else show(raw[key])
             return [f"its weights are quantised ({key}, {method}); take the checkpoint it was made from"]
     if kind not in FAMILIES:
         experts = [key for key in raw if re.fullmatch(r"(num|n)_.*experts.*", key)]
         why = f"mixture of experts ({experts[0]})" if experts else "not an architecture that this project has"
-        return [f"model_type={kind} is {why}; it reads dense {', '.join(FAMILIES)}"]
+        return [f"model_type={cut(kind)} is {why}; it reads dense {', '.join(FAMILIES)}"]
     problems = []
     expected = FAMILIES[kind].architecture
-    architecture = (raw.get("architectures") or [expected])[0]
+    named = raw.get("architectures")
+    architecture = named[0] if isinstance(named, list) and named else expected
     if architecture != expected:
-        problems.append(f"it is a {architecture}; a language model of this family is a {expected}")
+        problems.append(f"it is a {cut(architecture)}; a language model of this family is a {expected}")
     if raw.get("hidden_act", "silu") not in ("silu", "swish"):
-        problems.append(f"hidden_act={raw['hidden_act']}; the MLP here is gated by silu")
+        problems.append(f"hidden_act={show(raw['hidden_act'])}; the MLP here is gated by silu")
     if raw.get("attention_bias"):
         problems.append("attention_bias=true puts a bias on the attention's output projection, which ours has not")
     if raw.get("mlp_bias"):
@@ -261,10 +296,10 @@ def weight_map(directory: Path) -> dict[str, str]:
         files = read_index(directory)
         missing = sorted({file for file in files.values() if not (directory / file).is_file()})
         if missing:
-            raise CheckpointError(f"{directory} lacks {', '.join(missing)}, which its {MODEL_INDEX} names")
+            raise CheckpointError(f"{directory} lacks {listed(missing)}, which its {MODEL_INDEX} names")
         return files
     if (directory / SINGLE_FILE).is_file():
-        with _opened(directory / SINGLE_FILE) as tensors:
+        with open_tensors(directory / SINGLE_FILE) as tensors:
             return dict.fromkeys(tensors.keys(), SINGLE_FILE)
     pickled = sorted(path.name for path in [*directory.glob("*.bin"), *directory.glob("*.pt*")])
     if pickled:
@@ -316,7 +351,7 @@ def _open_checked(config: ModelConfig, source: Path | str, shapes: dict[str, Any
     files = weight_map(directory)
     saved, odd = {}, []
     for file in sorted(set(files.values())):
-        with _opened(directory / file) as tensors:
+        with open_tensors(directory / file) as tensors:
             for name in tensors.keys():  # noqa: SIM118 - not a dict
                 tensor = tensors.get_slice(name)
                 saved[name] = tuple(tensor.get_shape())
@@ -326,12 +361,5 @@ def _open_checked(config: ModelConfig, source: Path | str, shapes: dict[str, Any
     saved = {k: v for k, v in saved.items() if k not in ignored and not k.endswith("rotary_emb.inv_freq")}
     compare_parameters(shapes, saved, directory)
     if odd:
-        raise CheckpointError(f"{directory} holds dtypes that are not weights': {', '.join(odd[:5])}")
+        raise CheckpointError(f"{directory} holds dtypes that are not weights': {listed(odd)}")
     return directory, files
-
-
-def _opened(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="pt")
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from error

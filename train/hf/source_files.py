@@ -10,6 +10,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from conf.files import user_path
 from conf.schema import RunConfig
 from data.tokenizer import SHIPPED
 
@@ -68,7 +69,7 @@ def run_directory(source: Path) -> Path:
 
 def _path(tokenizer: str) -> Path | None:
     """Where a tokenizer lies that is neither `bytes` nor shipped."""
-    return None if tokenizer == "bytes" or tokenizer in SHIPPED else Path(tokenizer).expanduser()
+    return None if tokenizer == "bytes" or tokenizer in SHIPPED else user_path(tokenizer)
 
 
 def _is_same(path: Path, copy: Path) -> bool:

@@ -9,11 +9,11 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from conf.files import user_path
 from conf.hardware import Hardware
 from conf.numbers import format_length, format_memory
 from conf.schema import RunConfig
@@ -34,6 +34,7 @@ from train.plan.describe import (
     uses_bf16,
 )
 from train.plan.memory import VERDICT_SHARE, Memory, estimate_memory
+from train.plan.warnings import unfilled, warnings_of
 from train.schedule import Schedule, Stage, build_schedule
 
 MOST_GPUS = 4096
@@ -92,6 +93,7 @@ class Plan:
     verdict: str
     data: tuple[str, ...]
     outputs: tuple[str, ...]
+    warnings: tuple[str, ...]
     notice: str | None
 
     def to_dict(self) -> dict[str, Any]:
@@ -108,11 +110,13 @@ def make_plan(
     vocab_size: int,
     hardware: Hardware | None = None,
     sources: Mapping[str, Source] | None = None,
+    asked_tokens: int | None = None,
 ) -> Plan:
     """The plan of a frozen configuration for a model with `vocab_size` embedding rows (train/model/sizes.py).
 
     `hardware` says how many processes share the work and how much memory a GPU has; without it, one GPU of unknown
-    size. `sources` are those whose documents are tokenised already.
+    size. `sources` are those whose documents are tokenised already. `asked_tokens` is the budget before its stages took
+    their shares of it.
     """
     hardware = hardware or Hardware(num_gpus=1)
     schedule = build_schedule(config)
@@ -122,7 +126,7 @@ def make_plan(
     memory, verdict = _memory(config, schedule.stages, vocab_size, hardware)
     return Plan(
         name=config.run.name,
-        run_dir=str(Path(config.run.dir).expanduser().absolute()),
+        run_dir=str(user_path(config.run.dir).absolute()),
         model=describe_model(config),
         parameters=num_parameters(config.model, vocab_size),
         vocab_size=vocab_size,
@@ -137,6 +141,7 @@ def make_plan(
         verdict=verdict,
         data=describe_data(config, schedule.stages, sources),
         outputs=describe_outputs(config),
+        warnings=(*unfilled(asked_tokens, schedule), *warnings_of(config, schedule, sources)),
         notice=config.run.notice,
     )
 
@@ -281,6 +286,7 @@ def _lines(plan: Plan) -> list[str]:
         *_block("data", *plan.data),
         *_block("outputs", plan.run_dir, *plan.outputs),
     ]
+    lines += ["", *_block("warning", *plan.warnings)] if plan.warnings else []
     return lines + (["", *_block("note", plan.notice)] if plan.notice else [])
 
 

@@ -15,9 +15,12 @@ import math
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from conf.files import Count, FileError, Object, parse_json
+from conf.words import cut
 from moba.kinds import AttentionSpec
 from train.plan.describe import describe_layers
 
@@ -26,6 +29,46 @@ FILE_NAME = "metrics.jsonl"
 
 class MetricsError(ValueError):
     """A metrics.jsonl that cannot be read; the message names the line."""
+
+
+@dataclass(frozen=True)
+class _Line:
+    """What readers of a line rely on; there may be more. Numbers are null where they are not finite or not known."""
+
+    kind: str
+    tokens: Count
+    wall_seconds: float = 0.0
+    stage: str | None = None
+    step: Count | None = None
+    stage_index: Count | None = None
+    documents: Count | None = None
+    eval_seq_len: Count | None = None
+    skipped_steps: Count | None = None
+    num_devices: Count | None = None
+    loss: float | None = None
+    trailing_loss: float | None = None
+    trailing_se: float | None = None
+    trailing_freedom: float | None = None
+    grad_norm: float | None = None
+    lr: float | None = None
+    tokens_per_second: float | None = None
+    tflops: float | None = None
+    mfu: float | None = None
+    mfu_dense_equivalent: float | None = None
+    peak_memory_gib: float | None = None
+    seconds: float | None = None
+    eta_seconds: float | None = None
+    convention: str | None = None
+
+
+@dataclass(frozen=True)
+class _StageLine:
+    """Besides, of a stage's line."""
+
+    stage: str
+    seq_len: Count
+    attention: str
+    end: Count
 
 
 class MetricsLog:
@@ -110,17 +153,29 @@ def read_metrics(path: Path | str) -> list[dict[str, Any]]:
 
 def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
     """Each line as it stands in the file, with what it says."""
-    lines = path.read_bytes().splitlines(keepends=True)
+    try:
+        lines = path.read_bytes().splitlines(keepends=True)
+    except OSError as error:
+        raise MetricsError(f"{path} cannot be read ({error.strerror})") from error
     for number, line in enumerate(lines, 1):
         try:
-            record = json.loads(line)
-            complete = line.endswith(b"\n") and isinstance(record, dict) and {"kind", "tokens"} <= record.keys()
-        except ValueError:
-            complete = False
-        if complete:
+            record = _record(line)
+        except FileError as error:
+            if number < len(lines) or line.endswith(b"\n"):
+                what = f"{path}, line {number}: not a metrics line: {cut(repr(line)[1:], 80)} {error}"
+                raise MetricsError(f"{what}; remove it to go on") from error
+            return  # torn by a kill
+        if line.endswith(b"\n"):
             yield line, record
-        elif number < len(lines):
-            raise MetricsError(f"{path}, line {number}: not a metrics line: {line[:80]!r}; remove it to go on")
+
+
+def _record(line: bytes) -> dict[str, Any]:
+    """What a line says. FileError if it is no line of ours."""
+    parse_json(line, _Line, where="which")
+    record = parse_json(line, Object, where="which")
+    if record["kind"] == "stage":
+        parse_json(line, _StageLine, where="which")
+    return record
 
 
 def _strict(value: Any) -> Any:

@@ -14,6 +14,8 @@ suffixes: T tokens, N documents or windows, B buckets.
 
 from __future__ import annotations
 
+import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +24,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from conf.files import FileError
+from conf.words import first_line, listed
 from data.packing import IGNORED
 
 BUCKET = 2048
@@ -76,6 +80,21 @@ class PositionCurve:
     """[max_length] mean loss at each number of visible tokens (index 0: one)."""
     position_count: np.ndarray
     """[max_length] tokens counted there."""
+    freedom: np.ndarray | None = None
+    """[B] degrees of freedom of each bucket's interval, NaN where none holds at its rate; None = clusters of one size
+    or of unknown sizes, one less than they are."""
+    trailing_freedom: float | None = None
+    """The same of `trailing`."""
+
+    @property
+    def interval_freedom(self) -> np.ndarray:
+        """[B] degrees of freedom."""
+        return self.clusters - 1 if self.freedom is None else self.freedom
+
+    @property
+    def trailing_interval_freedom(self) -> float:
+        """Of the trailing loss."""
+        return self.trailing.clusters - 1 if self.trailing_freedom is None else self.trailing_freedom
 
     @property
     def total_mean(self) -> float:
@@ -85,7 +104,7 @@ class PositionCurve:
 
     def arrays(self) -> dict[str, np.ndarray]:
         """All fields as arrays, for a .npz file that may hold more beside them."""
-        return {name: np.asarray(value) for name, value in vars(self).items()}
+        return {name: np.asarray(value) for name, value in vars(self).items() if value is not None}
 
     def to_npz(self, path: Path | str) -> None:
         """Writes the curve to `path`, to be read by `from_npz` or plain numpy."""
@@ -94,11 +113,49 @@ class PositionCurve:
     @staticmethod
     def from_npz(path: Path | str) -> PositionCurve:
         """The curve in a .npz file that holds its `arrays`, equal bit for bit."""
+        return read_npz(path)[0]
+
+
+# What numpy and zipfile raise for bytes that are no .npz, or a damaged one.
+NPZ_ERRORS = (OSError, ValueError, EOFError, RuntimeError, KeyError, MemoryError, zipfile.BadZipFile, zlib.error)
+
+
+def read_npz(path: Path | str) -> tuple[PositionCurve, dict[str, np.ndarray]]:
+    """The curve in a .npz file, and the arrays beside it. FileError if there is none."""
+    remedy = "A curve is written by training (position_loss/) or launch/evaluate.py"
+    try:
         with np.load(path) as fields:
-            values = {name: fields[name] for name in PositionCurve.__dataclass_fields__}
-        values["max_length"] = int(values["max_length"])
-        values["trailing"] = Trailing(*map(float, values["trailing"]))
-        return PositionCurve(**values)
+            arrays = dict(fields)
+    except NPZ_ERRORS as error:
+        raise FileError(f"{path} cannot be read ({first_line(error)}). {remedy}") from error
+    except TypeError as error:  # a .npy of one array
+        raise FileError(f"{path} holds an array, not named arrays. {remedy}") from error
+    shapes = _curve_shapes(arrays)
+    missing = [name for name in shapes if name not in arrays and name not in OPTIONAL]
+    if missing:
+        raise FileError(f"{path} has no {listed(missing)}. {remedy}")
+    values = {name: arrays.pop(name) for name in shapes if name in arrays}
+    wrong = [n for n, v in values.items() if v.dtype.kind not in "fiu" or v.shape != shapes[n]]
+    if wrong:
+        raise FileError(f"{path}: {listed(wrong)} not in the shape of a curve. {remedy}")
+    values["max_length"] = int(values["max_length"])
+    values["trailing"] = Trailing(*map(float, values["trailing"]))
+    if "trailing_freedom" in values:
+        values["trailing_freedom"] = float(values["trailing_freedom"])
+    return PositionCurve(**values), arrays
+
+
+OPTIONAL = ("freedom", "trailing_freedom")
+
+
+def _curve_shapes(arrays: dict[str, np.ndarray]) -> dict[str, tuple[int, ...]]:
+    """The shape of each array of a PositionCurve with the length and buckets that `arrays` say."""
+    length, edges = arrays.get("max_length", np.zeros(0)), arrays.get("edges", np.zeros(1))
+    positions = (int(length),) if length.shape == () and length.dtype.kind in "iu" else (-1,)
+    by_bucket = dict.fromkeys(("mean", "se", "count", "clusters", "freedom"), (edges.size - 1,))
+    by_position = dict.fromkeys(("position_mean", "position_count"), positions)
+    single = {"max_length": (), "trailing_freedom": (), "trailing": (4,), "edges": (edges.size,)}
+    return by_bucket | by_position | single
 
 
 class PositionLoss:

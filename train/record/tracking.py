@@ -144,7 +144,7 @@ class Tracker:
 def run_id(run_dir: Path) -> str:
     """The wandb id of a run directory, made and kept there the first time."""
     path = run_dir / ID_FILE
-    text = path.read_text(encoding="ascii").strip() if path.exists() else ""
+    text = path.read_text(encoding="ascii", errors="replace").strip() if path.is_file() else ""
     if not re.fullmatch(r"[0-9a-z]{4,64}", text):  # none yet, or torn by a kill
         text = secrets.token_hex(4)
         path.write_text(text + "\n", encoding="ascii")
