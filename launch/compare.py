@@ -39,7 +39,12 @@ def main(argv: list[str] | None = None) -> None:
     values = key_values(arguments, KEYS, about=__doc__)
     if len(paths) != 2:
         raise UsageError(f"name two evaluations or run directories, not {len(paths)} (--help explains)")
-    gap = float(values["gap"]) if "gap" in values else None
+    if paths[0].resolve() == paths[1].resolve():
+        raise UsageError(f"{paths[0]} is given twice: name two evaluations or run directories")
+    try:
+        gap = float(values["gap"]) if "gap" in values else None
+    except ValueError:
+        gap = float("nan")
     if gap is not None and not 0 < gap < float("inf"):
         raise UsageError(f"gap={values['gap']}: must be a number of nats above 0, such as 0.01")
     sides = {_label(path, paths): _evaluation(path) for path in paths}
