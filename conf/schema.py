@@ -182,8 +182,8 @@ class AttentionConfig:
     """Instead of full_last: one letter a layer, M (moba; only with kind=moba), F (full) or S (sliding window), repeated
     if shorter than the model. MMMF, SM; and with kind=full SF, its full twin."""
     backend: str = "auto"
-    """Kernels of the MoBA layers: `auto`, `reference`, `torch`, `flash` or `triton`. Full and sliding layers take it
-    too where they have it, else `auto`."""
+    """Kernels of the layers of this kind: `auto` (the fastest that can), `reference`, `torch`, `flash`, `triton` (MoBA
+    alone) or `cudnn` (full attention alone). Other layers take it too where they have it, else `auto`."""
     options: dict[str, Any] = field(default_factory=dict, metadata={"collects": all_options})
     """What is said of the kinds' options, each written beside the keys above; frozen, all of them."""
 

@@ -175,6 +175,8 @@ class Trainer:
             engine_state.reset_moments(self.engine)
         self.model.set_attention(stage.attention)
         self.model.set_rope(stage.rope)
+        with self.throughput.paused():
+            self.model.prepare_attention(stage.seq_len, self.world.device)
         self.loader.set_stage(
             seq_len=stage.seq_len,
             batch_tokens=stage.batch_tokens,

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from conf.schema import ModelConfig, RopeConfig
+from moba.attention import prepare
 from moba.documents import Documents
 from moba.kinds import AttentionSpec
 from moba.layer import KVCache, LayerCache, MoBAAttention, RMSNorm
@@ -181,6 +182,12 @@ class Decoder(nn.Module):
             raise ValueError(f"an attention plan of {len(plan)} layers for a model of {len(self.model.layers)}")
         for layer, spec in zip(self.model.layers, plan):
             layer.self_attn.spec = spec
+
+    def prepare_attention(self, longest: int, device: torch.device) -> None:
+        """Does now what attention would have to wait for at its first documents of up to `longest` tokens."""
+        empty = torch.empty(0, head_dim(self.config), dtype=self.lm_head.weight.dtype, device=device)
+        q, k = (empty[:, None].expand(-1, heads, -1) for heads in (self.config.num_heads, num_kv_heads(self.config)))
+        prepare(self.attention, q, k, longest)
 
     def set_rope(self, stage: RopeConfig | None) -> None:
         """Puts a stage's RoPE changes (None: none) on top of the model's own from now on; no parameter is touched."""
