@@ -67,7 +67,7 @@ def check_device(config: RunConfig, hardware: Hardware, problems: Problems) -> N
             problems.add(key, backend, f"not on {hardware.gpu_name}, which is too old for it; use flash or auto")
     if device == "cpu":
         return
-    if config.model.compile and not hardware.has_triton:
+    if config.model.compile is True and not hardware.has_triton:
         problems.add("model.compile", True, "triton is not installed; use model.compile=false, or pip install triton")
     if hardware.local_world_size > hardware.num_gpus:
         problems.add(

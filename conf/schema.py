@@ -13,6 +13,9 @@ from typing import Any
 
 from moba.kinds import Moba, all_options
 
+AUTO = "auto"
+"""As fits the machine: what train/plan/automatic.py or the kinds' backends choose."""
+
 # Quantities are typed by hand in many ways (32768, "32K", 2.7e10, "27B"); `freeze` parses them by their metadata.
 LENGTH = {"unit": "length"}  # binary K, becomes int
 TOKENS = {"unit": "tokens"}  # decimal K, becomes int
@@ -71,9 +74,10 @@ class ModelConfig:
     (true)."""
     loss_tile: Any = field(default="2K", metadata=LENGTH)
     """Tokens whose logits exist at a time in the cross-entropy."""
-    compile: bool = False
-    """torch.compile what stands before and after attention in each layer. Needs triton on a GPU, a C++ compiler on a
-    CPU; not with ZeRO 3. The first steps, and the first of another length, take longer."""
+    compile: Any = AUTO
+    """torch.compile what stands before and after attention in each layer: true, false, or `auto`, which is true on GPUs
+    but with ZeRO 3, run.deterministic or no triton (train/plan/automatic.py). Needs triton on a GPU, a C++ compiler on
+    a CPU; not with ZeRO 3. The first steps, and the first of another length, take longer."""
 
 
 @dataclass(frozen=True)

@@ -48,9 +48,9 @@ class MLP(nn.Module):
 class DecoderLayer(nn.Module):
     """Attention and MLP, each behind a norm and added to the residual stream.
 
-    With `compile`, what stands before attention and what stands after it are compiled; attention itself is not, since
-    it depends on the documents. So a change of spec, RoPE or number of documents compiles nothing. With a cache, what
-    stands before attention runs as it is.
+    With compile=True, what stands before attention and what stands after it are compiled; attention itself is not,
+    since it depends on the documents. So a change of spec, RoPE or number of documents compiles nothing. With a cache,
+    what stands before attention runs as it is.
     """
 
     def __init__(self, config: ModelConfig, index: int):
@@ -71,7 +71,7 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = MLP(config.hidden_size, config.ffn_size)
 
-        self.compiled = config.compile
+        self.compiled = config.compile is True
         self.recomputes_mlp = config.activation_checkpointing == "mlp"
 
     def forward(

@@ -89,7 +89,7 @@ def describe_model(config: RunConfig) -> str:
         "QK-norm": model.qk_norm,
         "activation checkpointing": model.activation_checkpointing is True,
         "activation checkpointing of the MLP": model.activation_checkpointing == "mlp",
-        "torch.compile": model.compile,
+        "torch.compile": model.compile is True,
         f"no RoPE in {_layers(nope)}": nope,
         f"key convolution over {model.key_conv} tokens in {_layers(convolved)}": convolved,
     }
