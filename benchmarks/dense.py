@@ -10,7 +10,7 @@ torch has but keeps switched off: an error of theirs may end the process, so ask
 Medians of `repeats` timed by events; before that each result is compared with float64 on a short pack. `first` is the
 time of the first call, which builds a plan where the length is not among those built before; `host` that of handing a
 warm call to the device. The rule it prints, the shortest length from which cuDNN is faster on every layout measured, is
-what SHORTEST in that module says.
+what shortest_on_cudnn in moba/backends/refusals.py says, by head size: 4K at 128, 8K at 64.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from conf.numbers import format_length, parse_length  # noqa: E402
 from evals.results import write_json  # noqa: E402
 from launch.cli import UsageError, exits_on, key_values  # noqa: E402
 from moba.backends import cudnn  # noqa: E402
+from moba.backends.refusals import shortest_on_cudnn  # noqa: E402
 from moba.backends.varlen import default_primitive, varlen_attention  # noqa: E402
 from moba.flops import attention_flops, causal_pairs  # noqa: E402
 from moba.reference import reference_attention  # noqa: E402
@@ -158,11 +159,12 @@ def _plans(inputs: list[torch.Tensor], tokens: int) -> dict[str, float] | str:
     """How many plans there can be for documents up to a pack's length, and the seconds that building them all takes."""
     began = time.perf_counter()
     try:
-        count = cudnn.build_plans(*inputs[:2], tokens)
+        lengths = cudnn.padded_lengths(tokens, shortest_on_cudnn(inputs[0].shape[-1]))
+        cudnn.build_plans(*inputs[:2], lengths)
     except RuntimeError as error:
         return _first_line(error)
     torch.cuda.synchronize()
-    return {"count": count, "seconds": time.perf_counter() - began}
+    return {"count": len(lengths), "seconds": time.perf_counter() - began}
 
 
 def _errors(layout: tuple[int, int, int], device: torch.device, packed: bool) -> dict[str, float | str]:

@@ -39,6 +39,7 @@ from launch.config import detect_hardware, load  # noqa: E402
 from train.engine import collectives  # noqa: E402
 from train.engine.signals import PreemptionFlag  # noqa: E402
 from train.loop import Observers, Trainer  # noqa: E402
+from train.plan.automatic import settle  # noqa: E402
 from train.schedule import build_schedule  # noqa: E402
 
 START_FILE = "start_seconds"
@@ -105,7 +106,8 @@ class Profiles:
 def main(windows: str, *overrides: str) -> None:
     """Trains; see the module's text."""
     launched = launch_environment()
-    config = load(list(overrides), detect_hardware(launched.world_size, launched.local_world_size))
+    hardware = detect_hardware(launched.world_size, launched.local_world_size)
+    config = load(list(overrides), hardware)
     tokenizer = load_tokenizer(config.data.tokenizer)
     world = init_world(config.run.device)
     run_dir = Path(config.run.dir)
@@ -115,7 +117,8 @@ def main(windows: str, *overrides: str) -> None:
     profiles = Profiles(parsed, run_dir, world.device.type == "cuda", ends=world.world_size == 1)
     config_yaml = yaml.safe_dump(to_dict(config), sort_keys=False)
     observers = Observers(record=[profiles])
-    trainer = Trainer(config, build_schedule(config), sources, tokenizer, world, observers, config_yaml=config_yaml)
+    settled = settle(config, hardware).config
+    trainer = Trainer(settled, build_schedule(config), sources, tokenizer, world, observers, config_yaml=config_yaml)
     trainer.fit(PreemptionFlag())
 
 

@@ -7,7 +7,7 @@
 
 The third tries it on a CPU with a tiny model, in a minute; what it measures means nothing. A variant is
 <experiment>/<model>[/<option>...]: a file of conf/exp, whose first stage is run, one of conf/model, and overrides,
-where `compile=true` stands for model.compile=true. Arguments with a dot go to all runs.
+where `compile=true` stands for model.compile=true; without it nothing is compiled. Arguments with a dot go to all runs.
 
 Workloads: `long`, one document of the full length a sequence, of random tokens (Zipf's law) made here; `packs`, what
 the shipped books give, with the pairs of a token and its past as a share of those of full documents.
@@ -78,6 +78,7 @@ KEYS = {
 }
 QUIET = ("data.validation=null", "logging.wandb=disabled", "logging.figures=false", "logging.progress=false")
 QUIET += ("logging.every_tokens=0", "checkpoint.every_tokens=0")
+PLAIN = ("model.compile=false",)
 WORKLOADS = ("long", "packs")
 DOCUMENTS = 64
 LEAST_SECONDS = 30
@@ -100,7 +101,7 @@ class Study:
     def arguments(self, variant: str) -> list[str]:
         """The overrides of a run, without its directory."""
         experiment, model, *options = variant.split("/")
-        own = [f"+exp={experiment}", f"model={model}"]
+        own = [f"+exp={experiment}", f"model={model}", *PLAIN]
         own += [text if "." in text.partition("=")[0] else f"model.{text}" for text in options]
         own += [*QUIET, f"schedule.seq_len={self.seq_len}", f"schedule.batch_tokens={self.batch_tokens}"]
         total = self.warmup + self.steps + 2 * self.profiled

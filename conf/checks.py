@@ -14,6 +14,7 @@ from conf.build import Problems
 from conf.hardware import Hardware, check_device, check_world, divisors, refuse_bf16_at_stage_0
 from conf.numbers import format_length, format_tokens
 from conf.schema import (
+    AUTO,
     AttentionConfig,
     LongDocumentsConfig,
     LRConfig,
@@ -101,6 +102,8 @@ def _check_model(config: RunConfig, problems: Problems) -> None:
         return
     if not isinstance(model.activation_checkpointing, bool) and model.activation_checkpointing != "mlp":
         problems.add("model.activation_checkpointing", model.activation_checkpointing, "choose one of false, mlp, true")
+    if not isinstance(model.compile, bool) and model.compile != AUTO:
+        problems.add("model.compile", model.compile, "choose one of auto, false, true")
     if model.vocab_size is not None:
         _at_least("model.vocab_size", model.vocab_size, 1, problems)
     if model.num_heads % model.num_kv_heads:
@@ -429,7 +432,7 @@ def _check_engine(config: RunConfig, problems: Problems) -> None:
         problems.add("deepspeed.offload_optimizer", True, "needs ZeRO 1, 2 or 3, such as deepspeed=zero1_offload")
     if engine.offload_params and engine.zero_stage != 3:
         problems.add("deepspeed.offload_params", True, "needs ZeRO 3: deepspeed=zero3_offload")
-    if config.model.compile and engine.zero_stage == 3:
+    if config.model.compile is True and engine.zero_stage == 3:
         problems.add(
             "model.compile",
             True,

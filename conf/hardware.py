@@ -11,7 +11,7 @@ from conf.build import Problems
 from conf.numbers import format_length
 from conf.schema import RunConfig
 
-GPU_BACKENDS = ("flash", "triton")
+GPU_BACKENDS = ("flash", "triton", "cudnn")
 
 
 @dataclass(frozen=True)
@@ -61,9 +61,13 @@ def check_device(config: RunConfig, hardware: Hardware, problems: Problems) -> N
             problems.add(key, backend, "needs a GPU and this run is on a CPU; use auto or torch")
         elif backend == "triton" and not hardware.has_triton:
             problems.add(key, backend, "triton is not installed; use flash or auto, or pip install triton")
+        elif backend == "cudnn" and config.run.deterministic:
+            problems.add(key, backend, "its gradients do not repeat, as run.deterministic=true asks; use flash or auto")
+        elif backend == "cudnn" and not hardware.has_bf16:
+            problems.add(key, backend, f"not on {hardware.gpu_name}, which is too old for it; use flash or auto")
     if device == "cpu":
         return
-    if config.model.compile and not hardware.has_triton:
+    if config.model.compile is True and not hardware.has_triton:
         problems.add("model.compile", True, "triton is not installed; use model.compile=false, or pip install triton")
     if hardware.local_world_size > hardware.num_gpus:
         problems.add(

@@ -13,6 +13,9 @@ from typing import Any
 
 from moba.kinds import Moba, all_options
 
+AUTO = "auto"
+"""As fits the machine: what train/plan/automatic.py or the kinds' backends choose."""
+
 # Quantities are typed by hand in many ways (32768, "32K", 2.7e10, "27B"); `freeze` parses them by their metadata.
 LENGTH = {"unit": "length"}  # binary K, becomes int
 TOKENS = {"unit": "tokens"}  # decimal K, becomes int
@@ -72,9 +75,10 @@ class ModelConfig:
     (true)."""
     loss_tile: Any = field(default="2K", metadata=LENGTH)
     """Tokens whose logits exist at a time in the cross-entropy."""
-    compile: bool = False
-    """torch.compile what stands before and after attention in each layer. Needs triton on a GPU, a C++ compiler on a
-    CPU; not with ZeRO 3. The first steps, and the first of another length, take longer."""
+    compile: Any = AUTO
+    """torch.compile what stands before and after attention in each layer: true, false, or `auto`, which is true on GPUs
+    but with ZeRO 3, run.deterministic or no triton (train/plan/automatic.py). Needs triton on a GPU, a C++ compiler on
+    a CPU; not with ZeRO 3. The first steps, and the first of another length, take longer."""
 
 
 @dataclass(frozen=True)
@@ -183,8 +187,8 @@ class AttentionConfig:
     """Instead of full_last: one letter a layer, M (moba; only with kind=moba), F (full) or S (sliding window), repeated
     if shorter than the model. MMMF, SM; and with kind=full SF, its full twin."""
     backend: str = "auto"
-    """Kernels of the MoBA layers: `auto`, `reference`, `torch`, `flash` or `triton`. Full and sliding layers take it
-    too where they have it, else `auto`."""
+    """Kernels of the layers of this kind: `auto` (the fastest that can), `reference`, `torch`, `flash`, `triton` (MoBA
+    alone) or `cudnn` (full attention alone). Other layers take it too where they have it, else `auto`."""
     options: dict[str, Any] = field(default_factory=dict, metadata={"collects": all_options})
     """What is said of the kinds' options, each written beside the keys above; frozen, all of them."""
 

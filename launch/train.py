@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
@@ -28,6 +29,7 @@ import yaml  # noqa: E402
 
 from conf.build import ConfigError  # noqa: E402
 from conf.files import FileError, user_path  # noqa: E402
+from conf.hardware import Hardware  # noqa: E402
 from conf.schema import RunConfig  # noqa: E402
 from conf.trajectory import to_dict, trajectory_diff  # noqa: E402
 from conf.validate import from_yaml  # noqa: E402
@@ -47,6 +49,7 @@ from train.loop import Observers, Trainer  # noqa: E402
 from train.model.rope import check_stages  # noqa: E402
 from train.model.sizes import embedding_rows  # noqa: E402
 from train.non_finite import NonFiniteError  # noqa: E402
+from train.plan.automatic import settle  # noqa: E402
 from train.plan.plan import Plan, make_plan  # noqa: E402
 from train.record.metrics import MetricsError  # noqa: E402
 from train.record.position_loss import PositionCurve  # noqa: E402
@@ -103,7 +106,7 @@ def main(overrides: list[str]) -> None:
             if launched.rank == 0:
                 print(f"\n{run_dir} is finished. To go on from its weights: another run.dir with init.source={run_dir}")
             return
-        _train(config, tokenizer, plan, watch)
+        _train(config, hardware, tokenizer, plan, watch)
 
 
 @contextmanager
@@ -171,7 +174,9 @@ def _refuse_another_trajectory(config: RunConfig, saved: store.Saved) -> None:
         raise ConfigError(["\n      ".join([problem, *differences])])
 
 
-def _train(config: RunConfig, tokenizer: Tokenizer, plan: Callable[..., Plan], watch: ParentWatch) -> None:
+def _train(
+    config: RunConfig, hardware: Hardware, tokenizer: Tokenizer, plan: Callable[..., Plan], watch: ParentWatch
+) -> None:
     world = init_world(config.run.device)
     run_dir, schedule = Path(config.run.dir), build_schedule(config)
     lock = lock_run(run_dir, world)
@@ -193,7 +198,10 @@ def _train(config: RunConfig, tokenizer: Tokenizer, plan: Callable[..., Plan], w
     if held_out is not None:
         observers.evaluate = HeldOutEvaluator(held_out, config, schedule, world)
     config_yaml = yaml.safe_dump(to_dict(config), sort_keys=False)
-    trainer = Trainer(config, schedule, sources, tokenizer, world, observers, config_yaml=config_yaml)
+    # Rank 0's choice on all ranks: their collectives have to fit, whatever GPUs they have.
+    model = collectives.broadcast_object(settle(config, hardware).config.model)
+    settled = replace(config, model=model)
+    trainer = Trainer(settled, schedule, sources, tokenizer, world, observers, config_yaml=config_yaml)
     tracker = None
     if world.is_main:
         (run_dir / "config.yaml").write_text(config_yaml, encoding="utf-8")

@@ -2,17 +2,21 @@
 
 `attend` is the one way in: any kind of attention over the documents of a pack. `moba_attention` is sparse,
 `full_attention` dense and causal, `sliding_attention` sees the latest tokens only, for those who have `cu_seqlens`. All
-take packed documents: q [T, H, D], k and v [S, G, D]. Nothing here reads values of CUDA tensors.
+take packed documents: q [T, H, D], k and v [S, G, D]. Nothing here reads values of CUDA tensors. `prepare` does early
+what the first calls would have to wait for.
 
 Shapes: T queries, S keys, H query heads, G key/value heads, D head size, N documents.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterable
+
 import torch
 
 from moba.backends.choice import choose, log_choice
-from moba.backends.refusals import BackendUnavailable
+from moba.backends.refusals import BackendUnavailable, shortest_on_cudnn
 from moba.checks import check_blocks, check_scale, check_tensors, check_window
 from moba.documents import Documents
 from moba.kinds import BACKENDS, AttentionSpec, Full, Moba, QueryShape, Sliding
@@ -42,17 +46,63 @@ def attend(
     check_scale(softmax_scale)
     assert (documents.num_queries, documents.num_keys) == (q.shape[0], k.shape[0]), (documents, q.shape, k.shape)
     kind = kind.at(documents.longest_k)
-    choice = choose(kind, shape_of(q, k, softmax_scale), documents)
+    choice = choose(kind, shape_of(q, k, softmax_scale, deterministic), documents)
     log_choice(kind.name, choice)
     options = {"softmax_scale": softmax_scale, "deterministic": deterministic, "return_lse": return_lse}
     out, lse = kind.run(choice.backend, q, k, v, documents, **options)
     return out, lse.detach() if return_lse and lse is not None else None
 
 
-def shape_of(q: torch.Tensor, k: torch.Tensor, softmax_scale: float | None = None) -> QueryShape:
-    """What backends have to know of these tensors."""
-    dtype = str(q.dtype).removeprefix("torch.")
-    return QueryShape(q.device.type, dtype, q.shape[0], q.shape[1], k.shape[1], q.shape[2], softmax_scale)
+def shape_of(
+    q: torch.Tensor, k: torch.Tensor, softmax_scale: float | None = None, deterministic: bool = False
+) -> QueryShape:
+    """What backends have to know of these tensors, and of how they are to be computed."""
+    return QueryShape(
+        device=q.device.type,
+        dtype=str(q.dtype).removeprefix("torch."),
+        num_tokens=q.shape[0],
+        num_heads=q.shape[1],
+        num_kv_heads=k.shape[1],
+        head_dim=q.shape[2],
+        softmax_scale=softmax_scale,
+        deterministic=deterministic or torch.are_deterministic_algorithms_enabled(),
+        has_cudnn=q.device.type == "cuda" and _has_cudnn(q.device),
+    )
+
+
+@functools.cache
+def _has_cudnn(device: torch.device) -> bool:
+    return torch.backends.cudnn.is_available() and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def prepare(kinds: Iterable[AttentionSpec], q: torch.Tensor, k: torch.Tensor, longest: int) -> int:
+    """Builds the plans of cuDNN that these kinds may need for documents of up to `longest` tokens, so that no later
+    call waits for them (some 0.1 s each); returns how many. Nothing where cuDNN would not be chosen.
+
+    q [., H, D] and k [., G, D] give heads, head size, dtype and device.
+    """
+    lengths = planned_lengths(kinds, shape_of(q, k), longest)
+    if lengths:
+        from moba.backends.cudnn import build_plans
+
+        build_plans(q, k, lengths)
+    return len(lengths)
+
+
+def planned_lengths(kinds: Iterable[AttentionSpec], q: QueryShape, longest: int) -> list[int]:
+    """The padded lengths at which cuDNN computes documents of up to `longest` tokens for any of these kinds."""
+    from moba.backends.cudnn import padded_lengths
+
+    kinds, found = set(kinds), []
+    first = shortest_on_cudnn(q.head_dim)
+    for padded in padded_lengths(longest, first):
+        # The shortest document that is computed at this length: what is dense for it alone is enough.
+        documents = Documents.from_lengths([first])
+        at = {kind.at(first) for kind in kinds}
+        if any(choose(kind, q, documents).backend == "cudnn" for kind in at):
+            found.append(padded)
+        first = padded + 1
+    return found
 
 
 def moba_attention(
@@ -108,9 +158,10 @@ def full_attention(
 ) -> Output:
     """Dense causal attention within each document: [T, H, D], with `return_lse` also the log-sum-exp [H, T].
 
-    Arguments as for `moba_attention`. Backends: "flash" (varlen flash kernels, CUDA, half precision), "torch"
-    (scaled_dot_product attention document by document), "reference". "triton" has no dense kernel: it stands for
-    "auto" here, and is logged.
+    Arguments as for `moba_attention`. Backends: "cudnn" (CUDA, half precision: documents of 4K tokens or more one by
+    one, 8K at head sizes up to 64, shorter ones on varlen flash; bounds on the CPU, gradients that do not repeat bit
+    for bit), "flash" (varlen flash kernels, CUDA, half precision), "torch" (scaled_dot_product attention document by
+    document), "reference". "triton" has no dense kernel: it stands for "auto" here, and is logged.
     """
     _check_backend(backend)
     kind = Full(backend=backend)

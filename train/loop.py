@@ -167,6 +167,8 @@ class Trainer:
             self.engine.reset_moments()
         self.model.set_attention(stage.attention)
         self.model.set_rope(stage.rope)
+        with self.throughput.paused():
+            self.model.prepare_attention(stage.seq_len, self.world.device)
         self.loader.set_stage(
             seq_len=stage.seq_len,
             batch_tokens=stage.batch_tokens,

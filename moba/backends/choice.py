@@ -43,7 +43,8 @@ def choose(kind: AttentionSpec, q: QueryShape, documents: Documents | None) -> C
     named = kind.backend != "auto"
     reasons = [f"not {kind.backend!r} (there is no kernel of {kind.name} attention)"] if named else []
     for backend in kind.backends:
-        if backend.by_itself and backend.device in (None, q.device):
+        considered = backend.device in (None, q.device) and (backend.pays is None or backend.pays(q, documents))
+        if considered:
             problem = backend.refuses(kind, q, documents)
             if problem is None:
                 return Choice(backend.name, tuple(reasons))

@@ -18,6 +18,7 @@ Shapes: T tokens, H query heads, G key/value heads, D head size, N documents, P 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -25,16 +26,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
-from moba.backends.refusals import BackendUnavailable
+from moba.backends.refusals import shortest_on_cudnn
 from moba.backends.varlen import PLAIN, Primitive, default_primitive
 from moba.routing import score_dtype
 
-SHORTEST = 4096
-"""Documents of at least so many tokens run on cuDNN. Where it pays is measured by benchmarks/dense.py."""
 PARTS = 8
 """Padded lengths between a power of two and the next: an eighth of the power is the most that padding adds."""
-MAX_HEAD_DIM = 128
 
 
 class Dense(NamedTuple):
@@ -75,7 +74,7 @@ def padded_length(length: int) -> int:
     return -(-length // step) * step
 
 
-def padded_lengths(longest: int, shortest: int = SHORTEST) -> list[int]:
+def padded_lengths(longest: int, shortest: int) -> list[int]:
     """All padded lengths of documents of `shortest` to `longest` tokens, ascending: the plans there can be."""
     found, length = [], shortest
     while length <= longest:
@@ -84,7 +83,7 @@ def padded_lengths(longest: int, shortest: int = SHORTEST) -> list[int]:
     return found
 
 
-def runs_of(lengths: Sequence[int], shortest: int = SHORTEST) -> list[Run]:
+def runs_of(lengths: Sequence[int], shortest: int) -> list[Run]:
     """The calls that compute documents of these lengths, in order; empty documents take part in none."""
     runs: list[Run] = []
     start = 0
@@ -107,22 +106,22 @@ def cudnn_attention(
     softmax_scale: float | None = None,
     return_lse: bool = False,
     *,
-    shortest: int = SHORTEST,
+    shortest: int | None = None,
     dense: Dense | None = None,
     varlen: Primitive | None = None,
 ):
     """Dense causal attention within documents of `lengths` tokens: out [T, H, D]; with return_lse also lse [H, T].
 
-    q [T, H, D], k, v [T, G, D], `lengths` on the host, their sum T. Documents of `shortest` tokens or more run on
-    `dense` (cuDNN), shorter ones on `varlen`; on a CPU both are plain PyTorch. lse is the natural log-sum-exp in
-    float32, without gradient. Gradients may differ in their last bits from run to run. Raises BackendUnavailable for
-    what cuDNN does not take.
+    q [T, H, D], k, v [T, G, D], `lengths` on the host, their sum T. Documents of `shortest` tokens or more (None: as
+    fits the head size) run on `dense` (cuDNN), shorter ones on `varlen`; on a CPU both are plain PyTorch. lse is the
+    natural log-sum-exp in float32, without gradient. Gradients may differ in their last bits from run to run. What
+    cuDNN takes is asked of moba.backends.refusals before.
     """
     assert sum(lengths) == q.shape[0] == k.shape[0], (sum(lengths), q.shape, k.shape)
-    dense = dense or default_dense(q)
+    dense = dense or (CUDNN if q.is_cuda else PLAIN_DENSE)
     varlen = varlen or default_primitive(q)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    runs = tuple(runs_of(lengths, shortest))
+    runs = tuple(runs_of(lengths, shortest or shortest_on_cudnn(q.shape[-1])))
     if not runs:
         out, lse = q.clone(), q.new_empty(q.shape[1], 0, dtype=score_dtype(q))
     else:
@@ -130,17 +129,16 @@ def cudnn_attention(
     return (out, lse) if return_lse else out
 
 
-def build_plans(q: Tensor, k: Tensor, longest: int, shortest: int = SHORTEST) -> int:
-    """Makes cuDNN build its plans for documents up to `longest` tokens, forward and backward; returns how many.
+def build_plans(q: Tensor, k: Tensor, lengths: Sequence[int]) -> None:
+    """Makes cuDNN build its plans for documents of these padded lengths, forward and backward.
 
     q [., H, D] and k [., G, D] give heads, head size, dtype and device. Without this, each new length stalls the step
-    it first appears in.
+    it first appears in. Through activation checkpointing, so that autograd's thread has the forward plans as well.
     """
-    lengths = padded_lengths(longest, shortest)
     for length in lengths:
         inputs = [x.new_zeros(length, *x.shape[1:]).requires_grad_() for x in (q, k, k)]
-        cudnn_attention(*inputs, [length], shortest=shortest).sum().backward()
-    return len(lengths)
+        attention = functools.partial(cudnn_attention, lengths=[length], shortest=1)
+        checkpoint(attention, *inputs, use_reentrant=False, preserve_rng_state=False).sum().backward()
 
 
 class _CudnnAttention(torch.autograd.Function):
@@ -208,31 +206,6 @@ def _varlen_sizes(run: Run, device: torch.device) -> tuple[Tensor, Tensor, int, 
 
 
 # -------------------- providers
-
-
-def default_dense(q: Tensor) -> Dense:
-    """cuDNN on CUDA, plain PyTorch elsewhere. Raises BackendUnavailable, naming a backend that can, where cuDNN
-    cannot."""
-    if not q.is_cuda:
-        return PLAIN_DENSE
-    if problem := refuses(q):
-        raise BackendUnavailable(f"{problem}; backend 'flash' can do this")
-    return CUDNN
-
-
-def refuses(q: Tensor) -> str | None:
-    """Why cuDNN's kernels cannot do this, None if they can."""
-    if q.dtype not in (torch.float16, torch.bfloat16):
-        return f"dtype={q.dtype}: cuDNN's attention takes torch.bfloat16 or torch.float16"
-    if q.shape[-1] % 8 or q.shape[-1] > MAX_HEAD_DIM:
-        return f"head_dim={q.shape[-1]}: cuDNN's attention takes multiples of 8 up to {MAX_HEAD_DIM}"
-    if torch.are_deterministic_algorithms_enabled():
-        return "cuDNN's backward pass is not deterministic"
-    if not (torch.backends.cudnn.is_available() and torch.backends.cudnn.enabled):
-        return "torch has no cuDNN here"
-    if torch.cuda.get_device_capability(q.device) < (8, 0):
-        return "cuDNN's attention needs a GPU of compute capability 8.0 or newer"
-    return None
 
 
 def _batched(x: Tensor) -> Tensor:

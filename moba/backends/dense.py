@@ -1,4 +1,4 @@
-"""Full attention, and sliding windows on CUDA, document by document: scaled_dot_product_attention or varlen flash.
+"""Full attention, and sliding windows on CUDA, document by document: cuDNN, varlen flash, or torch's own.
 
 Shapes: T queries, S keys, H query heads, G key/value heads, D head size.
 """
@@ -11,12 +11,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moba.backends.cudnn import cudnn_attention
 from moba.backends.torch_blocks import moba_torch
 from moba.backends.varlen import varlen_attention
 from moba.documents import Documents
 
 # Full attention through the block-sparse code (for its log-sum-exp): its blocks.
 FULL_BLOCK = 1024
+
+
+def dense_cudnn(
+    q: Tensor, k: Tensor, v: Tensor, documents: Documents, *, softmax_scale: float | None, return_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    """(out [T, H, D], log-sum-exp [H, T] without gradient, or None): long documents by cuDNN, short ones by varlen
+    flash."""
+    assert documents.lengths is not None and documents.cu_seqlens_k is None, documents
+    # Its plans are for strides as well.
+    q, k, v = (x.contiguous() for x in (q, k, v))
+    out, lse = cudnn_attention(q, k, v, documents.lengths, softmax_scale, return_lse=True)
+    return out, lse if return_lse else None
 
 
 def dense_flash(

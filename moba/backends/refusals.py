@@ -17,6 +17,7 @@ FLASH_HEAD_DIM = 256
 FLASH_ROW_ELEMENTS = 1 << 31
 # Sequences of one varlen call: a dimension of the CUDA grid.
 FLASH_LISTS = 65535
+CUDNN_HEAD_DIM = 128
 TRITON_TOP_K = 64
 TRITON_HEAD_DIM = 256
 
@@ -28,6 +29,11 @@ class BackendUnavailable(ValueError):
 def nothing(kind: AttentionSpec, q: QueryShape, documents: Documents | None) -> str | None:
     """None: it can do everything."""
     return None
+
+
+def never(q: QueryShape, documents: Documents | None) -> bool:
+    """False: only who names the backend gets it."""
+    return False
 
 
 def past_only(kind: AttentionSpec, q: QueryShape, documents: Documents | None) -> str | None:
@@ -59,6 +65,39 @@ def flash(kind: AttentionSpec, q: QueryShape, documents: Documents | None) -> st
             "any head size"
         )
     return past_only(kind, q, documents)
+
+
+def shortest_on_cudnn(head_dim: int) -> int:
+    """Tokens from which a document is faster on cuDNN than among others in a varlen flash call, forward and backward
+    together. Measured on an H100 by benchmarks/dense.py, at head sizes of 64 and 128."""
+    return 4096 if head_dim > 64 else 8192
+
+
+def long_documents(q: QueryShape, documents: Documents | None) -> bool:
+    """True if cuDNN has a document to compute."""
+    longest = (q.longest or q.num_tokens) if documents is None else documents.longest
+    return longest >= shortest_on_cudnn(q.head_dim)
+
+
+def cudnn(kind: AttentionSpec, q: QueryShape, documents: Documents | None) -> str | None:
+    """For cuDNN's kernels, a long document a call."""
+    if q.device != "cuda":
+        return f"backend='cudnn' needs CUDA tensors but q is on {q.device}: use backend='torch'"
+    if q.dtype not in ("float16", "bfloat16"):
+        return f"dtype=torch.{q.dtype}: cuDNN takes torch.bfloat16 or torch.float16; backend 'torch' takes any dtype"
+    if q.head_dim % 8 or q.head_dim > CUDNN_HEAD_DIM:
+        problem = f"head_dim={q.head_dim}: cuDNN takes multiples of 8 up to {CUDNN_HEAD_DIM}"
+    elif q.deterministic:
+        problem = "cuDNN's gradients do not repeat bit for bit, as deterministic mode asks"
+    elif not q.has_cudnn:
+        problem = "cuDNN's attention needs a torch with cuDNN and a GPU of compute capability 8.0 or newer"
+    elif documents is not None and documents.cu_seqlens_k is not None:
+        problem = "cu_seqlens_k is given, but cuDNN attends from all tokens of a document here"
+    elif documents is not None and documents.lengths is None:
+        problem = "cuDNN takes lengths from the host, and cu_seqlens lies on the GPU: hand it in on the CPU"
+    else:
+        return past_only(kind, q, documents)
+    return f"{problem}; backend 'flash' can do this"
 
 
 def moba_flash(kind: AttentionSpec, q: QueryShape, documents: Documents | None) -> str | None:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from moba.documents import Documents
     from moba.kv_cache import SequenceCache
 
-BACKENDS = ("auto", "reference", "torch", "flash", "triton")
+BACKENDS = ("auto", "reference", "torch", "flash", "triton", "cudnn")
 AUTO = "auto"
 
 
@@ -34,6 +34,12 @@ class QueryShape(NamedTuple):
     num_kv_heads: int
     head_dim: int
     softmax_scale: float | None = None
+    longest: int | None = None
+    """Tokens of the longest document of packs that are planned; None: as many as the pack."""
+    deterministic: bool = False
+    """Gradients have to repeat bit for bit."""
+    has_cudnn: bool = True
+    """On CUDA: torch comes with cuDNN, and the GPU's compute capability is 8.0 or newer."""
 
 
 class Backend(NamedTuple):
@@ -45,8 +51,8 @@ class Backend(NamedTuple):
     are planned that do not exist yet."""
     device: str | None = None
     """The only type of device it is for; None: any."""
-    by_itself: bool = True
-    """Whether `auto` takes it."""
+    pays: Callable[[QueryShape, Documents | None], bool] | None = None
+    """pays(q, documents): whether `auto` considers it; None: always."""
 
 
 class Option(NamedTuple):

@@ -19,9 +19,10 @@ class Full(AttentionSpec):
     in_patterns = "full"
     replaces_full = False
     backends = (
+        Backend("cudnn", refusals.cudnn, device="cuda", pays=refusals.long_documents),
         Backend("flash", refusals.flash, device="cuda"),
         Backend("torch", refusals.nothing),
-        Backend("reference", refusals.past_only, by_itself=False),
+        Backend("reference", refusals.past_only, pays=refusals.never),
     )
 
     def is_dense_at(self, length: int) -> bool:
@@ -36,15 +37,20 @@ class Full(AttentionSpec):
 
             whole = {"block_size": max(1, documents.longest_k), "top_k": 1, "softmax_scale": softmax_scale}
             return reference_attention(q, k, v, **documents.bounds, **whole, return_lse=True)
-        from moba.backends.dense import dense_flash, dense_torch
+        from moba.backends.dense import dense_cudnn, dense_flash, dense_torch
 
-        options = {"softmax_scale": softmax_scale, "deterministic": deterministic, "return_lse": return_lse}
-        return (dense_flash if backend == "flash" else dense_torch)(q, k, v, documents, **options)
+        options = {"softmax_scale": softmax_scale, "return_lse": return_lse}
+        if backend == "cudnn":
+            return dense_cudnn(q, k, v, documents, **options)
+        dense = dense_flash if backend == "flash" else dense_torch
+        return dense(q, k, v, documents, **options, deterministic=deterministic)
 
     @classmethod
     def check_backend(cls, values: Mapping[str, Any], backend: str) -> Iterator[BadOption]:
         if backend == "triton":
-            yield BadOption("backend", backend, "is for MoBA; full attention takes auto, flash, torch or reference")
+            yield BadOption(
+                "backend", backend, "is for MoBA; full attention takes auto, cudnn, flash, torch or reference"
+            )
 
     @property
     def export_problem(self) -> None:

@@ -30,7 +30,7 @@ class Moba(AttentionSpec):
         Backend("triton", refusals.triton, device="cuda"),
         Backend("flash", refusals.moba_flash, device="cuda"),
         Backend("torch", refusals.nothing),
-        Backend("reference", refusals.reference, by_itself=False),
+        Backend("reference", refusals.reference, pays=refusals.never),
     )
     options = {
         "block_size": Option(
@@ -147,6 +147,10 @@ class Moba(AttentionSpec):
     def check_backend(cls, values: Mapping[str, Any], backend: str) -> Iterator[BadOption]:
         if values.get("gate") != MEAN and values.get("gate") in GATES and backend in ("triton", "reference"):
             yield BadOption("backend", backend, "knows gate=mean alone; {key}.gate takes torch or flash")
+        if backend == "cudnn":
+            yield BadOption(
+                "backend", backend, "is for full attention; MoBA takes auto, triton, flash, torch or reference"
+            )
 
     @classmethod
     def fill_options(cls, values: Mapping[str, Any], defaults: Any, seq_len: int | None) -> dict[str, Any]:

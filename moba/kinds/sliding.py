@@ -23,7 +23,7 @@ class Sliding(AttentionSpec):
     backends = (
         Backend("flash", refusals.flash, device="cuda"),
         Backend("torch", refusals.past_only),
-        Backend("reference", refusals.past_only, by_itself=False),
+        Backend("reference", refusals.past_only, pays=refusals.never),
     )
     options = {
         "window": Option(

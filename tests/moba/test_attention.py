@@ -210,7 +210,7 @@ X, Y = torch.zeros(6, 4, 8), torch.zeros(6, 3, 8)
         ({"block_size": 0}, "block_size=0: needs an integer of at least 1"),
         ({"block_size": 2.0}, "block_size=2.0"),
         ({"top_k": True}, "top_k=True"),
-        ({"backend": "cuda"}, "backend='cuda': choose one of auto, reference, torch, flash, triton"),
+        ({"backend": "cuda"}, "backend='cuda': choose one of auto, reference, torch, flash, triton, cudnn"),
         ({"q": torch.zeros(6, 8)}, r"q has shape \[6, 8\]: needs three dimensions"),
         ({"q": X.long()}, "q has dtype torch.int64"),
         ({"v": X.double()}, "v is torch.float64 on cpu but q is torch.float32"),

@@ -206,6 +206,23 @@ def test_moba_that_covers_the_length_equals_full_attention():
     torch.testing.assert_close(sparse[:48], full[:48], rtol=1e-5, atol=1e-5)
 
 
+def test_attention_is_prepared_as_it_will_be_asked(monkeypatch):
+    """Catches plans for the heads, head size or dtype of another model, or for the attention of the stage before."""
+    prepared, attended = [], []
+    model = make_model().bfloat16()
+    model.set_attention([Moba(8, 2), FULL, FULL])
+    monkeypatch.setattr(train.model.decoder, "prepare", lambda *arguments: prepared.append(arguments))
+    model.prepare_attention(512, torch.device("cpu"))
+    for layer in model.model.layers:
+        layer.self_attn.observer = lambda layer, q, k, v, documents: attended.append((q, k))
+    tokens, positions, documents, labels = make_pack([9, 4])
+    model(tokens, positions, documents, labels)
+    ((kinds, q, k, longest),) = prepared
+    assert kinds == (Moba(8, 2), FULL, FULL) and longest == 512
+    for got, want in zip((q, k), attended[0]):
+        assert (got.shape[1:], got.dtype, got.device) == (want.shape[1:], want.dtype, want.device)
+
+
 @pytest.mark.parametrize("spec", [FULL, Moba(block_size=8, top_k=2)], ids=str)
 @pytest.mark.parametrize("recompute", ["mlp", True])
 def test_activation_checkpointing_gives_the_same_bits(spec, recompute):

@@ -153,6 +153,26 @@ def test_options_and_held_out_set_are_in_words():
     assert "held out" not in make_plan(config, 384).text()
 
 
+def test_kernels_are_those_that_will_run():
+    """Catches a plan that promises cuDNN to short documents in long packs, to deterministic runs, old GPUs or CPUs."""
+
+    def kernels(seq_len, hardware, **run):
+        values = {
+            "run": run,
+            "model": {"hidden_size": 512, "num_layers": 2, "num_heads": 4, "ffn_size": 64},
+            "data": {"sources": {"a": {"path": "a.txt"}}},
+            "schedule": {"seq_len": seq_len, "batch_tokens": "32K", "micro_tokens": "32K", "stages": {}},
+        }
+        values["schedule"]["stages"]["a"] = {"tokens": "32K", "attention": {"kind": "full"}}
+        return make_plan(freeze(values), 384, hardware).kernels[0]
+
+    gpu = Hardware(num_gpus=1)
+    assert kernels("4K", gpu) == "full on cudnn" and kernels("2K", gpu) == "full on flash"
+    assert kernels("4K", gpu, deterministic=True).startswith("full on flash (not 'cudnn' (")
+    assert kernels("4K", Hardware()) == kernels("4K", gpu, device="cpu") == "full on torch"
+    assert kernels("4K", replace(gpu, has_bf16=False)).startswith("full on flash (not 'cudnn' (")
+
+
 def memory_of(stage: int, world_size: int, bf16: bool = True, **engine):
     """The estimate for a 1.5B model, one 32K sequence at a time."""
     model = ModelConfig(hidden_size=2560, num_layers=20, num_heads=20, ffn_size=6784, loss_tile=2048)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from conf.schema import ModelConfig, RopeConfig
+from moba.attention import prepare
 from moba.documents import Documents
 from moba.kinds import AttentionSpec
 from moba.layer import KVCache, LayerCache, MoBAAttention, RMSNorm
@@ -46,9 +47,9 @@ class MLP(nn.Module):
 class DecoderLayer(nn.Module):
     """Attention and MLP, each behind a norm and added to the residual stream.
 
-    With `compile`, what stands before attention and what stands after it are compiled; attention itself is not, since
-    it depends on the documents. So a change of spec, RoPE or number of documents compiles nothing. With a cache, what
-    stands before attention runs as it is.
+    With compile=True, what stands before attention and what stands after it are compiled; attention itself is not,
+    since it depends on the documents. So a change of spec, RoPE or number of documents compiles nothing. With a cache,
+    what stands before attention runs as it is.
     """
 
     def __init__(self, config: ModelConfig, index: int):
@@ -69,7 +70,7 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = MLP(config.hidden_size, config.ffn_size)
 
-        self.compiled = config.compile
+        self.compiled = config.compile is True
         self.recomputes_mlp = config.activation_checkpointing == "mlp"
 
     def forward(
@@ -180,6 +181,12 @@ class Decoder(nn.Module):
             raise ValueError(f"an attention plan of {len(plan)} layers for a model of {len(self.model.layers)}")
         for layer, spec in zip(self.model.layers, plan):
             layer.self_attn.spec = spec
+
+    def prepare_attention(self, longest: int, device: torch.device) -> None:
+        """Does now what attention would have to wait for at its first documents of up to `longest` tokens."""
+        empty = torch.empty(0, head_dim(self.config), dtype=self.lm_head.weight.dtype, device=device)
+        q, k = (empty[:, None].expand(-1, heads, -1) for heads in (self.config.num_heads, num_kv_heads(self.config)))
+        prepare(self.attention, q, k, longest)
 
     def set_rope(self, stage: RopeConfig | None) -> None:
         """Puts a stage's RoPE changes (None: none) on top of the model's own from now on; no parameter is touched."""

@@ -34,12 +34,15 @@ def describe_kernels(config: RunConfig, stages: Sequence[Stage], hardware: Hardw
     model, found = config.model, {}
     for stage in stages:
         shape = QueryShape(
-            device="cuda" if hardware.num_gpus else "cpu",
+            device=hardware.device(config.run.device),
             dtype="bfloat16" if bf16 else "float32",
             num_tokens=stage.micro_tokens,
             num_heads=model.num_heads,
             num_kv_heads=num_kv_heads(model),
             head_dim=head_dim(model),
+            longest=stage.seq_len,
+            deterministic=config.run.deterministic,
+            has_cudnn=hardware.has_bf16,  # from the same compute capability on
         )
         for spec in dict.fromkeys(stage.attention):
             kind = spec.at(stage.seq_len)
@@ -86,7 +89,7 @@ def describe_model(config: RunConfig) -> str:
         "QK-norm": model.qk_norm,
         "activation checkpointing": model.activation_checkpointing is True,
         "activation checkpointing of the MLP": model.activation_checkpointing == "mlp",
-        "torch.compile": model.compile,
+        "torch.compile": model.compile is True,
         f"no RoPE in {_layers(nope)}": nope,
         f"key convolution over {model.key_conv} tokens in {_layers(convolved)}": convolved,
     }

@@ -20,6 +20,7 @@ from conf.schema import RunConfig
 from data.sources import Source
 from moba.flops import attended_pairs, attention_flops, causal_pairs
 from train.model.sizes import head_dim, matmul_flops_per_token, num_parameters
+from train.plan.automatic import settle
 from train.plan.describe import (
     describe_data,
     describe_engine,
@@ -94,6 +95,8 @@ class Plan:
     data: tuple[str, ...]
     outputs: tuple[str, ...]
     warnings: tuple[str, ...]
+    automatic: tuple[str, ...]
+    """What each `auto` of the model became, and why."""
     notice: str | None
 
     def to_dict(self) -> dict[str, Any]:
@@ -119,6 +122,7 @@ def make_plan(
     their shares of it.
     """
     hardware = hardware or Hardware(num_gpus=1)
+    config, automatic = settle(config, hardware)
     schedule = build_schedule(config)
     sources = sources or {}
     lengths = {name: source.lengths for name, source in sources.items() if not source.is_chat}
@@ -142,6 +146,7 @@ def make_plan(
         data=describe_data(config, schedule.stages, sources),
         outputs=describe_outputs(config),
         warnings=(*unfilled(asked_tokens, schedule), *warnings_of(config, schedule, sources)),
+        automatic=automatic,
         notice=config.run.notice,
     )
 
@@ -264,6 +269,7 @@ def _lines(plan: Plan) -> list[str]:
         *_block("rate", plan.lr),
         *_block("engine", plan.engine),
         *_block("kernels", *plan.kernels),
+        *_block("auto", *plan.automatic),
         "",
         *_stage_table(plan.stages),
         "",
