@@ -10,6 +10,7 @@ a source, needs its `+`, once: otherwise a slip of the pen would make a stage.
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import sys
 import time
@@ -138,6 +139,10 @@ def run_command(main: Callable[[list[str]], None], arguments: list[str], usage: 
     except KeyboardInterrupt:
         say("interrupted", file=sys.stderr, flush=True)
         return EXIT_INTERRUPTED
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else EXIT_USER_ERROR
     return 0
 
 
