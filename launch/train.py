@@ -28,7 +28,6 @@ from train.engine.world import init_world, launch_environment, shutdown  # noqa:
 import yaml  # noqa: E402
 
 from conf.build import ConfigError  # noqa: E402
-from conf.hardware import Hardware  # noqa: E402
 from conf.schema import RunConfig  # noqa: E402
 from conf.trajectory import to_dict, trajectory_diff  # noqa: E402
 from conf.validate import freeze  # noqa: E402
@@ -87,7 +86,8 @@ def main(overrides: list[str]) -> None:
     with _mistakes_in_words(config):
         tokenizer = load_tokenizer(config.data.tokenizer)
         run_dir = Path(config.run.dir)
-        plan = partial(make_plan, config, embedding_rows(config.model, tokenizer.vocab_size), hardware)
+        vocab_size = embedding_rows(config.model, tokenizer.vocab_size)
+        plan = partial(make_plan, config, vocab_size, hardware)
         saved = _saved_run(run_dir)
         if saved is not None and not config.run.allow_changes:
             _refuse_another_trajectory(config, saved)
@@ -97,7 +97,7 @@ def main(overrides: list[str]) -> None:
             if launched.rank == 0:
                 print(f"\n{run_dir} is finished. To go on from its weights: another run.dir with init.source={run_dir}")
             return
-        _train(config, hardware, tokenizer, plan)
+        _train(config, settle(config, vocab_size, hardware).config, tokenizer, plan)
 
 
 @contextmanager
@@ -164,7 +164,8 @@ def _refuse_another_trajectory(config: RunConfig, saved: store.Saved) -> None:
         raise ConfigError(["\n      ".join([problem, *differences])])
 
 
-def _train(config: RunConfig, hardware: Hardware, tokenizer: Tokenizer, plan: Callable[..., Plan]) -> None:
+def _train(config: RunConfig, settled: RunConfig, tokenizer: Tokenizer, plan: Callable[..., Plan]) -> None:
+    """Trains as `settled` says; `config`, which may leave more to the machine, is what is kept."""
     world = init_world(config.run.device)
     run_dir, schedule = Path(config.run.dir), build_schedule(config)
     lock = lock_run(run_dir, world)
@@ -187,8 +188,7 @@ def _train(config: RunConfig, hardware: Hardware, tokenizer: Tokenizer, plan: Ca
         observers.evaluate = HeldOutEvaluator(held_out, config, schedule, world)
     config_yaml = yaml.safe_dump(to_dict(config), sort_keys=False)
     # Rank 0's choice on all ranks: their collectives have to fit, whatever GPUs they have.
-    model = collectives.broadcast_object(settle(config, hardware).config.model)
-    settled = replace(config, model=model)
+    settled = replace(settled, model=collectives.broadcast_object(settled.model))
     trainer = Trainer(settled, schedule, sources, tokenizer, world, observers, config_yaml=config_yaml)
     tracker = None
     if world.is_main:
