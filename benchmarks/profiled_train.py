@@ -39,6 +39,7 @@ from launch.config import detect_hardware, load  # noqa: E402
 from train.engine import collectives  # noqa: E402
 from train.engine.signals import PreemptionFlag  # noqa: E402
 from train.loop import Observers, Trainer  # noqa: E402
+from train.model.sizes import embedding_rows  # noqa: E402
 from train.plan.automatic import settle  # noqa: E402
 from train.schedule import build_schedule  # noqa: E402
 
@@ -117,7 +118,7 @@ def main(windows: str, *overrides: str) -> None:
     profiles = Profiles(parsed, run_dir, world.device.type == "cuda", ends=world.world_size == 1)
     config_yaml = yaml.safe_dump(to_dict(config), sort_keys=False)
     observers = Observers(record=[profiles])
-    settled = settle(config, hardware).config
+    settled = settle(config, embedding_rows(config.model, tokenizer.vocab_size), hardware).config
     trainer = Trainer(settled, build_schedule(config), sources, tokenizer, world, observers, config_yaml=config_yaml)
     trainer.fit(PreemptionFlag())
 

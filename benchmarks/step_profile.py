@@ -7,7 +7,8 @@
 
 The third tries it on a CPU with a tiny model, in a minute; what it measures means nothing. A variant is
 <experiment>/<model>[/<option>...]: a file of conf/exp, whose first stage is run, one of conf/model, and overrides,
-where `compile=true` stands for model.compile=true; without it nothing is compiled. Arguments with a dot go to all runs.
+where `compile=true` stands for model.compile=true; without such options nothing is compiled or recomputed.
+Arguments with a dot go to all runs.
 
 Workloads: `long`, one document of the full length a sequence, of random tokens (Zipf's law) made here; `packs`, what
 the shipped books give, with the pairs of a token and its past as a share of those of full documents.
@@ -78,7 +79,7 @@ KEYS = {
 }
 QUIET = ("data.validation=null", "logging.wandb=disabled", "logging.figures=false", "logging.progress=false")
 QUIET += ("logging.every_tokens=0", "checkpoint.every_tokens=0")
-PLAIN = ("model.compile=false",)
+PLAIN = ("model.compile=false", "model.activation_checkpointing=false")
 WORKLOADS = ("long", "packs")
 DOCUMENTS = 64
 LEAST_SECONDS = 30

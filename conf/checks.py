@@ -100,8 +100,9 @@ def _check_model(config: RunConfig, problems: Problems) -> None:
     sizes = ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "ffn_size", "loss_tile")
     if False in [_at_least(f"model.{name}", getattr(model, name), 1, problems) for name in sizes]:
         return
-    if not isinstance(model.activation_checkpointing, bool) and model.activation_checkpointing != "mlp":
-        problems.add("model.activation_checkpointing", model.activation_checkpointing, "choose one of false, mlp, true")
+    recomputed = model.activation_checkpointing
+    if not isinstance(recomputed, bool) and recomputed not in (AUTO, "mlp"):
+        problems.add("model.activation_checkpointing", recomputed, "choose one of auto, false, mlp, true")
     if not isinstance(model.compile, bool) and model.compile != AUTO:
         problems.add("model.compile", model.compile, "choose one of auto, false, true")
     if model.vocab_size is not None:

@@ -69,10 +69,11 @@ class ModelConfig:
     dynamic RoPE scaling begins."""
     init_std: float = 0.02
     """Standard deviation of the initial weights; output projections use init_std / sqrt(2 * num_layers)."""
-    activation_checkpointing: Any = False
+    activation_checkpointing: Any = AUTO
     """What of a layer is computed again in the backward pass instead of being kept: nothing (false); `mlp`, the MLP and
     the norm before it, at the cost of two of a layer's seven products, so that attention is computed once; or all
-    (true)."""
+    (true). `auto`: the first of these that the plan estimates to fit the GPU; on a CPU nothing
+    (train/plan/automatic.py)."""
     loss_tile: Any = field(default="2K", metadata=LENGTH)
     """Tokens whose logits exist at a time in the cross-entropy."""
     compile: Any = AUTO

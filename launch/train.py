@@ -29,7 +29,6 @@ import yaml  # noqa: E402
 
 from conf.build import ConfigError  # noqa: E402
 from conf.files import FileError, user_path  # noqa: E402
-from conf.hardware import Hardware  # noqa: E402
 from conf.schema import RunConfig  # noqa: E402
 from conf.trajectory import to_dict, trajectory_diff  # noqa: E402
 from conf.validate import from_yaml  # noqa: E402
@@ -94,9 +93,8 @@ def main(overrides: list[str]) -> None:
         tokenizer = load_tokenizer(config.data.tokenizer)
         run_dir = Path(config.run.dir)
         refuse_missing(config, overrides, continues=store.newest(run_dir) is not None)
-        plan = partial(
-            make_plan, config, embedding_rows(config.model, tokenizer.vocab_size), hardware, asked_tokens=asked
-        )
+        vocab_size = embedding_rows(config.model, tokenizer.vocab_size)
+        plan = partial(make_plan, config, vocab_size, hardware, asked_tokens=asked)
         saved = _saved_run(run_dir)
         if saved is not None and not config.run.allow_changes:
             _refuse_another_trajectory(config, saved)
@@ -106,7 +104,7 @@ def main(overrides: list[str]) -> None:
             if launched.rank == 0:
                 print(f"\n{run_dir} is finished. To go on from its weights: another run.dir with init.source={run_dir}")
             return
-        _train(config, hardware, tokenizer, plan, watch)
+        _train(config, settle(config, vocab_size, hardware).config, tokenizer, plan, watch)
 
 
 @contextmanager
@@ -175,8 +173,9 @@ def _refuse_another_trajectory(config: RunConfig, saved: store.Saved) -> None:
 
 
 def _train(
-    config: RunConfig, hardware: Hardware, tokenizer: Tokenizer, plan: Callable[..., Plan], watch: ParentWatch
+    config: RunConfig, settled: RunConfig, tokenizer: Tokenizer, plan: Callable[..., Plan], watch: ParentWatch
 ) -> None:
+    """Trains as `settled` says; `config`, which may leave more to the machine, is what is kept."""
     world = init_world(config.run.device)
     run_dir, schedule = Path(config.run.dir), build_schedule(config)
     lock = lock_run(run_dir, world)
@@ -199,8 +198,7 @@ def _train(
         observers.evaluate = HeldOutEvaluator(held_out, config, schedule, world)
     config_yaml = yaml.safe_dump(to_dict(config), sort_keys=False)
     # Rank 0's choice on all ranks: their collectives have to fit, whatever GPUs they have.
-    model = collectives.broadcast_object(settle(config, hardware).config.model)
-    settled = replace(config, model=model)
+    settled = replace(settled, model=collectives.broadcast_object(settled.model))
     trainer = Trainer(settled, schedule, sources, tokenizer, world, observers, config_yaml=config_yaml)
     tracker = None
     if world.is_main:

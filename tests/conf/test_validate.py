@@ -188,7 +188,7 @@ CASES = [
     ([("deepspeed", {"zero_stage": 0, "offload_optimizer": True})], ["offload_optimizer=true", "zero1_offload"]),
     ([("deepspeed", {"zero_stage": 2, "offload_params": True})], ["offload_params=true", "zero3_offload"]),
     ([("deepspeed.precision", "fp16")], ["deepspeed.precision=fp16", "bf16, fp32"]),
-    ([("model.activation_checkpointing", "all")], ["model.activation_checkpointing=all", "false, mlp, true"]),
+    ([("model.activation_checkpointing", "all")], ["model.activation_checkpointing=all", "auto, false, mlp, true"]),
     ([("model.compile", "always")], ["model.compile=always", "auto, false, true"]),
     ([("model.compile", True), ("deepspeed.zero_stage", 3)], ["model.compile=true", "zero_stage=3", "deepspeed=zero2"]),
     ([("deepspeed.extra", {"optimizer": {"type": "Adam"}})], ["deepspeed.extra.optimizer={type: Adam}", "optim.*"]),

@@ -220,6 +220,7 @@ def test_memory_offloaded_and_recomputed():
 def verdict(seq_len: str, memory: int, **sections) -> str:
     """What the plan says of an 8B model on one GPU of `memory` bytes."""
     model = {"hidden_size": 4096, "num_layers": 32, "num_heads": 32, "num_kv_heads": 8, "ffn_size": 14336}
+    model["activation_checkpointing"] = False
     values = {
         "model": model | sections.pop("model", {}),
         "data": {"sources": {"a": {"path": "a.txt"}}},

@@ -10,7 +10,23 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from conf.hardware import Hardware
+from conf.numbers import format_memory
 from conf.schema import AUTO, RunConfig
+from train.plan.describe import uses_bf16
+from train.plan.memory import most_memory, room
+from train.schedule import build_schedule
+
+KEPT: dict[bool | str, str] = {
+    False: "keeping everything",
+    "mlp": "all but the MLPs",
+    True: "layers' inputs alone",
+}
+"""The ways to save activations, the cheapest first, by what they keep."""
+COSTS: dict[bool | str, str] = {
+    False: "nothing is computed twice",
+    "mlp": "costs two of a layer's seven products once more in the backward pass, attention none",
+    True: "costs the forward pass of every layer once more, some third of the layers' work",
+}
 
 
 class Settled(NamedTuple):
@@ -21,14 +37,38 @@ class Settled(NamedTuple):
     """For each that it had: what it became, why, and what that costs."""
 
 
-def settle(config: RunConfig, hardware: Hardware) -> Settled:
-    """The configuration as it runs on this machine. The same if it has no `auto`."""
+def settle(config: RunConfig, vocab_size: int, hardware: Hardware) -> Settled:
+    """The configuration as it runs on this machine, for `vocab_size` embedding rows. The same if it has no `auto`."""
     reasons = []
+    if config.model.activation_checkpointing == AUTO:
+        chosen, why = _activation_checkpointing(config, vocab_size, hardware)
+        config = _with_recomputation(config, chosen)
+        reasons.append(f"model.activation_checkpointing={str(chosen).lower()}: {why}")
     if config.model.compile == AUTO:
         chosen, why = _compile(config, hardware)
         config = replace(config, model=replace(config.model, compile=chosen))
         reasons.append(f"model.compile={str(chosen).lower()}: {why}")
     return Settled(config, tuple(reasons))
+
+
+def _with_recomputation(config: RunConfig, mode: bool | str) -> RunConfig:
+    return replace(config, model=replace(config.model, activation_checkpointing=mode))
+
+
+def _activation_checkpointing(config: RunConfig, vocab_size: int, hardware: Hardware) -> tuple[bool | str, str]:
+    """What is computed again: as little as the estimate lets fit."""
+    if hardware.device(config.run.device) == "cpu":
+        return False, "on a CPU nothing is computed twice"
+    if hardware.gpu_memory is None:
+        return False, "the GPU's memory is not known; say gpu_memory=80GB"
+    stages, most, tried = build_schedule(config).stages, room(hardware.gpu_memory), []
+    options = {"bf16": uses_bf16(config, hardware), "world_size": hardware.world_size}
+    for mode, kept in KEPT.items():
+        needed = most_memory(_with_recomputation(config, mode), stages, vocab_size, **options).total
+        tried.append(f"{kept} takes {format_memory(needed)}")
+        if needed <= most:
+            break
+    return mode, f"{COSTS[mode]}; {', '.join(tried)} of the {format_memory(most)} there are"
 
 
 def _compile(config: RunConfig, hardware: Hardware) -> tuple[bool, str]:
@@ -41,4 +81,4 @@ def _compile(config: RunConfig, hardware: Hardware) -> tuple[bool, str]:
         return False, "compiled kernels need not repeat bit for bit, as run.deterministic=true asks"
     if not hardware.has_triton:
         return False, "triton is not installed"
-    return True, "faster; the first steps, and the first of another length, take up to a minute longer"
+    return True, "faster once compiled, which the first steps and the first of another length wait for"

@@ -6,11 +6,13 @@ Allocator fragmentation, NCCL and CUDA's own share are not in it: VERDICT_SHARE 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from conf.schema import DeepSpeedConfig, ModelConfig
+from conf.schema import AUTO, DeepSpeedConfig, ModelConfig, RunConfig
 from moba.kinds import AttentionSpec
 from train.model.sizes import head_dim, key_conv_widths, num_kv_heads, num_parameters
+from train.schedule import Stage
 
 VERDICT_SHARE = 0.92
 REDUCE_BUCKET = 500_000_000
@@ -58,6 +60,36 @@ def estimate_memory(
     )
 
 
+def most_memory(
+    config: RunConfig,
+    stages: Sequence[Stage],
+    vocab_size: int,
+    *,
+    bf16: bool,
+    world_size: int,
+    one_sequence: bool = False,
+) -> Memory:
+    """The memory of the stage that needs most; with `one_sequence`, as if a micro-batch were no more than that."""
+    estimates = (
+        estimate_memory(
+            config.model,
+            vocab_size,
+            config.deepspeed,
+            bf16=bf16,
+            world_size=world_size,
+            micro_tokens=stage.seq_len if one_sequence else stage.micro_tokens,
+            attention=stage.attention,
+        )
+        for stage in stages
+    )
+    return max(estimates, key=lambda memory: memory.total)
+
+
+def room(gpu_memory: int) -> int:
+    """Bytes of a GPU's memory that an estimate may fill."""
+    return int(VERDICT_SHARE * gpu_memory)
+
+
 def _states(parameters: int, engine: DeepSpeedConfig, bf16: bool, world_size: int) -> tuple[int, int, int]:
     """Bytes of (weights, gradients, optimizer) a process: ZeRO 1 splits the last, 2 the gradients, 3 the weights too.
 
@@ -85,7 +117,9 @@ def activation_bytes_per_token(model: ModelConfig, attention: tuple[AttentionSpe
     q_size, kv_size = model.num_heads * head_dim(model), num_kv_heads(model) * head_dim(model)
     layer = width * (6 * model.hidden_size + 2 * q_size + 2 * kv_size + 4 * model.ffn_size)
     mlp = width * (2 * model.hidden_size + 4 * model.ffn_size)
-    recomputed = {False: 0, "mlp": mlp, True: layer - width * model.hidden_size}[model.activation_checkpointing]
+    recomputed = {False: 0, AUTO: 0, "mlp": mlp, True: layer - width * model.hidden_size}[
+        model.activation_checkpointing
+    ]
     kept = model.num_layers * (layer - recomputed)
     if model.activation_checkpointing is not True:
         kept += sum(size > 0 for size in key_conv_widths(model)) * width * kv_size

@@ -34,7 +34,7 @@ from train.plan.describe import (
     reach,
     uses_bf16,
 )
-from train.plan.memory import VERDICT_SHARE, Memory, estimate_memory
+from train.plan.memory import Memory, most_memory, room
 from train.plan.warnings import unfilled, warnings_of
 from train.schedule import Schedule, Stage, build_schedule
 
@@ -122,7 +122,7 @@ def make_plan(
     their shares of it.
     """
     hardware = hardware or Hardware(num_gpus=1)
-    config, automatic = settle(config, hardware)
+    config, automatic = settle(config, vocab_size, hardware)
     schedule = build_schedule(config)
     sources = sources or {}
     lengths = {name: source.lengths for name, source in sources.items() if not source.is_chat}
@@ -201,38 +201,28 @@ def _memory(config: RunConfig, stages: tuple[Stage, ...], vocab_size: int, hardw
     bf16 = uses_bf16(config, hardware)
 
     def need(model=config.model, engine=config.deepspeed, world_size=hardware.world_size, one_sequence=False) -> Memory:
-        estimates = (
-            estimate_memory(
-                model,
-                vocab_size,
-                engine,
-                bf16=bf16,
-                world_size=world_size,
-                micro_tokens=stage.seq_len if one_sequence else stage.micro_tokens,
-                attention=stage.attention,
-            )
-            for stage in stages
-        )
-        return max(estimates, key=lambda memory: memory.total)
+        changed = replace(config, model=model, deepspeed=engine)
+        options = {"bf16": bf16, "world_size": world_size, "one_sequence": one_sequence}
+        return most_memory(changed, stages, vocab_size, **options)
 
     memory = need()
     if hardware.device(config.run.device) == "cpu":
         return memory, "in main memory (launch/plan.py num_gpus=1 gpu_memory=80GB plans for a GPU)"
     if hardware.gpu_memory is None:
         return memory, "compare with your GPU's memory, or say gpu_memory=80GB"
-    room = int(VERDICT_SHARE * hardware.gpu_memory)
+    most = room(hardware.gpu_memory)
     of_gpu = f"{format_memory(hardware.gpu_memory)} a GPU"
-    if memory.total <= room:
+    if memory.total <= most:
         return memory, f"fits {of_gpu}"
-    return memory, f"does not fit {of_gpu}{_advice(config, need, room)}"
+    return memory, f"does not fit {of_gpu}{_advice(config, need, most)}"
 
 
-def _advice(config: RunConfig, need, room: int) -> str:
+def _advice(config: RunConfig, need, most: int) -> str:
     """What would make it fit: the first of ever larger changes that does, or that none does."""
     lean = replace(config.model, activation_checkpointing=True)
     zero3 = replace(config.deepspeed, zero_stage=3)
     smallest = need(model=lean, engine=zero3, world_size=MOST_GPUS, one_sequence=True)
-    if smallest.activations + smallest.logits > room:
+    if smallest.activations + smallest.logits > most:
         return " without sequence parallelism: one sequence's activations alone are too large"
     half = replace(config.model, activation_checkpointing="mlp")
     changes: dict[str, str] = {}
@@ -247,10 +237,10 @@ def _advice(config: RunConfig, need, room: int) -> str:
         arguments[name] = value
         if not in_force:
             changes[name] = change
-            if need(**arguments).total <= room:
+            if need(**arguments).total <= most:
                 return f"; {' '.join(changes.values())} would"
     num_gpus = 2
-    while num_gpus < MOST_GPUS and need(world_size=num_gpus, **arguments).total > room:
+    while num_gpus < MOST_GPUS and need(world_size=num_gpus, **arguments).total > most:
         num_gpus *= 2
     return f"; {' '.join([*changes.values(), f'on {num_gpus} GPUs'])} would"
 
