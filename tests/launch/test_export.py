@@ -62,7 +62,8 @@ RUNS = {
         torch.bfloat16,
         290_000,
         ["deepspeed=zero3", "deepspeed.precision=bf16", f"{SPARSE}attention.first_blocks=2",
-         "schedule.stages.full.rope.scaling=yarn", "schedule.stages.full.rope.factor=4", "schedule.stages.full.rope.original_length=512"],
+         "schedule.stages.full.rope.scaling=yarn", "schedule.stages.full.rope.factor=4",
+         "schedule.stages.full.rope.original_length=512"],
     ),
 }  # fmt: skip
 
