@@ -124,9 +124,8 @@ class _Sums:
         self, document: int, place: int, spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, documents: Documents
     ) -> None:
         assert spec.routing is not None
-        block_size, top_k, gate = spec.routing
-        layout = documents.layout(block_size)
-        selection = select(gate, q, k, block_size, top_k, documents=documents)
+        layout, top_k = documents.layout(spec.routing.block_size), spec.routing.top_k
+        selection = select(spec.routing, q, k, documents=documents)
         found = whole_document(q, k, v, spec, selection, documents)
         rows = routed_queries(layout, top_k, self.queries)
         parts = []

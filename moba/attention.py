@@ -119,13 +119,15 @@ def moba_attention(
     return_lse: bool = False,
     deterministic: bool = False,
     gate: str = "mean",
+    first_blocks: int = 0,
 ) -> Output:
     """MoBA attention [T, H, D] in q's dtype; with `return_lse` also the log-sum-exp [H, T] (natural, no gradient).
 
     q is [T, H, D], k and v are [S, G, D], H a multiple of G (grouped queries; each query head routes on its own).
     Each query attends causally to its own block of `block_size` tokens and to the top_k - 1 complete earlier blocks
     of its document whose mean key has the largest product with it (MoBA paper, section 2.2). `top_k` counts the own
-    block: 1 is block-local attention, and block_size * top_k >= the length is full attention.
+    block: 1 is block-local attention, and block_size * top_k >= the length is full attention. It also counts
+    `first_blocks`, the blocks at the start of the document that are always attended to (0: none, as in the paper).
 
     Documents are [cu_seqlens[i], cu_seqlens[i+1]) (int32 [N+1]; a repeated entry is an empty document; None = one
     document). Blocks are counted from the start of the document. Where keys outnumber queries (decoding, chunked
@@ -140,7 +142,7 @@ def moba_attention(
     """
     check_blocks(block_size, top_k)
     _check_backend(backend)
-    kind = Moba(block_size, top_k, gate=gate, backend=backend)
+    kind = Moba(block_size, top_k, gate=gate, first_blocks=first_blocks, backend=backend)
     return _packed(q, k, v, kind, cu_seqlens, cu_seqlens_k, softmax_scale, return_lse, deterministic)
 
 

@@ -1,6 +1,7 @@
 """What else could pick the blocks: controls that stand in the gate's place, under the same rules and the same budget.
 
-Each gives every query its own block and top_k - 1 complete blocks of its document's past:
+Each gives every query its own block and top_k - 1 complete blocks of its document's past (first_blocks of them always
+the document's first, where that is asked for):
     local   the latest ones: no routing at all
     random  any, drawn anew for each query and head
     oracle  those with the largest share of full attention's probability: the best that the budget allows, at the cost
@@ -18,6 +19,7 @@ import torch
 
 from moba.checks import check_blocks
 from moba.documents import Documents
+from moba.kinds import Routing
 from moba.routing import (
     SCORE_ELEMENTS,
     BlockLayout,
@@ -33,25 +35,24 @@ _MASK = (1 << 32) - 1
 
 @torch.no_grad()
 def select(
-    gate: str,
+    routing: Routing,
     q: torch.Tensor,
     k: torch.Tensor,
-    block_size: int,
-    top_k: int,
     *,
     documents: Documents,
     softmax_scale: float | None = None,
 ) -> torch.Tensor:
-    """The selection of a gate (moba.kinds.GATES), int32 [H, T, K] as of `moba.route`; "mean" is `route` itself.
+    """What a kind's routing selects, int32 [H, T, K] as of `moba.route`; the gate "mean" is `route` itself.
 
     A pure function of its arguments, "random" too (of the bits of q and the positions): recomputing it in a backward
     pass, or after a resume, gives the same blocks. `softmax_scale` matters for "oracle" alone.
     """
+    block_size, top_k, gate, first_blocks = routing
     check_blocks(block_size, top_k)
     layout = documents.layout(block_size)
     num_heads = q.shape[1]
     if gate == "mean":
-        return select_blocks(q, layout_means(k, layout), layout, top_k)
+        return select_blocks(q, layout_means(k, layout), layout, top_k, first_blocks)
     if gate == "local":
 
         def score(queries: slice, blocks: slice) -> torch.Tensor:
@@ -70,7 +71,7 @@ def select(
         raise ValueError(f"gate={gate!r}: choose mean, local, random or oracle")
     width = layout.num_keys if gate == "oracle" else layout.num_blocks
     step = max(1, SCORE_ELEMENTS // (num_heads * max(width, q.shape[2])))
-    return select_by_score(score, num_heads, layout, top_k, step, q.device)
+    return select_by_score(score, num_heads, layout, top_k, first_blocks, step, q.device)
 
 
 @torch.no_grad()

@@ -158,14 +158,14 @@ class KVCache:
         return [sequence.length for sequence in self.layers[-1].sequences]
 
 
-def decode_moba(q: Tensor, sequence: SequenceCache, block_size: int, top_k: int) -> Tensor:
+def decode_moba(q: Tensor, sequence: SequenceCache, block_size: int, top_k: int, first_blocks: int = 0) -> Tensor:
     """MoBA of the newest token of a sequence, [1, H, D], for its query q [1, H, D]; reads only the blocks it
     selects."""
     k, v, length = sequence.k, sequence.v, sequence.length
     num_heads, num_kv_heads = q.shape[1], k.shape[1]
     layout = sequence.documents(1).layout(block_size)
     # The means of the complete blocks are all that select_blocks reads, though the layout has slots for more.
-    selection_HK = select_blocks(q, sequence.block_means(block_size), layout, top_k)[:, 0]
+    selection_HK = select_blocks(q, sequence.block_means(block_size), layout, top_k, first_blocks)[:, 0]
     key_HKB = selection_HK[:, :, None] * block_size + torch.arange(block_size, device=q.device)
     seen_HKB = (key_HKB >= 0) & (key_HKB < length)
     key_HS = key_HKB.clamp(0, length - 1).flatten(1)

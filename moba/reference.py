@@ -18,6 +18,7 @@ def reference_selection(
     *,
     block_size: int,
     top_k: int,
+    first_blocks: int = 0,
     cu_seqlens: torch.Tensor | None = None,
     cu_seqlens_k: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -27,7 +28,8 @@ def reference_selection(
     then the chosen history in ascending order, the query's own block last. q is [T, H, D], k is [S, G, D]; the
     arguments are those of `moba.moba_attention`. Rules (MoBA paper, section 2.2): a block competes if it lies wholly
     before the block of the query; its score is <q, mean of its keys>, unscaled, in float32 (float64 for float64
-    inputs); the top_k - 1 best are taken, of equals the earlier; the query's own block is always taken. No gradient.
+    inputs); the top_k - 1 best are taken, of equals the earlier; the query's own block is always taken. Blocks numbered
+    below `first_blocks` are better than all others; the paper has none of them. No gradient.
     """
     q, k = _compute_dtype(q.detach()), _compute_dtype(k.detach())
     num_heads, group = q.shape[1], q.shape[1] // k.shape[1]
@@ -41,7 +43,7 @@ def reference_selection(
             scores = [(q[queries, head] @ mean).tolist() for mean in means]  # [block][query]
             for i in range(num_queries):
                 own = (num_keys - num_queries + i) // block_size
-                best_first = sorted(range(own), key=lambda b: (-scores[b][i], b))
+                best_first = sorted(range(own), key=lambda b: (b >= first_blocks, -scores[b][i], b))
                 chosen = [*sorted(best_first[: top_k - 1]), own]
                 selection[head, queries.start + i, top_k - len(chosen) :] = torch.tensor(chosen, dtype=torch.int32)
     return selection
@@ -54,6 +56,7 @@ def reference_attention(
     *,
     block_size: int,
     top_k: int,
+    first_blocks: int = 0,
     cu_seqlens: torch.Tensor | None = None,
     cu_seqlens_k: torch.Tensor | None = None,
     softmax_scale: float | None = None,
@@ -66,7 +69,13 @@ def reference_attention(
     keys. Half precisions are computed in float32; the log-sum-exp is float32, or float64 for float64 inputs.
     """
     selection = reference_selection(
-        q, k, block_size=block_size, top_k=top_k, cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k
+        q,
+        k,
+        block_size=block_size,
+        top_k=top_k,
+        first_blocks=first_blocks,
+        cu_seqlens=cu_seqlens,
+        cu_seqlens_k=cu_seqlens_k,
     )
 
     def allowed(head: int, queries: slice, num_keys: int) -> torch.Tensor:

@@ -19,6 +19,7 @@ import torch
 
 from moba.checks import check_blocks, check_tensors
 from moba.documents import Documents
+from moba.kinds.moba import check_first_blocks
 
 # Work sizes of one chunk. The elements, of scores or of float32 queries, bound memory (64 MiB). On the CPU the limit on
 # queries keeps the range of blocks that a chunk can see narrow, so that causal and packed batches do not score every
@@ -113,6 +114,7 @@ def route(
     *,
     block_size: int,
     top_k: int,
+    first_blocks: int = 0,
     cu_seqlens: torch.Tensor | None = None,
     cu_seqlens_k: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -121,14 +123,16 @@ def route(
     Indices count blocks from the start of the query's own document. q is [T, H, D], k is [S, G, D]; every query head
     routes on its own, against the means of the key head it shares. Only blocks wholly before the query's own compete,
     with the score <q, mean>, unscaled, in float32 (float64 for float64 inputs); of equal scores the earlier block
-    wins (MoBA paper, section 2.2). No gradient. Rows of non-finite scores give a legal, causal selection, but which
+    wins (MoBA paper, section 2.2). The first `first_blocks` blocks of the document win over all others, where they
+    compete; 0 as in the paper. No gradient. Rows of non-finite scores give a legal, causal selection, but which
     is not specified. Raises ValueError for bad arguments.
     """
     check_blocks(block_size, top_k)
+    check_first_blocks(first_blocks, top_k)
     check_tensors(q, k)
     documents = Documents.from_bounds(cu_seqlens, cu_seqlens_k, q.shape[0], k.shape[0], q.device)
     layout = documents.layout(block_size)
-    return select_blocks(q, layout_means(k, layout), layout, top_k)
+    return select_blocks(q, layout_means(k, layout), layout, top_k, first_blocks)
 
 
 def block_means(k: torch.Tensor, block_size: int) -> torch.Tensor:
@@ -156,7 +160,9 @@ def layout_means(k: torch.Tensor, layout: BlockLayout) -> torch.Tensor:
 
 
 @torch.no_grad()
-def select_blocks(q: torch.Tensor, means_MGD: torch.Tensor, layout: BlockLayout, top_k: int) -> torch.Tensor:
+def select_blocks(
+    q: torch.Tensor, means_MGD: torch.Tensor, layout: BlockLayout, top_k: int, first_blocks: int = 0
+) -> torch.Tensor:
     """`route` from means that are at hand: int32 [H, T, K]. Means of incomplete blocks are never used."""
     num_heads, head_dim = q.shape[1:]
 
@@ -164,7 +170,7 @@ def select_blocks(q: torch.Tensor, means_MGD: torch.Tensor, layout: BlockLayout,
         return gate_scores(q[queries], means_MGD[blocks])
 
     step = max(1, SCORE_ELEMENTS // (num_heads * max(layout.num_blocks, head_dim)))
-    return select_by_score(score, num_heads, layout, top_k, step, q.device)
+    return select_by_score(score, num_heads, layout, top_k, first_blocks, step, q.device)
 
 
 def select_by_score(
@@ -172,12 +178,13 @@ def select_by_score(
     num_heads: int,
     layout: BlockLayout,
     top_k: int,
+    first_blocks: int,
     step: int,
     device: torch.device,
 ) -> torch.Tensor:
     """The selection int32 [H, T, K] of the own block and the top_k - 1 history blocks of greatest score, of equal ones
-    the earlier. score(queries, blocks of the pack) gives [H, C, m], which is overwritten; it is asked for `step`
-    queries at a time, at most."""
+    the earlier; the document's `first_blocks` first come before any score. score(queries, blocks of the pack) gives
+    [H, C, m], which is overwritten; it is asked for `step` queries at a time, at most."""
     num_queries = layout.num_queries
     selection_HTK = torch.full((num_heads, num_queries, top_k), -1, dtype=torch.int32, device=device)
     first_block_T = layout.query_first_block_T
@@ -194,6 +201,8 @@ def select_by_score(
         column_m = torch.arange(low, high, device=device)
         first_C1, own_C1 = first_block_T[start:stop, None], layout.query_block_T[start:stop, None]
         scores_HCm = score(slice(start, stop), slice(low, high))
+        if first_blocks:
+            scores_HCm.masked_fill_(column_m < first_C1 + first_blocks, float("inf"))
         scores_HCm.masked_fill_((column_m < first_C1) | (column_m >= own_C1), float("-inf"))
         best_HCk = _best_columns(scores_HCm, min(top_k - 1, high - low))
         picked_HCk = torch.where(best_HCk >= 0, best_HCk + low - first_C1, -1).sort(dim=-1).values

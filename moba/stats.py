@@ -168,9 +168,8 @@ def record_routing(model: nn.Module) -> Iterator[list[dict[str, Tensor]]]:
         layer.observer = None
         routing, q, k = layer.spec.routing, q.detach(), k.detach()
         assert routing is not None
-        block_size, top_k, gate = routing
-        layout = documents.layout(block_size)
-        selection = select(gate, q, k, block_size, top_k, documents=documents)
+        layout, top_k = documents.layout(routing.block_size), routing.top_k
+        selection = select(routing, q, k, documents=documents)
         stats = routing_stats(selection, layout)
         rows = routed_queries(layout, top_k, SAMPLED_QUERIES)
         shares = []

@@ -63,6 +63,7 @@ def configure(
     *,
     block_size: int | None = None,
     top_k: int | None = None,
+    first_blocks: int = 0,
     full_last: int = 0,
     plan: Sequence[AttentionSpec | Sequence] | None = None,
     decode: str = DECODE_DENSE,
@@ -70,8 +71,10 @@ def configure(
     """Switches a loaded transformers model to MoBA; no weight is touched, and `save_pretrained` writes it down.
 
     Either `block_size` and `top_k` (which counts the query's own block) for all layers but the last `full_last`, which
-    keep full attention, or `plan`: one AttentionSpec or (kind, block_size, top_k) a layer. `decode`: "full" or "moba".
-    May be called again. Raises ValueError for anything that does not fit.
+    keep full attention, or `plan`: one AttentionSpec or (kind, block_size, top_k) a layer, MoBA's also with
+    first_blocks behind. `first_blocks` of the top_k are always the first of the text: 0 as in the paper; 1 keeps the
+    attention sink of a model that was not trained with MoBA. `decode`: "full" or "moba". May be called again. Raises
+    ValueError for anything that does not fit.
     """
     config = model.config.get_text_config()
     num_layers = config.num_hidden_layers
@@ -80,10 +83,11 @@ def configure(
     if plan is None:
         if not 0 <= full_last <= num_layers:
             raise ValueError(f"full_last={full_last}: the model has {num_layers} layers")
-        sparse = [Moba.name, block_size, top_k]
+        sparse = [Moba.name, block_size, top_k, *([first_blocks] if first_blocks else [])]
         plan = [sparse] * (num_layers - full_last) + [Full().entry()] * full_last
-    elif full_last:
-        raise ValueError(f"full_last={full_last} with plan: the plan says which layers are full")
+    elif full_last or first_blocks:
+        name, value = ("full_last", full_last) if full_last else ("first_blocks", first_blocks)
+        raise ValueError(f"{name}={value} with plan: the plan says it of each layer")
     entries = [e.entry() if isinstance(e, AttentionSpec) else list(e) for e in plan]
     settings = {"plan": entries, "decode": decode}
     for layer in range(num_layers):

@@ -38,6 +38,7 @@ def moba_triton(
     *,
     block_size: int,
     top_k: int,
+    first_blocks: int = 0,
     softmax_scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """MoBA attention [T, H, D] and its log-sum-exp, float32 [H, T] (natural log); sizes as in `moba.moba_attention`.
@@ -49,7 +50,7 @@ def moba_triton(
     with device_of(q):
         layout = documents.kernel_layout(block_size)
     tensors = (layout.start_M, layout.length_M, layout.first_block_T, layout.own_block_T)
-    return triton_forward(q, k, v, *tensors, block_size, top_k, scale)[:2]
+    return triton_forward(q, k, v, *tensors, block_size, top_k, scale, first_blocks)[:2]
 
 
 @torch.library.custom_op("moba::triton_forward", mutates_args=())
@@ -64,6 +65,7 @@ def triton_forward(
     block_size: int,
     top_k: int,
     softmax_scale: float,
+    first_blocks: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(out [T, H, D], lse float32 [H, T], and the tensors of `Lists` for the backward: rows, slots, list_start), from
     the tensors of a `Layout`."""
@@ -72,7 +74,7 @@ def triton_forward(
         return _empty_outputs(q, k, start_M, top_k)
     with device_of(q):
         layout = Layout(start_M.shape[0], start_M, length_M, first_block_T, own_block_T)
-        selection = select_blocks(q, k, layout, block_size, top_k)
+        selection = select_blocks(q, k, layout, block_size, top_k, first_blocks)
         lists = build_lists(selection, layout, k.shape[1])
         del selection
         out, lse = attention_forward(q, k, v, lists, block_size, softmax_scale, WORKSPACE_BYTES)
@@ -80,7 +82,7 @@ def triton_forward(
 
 
 @triton_forward.register_fake
-def _(q, k, v, start_M, length_M, first_block_T, own_block_T, block_size, top_k, softmax_scale):
+def _(q, k, v, start_M, length_M, first_block_T, own_block_T, block_size, top_k, softmax_scale, first_blocks=0):
     return _empty_outputs(q, k, start_M, top_k)
 
 
@@ -130,7 +132,7 @@ def _(d_out, d_lse, q, k, v, out, lse, rows, slots, list_start, start_M, length_
 
 
 def _save(ctx, inputs, output) -> None:
-    q, k, v, start_M, length_M, _, _, ctx.block_size, _, ctx.softmax_scale = inputs
+    q, k, v, start_M, length_M, _, _, ctx.block_size, _, ctx.softmax_scale, _ = inputs
     ctx.save_for_backward(q, k, v, *output, start_M, length_M)
     ctx.set_materialize_grads(False)
 
@@ -139,7 +141,7 @@ def _gradients(ctx, d_out, d_lse, *_):
     q, k, v, out, lse, *lists = ctx.saved_tensors
     d_out = torch.zeros_like(out) if d_out is None else d_out
     d_q, d_k, d_v = triton_backward(d_out, d_lse, q, k, v, out, lse, *lists, ctx.block_size, ctx.softmax_scale)
-    return d_q, d_k, d_v, *[None] * 7
+    return d_q, d_k, d_v, *[None] * 8
 
 
 triton_forward.register_autograd(_gradients, setup_context=_save)

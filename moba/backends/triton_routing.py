@@ -31,7 +31,9 @@ def block_means(k: torch.Tensor, layout: Layout, block_size: int) -> tuple[torch
     return high, low
 
 
-def select_blocks(q: torch.Tensor, k: torch.Tensor, layout: Layout, block_size: int, top_k: int) -> torch.Tensor:
+def select_blocks(
+    q: torch.Tensor, k: torch.Tensor, layout: Layout, block_size: int, top_k: int, first_blocks: int = 0
+) -> torch.Tensor:
     """The blocks each query attends to, int32 [T, H, K]: numbered through the pack, -1 for none, history unordered,
     own block last.
 
@@ -50,6 +52,7 @@ def select_blocks(q: torch.Tensor, k: torch.Tensor, layout: Layout, block_size: 
         q, high, low, layout.first_block_T, layout.own_block_T, selection, num_tokens, layout.num_blocks,
         NUM_HEADS=num_heads, GROUP=num_heads // num_kv_heads, TOP_K=top_k, BEST_SLOTS=best_slots,
         HEAD_DIM=head_dim, BLOCK_D=padded(head_dim), ROWS=tile.rows, BLOCKS=tile.keys, SPLIT=q.dtype != torch.float32,
+        FIRST_BLOCKS=first_blocks,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return selection
@@ -82,12 +85,13 @@ def select_kernel(
     q, mean_high, mean_low, first_block, own_block, selection, num_tokens, num_blocks,
     NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, TOP_K: tl.constexpr, BEST_SLOTS: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr, SPLIT: tl.constexpr,
+    FIRST_BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """One program: ROWS queries of one head stream all their history blocks and keep the TOP_K - 1 best.
 
     Each row holds its best blocks so far, unordered, and the worst value among them as a threshold. A tile of scores
     is searched only as long as some row still has a score above its threshold: some seven times in the first tiles,
-    about three times later on.
+    about three times later on. The FIRST_BLOCKS first blocks of a document have infinite scores, so that they stay.
     """
     # Late queries have the longest histories: start with them, so that the short ones fill the end of the launch.
     token = (tl.num_programs(0) - 1 - tl.program_id(0)) * ROWS + tl.arange(0, ROWS)
@@ -114,10 +118,14 @@ def select_kernel(
     for tile_begin in range(scan_begin, full_end, BLOCKS):
         block = tile_begin + tl.arange(0, BLOCKS)
         score = _gate_scores(query, mean_high, mean_low, block, num_blocks, HEAD_DIM, BLOCK_D, SPLIT)
+        if FIRST_BLOCKS:
+            score = tl.where(block[None, :] - first[:, None] < FIRST_BLOCKS, infinity, score)
         best, best_block, worst = _keep_best(score, block, best, best_block, worst)
     for tile_begin in range(full_end, scan_end, BLOCKS):
         block = tile_begin + tl.arange(0, BLOCKS)
         score = _gate_scores(query, mean_high, mean_low, block, num_blocks, HEAD_DIM, BLOCK_D, SPLIT)
+        if FIRST_BLOCKS:
+            score = tl.where(block[None, :] - first[:, None] < FIRST_BLOCKS, infinity, score)
         is_history = (block[None, :] >= first[:, None]) & (block[None, :] < own[:, None])
         score = tl.where(is_history, score, -infinity)
         best, best_block, worst = _keep_best(score, block, best, best_block, worst)

@@ -42,9 +42,10 @@ def all_options() -> dict[str, Option]:
 
 
 def from_entry(entry: Sequence[Any]) -> AttentionSpec:
-    """The attention that an entry [kind, block_size, top_k] of a config.json's plan stands for; ValueError for none."""
-    if len(entry) != 3:
-        raise ValueError("needs [kind, block_size, top_k]")
+    """The attention that an entry [kind, block_size, top_k] of a config.json's plan stands for, of MoBA perhaps with
+    first_blocks behind; ValueError for none."""
+    if len(entry) not in (3, 4):
+        raise ValueError("needs [kind, block_size, top_k], or [kind, block_size, top_k, first_blocks]")
     name, *sizes = entry
     if name not in KINDS:
         raise ValueError(f"kind={name!r}: choose one of {', '.join(KINDS)}")

@@ -71,6 +71,8 @@ class Routing(NamedTuple):
     block_size: int
     top_k: int
     gate: str
+    first_blocks: int = 0
+    """Blocks at the start of a document that are always picked."""
 
 
 class BadOption(NamedTuple):
@@ -206,12 +208,13 @@ class AttentionSpec(ABC):
         return f"{self.name} attention"
 
     def entry(self) -> list[Any]:
-        """[name, block_size, top_k]: the layer's entry in a config.json's plan. ValueError if it has none."""
+        """[name, block_size, top_k], and what else the kind has: the layer's entry in a config.json's plan. ValueError
+        if it has none."""
         raise ValueError(f"{self}: transformers has no such attention here; say full or moba")
 
     @classmethod
     def from_entry(cls, sizes: Sequence[Any]) -> AttentionSpec:
-        """The kind of an entry's sizes, [block_size, top_k]. ValueError if it has none."""
+        """The kind of what follows the name in its entry. ValueError if it is not this kind's, or has none."""
         raise ValueError(f"there are no layers of {cls.name} attention here; say full or moba")
 
     def __str__(self) -> str:

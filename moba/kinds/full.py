@@ -61,4 +61,6 @@ class Full(AttentionSpec):
 
     @classmethod
     def from_entry(cls, sizes: Sequence[Any]) -> Full:
+        if len(sizes) != 2:
+            raise ValueError("needs [full, null, null]")
         return cls()

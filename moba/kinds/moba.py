@@ -19,7 +19,9 @@ class Moba(AttentionSpec):
     """Attention to `top_k` blocks of `block_size` tokens, the query's own included.
 
     `top_k=1` is block-local attention, and `block_size * top_k >= length` is full attention. `gate` picks the blocks:
-    "mean" is MoBA, the others are controls (moba/gates.py).
+    "mean" is MoBA, the others are controls (moba/gates.py). The first `first_blocks` blocks of the query's document are
+    always among them, counted in `top_k` as the own block is. 0 is the paper's MoBA; with 1 a pretrained model, whose
+    heads park their attention on the first tokens, does not depend on a gate that judges a block by its mean.
     """
 
     name = "moba"
@@ -47,6 +49,12 @@ class Moba(AttentionSpec):
             "`flash`.",
             default=MEAN,
         ),
+        "first_blocks": Option(
+            int,
+            "Blocks at the start of a document that all its queries attend to, counted in top_k (fewer than it); 0 = "
+            "MoBA as published, 1 keeps the attention sink of pretrained models.",
+            default=0,
+        ),
     }
     VARIANTS: ClassVar[tuple[str, ...]] = (name, "oracle", "random", "local", Full.name)
     """What a comparison of gates puts in the place of MoBA layers."""
@@ -54,12 +62,14 @@ class Moba(AttentionSpec):
     block_size: int
     top_k: int
     gate: str = MEAN
+    first_blocks: int = 0
 
     def __post_init__(self):
         super().__post_init__()
         if self.gate not in GATES:
             raise ValueError(f"gate={self.gate!r}: choose one of {', '.join(GATES)}")
         check_counts(self.name, block_size=self.block_size, top_k=self.top_k)
+        check_first_blocks(self.first_blocks, self.top_k)
 
     def is_dense_at(self, length: int) -> bool:
         return self.block_size * self.top_k >= length
@@ -77,7 +87,7 @@ class Moba(AttentionSpec):
 
     @property
     def routing(self) -> Routing:
-        return Routing(self.block_size, self.top_k, self.gate)
+        return Routing(self.block_size, self.top_k, self.gate, self.first_blocks)
 
     @property
     def partial_outputs(self) -> int:
@@ -96,17 +106,16 @@ class Moba(AttentionSpec):
         if backend == "reference":
             from moba.reference import reference_attention
 
+            options["first_blocks"] = self.first_blocks
             return reference_attention(q, k, v, **documents.bounds, **options, return_lse=True)
         if backend == "triton":
             from moba.backends.triton_attention import moba_triton
 
-            return moba_triton(q, k, v, documents, **options)
-        if self.gate != MEAN:
+            return moba_triton(q, k, v, documents, **options, first_blocks=self.first_blocks)
+        if self.gate != MEAN or self.first_blocks:
             from moba.gates import select
 
-            options["selection"] = select(
-                self.gate, q, k, self.block_size, self.top_k, documents=documents, softmax_scale=softmax_scale
-            )
+            options["selection"] = select(self.routing, q, k, documents=documents, softmax_scale=softmax_scale)
         if backend == "torch":
             from moba.backends.torch_blocks import moba_torch
 
@@ -120,7 +129,7 @@ class Moba(AttentionSpec):
             return super().decode(q, sequence, dense)
         from moba.kv_cache import decode_moba
 
-        return decode_moba(q, sequence, self.block_size, self.top_k)
+        return decode_moba(q, sequence, self.block_size, self.top_k, self.first_blocks)
 
     @classmethod
     def check_options(cls, values: Mapping[str, Any], seq_len: int | None, used: bool) -> Iterator[BadOption]:
@@ -130,6 +139,11 @@ class Moba(AttentionSpec):
             yield BadOption("gate", gate, f"choose one of {', '.join(GATES)}")
         elif gate != MEAN and not used:
             yield BadOption("gate", gate, f"only with {{key}}.kind={cls.name}")
+        first_blocks, top_k = values.get("first_blocks"), values.get("top_k")
+        if first_blocks and not used:
+            yield BadOption("first_blocks", first_blocks, f"only with {{key}}.kind={cls.name}")
+        elif (problem := first_blocks_problem(first_blocks, top_k)) is not None:
+            yield BadOption("first_blocks", first_blocks, problem)
         yield from cls._check_num_blocks(values, seq_len)
 
     @classmethod
@@ -167,13 +181,29 @@ class Moba(AttentionSpec):
         return None if self.gate == MEAN else "a control gate (attention.gate)"
 
     def entry(self) -> list[Any]:
-        return [self.name, self.block_size, self.top_k]
+        return [self.name, self.block_size, self.top_k, *([self.first_blocks] if self.first_blocks else [])]
 
     @classmethod
     def from_entry(cls, sizes: Sequence[Any]) -> Moba:
-        block_size, top_k = sizes
-        return cls(block_size, top_k)
+        block_size, top_k, *more = sizes
+        return cls(block_size, top_k, first_blocks=more[0] if more else 0)
 
     def __str__(self) -> str:
-        gate = "" if self.gate == MEAN else f" ({self.gate} gate)"
-        return f"{self.name} {self.block_size}x{self.top_k}{gate}"
+        notes = [f"{self.gate} gate"] if self.gate != MEAN else []
+        notes += [f"first {self.first_blocks}"] if self.first_blocks else []
+        return f"{self.name} {self.block_size}x{self.top_k}" + (f" ({', '.join(notes)})" if notes else "")
+
+
+def first_blocks_problem(first_blocks: Any, top_k: int | None) -> str | None:
+    """What would have to hold of first_blocks and does not, or None; `top_k` None is not known yet."""
+    if not isinstance(first_blocks, int) or isinstance(first_blocks, bool) or first_blocks < 0:
+        return "needs an integer of at least 0"
+    if first_blocks and top_k is not None and first_blocks >= top_k:
+        return f"must be less than top_k={top_k}, which counts the first blocks and the query's own"
+    return None
+
+
+def check_first_blocks(first_blocks: Any, top_k: int) -> None:
+    """Raises ValueError unless that many blocks fit into top_k beside the query's own."""
+    if (problem := first_blocks_problem(first_blocks, top_k)) is not None:
+        raise ValueError(f"first_blocks={first_blocks!r}: {problem}")

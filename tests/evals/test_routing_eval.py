@@ -16,7 +16,7 @@ from evals.routing_numbers import model_hit_rate
 from evals.routing_report import HEAD
 from moba.documents import Documents
 from moba.gates import select
-from moba.kinds import Full, Moba
+from moba.kinds import Full, Moba, Routing
 from train.model.decoder import Decoder
 
 LENGTH, SIZE, TOP_K, LAYERS, HEADS = 96, 8, 3, 2, 4
@@ -59,7 +59,7 @@ def expected(model, batch):
         model.logits(batch.tokens, batch.positions, batch.documents)
     module.observer = None
     ((q, k, v),) = seen
-    selection = select("mean", q, k, SIZE, TOP_K, documents=batch.documents)
+    selection = select(Routing(SIZE, TOP_K, "mean"), q, k, documents=batch.documents)
     values = {name: [] for name in HEAD}
     for h in range(HEADS):
         kh, vh, rows, errors, norms, picks = k[:, h // 2], v[:, h // 2], {name: [] for name in HEAD}, 0, 0, np.zeros(12)

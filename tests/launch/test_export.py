@@ -61,8 +61,9 @@ RUNS = {
         Qwen3Config(**SIZES, head_dim=32),
         torch.bfloat16,
         290_000,
-        ["deepspeed=zero3", "deepspeed.precision=bf16", "schedule.stages.full.rope.scaling=yarn",
-         "schedule.stages.full.rope.factor=4", "schedule.stages.full.rope.original_length=512"],
+        ["deepspeed=zero3", "deepspeed.precision=bf16", f"{SPARSE}attention.first_blocks=2",
+         "schedule.stages.full.rope.scaling=yarn", "schedule.stages.full.rope.factor=4",
+         "schedule.stages.full.rope.original_length=512"],
     ),
 }  # fmt: skip
 
@@ -150,7 +151,7 @@ def test_the_config_says_what_the_run_did(folder):
     configs = {name: json.loads((folder / "out" / name / "config.json").read_text()) for name in RUNS}
     llama, qwen2, qwen3 = configs["llama"], configs["qwen2"], configs["qwen3"]
     assert llama["moba"] == {"plan": [["moba", 64, 4], ["moba", 64, 4], ["full", None, None]]}
-    assert qwen3["moba"] == {"plan": [["moba", 64, 4]] * 3}
+    assert qwen3["moba"] == {"plan": [["moba", 64, 4, 2]] * 3}
     assert [c["architectures"] for c in configs.values()] == [
         ["LlamaForCausalLM"],
         ["Qwen2ForCausalLM"],

@@ -28,11 +28,13 @@ class Pack:
     dtype: torch.dtype = torch.float64
     quantised: bool = False
     """Small integers instead of normal numbers: all sums are exact, and scores often equal."""
+    first_blocks: int = 0
     options: dict = field(init=False)
 
     def __post_init__(self):
         cu_seqlens_k = None if self.extra is None else bounds([a + b for a, b in zip(self.lengths, self.extra)])
         options = {"block_size": self.block_size, "top_k": self.top_k}
+        options |= {"first_blocks": self.first_blocks} if self.first_blocks else {}
         object.__setattr__(
             self, "options", {**options, "cu_seqlens": bounds(self.lengths), "cu_seqlens_k": cu_seqlens_k}
         )
@@ -79,8 +81,9 @@ def attention(q, k, v, kind, *, cu_seqlens=None, cu_seqlens_k=None, **options):
     return out if lse is None else (out, lse)
 
 
-def packs(**fixed) -> st.SearchStrategy[Pack]:
-    """Packs with empty documents, ragged tails, documents shorter than a block, some with more keys than queries."""
+def packs(first: bool = False, **fixed) -> st.SearchStrategy[Pack]:
+    """Packs with empty documents, ragged tails, documents shorter than a block, some with more keys than queries;
+    `first`: with first_blocks."""
 
     @st.composite
     def build(draw):
@@ -91,10 +94,12 @@ def packs(**fixed) -> st.SearchStrategy[Pack]:
             "lengths": lengths,
             "extra": extra,
             "block_size": block_size,
-            "top_k": draw(st.integers(1, 5)),
+            "top_k": draw(st.integers(2 if first else 1, 5)),
             "heads": draw(st.sampled_from(HEADS)),
             "seed": draw(st.integers(0, 999)),
         }
+        if first:
+            values["first_blocks"] = draw(st.integers(1, {**values, **fixed}["top_k"] - 1))
         return Pack(**{**values, **fixed})
 
     return build()

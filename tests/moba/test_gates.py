@@ -8,7 +8,7 @@ from packs import Pack, attention, documents_of, packs
 from moba import moba_attention
 from moba.attention import BackendUnavailable
 from moba.gates import select
-from moba.kinds import Moba
+from moba.kinds import Moba, Routing
 from moba.kv_cache import KVCache
 from moba.reference import reference_selection
 
@@ -23,7 +23,7 @@ def ranges_of(pack: Pack):
 def picks(gate, q, k, pack):
     """The selection of a gate."""
     documents = documents_of(q, k, pack.options["cu_seqlens"], pack.options["cu_seqlens_k"])
-    return select(gate, q, k, pack.block_size, pack.top_k, documents=documents)
+    return select(Routing(pack.block_size, pack.top_k, gate), q, k, documents=documents)
 
 
 def dense_mass(q, k, pack):
@@ -89,7 +89,7 @@ def test_random_picks_are_spread_and_differ():
     """Catches a hash that prefers some blocks, repeats itself over queries or heads, or depends on the block's past."""
     torch.manual_seed(0)
     q, k = torch.randn(2048, 4, 16), torch.randn(2048, 2, 16)
-    selection = select("random", q, k, 32, 3, documents=documents_of(q, k))
+    selection = select(Routing(32, 3, "random"), q, k, documents=documents_of(q, k))
     late = selection[:, 1024:, :-1]  # 32 to 63 candidates
     counts = torch.bincount(late.flatten().long(), minlength=64)[:32].float()
     expected = sum(2 / (t // 32) for t in range(1024, 2048)) * 4
@@ -113,7 +113,8 @@ def test_controls_reach_layers_and_caches_and_are_refused_elsewhere():
         torch.testing.assert_close(torch.cat(parts), whole)
     with pytest.raises(BackendUnavailable, match="torch"):
         moba_attention(q, k, v, block_size=4, top_k=3, gate="local", backend="reference")
-    for wrong in (lambda: Moba(4, 3, gate="best"), lambda: select("best", q, k, 4, 3, documents=documents_of(q, k))):
+    unknown = Routing(4, 3, "best")
+    for wrong in (lambda: Moba(4, 3, gate="best"), lambda: select(unknown, q, k, documents=documents_of(q, k))):
         with pytest.raises(ValueError, match="oracle"):
             wrong()
     assert str(Moba(4, 3, gate="local")) == "moba 4x3 (local gate)"

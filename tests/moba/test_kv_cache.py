@@ -64,8 +64,8 @@ def test_decoding_token_by_token_equals_one_forward(monkeypatch):
     selected = []
     select = moba.kv_cache.select_blocks
 
-    def recording_select(q, means, layout, top_k):
-        selected.append((q, select(q, means, layout, top_k)))
+    def recording_select(q, means, layout, *sizes):
+        selected.append((q, select(q, means, layout, *sizes)))
         return selected[-1][1]
 
     monkeypatch.setattr(moba.kv_cache, "select_blocks", recording_select)

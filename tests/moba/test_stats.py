@@ -11,6 +11,7 @@ from packs import documents_of, packs
 from moba import full_attention, moba_attention
 from moba.documents import Documents
 from moba.gates import select
+from moba.kinds import Routing
 from moba.routing import route
 from moba.stats import (
     block_load,
@@ -72,8 +73,8 @@ def test_random_selection_counted_in_python():
     assert load.picks_HM.sum() == pytest.approx(4 * load.expected_M.sum().item())
 
     q = torch.randn(1024, 8, 16)
-    even = routing_stats(select("random", q, q, 32, 3, documents=documents_of(q, q)), layout_of(1024, 32))
-    skewed = routing_stats(select("local", q, q, 32, 3, documents=documents_of(q, q)), layout_of(1024, 32))
+    even = routing_stats(select(Routing(32, 3, "random"), q, q, documents=documents_of(q, q)), layout_of(1024, 32))
+    skewed = routing_stats(select(Routing(32, 3, "local"), q, q, documents=documents_of(q, q)), layout_of(1024, 32))
     assert even["load_entropy"] > 0.98 > skewed["load_entropy"] and even["max_load"] < 2 < skewed["max_load"]
 
 
@@ -124,7 +125,9 @@ def test_oracle_holds_more_than_moba_and_moba_more_than_random():
     rows = routed_queries(layout, top_k, 200)
     mass = block_mass(q, k, layout, rows)
     shares = {
-        gate: captured_share(mass, select(gate, q, k, size, top_k, documents=documents_of(q, k))[:, rows], layout, rows)
+        gate: captured_share(
+            mass, select(Routing(size, top_k, gate), q, k, documents=documents_of(q, k))[:, rows], layout, rows
+        )
         for gate in ("mean", "local", "random", "oracle")
     }
     means = {gate: share.mean().item() for gate, share in shares.items()}

@@ -108,7 +108,7 @@ def test_dense_moba_equals_sdpa(family):
 
 
 @pytest.mark.parametrize("family,changes", [("llama", {}), ("qwen2", {"qkv_bias": True}), ("qwen3", {"qk_norm": True})])
-@pytest.mark.parametrize("plan", [[("moba", 8, 2)] * LAYERS, HYBRID])
+@pytest.mark.parametrize("plan", [[("moba", 8, 2)] * LAYERS, [("moba", 8, 3, 1)] * LAYERS, HYBRID])
 def test_equals_our_decoder(family, changes, plan):
     """Catches routing that differs from training's, and a plan whose entries reach the wrong layers."""
     theirs, ids = moba_model(family, plan=plan, head_dim=16), tokens()
@@ -130,6 +130,8 @@ def test_equals_our_decoder(family, changes, plan):
     assert difference(logits, our_logits([("full", None, None)] * LAYERS)) > 1e-2
     if plan is HYBRID:
         assert difference(logits, our_logits(plan[::-1])) > 1e-2
+    if len(plan[0]) == 4:
+        assert difference(logits, our_logits([entry[:3] for entry in plan])) > 1e-4
 
 
 @pytest.mark.parametrize("dense", [True, False])
@@ -339,6 +341,9 @@ def test_the_last_layers_stay_full():
             "sliding 8: transformers has no such attention here; say full or moba",
         ),
         ({"plan": HYBRID, "full_last": 1}, "full_last=1 with plan"),
+        ({"plan": HYBRID, "first_blocks": 1}, "first_blocks=1 with plan"),
+        ({**SPARSE, "first_blocks": 2}, "first_blocks=2: must be less than top_k=2"),
+        ({"plan": [("full", None, None, 1)] * LAYERS}, r"plan\[0\]"),
         ({**SPARSE, "full_last": 4}, "full_last=4: the model has 3 layers"),
         ({**SPARSE, "decode": "dense"}, "decode='dense'"),
     ],

@@ -47,10 +47,10 @@ def bounds(values):
     return None if values is None else torch.tensor(values, dtype=torch.int32)
 
 
-def pack_selection(q, k, cu_seqlens, block_size, top_k):
+def pack_selection(q, k, cu_seqlens, block_size, top_k, first_blocks=0):
     """The kernels' selection in the reference's form: int32 [H, T, K], block numbers within the document, ascending."""
     layout = documents_of(q, k, cu_seqlens).kernel_layout(block_size)
-    selection = select_blocks(q, k, layout, block_size, top_k)
+    selection = select_blocks(q, k, layout, block_size, top_k, first_blocks)
     selection = torch.where(selection >= 0, selection - layout.first_block_T[:, None, None], -1)
     return selection.sort(dim=-1).values.transpose(0, 1)
 
@@ -121,6 +121,26 @@ def test_random_packs_match_reference(lengths, heads, block_size, top_k, seed):
     )
     for name, a, b in zip(("out", "lse", "dq", "dk", "dv"), got, want):
         torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize(("top_k", "first_blocks"), [(2, 1), (3, 1), (5, 2)])
+def test_first_blocks_match_reference(top_k, first_blocks):
+    """Catches the pack's first blocks instead of the document's, in tiles of one document and of several; a running
+    choice that gives them up again, or stops where they fill it; and an option that is lost in the operator."""
+    q, k, v = tensors(150, (4, 2), 16)
+    documents = bounds([0, 90, 93, 150])
+    options = {"block_size": 8, "top_k": top_k, "first_blocks": first_blocks, "cu_seqlens": documents}
+    selection = reference_selection(q, k, **options)
+    assert torch.equal(pack_selection(q, k, documents, 8, top_k, first_blocks), selection) and dropped(selection)
+    assert not torch.equal(selection, reference_selection(q, k, **options | {"first_blocks": 0}))
+    d_out, d_lse = torch.randn_like(q), torch.randn(4, 150)
+    got = gradients(lambda *x: moba_triton(*x, **options), q, k, v, d_out, d_lse)
+    exact = [x.double() for x in (q, k, v)]
+    want = gradients(lambda *x: reference_attention(*x, **options, return_lse=True), *exact, d_out, d_lse)
+    for a, b in zip(got, want):
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=2e-5)
+    out = moba_attention(q, k, v, **options, backend="triton")
+    assert torch.equal(out, got[0])
 
 
 def test_float16_and_softmax_scale():
