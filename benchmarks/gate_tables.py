@@ -152,7 +152,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
     panels[0, 0].legend(fontsize="small")
     figure.supxlabel(
         f"{results['model']}, not trained with MoBA; bars: 95 % intervals, paired by document.\n"
-        f"{results['machine']}, commit {results['commit']}",
+        f"{results['machine']}\ncommit {results['commit'][:12]}",
         fontsize="x-small",
     )
     save(figure, path)
