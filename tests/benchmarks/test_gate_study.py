@@ -13,7 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks import gate_study
 from benchmarks.gate_probes import ASKED, PAIRS, TASKS, make_probe, score
-from benchmarks.gate_study import GATES, Setting, loss_summary, retrieval_summary, settings
+from benchmarks.gate_study import Setting, settings
+from benchmarks.gate_tables import GATES, loss_summary, retrieval_summary
 from conf.schema import ModelConfig
 from data.tokenizer import EMBEDDED, ByteTokenizer
 from moba.documents import Documents
