@@ -33,7 +33,7 @@ GATES = {
 def mean_of(values: np.ndarray, clusters: Sequence[str]) -> dict[str, float | None]:
     """Mean and 95 % half-width (None for one cluster) as JSON values."""
     found = clustered_mean(values, np.ones(len(values)), clusters)
-    width = half_width(found.se, found.clusters)
+    width = half_width(found.se, found.freedom)
     return {"mean": float(found.mean), "interval_95": float(width) if np.isfinite(width) else None}
 
 

@@ -37,7 +37,7 @@ def plain_steps(sources, seed, stages, interleave=2):
         for _ in range(num_steps):
             packs = [packer.next_pack() for _ in range(num_packs)]
             steps.append((packs, (mixture.draws, dict(mixture.counts), packer.pieces)))
-        pieces = packer.pieces
+        pieces = packer.pieces if num_steps else pieces  # a packer that makes nothing still puts them in order
     return steps
 
 
