@@ -109,8 +109,8 @@ def portable(plan: tuple[AttentionSpec, ...]) -> tuple[AttentionSpec, ...]:
 def attention_plan(text: str, trained: TrainedModel) -> tuple[AttentionSpec, ...]:
     """The attention of each layer that `text` names: "stage" (as trained), "moba" (of its stage, or of the last one
     before that had it), "full" in place of MoBA, or "<block size>x<top_k>" for MoBA in the layers that the stage gives
-    MoBA (in the full ones, if it gives it to none). Sliding windows, which belong to the model, stay. ValueError for
-    anything else."""
+    MoBA (in the full ones, if it gives it to none); "+1" behind it: with the document's first block always seen.
+    Sliding windows, which belong to the model, stay. ValueError for anything else."""
     own = portable(trained.stage.attention)
     if text == "stage":
         return own
@@ -121,9 +121,13 @@ def attention_plan(text: str, trained: TrainedModel) -> tuple[AttentionSpec, ...
         return portable(sparse)
     if text == DENSE:
         return tuple(spec.dense() for spec in own)
-    block, times, top_k = text.partition("x")
-    if not times or not top_k.isdecimal():
-        raise ValueError(f"attention={text!r}: choose stage, moba, full or <block size>x<top_k> such as 512x3")
-    spec = Moba(parse_length(block), int(top_k))
+    block, times, rest = text.partition("x")
+    top_k, plus, first = rest.partition("+")
+    if not times or not top_k.isdecimal() or (plus and not first.isdecimal()):
+        hint = (
+            "choose stage, moba, full or <block size>x<top_k> such as 512x3, 512x3+1 with the first block always seen"
+        )
+        raise ValueError(f"attention={text!r}: {hint}")
+    spec = Moba(parse_length(block), int(top_k), first_blocks=int(first or 0))
     sparse = any(s.replaces_full for s in own)
     return tuple(spec if (s.replaces_full if sparse else s == Full()) else s for s in own)

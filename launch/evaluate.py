@@ -39,7 +39,8 @@ from train.record.tracking import Tracker  # noqa: E402
 MODEL_AND_DOCUMENTS = {
     "run": "run directory (its newest checkpoint), a checkpoint, or, with data=, a Hugging Face directory",
     "evals": "which, such as [position_loss,routing] (default: position_loss)",
-    "attention": "stage (as trained, default), moba (the last trained with), full, or <block size>x<top_k> (512x3)",
+    "attention": "stage (as trained, default), moba (the last trained with), full, <block size>x<top_k> (512x3), or "
+    "512x3+1 with the first block always seen",
     "seq_len": "length of the held-out documents (default: eval.seq_len of the run, else its stage's length)",
     "documents": "held-out documents at most (default: eval.documents of the run)",
     "data": "held-out documents instead of the run's: embedded, a file, a glob or a directory",

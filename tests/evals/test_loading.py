@@ -142,12 +142,13 @@ def test_attention_by_name(run_dir):
     assert attention_plan("full", sparse) == (FULL, FULL)
     assert attention_plan("moba", sparse) == attention_plan("moba", dense) == (MOBA, FULL)
     assert attention_plan("1Kx3", sparse) == (other, FULL)
+    assert attention_plan("1Kx3+1", sparse) == (Moba(1024, 3, first_blocks=1), FULL)
     assert attention_plan("1Kx3", dense) == (other, other)
     slide = Sliding(window=8)
     for kept, expected in ((MOBA, (slide, other)), (FULL, (slide, other))):
         patterned = replace(sparse, stage=replace(sparse.stage, attention=(slide, kept)))
         assert attention_plan("1Kx3", patterned) == expected and attention_plan("full", patterned) == (slide, FULL)
-    for text in ("sparse", "512", "512x", "x3", "axb", "16x0"):
+    for text in ("sparse", "512", "512x", "x3", "axb", "16x0", "16x3+", "16x2+2"):
         with pytest.raises(ValueError):
             attention_plan(text, sparse)
 
