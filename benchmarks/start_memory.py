@@ -9,9 +9,7 @@ process's peak resident set (getrusage), of which what it held before the model 
 from __future__ import annotations
 
 import json
-import platform
 import resource
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -19,12 +17,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import torch  # noqa: E402
+from train.engine.world import init_world, leave, shutdown  # noqa: E402 - first: decides what torch reads
 
+# isort: split
+from benchmarks.pretrained import machine  # noqa: E402
+from benchmarks.study import origin  # noqa: E402
 from launch.config import load  # noqa: E402
 from train.engine.collectives import gather_objects  # noqa: E402
 from train.engine.optim import build_engine, build_model  # noqa: E402
-from train.engine.world import init_world, leave, shutdown  # noqa: E402  (before torch)
 from train.model.sizes import num_parameters  # noqa: E402
 
 VOCAB = 32768
@@ -35,12 +35,6 @@ SHAPE = ["+exp=moba_32k", "model.hidden_size=2048", "model.num_layers=20", "mode
 def peak_gib() -> float:
     """The most that was resident so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def origin() -> dict[str, str]:
-    """Commit and machine."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
-    return {"commit": commit.stdout.strip(), "machine": f"{platform.machine()} CPU, torch {torch.__version__}"}
 
 
 def main() -> None:
@@ -54,14 +48,14 @@ def main() -> None:
     if world.is_main:
         total = num_parameters(config.model, VOCAB)["total"]
         whole = total * 4 / 2**30
-        stage, machine = config.deepspeed.zero_stage, origin()["machine"]
-        print(f"{total:,} parameters in float32 ({whole:.2f} GiB), ZeRO {stage}, {machine}")
+        stage, where = config.deepspeed.zero_stage, machine()
+        print(f"{total:,} parameters in float32 ({whole:.2f} GiB), ZeRO {stage}, {where}")
         for rank, one in enumerate(ranks):
             extra = one["peak_gib"] - one["before_gib"]
             print(
                 f"rank {rank}: peak {one['peak_gib']:.2f} GiB; the start took {extra:.2f}, {extra / whole:.2f} models"
             )
-        body = {"command": sys.argv[1:], **origin(), "convention": __doc__}
+        body = {**origin(sys.argv[1:], None), "machine": where, "convention": __doc__}
         target.mkdir(parents=True, exist_ok=True)
         results = {"parameters": total, "world_size": world.world_size, "ranks": ranks}
         name = f"zero{stage}.json"

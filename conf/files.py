@@ -15,9 +15,8 @@ from typing import Annotated, Any
 import yaml
 from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter, ValidationError
 
+from conf.numbers import LARGEST
 from conf.words import cut, first_line, listed
-
-LARGEST = 2**63 - 1
 
 
 class FileError(ValueError):
@@ -79,6 +78,12 @@ def parse_json(
         return _adapter(shape).validate_json(text, strict=True)
     except ValidationError as problem:
         raise error(_line(where, _problems(problem), remedy)) from None
+
+
+def parse_object(text: str | bytes, shape: Any, **options: Any) -> dict[str, Any]:
+    """The JSON object with all that it holds, checked to have what `shape` says; options as of `parse_json`."""
+    parse_json(text, shape, **options)
+    return parse_json(text, Object, **options)
 
 
 def parse_yaml(text: str, *, where: object, error: Callable[[str], Exception] = FileError, remedy: str = "") -> dict:

@@ -25,7 +25,7 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import Field
 
-from conf.files import Count, Object, parse_json, read_text
+from conf.files import Count, Object, parse_json, parse_object, read_text
 from data.errors import DataError
 from data.tokenizer import Tokenizer
 
@@ -288,14 +288,12 @@ def _read_meta(directory: Path) -> dict:
         known = f"versions {VERSION} and {VERSION_WITH_MASKS}"
         raise DataError(f"{path}: format version {version}, this program reads {known}. {_REMEDY}")
     shape = _MetaWithMasks if version == VERSION_WITH_MASKS else _Meta
-    parse_json(text, shape, where=path, error=DataError, remedy=_REMEDY)
-    return parse_json(text, Object, where=path, error=DataError, remedy=_REMEDY)
+    return parse_object(text, shape, where=path, error=DataError, remedy=_REMEDY)
 
 
 def _written_record(directory: Path, number: int) -> tuple[dict, list[str]]:
     """(record, ids of the documents) of a finished shard, as its NNNNN.json says."""
     path = directory / f"{number:05d}.json"
     text = read_text(path, error=DataError, remedy=_REMEDY)
-    parse_json(text, _Written, where=path, error=DataError, remedy=_REMEDY)
-    record = parse_json(text, Object, where=path, error=DataError, remedy=_REMEDY)
+    record = parse_object(text, _Written, where=path, error=DataError, remedy=_REMEDY)
     return record, record.pop("ids")

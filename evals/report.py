@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from conf.files import Count, Object, parse_json, read_text
+from conf.files import Count, parse_object, read_text
 from conf.numbers import format_count, format_length
 from conf.words import first_line
 from evals.comparison import (
@@ -179,8 +179,7 @@ class _Provenance:
 def _result(path: Path) -> dict[str, Any]:
     """A result's .json. ReportError if it is none."""
     text = read_text(path, error=ReportError, remedy=REMEDY)
-    parse_json(text, _Provenance, where=path, error=ReportError, remedy=REMEDY)
-    return parse_json(text, Object, where=path, error=ReportError, remedy=REMEDY)
+    return parse_object(text, _Provenance, where=path, error=ReportError, remedy=REMEDY)
 
 
 def _eval_cost(runs: Sequence[Run]) -> str:

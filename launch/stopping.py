@@ -23,16 +23,6 @@ PARENT = os.getppid()
 LOOK_SECONDS = 1.0
 
 
-class StopFlag(PreemptionFlag):
-    """A PreemptionFlag that SIGUSR1 sets as well."""
-
-    def install(self) -> StopFlag:
-        """Returns self, having replaced the handlers (main thread only)."""
-        super().install()
-        self._previous[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, self._handle)
-        return self
-
-
 def stop_reasons(flag: PreemptionFlag) -> list[str]:
     """What asked the run to stop, of all its processes; a collective."""
     return list(dict.fromkeys(reason for reason in gather_objects(flag.received) if reason))

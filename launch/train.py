@@ -38,11 +38,12 @@ from data.tokenizer import Tokenizer, load_tokenizer  # noqa: E402
 from launch.config import detect_hardware, load_asked, run_command  # noqa: E402
 from launch.inputs import refuse_missing  # noqa: E402
 from launch.observe import FIGURES, HeldOutEvaluator, draw_figures  # noqa: E402
-from launch.stopping import ParentWatch, StopFlag, exit_code, stop_reasons  # noqa: E402
+from launch.stopping import ParentWatch, exit_code, stop_reasons  # noqa: E402
 from moba.attention import BackendUnavailable  # noqa: E402
 from train.checkpoint import checkpoint_dir, store  # noqa: E402
 from train.checkpoint.run_lock import RunLocked, lock_run  # noqa: E402
 from train.engine import collectives, signals  # noqa: E402
+from train.engine.signals import PreemptionFlag  # noqa: E402
 from train.hf import pretrained, source_files  # noqa: E402
 from train.loop import Observers, Trainer  # noqa: E402
 from train.model.rope import check_stages  # noqa: E402
@@ -216,7 +217,7 @@ def _train(
         )
         progress = Progress(schedule.total_tokens, tokens=trainer.tokens, bar=config.logging.progress)
         _watch(observers, config, run_dir, tracker, progress)
-    watch.flag = preemption = StopFlag(stuck=partial(_say_stuck, config)).install()
+    watch.flag = preemption = PreemptionFlag(stuck=partial(_say_stuck, config)).install()
     try:
         # In here as well: torchrun's SIGTERM must not end a process that is about to say that another one is lost.
         with _mistakes_in_words(config):

@@ -11,8 +11,6 @@ KIND = re.search(r"```python\n(.*?)```", PAGE, re.S).group(1)
 
 RUN = """
 import sys
-from launch.config import load
-from train.plan.plan import make_plan
 run, at = sys.argv[1], "schedule.stages.sparse.attention"
 length = ["schedule.seq_len=256", "schedule.batch_tokens=1K", "schedule.block_size=16", "schedule.tokens=12K"]
 overrides = ["+exp=quickstart", f"{at}.kind=strided", f"{at}.stride=2", *length, f"run.dir={run}", "run.device=cpu"]

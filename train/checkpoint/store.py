@@ -34,7 +34,7 @@ from safetensors.torch import load_file, save_file
 from torch import distributed as dist
 from torch import nn
 
-from conf.files import Count, FileName, Object, parse_json, read_json, read_text
+from conf.files import Count, FileName, Object, parse_object, read_json, read_text
 from conf.words import first_line, listed
 from train.checkpoint import checkpoint_dir, rng
 from train.checkpoint.checkpoint_dir import FORMAT_VERSION, STATE, CheckpointError, clean_stale, find, newest, verify
@@ -276,8 +276,7 @@ def read(checkpoint: Path) -> Saved:
 def _read_state(checkpoint: Path) -> dict[str, Any]:
     """Returns the content of state.json, which has at least what _State says."""
     text = read_text(checkpoint / STATE, error=CheckpointError)
-    parse_json(text, _State, where=checkpoint / STATE, error=CheckpointError)
-    return parse_json(text, Object, where=checkpoint / STATE, error=CheckpointError)
+    return parse_object(text, _State, where=checkpoint / STATE, error=CheckpointError)
 
 
 def read_index(directory: Path, index_file: str = MODEL_INDEX) -> dict[str, str]:

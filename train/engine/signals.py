@@ -11,6 +11,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # the last as schedulers send it ahead of a time limit
 SIGNALS_TO_FORCE = 3
 STUCK_SECONDS = 20  # torchrun kills 30 s after its SIGTERM
 # How gloo and NCCL say that the process at the other end is gone. No type of error stands for that alone.
@@ -18,7 +19,7 @@ PEER_GONE = re.compile(r"(closed|reset) by (remote )?peer|Broken pipe|remote pro
 
 
 class PreemptionFlag:
-    """Remembers that SIGTERM or SIGINT arrived, so that a run can end at the next step boundary with a checkpoint.
+    """Remembers that one of STOPS arrived, so that a run can end at the next step boundary with a checkpoint.
 
     `train_step` carries `requested` in its first all-reduce, so all ranks stop after the same step whichever got the
     signal. Under torchrun one Ctrl-C arrives twice (from the terminal and from the agent), so only a third signal is
@@ -39,8 +40,8 @@ class PreemptionFlag:
         return self.received is not None
 
     def install(self) -> PreemptionFlag:
-        """Returns self, having replaced the handlers of SIGTERM and SIGINT (main thread only)."""
-        for number in (signal.SIGTERM, signal.SIGINT):
+        """Returns self, having replaced the handlers of STOPS (main thread only)."""
+        for number in STOPS:
             self._previous[number] = signal.signal(number, self._handle)
         bell, self._ring = socket.socketpair()
         self._ring.setblocking(False)

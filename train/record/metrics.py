@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from conf.files import Count, FileError, Object, parse_json
+from conf.files import Count, FileError, parse_json, parse_object
 from conf.words import cut
 from moba.kinds import AttentionSpec
 from train.plan.describe import describe_layers
@@ -171,8 +171,7 @@ def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
 
 def _record(line: bytes) -> dict[str, Any]:
     """What a line says. FileError if it is no line of ours."""
-    parse_json(line, _Line, where="which")
-    record = parse_json(line, Object, where="which")
+    record = parse_object(line, _Line, where="which")
     if record["kind"] == "stage":
         parse_json(line, _StageLine, where="which")
     return record
