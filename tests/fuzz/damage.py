@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 LONGEST = 2500
@@ -104,16 +105,18 @@ def other_bytes(draw, valid: bytes) -> bytes:
     return b""
 
 
-def half_valid(valid: bytes, as_json: Any = None):
-    """(bytes, whether they are the valid ones): half of them valid, the others of another shape or of other bytes."""
+def half_valid(valid: bytes, as_json: Any = None) -> list:
+    """Two strategies for (bytes, whether they are the valid ones): valid, and of another shape or of other bytes."""
     shaped = other_bytes(valid) if as_json is None else other_json(as_json).map(lambda text: text.encode("utf-8"))
-    return st.sampled_from(["valid", "valid", "valid", "shape", "bytes"]).flatmap(
-        lambda kind: {
-            "valid": st.integers(0, 2**32).map(lambda _: (valid, True)),  # numbered, lest repetitions be left out
-            "shape": shaped.map(lambda content: (content, content == valid)),
-            "bytes": other_bytes(valid).map(lambda content: (content, content == valid)),
-        }[kind]
-    )
+    numbered = st.integers(0, 2**32).map(lambda _: (valid, True))  # lest repetitions be left out
+    return [numbered, st.one_of(shaped, other_bytes(valid)).map(lambda content: (content, content == valid))]
+
+
+def in_equal_parts(how: settings, strategies: Sequence, check: Callable[[Any], None]) -> None:
+    """Checks as many examples of each strategy: which of them hypothesis would choose, and so the share of valid ones,
+    depends on what else was imported."""
+    for strategy in strategies:
+        settings(how, max_examples=how.max_examples // len(strategies))(given(strategy)(check))()
 
 
 def assert_one_line(error: BaseException, *words: str) -> None:
