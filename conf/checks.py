@@ -59,6 +59,7 @@ def check(config: RunConfig, hardware: Hardware | None, problems: Problems) -> N
     _check_schedule(config, problems)
     _check_optim(config, problems)
     _check_engine(config, problems)
+    _check_parallel(config, problems)
     _check_rest(config, problems)
     if hardware is not None and config.run.device in DEVICES:
         check_device(config, hardware, problems)
@@ -440,6 +441,22 @@ def _check_engine(config: RunConfig, problems: Problems) -> None:
             "not with deepspeed.zero_stage=3, which gathers weights inside the compiled code and compiles it again and"
             " again; use deepspeed=zero2, or model.compile=false",
         )
+
+
+def _check_parallel(config: RunConfig, problems: Problems) -> None:
+    key, shared, model = "parallel.sequence", config.parallel.sequence, config.model
+    if not _at_least(key, shared, 1, problems) or shared == 1:
+        return
+    if model.num_heads is not None and shared > model.num_heads >= 1:
+        problems.add(key, shared, f"at most model.num_heads={model.num_heads}: each process attends with whole heads")
+    needed = max(1, model.key_conv - 1)
+    for name, stage in config.schedule.stages.items():
+        if stage.seq_len is not None and stage.seq_len < shared * needed:
+            problems.add(
+                f"schedule.stages.{name}.seq_len",
+                stage.seq_len,
+                f"too short for {key}={shared}: each process needs at least {needed} tokens",
+            )
 
 
 def _check_rest(config: RunConfig, problems: Problems) -> None:

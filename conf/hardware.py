@@ -84,18 +84,41 @@ def check_device(config: RunConfig, hardware: Hardware, problems: Problems) -> N
 
 
 def check_world(config: RunConfig, world_size: int, problems: Problems) -> None:
-    """Each rank must get the same number of whole micro-batches of every step."""
+    """The processes must divide into groups that share sequences, and each group must get the same number of whole
+    micro-batches of every step."""
+    shared = config.parallel.sequence
+    if shared < 1:
+        return  # said elsewhere
+    if world_size % shared:
+        problems.add(
+            "parallel.sequence",
+            shared,
+            f"must divide the number of processes, {world_size}: {divisors(world_size)}"
+            + (
+                "; torchrun --nproc_per_node=N starts several, launch/plan.py num_gpus=N plans for them"
+                * (world_size == 1)
+            ),
+        )
+        return
+    groups = world_size // shared
+    each = f" of {shared} processes" if shared > 1 else ""
     for name, stage in config.schedule.stages.items():
         seq_len, batch = stage.seq_len, stage.batch_tokens
         micro = seq_len if config.schedule.micro_tokens is None else config.schedule.micro_tokens
         if None in (seq_len, batch) or min(seq_len, batch, micro) < 1 or batch % micro or micro % seq_len:
             continue
-        if batch // micro % world_size:
-            unit = micro * world_size
+        if batch // micro % groups:
+            unit = micro * groups
             problems.add(
                 f"schedule.stages.{name}.batch_tokens",
                 format_length(batch),
-                f"makes {batch // micro} micro-batches of {format_length(micro)} tokens, which {world_size} processes"
-                f" cannot share evenly; use batch_tokens={format_length(-(-batch // unit) * unit)}, or"
-                f" {divisors(batch // micro)} processes",
+                f"makes {batch // micro} micro-batches of {format_length(micro)} tokens, which {groups} "
+                f"{'groups' + each if each else 'processes'} cannot share evenly; use "
+                f"batch_tokens={format_length(-(-batch // unit) * unit)}, or {divisors(batch // micro)} "
+                f"{'groups' if each else 'processes'}",
             )
+
+
+def data_size(config: RunConfig, hardware: Hardware) -> int:
+    """Groups of processes that have sequences of their own."""
+    return max(hardware.world_size // config.parallel.sequence, 1)

@@ -337,6 +337,15 @@ class DeepSpeedConfig:
 
 
 @dataclass(frozen=True)
+class ParallelConfig:
+    """How processes share the work. Those along the data axis have sequences of their own."""
+
+    sequence: int = 1
+    """Processes that share each sequence, by attention heads (at most model.num_heads): activations of a sequence are
+    split among them. Must divide the number of processes; may change when a run is continued."""
+
+
+@dataclass(frozen=True)
 class LoggingConfig:
     """What is written while training."""
 
@@ -425,6 +434,7 @@ class RunConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

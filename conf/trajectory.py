@@ -2,7 +2,8 @@
 
 Everything counts unless it is listed in EXEMPT, so that a new key is safe by default. Exempt are: what is only written
 or watched (names, logging, evaluation, checkpoints); where things lie (directories, paths of data, whose content a
-fingerprint guards); and how the same sums are computed (device and number of processes, ZeRO stage and offload,
+fingerprint guards); and how the same sums are computed (device and number of processes, how
+they share sequences, ZeRO stage and offload,
 micro-batches, kernels, recomputation), which moves losses by rounding only.
 """
 
@@ -51,6 +52,7 @@ EXEMPT = (
     "schedule.stages.*.attention.num_blocks",
     "deepspeed.zero_stage",
     "deepspeed.offload_*",
+    "parallel.*",
 )
 
 

@@ -20,7 +20,6 @@ from evals.recall import recall
 from evals.results import Stopwatch
 from evals.swap import OWN, VARIANTS, under, variant
 from moba.stats import mean_stats, record_routing
-from train.engine.collectives import all_reduce_sum
 from train.engine.engine import Engine
 from train.engine.world import World
 from train.loop import CURVES
@@ -64,9 +63,9 @@ class HeldOutEvaluator:
             engine.model,
             world.device,
             engine=engine,
-            rank=world.rank,
-            world_size=world.world_size,
-            reduce=all_reduce_sum,
+            rank=world.data_rank,
+            world_size=world.data_size,
+            reduce=world.sum_over_data,
         )
 
     def _evaluate(self, context: Context, length: int) -> Evaluation:

@@ -177,7 +177,7 @@ def _train(
     config: RunConfig, settled: RunConfig, tokenizer: Tokenizer, plan: Callable[..., Plan], watch: ParentWatch
 ) -> None:
     """Trains as `settled` says; `config`, which may leave more to the machine, is what is kept."""
-    world = init_world(config.run.device)
+    world = init_world(config.run.device, config.parallel.sequence)
     run_dir, schedule = Path(config.run.dir), build_schedule(config)
     lock = lock_run(run_dir, world)
     if world.is_main:

@@ -24,6 +24,8 @@ class KeyConvolution(nn.Module):
     def __init__(self, num_channels: int, width: int):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(width, num_channels))
+        self.reach = width - 1
+        """Earlier keys that a key is mixed with."""
 
     def forward(self, k_TC: Tensor, offset_T: Tensor | None = None) -> Tensor:
         """k' [T, C] in k's dtype; half precisions are computed in float32.

@@ -20,6 +20,7 @@ from moba.documents import Documents
 from moba.key_conv import KeyConvolution
 from moba.kinds import AttentionSpec, Full
 from moba.kv_cache import KVCache, LayerCache
+from moba.sequence import SequenceAxis
 
 __all__ = ["KVCache", "LayerCache", "MoBAAttention", "RMSNorm", "apply_rope"]
 
@@ -113,6 +114,9 @@ class MoBAAttention(nn.Module):
         self.k_norm = RMSNorm(head_dim, norm_eps) if qk_norm else None
         self.k_conv = KeyConvolution(num_kv_heads * head_dim, key_conv) if key_conv else None
         self.rope = rope
+        self.axis: SequenceAxis | None = None
+        """The processes that share the sequence, if there are several; tokens are then those of this one's slice, and
+        documents those of the whole pack."""
 
     def forward(
         self, x_TC: Tensor, cos_TD: Tensor, sin_TD: Tensor, documents: Documents, cache: LayerCache | None = None
@@ -126,9 +130,17 @@ class MoBAAttention(nn.Module):
         qkv = self.project(x_TC, cos_TD, sin_TD, self.offsets(documents), documents, cache)
         return self.o_proj(self.attend(*qkv, documents, cache).flatten(1))
 
+    @property
+    def exchanges_keys(self) -> bool:
+        """True if keys of other processes have to be known before attention."""
+        return self.axis is not None and self.k_conv is not None
+
     def offsets(self, documents: Documents) -> Tensor | None:
-        """What the key convolution has to know of the documents, int64 [T]; None without one."""
-        return None if self.k_conv is None else documents.offsets()
+        """What the key convolution has to know of the documents, int64 [T], and of the few tokens before this slice;
+        None without one."""
+        if self.k_conv is None or self.axis is None:
+            return None if self.k_conv is None else documents.offsets()
+        return self.axis.own(documents.offsets(), before=self.k_conv.reach)
 
     def project(
         self,
@@ -142,15 +154,18 @@ class MoBAAttention(nn.Module):
         """q [T, H, D] and k, v [T, G, D], convolved, normed and rotated.
 
         Without a cache a function of tensors with a row a token alone (`offset_T` is of `offsets`), so it can be
-        compiled. With a cache the convolution goes on from the keys that it has seen.
+        compiled. With a cache the convolution goes on from the keys that it has seen, and over several processes from
+        those of the slice before: both need the documents.
         """
         k_TC = self.k_proj(x_TC)
         if self.k_conv is not None:
-            k_TC = (
-                self.k_conv(k_TC, offset_T)
-                if cache is None or documents is None
-                else cache.convolve(self.k_conv, k_TC, documents)
-            )
+            if cache is not None and documents is not None:
+                k_TC = cache.convolve(self.k_conv, k_TC, documents)
+            elif self.axis is not None and documents is not None:
+                joined_TC = self.axis.halo(k_TC, self.k_conv.reach, documents.num_keys)
+                k_TC = self.k_conv(joined_TC, offset_T)[len(joined_TC) - len(k_TC) :]
+            else:
+                k_TC = self.k_conv(k_TC, offset_T)
         q_THD = self.q_proj(x_TC).unflatten(-1, (-1, self.head_dim))
         k_TGD = k_TC.unflatten(-1, (-1, self.head_dim))
         v_TGD = self.v_proj(x_TC).unflatten(-1, (-1, self.head_dim))
@@ -166,7 +181,11 @@ class MoBAAttention(nn.Module):
         """[T, H, D]: attention as `spec` says; what depends on the documents, the spec or the cache happens here."""
         if cache is not None:
             return cache.attend(q_THD, k_TGD, v_TGD, self.spec, documents)
+        num_heads = q_THD.shape[1]
+        if self.axis is not None:
+            q_THD, k_TGD, v_TGD = self.axis.to_heads(q_THD, k_TGD, v_TGD, documents.num_queries)
         if self.observer is not None:
             self.observer(self, q_THD, k_TGD, v_TGD, documents)
         deterministic = torch.are_deterministic_algorithms_enabled()
-        return attend(q_THD, k_TGD, v_TGD, self.spec, documents, deterministic=deterministic)[0]
+        out_THD = attend(q_THD, k_TGD, v_TGD, self.spec, documents, deterministic=deterministic)[0]
+        return out_THD if self.axis is None else self.axis.to_tokens(out_THD, num_heads)

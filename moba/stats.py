@@ -178,7 +178,8 @@ def record_routing(model: nn.Module) -> Iterator[list[dict[str, Tensor]]]:
             captured = captured_share(mass, selection[:, part], layout, part)
             shares.append(torch.stack([captured, oracle_share(mass, top_k), random_share(mass, top_k)]))
         means = torch.cat(shares, -1).mean((1, 2)).float()
-        recorded.append(stats | dict(zip(("captured", "oracle_share", "random_share"), means)))
+        stats |= dict(zip(("captured", "oracle_share", "random_share"), means))
+        recorded.append(stats if layer.axis is None else _over_processes(stats, layer, q.shape[1]))
 
     for layer in layers:
         layer.observer = observe
@@ -187,6 +188,13 @@ def record_routing(model: nn.Module) -> Iterator[list[dict[str, Tensor]]]:
     finally:
         for layer in layers:
             layer.observer = None
+
+
+def _over_processes(stats: dict[str, Tensor], layer: MoBAAttention, num_heads: int) -> dict[str, Tensor]:
+    """The means over all heads of what each process measured of its own `num_heads`."""
+    assert layer.axis is not None
+    share = num_heads * layer.head_dim / layer.q_proj.out_features
+    return dict(zip(stats, layer.axis.sum(torch.stack([*stats.values()]) * share)))
 
 
 def mean_stats(recorded: list[dict[str, Tensor]]) -> dict[str, float]:

@@ -25,7 +25,6 @@ from data.sources import Source
 from data.tokenizer import Tokenizer
 from train.checkpoint import store
 from train.checkpoint.rng import load_rng, seed_rank
-from train.engine.collectives import all_reduce_sum
 from train.engine.engine import Engine
 from train.engine.optim import build_engine, build_model
 from train.engine.signals import PreemptionFlag
@@ -98,6 +97,7 @@ class Trainer:
         first = schedule.stages[0]
         model.set_attention(first.attention)
         model.set_rope(first.rope)
+        model.set_sequence_axis(world.sequence_axis)
         self.engine: Engine = build_engine(model, config, world)
         self.model = self.engine.model
         self.loader = Loader(
@@ -215,10 +215,11 @@ class Trainer:
 
     def _log(self, stage: Stage) -> None:
         """Writes the line of the log interval that ends here."""
-        trailing = self._interval_loss.all_reduce().curve().trailing  # waits for the device
-        loss_sum = all_reduce_sum(self._interval_sum).item()
+        trailing = self._interval_loss.all_reduce(self.world.data_group).curve().trailing  # waits for the device
+        loss_sum = self.world.sum_over_data(self._interval_sum).item()
         work, seconds = self.throughput.take()
-        total = Work(*all_reduce_sum(torch.tensor(work, dtype=torch.int64, device=self.world.device)).tolist())
+        work = torch.tensor(work, dtype=torch.int64, device=self.world.device)
+        total = Work(*self.world.sum_over_data(work).tolist())
         rates = self.throughput.rates(total, seconds)
         record = self.metrics.write(
             "train",
@@ -277,7 +278,7 @@ class Trainer:
 
     def _finish_stage(self, stage: Stage) -> None:
         """Writes the training losses by position of a stage that ended here."""
-        curve = self._stage_loss.all_reduce().curve()
+        curve = self._stage_loss.all_reduce(self.world.data_group).curve()
         if self.world.is_main:
             folder = self.run_dir / CURVES
             folder.mkdir(parents=True, exist_ok=True)
@@ -298,7 +299,8 @@ class Trainer:
 
     def _save(self, stage: Stage, ends: bool, watched: bool) -> None:
         """Saves a checkpoint here; all ranks together. Not `watched`: what `_watch` does here is still to be done."""
-        sums = {"stage": self._stage_loss.all_reduce(), "interval": self._interval_loss.all_reduce()}
+        group = self.world.data_group
+        sums = {"stage": self._stage_loss.all_reduce(group), "interval": self._interval_loss.all_reduce(group)}
         state = {
             "step": self.step,
             "stage": stage.name,
@@ -311,7 +313,7 @@ class Trainer:
             "num_buckets": sums["stage"].num_buckets,
         }
         tensors = {name: total.state_dict()["state"] for name, total in sums.items()}
-        tensors["interval_sum"] = all_reduce_sum(self._interval_sum.clone())
+        tensors["interval_sum"] = self.world.sum_over_data(self._interval_sum.clone())
         with self.throughput.paused():
             self.last_checkpoint = store.save(
                 self.run_dir,
@@ -349,7 +351,7 @@ class Trainer:
     def _take_up_sums(self, stage: Stage) -> None:
         """Goes on with a checkpoint's sums, if it was saved within this stage.
 
-        They are sums over all ranks: rank 0 goes on with them, the others from zero.
+        They are sums over the data axis: its first ranks go on with them, the others from zero.
         """
         saved, self._saved = self._saved, None
         if saved is None or self.tokens == stage.start or saved.state["stage"] != stage.name:
@@ -357,7 +359,7 @@ class Trainer:
         if saved.state["max_length"] != stage.seq_len:  # changed by hand (run.allow_changes)
             return
         self._interval_tokens = saved.state["interval_tokens"]
-        if self.world.is_main:
+        if self.world.data_rank == 0:
             shape = {key: saved.state[key] for key in ("max_length", "num_buckets")}
             self._stage_loss.load_state_dict(shape | {"state": saved.tensors["stage"]})
             self._interval_loss.load_state_dict(shape | {"state": saved.tensors["interval"]})

@@ -37,9 +37,10 @@ class StepResult:
     """What one step did."""
 
     loss_sum: torch.Tensor
-    """Sum of this rank's per-token losses; float64 [], on the device. Not finite where the step was skipped for it."""
+    """Sum of the per-token losses of this rank's sequences; float64 [], on the device. Not finite where the step was
+    skipped for it."""
     num_tokens: int
-    """Valid tokens of the global batch: the mean loss is the all-reduced loss_sum over this."""
+    """Valid tokens of the global batch: the mean loss is loss_sum, summed over the data axis, over this."""
     grad_norm: torch.Tensor
     """Global L2 norm of the gradients before clipping; float32 [], on the device. inf or nan in a skipped step."""
     skipped: bool
@@ -58,7 +59,7 @@ def train_step(
     on_losses: Callable[[torch.Tensor, Batch], None] | None = None,
 ) -> StepResult:
     """Returns the result of one optimizer step on this rank's micro-batches; every rank must bring the same number of
-    them.
+    them, and ranks that share sequences the same ones.
 
     `stop` is this rank's wish to end the run after this step. `on_losses(losses float32 [T], batch)` gets every
     micro-batch's detached per-token losses, on the device, once the step is known to be good; a skipped step is not
@@ -66,7 +67,9 @@ def train_step(
     """
     valid = torch.stack([(batch.labels != IGNORED).sum() for batch in batches]).sum()
     counts = all_reduce_sum(torch.stack([valid, valid.new_tensor(int(stop))]).to(world.device))
-    # The engine averages gradients over ranks; the loss is a sum over them.
+    counts[0] //= world.sequence_size  # each rank of a sequence has counted all of it
+    # The engine averages gradients over ranks; the loss is a sum over them. Ranks that share a sequence have the same
+    # loss, and each the gradients of its own slice.
     scale = world.world_size / counts[0].clamp(min=1)
 
     seen = []

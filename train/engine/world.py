@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from conf.build import ConfigError
+from moba.sequence import SequenceAxis
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,10 @@ class World:
     device: torch.device
     sequence_size: int = 1
     """Ranks that share a sequence: neighbours."""
+    sequence_group: dist.ProcessGroup | None = None
+    """They, if there are several."""
+    data_group: dist.ProcessGroup | None = None
+    """Ranks that hold the same slice of different sequences; None: all."""
 
     @property
     def data_size(self) -> int:
@@ -48,6 +53,18 @@ class World:
     def sequence_rank(self) -> int:
         """Which slice of its group's sequences this process has."""
         return self.rank % self.sequence_size
+
+    @property
+    def sequence_axis(self) -> SequenceAxis | None:
+        """The ranks that share a sequence with this one, for the model; None if there is none."""
+        if self.sequence_group is None:
+            return None
+        return SequenceAxis(self.sequence_group, self.sequence_rank, self.sequence_size)
+
+    def sum_over_data(self, tensor: torch.Tensor) -> torch.Tensor:
+        """`tensor`, summed in place over the data axis: of what all ranks of a sequence hold alike."""
+        dist.all_reduce(tensor, group=self.data_group)
+        return tensor
 
     @property
     def is_main(self) -> bool:
@@ -70,11 +87,11 @@ def launch_environment() -> Launched:
     return Launched(*(int(os.environ.get(key, default)) for key, default in defaults.items()))
 
 
-def init_world(device: str = "auto") -> World:
+def init_world(device: str = "auto", sequence_size: int = 1) -> World:
     """Returns this process's World, with torch.distributed (nccl on CUDA, gloo on CPU) and DeepSpeed's communication
     ready.
 
-    `device` is "auto", "cpu" or "cuda". Raises ConfigError for a device that is not there. Without torchrun's
+    `device` is "auto", "cpu" or "cuda"; `sequence_size` ranks, a divisor of all, share each sequence. Raises ConfigError for a device that is not there. Without torchrun's
     variables it is a group of one process that opens no port.
     """
     kind = _device_kind(device)
@@ -93,7 +110,15 @@ def init_world(device: str = "auto") -> World:
     if not dist.is_initialized():
         _start_process_group(kind, target, alone="WORLD_SIZE" not in os.environ)
     _start_deepspeed(kind)
-    return World(rank, world_size, local_rank, target)
+    if sequence_size == 1:
+        return World(rank, world_size, local_rank, target)
+    assert world_size % sequence_size == 0, (world_size, sequence_size)
+    ranks = torch.arange(world_size).view(-1, sequence_size)
+    # Every rank makes every group, in the same order.
+    sequences = [dist.new_group(row) for row in ranks.tolist()]
+    slices = [dist.new_group(column) for column in ranks.T.tolist()]
+    place, sequence_rank = divmod(rank, sequence_size)
+    return World(rank, world_size, local_rank, target, sequence_size, sequences[place], slices[sequence_rank])
 
 
 def _device_kind(device: str) -> str:

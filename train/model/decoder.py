@@ -24,6 +24,7 @@ from moba.attention import prepare
 from moba.documents import Documents
 from moba.kinds import AttentionSpec
 from moba.layer import KVCache, LayerCache, MoBAAttention, RMSNorm
+from moba.sequence import SequenceAxis
 from train.model.loss import tiled_cross_entropy
 from train.model.rope import Rope
 from train.model.sizes import head_dim, key_conv_widths, num_kv_heads, rope_layers
@@ -49,7 +50,7 @@ class DecoderLayer(nn.Module):
 
     With compile=True, what stands before attention and what stands after it are compiled; attention itself is not,
     since it depends on the documents. So a change of spec, RoPE or number of documents compiles nothing. With a cache,
-    what stands before attention runs as it is.
+    or a key convolution over several processes, what stands before attention runs as it is.
     """
 
     def __init__(self, config: ModelConfig, index: int):
@@ -77,10 +78,11 @@ class DecoderLayer(nn.Module):
         self, x_TC: Tensor, cos_TD: Tensor, sin_TD: Tensor, documents: Documents, cache: LayerCache | None = None
     ) -> Tensor:
         before, after = (_compiled(f) if self.compiled else f for f in (_before_attention, _after_attention))
-        if cache is None:
-            qkv = before(self, x_TC, cos_TD, sin_TD, self.self_attn.offsets(documents))
+        offset_T = self.self_attn.offsets(documents) if cache is None else None
+        if cache is None and not self.self_attn.exchanges_keys:
+            qkv = before(self, x_TC, cos_TD, sin_TD, offset_T)
         else:
-            qkv = _before_attention(self, x_TC, cos_TD, sin_TD, None, documents, cache)
+            qkv = _before_attention(self, x_TC, cos_TD, sin_TD, offset_T, documents, cache)
         out_THD = self.self_attn.attend(*qkv, documents, cache)
         return after(self, x_TC, out_THD)
 
@@ -165,6 +167,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.rope = Rope(config)
+        self.axis: SequenceAxis | None = None
         self.model = Backbone(config, vocab_size)
         tied = self.model.embed_tokens.weight if config.tie_embeddings else None
         self.lm_head = OutputProjection(config.hidden_size, vocab_size, config.loss_tile, tied)
@@ -182,10 +185,26 @@ class Decoder(nn.Module):
         for layer, spec in zip(self.model.layers, plan):
             layer.self_attn.spec = spec
 
+    def set_sequence_axis(self, axis: SequenceAxis | None) -> None:
+        """Shares every pack with the other processes of the axis from now on: each computes its slice of the tokens.
+
+        All of them are given whole packs and return whole results. ValueError if there are more than heads.
+        """
+        if axis is not None:
+            axis.heads(*self._heads)
+        self.axis = axis
+        for layer in self.model.layers:
+            layer.self_attn.axis = axis
+
+    @property
+    def _heads(self) -> tuple[int, int]:
+        return self.config.num_heads, num_kv_heads(self.config)
+
     def prepare_attention(self, longest: int, device: torch.device) -> None:
         """Does now what attention would have to wait for at its first documents of up to `longest` tokens."""
         empty = torch.empty(0, head_dim(self.config), dtype=self.lm_head.weight.dtype, device=device)
-        q, k = (empty[:, None].expand(-1, heads, -1) for heads in (self.config.num_heads, num_kv_heads(self.config)))
+        own = self._heads if self.axis is None else self.axis.heads(*self._heads)
+        q, k = (empty[:, None].expand(-1, heads, -1) for heads in own)
         prepare(self.attention, q, k, longest)
 
     def set_rope(self, stage: RopeConfig | None) -> None:
@@ -198,7 +217,10 @@ class Decoder(nn.Module):
         tokens, positions (0-based in the document or window) and labels (already shifted) are int64 `[T]`; the
         documents do not see each other. Logits of all tokens never exist at once.
         """
-        return self.lm_head(self._hidden(tokens_T, positions_T, documents, None), labels_T)
+        hidden_TC = self._hidden(tokens_T, positions_T, documents, None)
+        if self.axis is None:
+            return self.lm_head(hidden_TC, labels_T)
+        return self.axis.join(self.lm_head(hidden_TC, self.axis.own(labels_T)), len(labels_T))
 
     def logits(
         self,
@@ -211,14 +233,19 @@ class Decoder(nn.Module):
         """Scores of the next token, `[T, V]` in the weights' dtype, or `[len(rows), V]` for the tokens `rows` alone.
 
         With a cache, the tokens of document i continue cached sequence i (positions too) and are added to it. `rows`
-        (int64) spares a long prompt the logits that nobody reads.
+        (int64) spares a long prompt the logits that nobody reads. No cache over several processes.
         """
+        assert self.axis is None or cache is None, "decoding over several processes"
         hidden_TC = self._hidden(tokens_T, positions_T, documents, cache)
+        if self.axis is not None:
+            hidden_TC = self.axis.join(hidden_TC, len(tokens_T))
         return self.lm_head(hidden_TC if rows is None else hidden_TC[rows])
 
     def _hidden(self, tokens_T: Tensor, positions_T: Tensor, documents: Documents, cache: KVCache | None) -> Tensor:
-        """`[T, C]` after the last norm. Angles are computed once for all layers, in float32 whatever the weights
-        are."""
+        """`[T, C]` after the last norm, of this process's slice if there are several. Angles are computed once for all
+        layers, in float32 whatever the weights are."""
+        if self.axis is not None:
+            tokens_T, positions_T = self.axis.own(tokens_T), self.axis.own(positions_T)
         cos_TD, sin_TD = self.rope.cos_sin(positions_T, torch.float32, tokens_T.device)
         return self.model(tokens_T, cos_TD, sin_TD, documents, cache)
 

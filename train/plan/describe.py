@@ -152,12 +152,14 @@ def describe_engine(config: RunConfig, hardware: Hardware) -> str:
     engine = config.deepspeed
     device = "GPU" if hardware.device(config.run.device) == "cuda" else "CPU process"
     plural = "" if hardware.world_size == 1 else ("es" if device.endswith("s") else "s")
+    shared = config.parallel.sequence
     offload = [what for what in ("optimizer", "params") if getattr(engine, f"offload_{what}")]
     return (
         f"{hardware.world_size} {device}{plural}"
         + (f" ({hardware.gpu_name})" if hardware.gpu_name and device == "GPU" else "")
         + f", ZeRO {engine.zero_stage}, {'bf16' if uses_bf16(config, hardware) else 'fp32'}"
         + (f", {' and '.join(offload)} on the host" if offload else "")
+        + (f"; each sequence over {shared} {device}{plural}, by heads" if shared > 1 else "")
     )
 
 

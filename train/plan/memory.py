@@ -46,16 +46,19 @@ def estimate_memory(
     world_size: int,
     micro_tokens: int,
     attention: tuple[AttentionSpec, ...],
+    sequence_size: int = 1,
 ) -> Memory:
-    """The memory of training `micro_tokens` tokens at a time with this plan of attention, a process of `world_size`."""
+    """The memory of training `micro_tokens` tokens at a time with this plan of attention, a process of `world_size`, of
+    which `sequence_size` share each sequence."""
+    own_tokens = -(-micro_tokens // sequence_size)
     weights, gradients, optimizer = _states(num_parameters(model, vocab_size)["total"], engine, bf16, world_size)
     host = (optimizer if engine.offload_optimizer else 0) + (weights if engine.offload_params else 0)
     return Memory(
         weights=0 if engine.offload_params else weights,
         gradients=gradients,
         optimizer=0 if engine.offload_optimizer else optimizer,
-        activations=micro_tokens * activation_bytes_per_token(model, attention, bf16),
-        logits=_logits(model, vocab_size, min(model.loss_tile, micro_tokens)),
+        activations=own_tokens * activation_bytes_per_token(model, attention, bf16),
+        logits=_logits(model, vocab_size, min(model.loss_tile, own_tokens)),
         host=host,
     )
 
@@ -79,6 +82,7 @@ def most_memory(
             world_size=world_size,
             micro_tokens=stage.seq_len if one_sequence else stage.micro_tokens,
             attention=stage.attention,
+            sequence_size=config.parallel.sequence,
         )
         for stage in stages
     )

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from conf.files import user_path
-from conf.hardware import Hardware
+from conf.hardware import Hardware, data_size
 from conf.numbers import format_length, format_memory
 from conf.schema import RunConfig
 from data.sources import Source
@@ -174,7 +174,7 @@ def _stage_plan(
         steps=stage.num_steps,
         seq_len=stage.seq_len,
         batch_tokens=stage.batch_tokens,
-        micro_batches=stage.batch_tokens // stage.micro_tokens // hardware.world_size,
+        micro_batches=stage.batch_tokens // stage.micro_tokens // data_size(config, hardware),
         attention=describe_layers(stage.attention),
         attended_share=attended / causal,
         covers=_covers(stage),
@@ -200,8 +200,14 @@ def _memory(config: RunConfig, stages: tuple[Stage, ...], vocab_size: int, hardw
     """The stage that needs most, and whether it fits."""
     bf16 = uses_bf16(config, hardware)
 
-    def need(model=config.model, engine=config.deepspeed, world_size=hardware.world_size, one_sequence=False) -> Memory:
-        changed = replace(config, model=model, deepspeed=engine)
+    def need(
+        model=config.model,
+        engine=config.deepspeed,
+        parallel=config.parallel,
+        world_size=hardware.world_size,
+        one_sequence=False,
+    ) -> Memory:
+        changed = replace(config, model=model, deepspeed=engine, parallel=parallel)
         options = {"bf16": bf16, "world_size": world_size, "one_sequence": one_sequence}
         return most_memory(changed, stages, vocab_size, **options)
 
@@ -221,13 +227,23 @@ def _advice(config: RunConfig, need, most: int) -> str:
     """What would make it fit: the first of ever larger changes that does, or that none does."""
     lean = replace(config.model, activation_checkpointing=True)
     zero3 = replace(config.deepspeed, zero_stage=3)
-    smallest = need(model=lean, engine=zero3, world_size=MOST_GPUS, one_sequence=True)
-    if smallest.activations + smallest.logits > most:
-        return " without sequence parallelism: one sequence's activations alone are too large"
+    shared = config.parallel.sequence
+
+    def is_too_long(shared: int) -> bool:
+        arguments = {"parallel": replace(config.parallel, sequence=shared), "world_size": MOST_GPUS}
+        smallest = need(model=lean, engine=zero3, one_sequence=True, **arguments)
+        return smallest.activations + smallest.logits > most
+
+    while is_too_long(shared):
+        shared *= 2
+        if shared > config.model.num_heads:
+            return ": one sequence's activations alone are too large, over as many GPUs as there are heads too"
     half = replace(config.model, activation_checkpointing="mlp")
     changes: dict[str, str] = {}
     arguments: dict[str, Any] = {}
+    split = replace(config.parallel, sequence=shared)
     ladder = (
+        (f"parallel.sequence={shared}", "parallel", split, config.parallel == split),
         ("schedule.micro_tokens=null", "one_sequence", True, config.schedule.micro_tokens is None),
         ("model.activation_checkpointing=mlp", "model", half, config.model in (half, lean)),
         ("model.activation_checkpointing=true", "model", lean, config.model == lean),
@@ -239,7 +255,7 @@ def _advice(config: RunConfig, need, most: int) -> str:
             changes[name] = change
             if need(**arguments).total <= most:
                 return f"; {' '.join(changes.values())} would"
-    num_gpus = 2
+    num_gpus = 2 * shared
     while num_gpus < MOST_GPUS and need(world_size=num_gpus, **arguments).total > most:
         num_gpus *= 2
     return f"; {' '.join([*changes.values(), f'on {num_gpus} GPUs'])} would"
