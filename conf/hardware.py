@@ -90,15 +90,9 @@ def check_world(config: RunConfig, world_size: int, problems: Problems) -> None:
     if shared < 1:
         return  # said elsewhere
     if world_size % shared:
-        problems.add(
-            "parallel.sequence",
-            shared,
-            f"must divide the number of processes, {world_size}: {divisors(world_size)}"
-            + (
-                "; torchrun --nproc_per_node=N starts several, launch/plan.py num_gpus=N plans for them"
-                * (world_size == 1)
-            ),
-        )
+        alone = "; torchrun --nproc_per_node=N starts several, launch/plan.py num_gpus=N plans for them"
+        hint = f"must divide the number of processes, {world_size}: {divisors(world_size)}"
+        problems.add("parallel.sequence", shared, hint + (alone if world_size == 1 else ""))
         return
     groups = world_size // shared
     each = f" of {shared} processes" if shared > 1 else ""

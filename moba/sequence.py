@@ -111,9 +111,7 @@ class _Share:
         self.queries, self.kv = slice(first, last), slice(first // group, (last - 1) // group + 1)
         self.num_queries, self.num_kv = last - first, self.kv.stop - self.kv.start
         read = [head // group - self.kv.start for head in range(first, last)]
-        even = self.num_queries % self.num_kv == 0 and read == sorted(
-            [*range(self.num_kv)] * (len(read) // self.num_kv)
-        )
+        even = len(read) % self.num_kv == 0 and read == sorted([*range(self.num_kv)] * (len(read) // self.num_kv))
         self.repeat: list[int] = [] if even else read
         """Where key/value heads are cut between processes: which of its own each query head reads."""
 

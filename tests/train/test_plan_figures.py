@@ -217,8 +217,8 @@ def test_memory_offloaded_and_recomputed():
     assert 2 * lean.activations < half.activations < kept.activations / 2
 
 
-def verdict(seq_len: str, memory: int, **sections) -> str:
-    """What the plan says of an 8B model on one GPU of `memory` bytes."""
+def verdict(seq_len: str, memory: int, num_gpus: int = 1, **sections) -> str:
+    """What the plan says of an 8B model on GPUs of `memory` bytes."""
     model = {"hidden_size": 4096, "num_layers": 32, "num_heads": 32, "num_kv_heads": 8, "ffn_size": 14336}
     model["activation_checkpointing"] = False
     values = {
@@ -227,7 +227,7 @@ def verdict(seq_len: str, memory: int, **sections) -> str:
         "schedule": {"seq_len": seq_len, "batch_tokens": "64M", "stages": {"a": {"tokens": "1M"}}},
         **sections,
     }
-    return make_plan(freeze(values), 32768, Hardware(num_gpus=1, gpu_memory=memory)).verdict
+    return make_plan(freeze(values), 32768, Hardware(num_gpus, num_gpus, num_gpus, gpu_memory=memory)).verdict
 
 
 def test_verdicts():
@@ -237,13 +237,17 @@ def test_verdicts():
     assert "GPU; model.activation_checkpointing=true would" in verdict("32K", 190 * GB)
     text = verdict("8K", 80 * GB, model={"activation_checkpointing": True}, deepspeed={"zero_stage": 3})
     assert text == "does not fit 80.0 GB a GPU; on 2 GPUs would"
-    assert "without sequence parallelism" in verdict("4M", 80 * GB)
+    advice = "parallel.sequence=32 model.activation_checkpointing=true deepspeed=zero3 on 32 GPUs would"
+    assert verdict("4M", 80 * GB) == f"does not fit 80.0 GB a GPU; {advice}"
+    assert verdict("64M", 80 * GB).endswith("over as many GPUs as there are heads too")
     unknown = make_plan(config_of(), 384, Hardware(num_gpus=1)).verdict
     assert "gpu_memory=80GB" in unknown
 
 
 def test_verdict_follows_its_own_advice():
     """Catches advice that does not help."""
+    split = {"model": {"activation_checkpointing": True}, "deepspeed": {"zero_stage": 3}, "parallel": {"sequence": 32}}
+    assert verdict("4M", 80 * GB, num_gpus=32, **split) == "fits 80.0 GB a GPU"
     for memory, mode in ((240 * GB, "mlp"), (190 * GB, True)):
         assert f"model.activation_checkpointing={str(mode).lower()}" in verdict("32K", memory)
         assert verdict("32K", memory, model={"activation_checkpointing": mode}).startswith("fits")

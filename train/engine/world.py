@@ -91,8 +91,9 @@ def init_world(device: str = "auto", sequence_size: int = 1) -> World:
     """Returns this process's World, with torch.distributed (nccl on CUDA, gloo on CPU) and DeepSpeed's communication
     ready.
 
-    `device` is "auto", "cpu" or "cuda"; `sequence_size` ranks, a divisor of all, share each sequence. Raises ConfigError for a device that is not there. Without torchrun's
-    variables it is a group of one process that opens no port.
+    `device` is "auto", "cpu" or "cuda"; `sequence_size` ranks, a divisor of all, share each sequence. Raises
+    ConfigError for a device that is not there. Without torchrun's variables it is a group of one process that opens no
+    port.
     """
     kind = _device_kind(device)
     rank, world_size, local_rank, _ = launch_environment()

@@ -220,10 +220,10 @@ def _memory(config: RunConfig, stages: tuple[Stage, ...], vocab_size: int, hardw
     of_gpu = f"{format_memory(hardware.gpu_memory)} a GPU"
     if memory.total <= most:
         return memory, f"fits {of_gpu}"
-    return memory, f"does not fit {of_gpu}{_advice(config, need, most)}"
+    return memory, f"does not fit {of_gpu}{_advice(config, hardware, need, most)}"
 
 
-def _advice(config: RunConfig, need, most: int) -> str:
+def _advice(config: RunConfig, hardware: Hardware, need, most: int) -> str:
     """What would make it fit: the first of ever larger changes that does, or that none does."""
     lean = replace(config.model, activation_checkpointing=True)
     zero3 = replace(config.deepspeed, zero_stage=3)
@@ -238,10 +238,10 @@ def _advice(config: RunConfig, need, most: int) -> str:
         shared *= 2
         if shared > config.model.num_heads:
             return ": one sequence's activations alone are too large, over as many GPUs as there are heads too"
-    half = replace(config.model, activation_checkpointing="mlp")
+    half, split = replace(config.model, activation_checkpointing="mlp"), replace(config.parallel, sequence=shared)
+    num_gpus = max(hardware.world_size, shared)
     changes: dict[str, str] = {}
-    arguments: dict[str, Any] = {}
-    split = replace(config.parallel, sequence=shared)
+    arguments: dict[str, Any] = {"world_size": num_gpus}
     ladder = (
         (f"parallel.sequence={shared}", "parallel", split, config.parallel == split),
         ("schedule.micro_tokens=null", "one_sequence", True, config.schedule.micro_tokens is None),
@@ -249,16 +249,21 @@ def _advice(config: RunConfig, need, most: int) -> str:
         ("model.activation_checkpointing=true", "model", lean, config.model == lean),
         ("deepspeed=zero3", "engine", zero3, config.deepspeed == zero3),
     )
+
+    def would() -> str:
+        machine = [f"on {num_gpus} GPUs"] if num_gpus > hardware.world_size else []
+        return f"; {' '.join([*changes.values(), *machine])} would"
+
     for change, name, value, in_force in ladder:
         arguments[name] = value
         if not in_force:
             changes[name] = change
             if need(**arguments).total <= most:
-                return f"; {' '.join(changes.values())} would"
-    num_gpus = 2 * shared
-    while num_gpus < MOST_GPUS and need(world_size=num_gpus, **arguments).total > most:
+                return would()
+    while num_gpus < MOST_GPUS and need(**arguments).total > most:
         num_gpus *= 2
-    return f"; {' '.join([*changes.values(), f'on {num_gpus} GPUs'])} would"
+        arguments["world_size"] = num_gpus
+    return would()
 
 
 def _lines(plan: Plan) -> list[str]:
