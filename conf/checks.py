@@ -15,6 +15,7 @@ from conf.hardware import Hardware, check_device, check_world, divisors, refuse_
 from conf.numbers import format_length, format_tokens
 from conf.schema import (
     AUTO,
+    OFFLOAD,
     AttentionConfig,
     LongDocumentsConfig,
     LRConfig,
@@ -102,8 +103,8 @@ def _check_model(config: RunConfig, problems: Problems) -> None:
     if False in [_at_least(f"model.{name}", getattr(model, name), 1, problems) for name in sizes]:
         return
     recomputed = model.activation_checkpointing
-    if not isinstance(recomputed, bool) and recomputed not in (AUTO, "mlp"):
-        problems.add("model.activation_checkpointing", recomputed, "choose one of auto, false, mlp, true")
+    if not isinstance(recomputed, bool) and recomputed not in (AUTO, "mlp", OFFLOAD):
+        problems.add("model.activation_checkpointing", recomputed, "choose one of auto, false, mlp, true, offload")
     if not isinstance(model.compile, bool) and model.compile != AUTO:
         problems.add("model.compile", model.compile, "choose one of auto, false, true")
     if model.vocab_size is not None:

@@ -14,6 +14,7 @@ from typing import Any
 from moba.kinds import Moba, all_options
 
 AUTO = "auto"
+OFFLOAD = "offload"
 """As fits the machine: what train/plan/automatic.py or the kinds' backends choose."""
 
 # Quantities are typed by hand in many ways (32768, "32K", 2.7e10, "27B"); `freeze` parses them by their metadata.
@@ -71,9 +72,10 @@ class ModelConfig:
     """Standard deviation of the initial weights; output projections use init_std / sqrt(2 * num_layers)."""
     activation_checkpointing: Any = AUTO
     """What of a layer is computed again in the backward pass instead of being kept: nothing (false); `mlp`, the MLP and
-    the norm before it, at the cost of two of a layer's seven products, so that attention is computed once; or all
-    (true). `auto`: the first of these that the plan estimates to fit the GPU; on a CPU nothing
-    (train/plan/automatic.py)."""
+    the norm before it, at the cost of two of a layer's seven products, so that attention is computed once; all (true);
+    or all with the layers' inputs in host memory, attention by groups of heads, which is computed three times, and the
+    MLP by tiles (`offload`: for the longest contexts). `auto`: the first of these that the plan estimates to fit the
+    GPU; on a CPU nothing (train/plan/automatic.py)."""
     loss_tile: Any = field(default="2K", metadata=LENGTH)
     """Tokens whose logits exist at a time in the cross-entropy."""
     compile: Any = AUTO

@@ -27,12 +27,13 @@ class KeyConvolution(nn.Module):
         self.reach = width - 1
         """Earlier keys that a key is mixed with."""
 
-    def forward(self, k_TC: Tensor, offset_T: Tensor | None = None) -> Tensor:
+    def forward(self, k_TC: Tensor, offset_T: Tensor | None = None, channels: slice = slice(None)) -> Tensor:
         """k' [T, C] in k's dtype; half precisions are computed in float32.
 
         offset_T int64 (`Documents.offsets`): each token's position in its document; None: all are one document.
+        `channels`: which of all k_TC has.
         """
-        return _Convolution.apply(k_TC, self.weight, offset_T)
+        return _Convolution.apply(k_TC, self.weight[:, channels], offset_T)
 
 
 class _Convolution(torch.autograd.Function):

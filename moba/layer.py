@@ -157,23 +157,56 @@ class MoBAAttention(nn.Module):
         compiled. With a cache the convolution goes on from the keys that it has seen, and over several processes from
         those of the slice before: both need the documents.
         """
-        k_TC = self.k_proj(x_TC)
+        every = slice(None)
+        return self._project(x_TC, cos_TD, sin_TD, offset_T, documents, cache, every, every)
+
+    def _project(
+        self,
+        x_TC: Tensor,
+        cos_TD: Tensor,
+        sin_TD: Tensor,
+        offset_T: Tensor | None,
+        documents: Documents | None,
+        cache: LayerCache | None,
+        query_rows: slice,
+        key_rows: slice,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`project` with some rows of the projections, those of whole heads."""
+        k_TC = _rows_of(self.k_proj, x_TC, key_rows)
         if self.k_conv is not None:
             if cache is not None and documents is not None:
                 k_TC = cache.convolve(self.k_conv, k_TC, documents)
             elif self.axis is not None and documents is not None:
                 joined_TC = self.axis.halo(k_TC, self.k_conv.reach, documents.num_keys)
-                k_TC = self.k_conv(joined_TC, offset_T)[len(joined_TC) - len(k_TC) :]
+                k_TC = self.k_conv(joined_TC, offset_T, key_rows)[len(joined_TC) - len(k_TC) :]
             else:
-                k_TC = self.k_conv(k_TC, offset_T)
-        q_THD = self.q_proj(x_TC).unflatten(-1, (-1, self.head_dim))
+                k_TC = self.k_conv(k_TC, offset_T, key_rows)
+        q_THD = _rows_of(self.q_proj, x_TC, query_rows).unflatten(-1, (-1, self.head_dim))
         k_TGD = k_TC.unflatten(-1, (-1, self.head_dim))
-        v_TGD = self.v_proj(x_TC).unflatten(-1, (-1, self.head_dim))
-        if self.q_norm is not None:
+        v_TGD = _rows_of(self.v_proj, x_TC, key_rows).unflatten(-1, (-1, self.head_dim))
+        if self.q_norm is not None and self.k_norm is not None:
             q_THD, k_TGD = self.q_norm(q_THD), self.k_norm(k_TGD)
         if self.rope:
             q_THD, k_TGD = apply_rope(q_THD, cos_TD, sin_TD), apply_rope(k_TGD, cos_TD, sin_TD)
         return q_THD, k_TGD, v_TGD
+
+    def head_groups(self, number: int) -> list[slice]:
+        """Key/value heads in at most `number` groups of even size; a process of several that share the sequence has
+        query heads of each."""
+        num_kv = self.k_proj.out_features // self.head_dim
+        queries_each = self.q_proj.out_features // self.k_proj.out_features
+        least = 1 if self.axis is None else -(-self.axis.size // queries_each)
+        number = max(1, min(number, num_kv // least))
+        return [slice(num_kv * i // number, num_kv * (i + 1) // number) for i in range(number)]
+
+    def of_heads(self, x_TC: Tensor, cos_TD: Tensor, sin_TD: Tensor, documents: Documents, kv_heads: slice) -> Tensor:
+        """What these key/value heads, and the query heads that read them, add to `forward`'s output, [T, C]."""
+        queries_each = self.q_proj.out_features // self.k_proj.out_features
+        rows = slice(kv_heads.start * self.head_dim, kv_heads.stop * self.head_dim)
+        query_rows = slice(rows.start * queries_each, rows.stop * queries_each)
+        qkv = self._project(x_TC, cos_TD, sin_TD, self.offsets(documents), documents, None, query_rows, rows)
+        out_TC = self.attend(*qkv, documents).flatten(1)
+        return F.linear(out_TC, self.o_proj.weight[:, query_rows])
 
     def attend(
         self, q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, documents: Documents, cache: LayerCache | None = None
@@ -189,3 +222,10 @@ class MoBAAttention(nn.Module):
         deterministic = torch.are_deterministic_algorithms_enabled()
         out_THD = attend(q_THD, k_TGD, v_TGD, self.spec, documents, deterministic=deterministic)[0]
         return out_THD if self.axis is None else self.axis.to_tokens(out_THD, num_heads)
+
+
+def _rows_of(linear: nn.Linear, x_TC: Tensor, rows: slice) -> Tensor:
+    """What some rows of a projection make of x; all of them by the module itself, whose hooks an engine relies on."""
+    if rows == slice(None):
+        return linear(x_TC)
+    return F.linear(x_TC, linear.weight[rows], None if linear.bias is None else linear.bias[rows])

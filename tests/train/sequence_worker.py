@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from conf.schema import DeepSpeedConfig, LRConfig, ModelConfig, OptimConfig, RunConfig
+from conf.schema import OFFLOAD, DeepSpeedConfig, LRConfig, ModelConfig, OptimConfig, RunConfig
 from data.packing import IGNORED, Batch
 from moba.documents import Documents
 from moba.kinds import Full, Moba, Sliding
@@ -28,7 +28,7 @@ PACK_LENGTHS = ([96], [1, 23, 72], [48, 48], [24, 1, 47, 24], [90, 5, 1], [25, 4
 """Documents that end at, before and after slices of 24 or 48 tokens, one over all, some of one token."""
 
 
-def build_model() -> Decoder:
+def build_model(mode: bool | str = False) -> Decoder:
     """Every kind of layer, blocks that are dropped, grouped heads that no slice of heads divides, key convolution, a
     layer without RoPE."""
     config = ModelConfig(
@@ -42,6 +42,7 @@ def build_model() -> Decoder:
         key_conv=3,
         rope_pattern="RRN",
         loss_tile=32,
+        activation_checkpointing=mode,
     )
     model = Decoder(config, VOCAB)
     model.init_weights(seed=1)
@@ -59,19 +60,20 @@ def pack(step: int, index: int) -> Batch:
     return Batch(tokens[:-1], labels, positions, Documents.from_lengths(lengths))
 
 
-def config_of(zero_stage: int) -> RunConfig:
+def config_of(zero_stage: int, mode: bool | str) -> RunConfig:
     zero = {"reduce_bucket_size": 2000, "stage3_param_persistence_threshold": 17, "sub_group_size": 300}
     return RunConfig(
+        model=ModelConfig(activation_checkpointing=mode),
         deepspeed=DeepSpeedConfig(zero_stage=zero_stage, precision="fp32", extra={"zero_optimization": zero}),
         optim=OptimConfig(lr=LRConfig(peak=1.0), weight_decay=0.1, grad_clip=0.3),
     )
 
 
-def train(zero_stage: int, world: World) -> dict:
+def train(zero_stage: int, world: World, mode: bool | str = False) -> dict:
     """Three steps: the mean loss and gradient norm of each, and the curve of them all by position."""
-    model = build_model()
+    model = build_model(mode)
     model.set_sequence_axis(world.sequence_axis)
-    engine = build_engine(model, config_of(zero_stage), world)
+    engine = build_engine(model, config_of(zero_stage, mode), world)
     by_position, records = PositionLoss(LENGTH, world.device), []
     # With more processes than packs along the data axis some would have nothing: each step then has its packs twice.
     packs = max(PACKS, world.data_size)
@@ -94,6 +96,7 @@ def main(report: Path) -> None:
     for name, sequence_size in ARRANGEMENTS.items():
         world = init_world("cpu", sequence_size)
         found[name] = {f"zero{stage}": train(stage, world) for stage in (0, 1, 2, 3)}
+        found[name] |= {f"zero{stage} offload": train(stage, world, OFFLOAD) for stage in (1, 3)}
     if world.is_main:
         report.write_text(json.dumps(found))
 

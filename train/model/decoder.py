@@ -19,15 +19,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from conf.schema import ModelConfig, RopeConfig
+from conf.schema import OFFLOAD, ModelConfig, RopeConfig
 from moba.attention import prepare
 from moba.documents import Documents
 from moba.kinds import AttentionSpec
 from moba.layer import KVCache, LayerCache, MoBAAttention, RMSNorm
 from moba.sequence import SequenceAxis
 from train.model.loss import tiled_cross_entropy
+from train.model.offload import HostBuffers, Inputs, mlp_with_residual, offloaded, tiled
 from train.model.rope import Rope
-from train.model.sizes import head_dim, key_conv_widths, num_kv_heads, rope_layers
+from train.model.sizes import HEAD_GROUPS, head_dim, key_conv_widths, num_kv_heads, rope_layers
 
 RESIDUAL_OUTPUTS = ("o_proj.weight", "down_proj.weight")
 
@@ -73,10 +74,13 @@ class DecoderLayer(nn.Module):
 
         self.compiled = config.compile is True
         self.recomputes_mlp = config.activation_checkpointing == "mlp"
+        self.is_lean = config.activation_checkpointing == OFFLOAD
 
     def forward(
         self, x_TC: Tensor, cos_TD: Tensor, sin_TD: Tensor, documents: Documents, cache: LayerCache | None = None
     ) -> Tensor:
+        if self.is_lean and cache is None:
+            return self._lean(x_TC, cos_TD, sin_TD, documents)
         before, after = (_compiled(f) if self.compiled else f for f in (_before_attention, _after_attention))
         offset_T = self.self_attn.offsets(documents) if cache is None else None
         if cache is None and not self.self_attn.exchanges_keys:
@@ -85,6 +89,20 @@ class DecoderLayer(nn.Module):
             qkv = _before_attention(self, x_TC, cos_TD, sin_TD, offset_T, documents, cache)
         out_THD = self.self_attn.attend(*qkv, documents, cache)
         return after(self, x_TC, out_THD)
+
+    def _lean(self, x_TC: Tensor, cos_TD: Tensor, sin_TD: Tensor, documents: Documents) -> Tensor:
+        """The same with less in memory at once: attention by groups of heads, the MLP by tiles of tokens."""
+        normed_TC = self.input_layernorm(x_TC)
+        for heads in self.self_attn.head_groups(HEAD_GROUPS):
+            arguments = (normed_TC, cos_TD, sin_TD, documents, heads)
+            if torch.is_grad_enabled():
+                x_TC = x_TC + _recomputed(self.self_attn.of_heads, *arguments)
+            else:
+                x_TC = x_TC + self.self_attn.of_heads(*arguments)
+        norm, mlp = self.post_attention_layernorm, self.mlp
+        half = functools.partial(_compiled(mlp_with_residual) if self.compiled else mlp_with_residual, eps=norm.eps)
+        weights = (norm.weight, mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight)
+        return tiled(half, x_TC, *weights)
 
 
 # Functions, not methods, so that each is compiled once for all layers, whose weights become its arguments.
@@ -128,13 +146,17 @@ class Backbone(nn.Module):
         self.embed_tokens = nn.Embedding(vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.activation_checkpointing = config.activation_checkpointing is True
+        self.activation_checkpointing = config.activation_checkpointing
+        self._host = HostBuffers()
 
     def forward(self, tokens_T: Tensor, cos_TD, sin_TD, documents: Documents, cache: KVCache | None = None) -> Tensor:
         x_TC = self.embed_tokens(tokens_T)
-        recompute = self.activation_checkpointing and torch.is_grad_enabled()
+        mode = self.activation_checkpointing if torch.is_grad_enabled() else False
+        inputs = Inputs(self._host, x_TC.device) if mode == OFFLOAD else None
         for i, layer in enumerate(self.layers):
-            if recompute:
+            if inputs is not None:
+                x_TC = offloaded(layer, inputs, x_TC, cos_TD, sin_TD, documents)
+            elif mode is True:
                 x_TC = _recomputed(layer, x_TC, cos_TD, sin_TD, documents)
             else:
                 x_TC = layer(x_TC, cos_TD, sin_TD, documents, None if cache is None else cache[i])

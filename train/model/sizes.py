@@ -11,6 +11,10 @@ from conf.schema import ModelConfig
 VOCAB_MULTIPLE = 128
 
 
+HEAD_GROUPS = 4
+"""Groups in which a layer that keeps nothing on the GPU works through its heads (train/model/offload.py)."""
+
+
 def padded_vocab_size(tokenizer_size: int) -> int:
     """The embedding rows a tokenizer gets by default: its size rounded up to a multiple of 128 (tensor-core tiles)."""
     return -(-tokenizer_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from conf.schema import AUTO, DeepSpeedConfig, ModelConfig, RunConfig
+from conf.schema import AUTO, OFFLOAD, DeepSpeedConfig, ModelConfig, RunConfig
 from moba.kinds import AttentionSpec
-from train.model.sizes import head_dim, key_conv_widths, num_kv_heads, num_parameters
+from train.model.sizes import HEAD_GROUPS, head_dim, key_conv_widths, num_kv_heads, num_parameters
 from train.schedule import Stage
 
 VERDICT_SHARE = 0.92
@@ -53,6 +53,7 @@ def estimate_memory(
     own_tokens = -(-micro_tokens // sequence_size)
     weights, gradients, optimizer = _states(num_parameters(model, vocab_size)["total"], engine, bf16, world_size)
     host = (optimizer if engine.offload_optimizer else 0) + (weights if engine.offload_params else 0)
+    host += own_tokens * offloaded_bytes_per_token(model, bf16)
     return Memory(
         weights=0 if engine.offload_params else weights,
         gradients=gradients,
@@ -109,16 +110,22 @@ def _states(parameters: int, engine: DeepSpeedConfig, bf16: bool, world_size: in
 
 
 def activation_bytes_per_token(model: ModelConfig, attention: tuple[AttentionSpec, ...], bf16: bool) -> int:
-    """Bytes a token keeps for the backward pass, plus the working set of the layer being computed.
+    """Bytes a token keeps on the device for the backward pass, plus the working set of the layer being computed.
 
     A layer keeps the residual stream before each norm, both normed inputs before and after their weight, rotated q and
     k, v, the attention's output and four FFN-wide tensors (compiled, fewer), and k as it was before a key convolution.
     With checkpointing of the MLP neither that nor its normed input, with checkpointing of all only a layer's input, and
-    one layer at a time all of that. Sparse attention works on a gathered copy of
-    each query and a partial output (float32) for each of its blocks.
+    one layer at a time all of that; with offload nothing, and eight tensors of the residual stream's size and a group
+    of heads at a time. Sparse attention works on a gathered copy of each query and a partial output (float32) for each
+    of its blocks.
     """
     width = 2 if bf16 else 4
     q_size, kv_size = model.num_heads * head_dim(model), num_kv_heads(model) * head_dim(model)
+    blocks = max(spec.partial_outputs for spec in attention)
+    if model.activation_checkpointing == OFFLOAD:
+        groups = min(HEAD_GROUPS, num_kv_heads(model))
+        heads = width * 4 * (q_size + kv_size) + blocks * q_size * (width + 4)
+        return width * 8 * model.hidden_size + heads // groups
     layer = width * (6 * model.hidden_size + 2 * q_size + 2 * kv_size + 4 * model.ffn_size)
     mlp = width * (2 * model.hidden_size + 4 * model.ffn_size)
     recomputed = {False: 0, AUTO: 0, "mlp": mlp, True: layer - width * model.hidden_size}[
@@ -127,9 +134,14 @@ def activation_bytes_per_token(model: ModelConfig, attention: tuple[AttentionSpe
     kept = model.num_layers * (layer - recomputed)
     if model.activation_checkpointing is not True:
         kept += sum(size > 0 for size in key_conv_widths(model)) * width * kv_size
-    blocks = max(spec.partial_outputs for spec in attention)
     working = layer + blocks * q_size * (width + 4)
     return kept + working + 2 * width * model.hidden_size
+
+
+def offloaded_bytes_per_token(model: ModelConfig, bf16: bool) -> int:
+    """Bytes a token keeps on the host: layers' inputs, where they are offloaded."""
+    is_offloaded = model.activation_checkpointing == OFFLOAD
+    return model.num_layers * model.hidden_size * (2 if bf16 else 4) if is_offloaded else 0
 
 
 def _logits(model: ModelConfig, vocab_size: int, tile: int) -> int:
