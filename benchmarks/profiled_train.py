@@ -110,7 +110,7 @@ def main(windows: str, *overrides: str) -> None:
     hardware = detect_hardware(launched.world_size, launched.local_world_size)
     config = load(list(overrides), hardware)
     tokenizer = load_tokenizer(config.data.tokenizer)
-    world = init_world(config.run.device)
+    world = init_world(config.run.device, config.parallel.sequence)
     run_dir = Path(config.run.dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     sources = open_sources(config.data, rank_zero=world.is_main, barrier=collectives.barrier)

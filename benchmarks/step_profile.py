@@ -47,7 +47,7 @@ from conf.schema import RunConfig  # noqa: E402
 from data.loader import Loader  # noqa: E402
 from data.shards import META, write_meta, write_shard  # noqa: E402
 from data.sources import open_sources  # noqa: E402
-from data.tokenizer import load_tokenizer  # noqa: E402
+from data.tokenizer import Tokenizer, load_tokenizer  # noqa: E402
 from launch.cli import UsageError, exits_on, key_values  # noqa: E402
 from launch.config import detect_hardware, load  # noqa: E402
 from moba.flops import causal_pairs  # noqa: E402
@@ -180,18 +180,23 @@ def _data(study: Study, config: RunConfig) -> list[str]:
         open_sources(config.data)
         return []
     folder = study.to / "documents"
-    tokenizer = load_tokenizer(config.data.tokenizer)
     shutil.rmtree(folder, ignore_errors=True)
+    write_documents(
+        folder, load_tokenizer(config.data.tokenizer), DOCUMENTS, study.seq_len, "benchmarks/step_profile.py"
+    )
+    return ["data=files", f"data.path={folder}"]
+
+
+def write_documents(folder: Path, tokenizer: Tokenizer, number: int, seq_len: int, made_by: str) -> None:
+    """Shards of `number` documents of seq_len inputs each, of tokens that are as frequent as words are (Zipf)."""
     folder.mkdir(parents=True)
     generator = np.random.default_rng(0)
-    ranks = np.arange(1, tokenizer.vocab_size + 1)
-    cumulated = np.cumsum(1 / ranks)
-    draws = generator.random((DOCUMENTS, study.seq_len + 1)) * cumulated[-1]
+    cumulated = np.cumsum(1 / np.arange(1, tokenizer.vocab_size + 1))
+    draws = generator.random((number, seq_len + 1)) * cumulated[-1]
     tokens = np.searchsorted(cumulated, draws).astype(tokenizer.dtype)
-    shard = write_shard(folder, 0, list(tokens), [f"zipf-{i}" for i in range(DOCUMENTS)])
-    write_meta(folder, tokenizer, [shard], {"made_by": "benchmarks/step_profile.py"})
+    shard = write_shard(folder, 0, list(tokens), [f"zipf-{i}" for i in range(number)])
+    write_meta(folder, tokenizer, [shard], {"made_by": made_by})
     assert (folder / META).exists()
-    return ["data=files", f"data.path={folder}"]
 
 
 def _pairs_share(study: Study, config: RunConfig) -> float:

@@ -51,7 +51,7 @@ def test_only_inputs_are_kept_and_on_the_host(monkeypatch):
         tokens = torch.arange(40)
         model(tokens, tokens, Documents.from_lengths([40]), tokens)
     assert kept == [(40, 24)] * 3
-    assert not [shape for shape in saved if len(shape) == 3 or shape[-1:] == (40,) and shape[0] != 40], saved
+    assert not [shape for shape in saved if len(shape) == 3 or (shape[-1:] == (40,) and shape[0] != 40)], saved
     assert len(saved) < 12, saved
 
 
