@@ -165,7 +165,7 @@ def _measured(case: Case, to: Path, shared: list[str], limit: float) -> dict:
         "host_gib": peak[0],
     }
     if trace.exists():
-        row |= communication(read_json(trace)["traceEvents"], torch.cuda.is_available())
+        row |= communication(read_json(trace)["traceEvents"])
         trace.unlink()
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return row
