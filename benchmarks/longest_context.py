@@ -1,7 +1,7 @@
 """How long a context trains on a given number of GPUs, how fast, and whether the plan knew: a few steps of each case.
 
-    python benchmarks/longest_context.py to=/tmp/long cases=paper_1_1b/1M/1/model.activation_checkpointing=offload
-    python benchmarks/longest_context.py to=/tmp/long cases=paper_1_5b/128K/1,paper_1_5b/128K/2/parallel.sequence=2
+    python benchmarks/longest_context.py to=long cases=paper_1_1b/1M/1/model.activation_checkpointing=offload
+    python benchmarks/longest_context.py to=long cases=paper_1_5b/128K/1,paper_1_5b/128K/2/parallel.sequence=2
 
 A case is model/context/GPUs, and overrides behind further slashes; `steps=20` among them takes another number of steps,
 and `>=128K` as the context doubles it until a run fails. Every step is one document of the full length a
@@ -88,7 +88,7 @@ class Case:
         lengths = [f"schedule.seq_len={self.seq_len}", f"schedule.batch_tokens={batch}"]
         budget = f"schedule.tokens={8 * (self.steps + 4) * batch}"
         model = ["+exp=moba_32k", f"model={self.model}"]
-        return [*model, *QUIET, *lengths, budget, *shared, *self.overrides]
+        return [*model, *QUIET, "optim.lr.peak=1e-4", *lengths, budget, *shared, *self.overrides]
 
 
 @exits_on(ValueError, OSError)

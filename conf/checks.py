@@ -16,6 +16,7 @@ from conf.numbers import format_length, format_tokens
 from conf.schema import (
     AUTO,
     OFFLOAD,
+    OFFLOAD_HEADS,
     AttentionConfig,
     LongDocumentsConfig,
     LRConfig,
@@ -103,8 +104,9 @@ def _check_model(config: RunConfig, problems: Problems) -> None:
     if False in [_at_least(f"model.{name}", getattr(model, name), 1, problems) for name in sizes]:
         return
     recomputed = model.activation_checkpointing
-    if not isinstance(recomputed, bool) and recomputed not in (AUTO, "mlp", OFFLOAD):
-        problems.add("model.activation_checkpointing", recomputed, "choose one of auto, false, mlp, true, offload")
+    if not isinstance(recomputed, bool) and recomputed not in (AUTO, "mlp", OFFLOAD, OFFLOAD_HEADS):
+        hint = "choose one of auto, false, mlp, true, offload, offload_heads"
+        problems.add("model.activation_checkpointing", recomputed, hint)
     if not isinstance(model.compile, bool) and model.compile != AUTO:
         problems.add("model.compile", model.compile, "choose one of auto, false, true")
     if model.vocab_size is not None:

@@ -28,6 +28,8 @@ class Hardware:
     """Name of the first CUDA device."""
     gpu_memory: int | None = None
     """Bytes of memory of one GPU; None = not known."""
+    host_memory: int | None = None
+    """Bytes of this host's memory; None = not known."""
     has_bf16: bool = True
     """The GPUs compute in bfloat16."""
     has_triton: bool = True

@@ -15,6 +15,8 @@ from moba.kinds import Moba, all_options
 
 AUTO = "auto"
 OFFLOAD = "offload"
+OFFLOAD_HEADS = "offload_heads"
+OFFLOADED = (OFFLOAD, OFFLOAD_HEADS)
 """As fits the machine: what train/plan/automatic.py or the kinds' backends choose."""
 
 # Quantities are typed by hand in many ways (32768, "32K", 2.7e10, "27B"); `freeze` parses them by their metadata.
@@ -73,9 +75,9 @@ class ModelConfig:
     activation_checkpointing: Any = AUTO
     """What of a layer is computed again in the backward pass instead of being kept: nothing (false); `mlp`, the MLP and
     the norm before it, at the cost of two of a layer's seven products, so that attention is computed once; all (true);
-    or all with the layers' inputs in host memory, attention by groups of heads, which is computed three times, and the
-    MLP by tiles (`offload`: for the longest contexts). `auto`: the first of these that the plan estimates to fit the
-    GPU; on a CPU nothing (train/plan/automatic.py)."""
+    all with the layers' inputs in host memory and the MLP by tiles (`offload`); or that and attention by groups of
+    heads, which is then computed three times (`offload_heads`, for the longest contexts). `auto`: the first of these
+    that the plan estimates to fit the GPU; on a CPU nothing (train/plan/automatic.py)."""
     loss_tile: Any = field(default="2K", metadata=LENGTH)
     """Tokens whose logits exist at a time in the cross-entropy."""
     compile: Any = AUTO

@@ -102,6 +102,7 @@ def detect_hardware(world_size: int = 1, local_world_size: int = 1) -> Hardware:
         local_world_size=local_world_size,
         gpu_name=properties.name,
         gpu_memory=properties.total_memory,
+        host_memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         has_bf16=properties.major >= 8,
         has_triton=has_triton,
     )

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from conf.schema import OFFLOAD, DeepSpeedConfig, LRConfig, ModelConfig, OptimConfig, RunConfig
+from conf.schema import OFFLOAD, OFFLOAD_HEADS, DeepSpeedConfig, LRConfig, ModelConfig, OptimConfig, RunConfig
 from data.packing import IGNORED, Batch
 from moba.documents import Documents
 from moba.kinds import Full, Moba, Sliding
@@ -96,7 +96,9 @@ def main(report: Path) -> None:
     for name, sequence_size in ARRANGEMENTS.items():
         world = init_world("cpu", sequence_size)
         found[name] = {f"zero{stage}": train(stage, world) for stage in (0, 1, 2, 3)}
-        found[name] |= {f"zero{stage} offload": train(stage, world, OFFLOAD) for stage in (1, 3)}
+        found[name] |= {
+            f"zero{stage} {mode}": train(stage, world, mode) for stage, mode in ((1, OFFLOAD), (3, OFFLOAD_HEADS))
+        }
     if world.is_main:
         report.write_text(json.dumps(found))
 

@@ -7,7 +7,7 @@ import torch
 
 import train.model.decoder
 from conf.hardware import Hardware
-from conf.schema import ModelConfig
+from conf.schema import OFFLOAD, OFFLOAD_HEADS, ModelConfig
 from conf.validate import freeze, to_dict, trajectory_diff
 from moba.documents import Documents
 from train.model.decoder import Decoder
@@ -73,15 +73,17 @@ def needed(mode):
 def test_activation_checkpointing_is_the_cheapest_that_fits():
     """Catches recomputation where memory is plenty, too little of it, a choice that the verdict contradicts, and one
     that the plan does not mention with its cost."""
-    keeps, half, lean = needed(False), needed("mlp"), needed(True)
-    assert lean < half < keeps
+    keeps, half, lean, host, least = (needed(mode) for mode in (False, "mlp", True, OFFLOAD, OFFLOAD_HEADS))
+    assert least < host < lean < half < keeps
     cases = [
         (2 * keeps, False, "nothing is computed twice"),
         (keeps + 100, False, "nothing is computed twice"),
         (keeps - 100, "mlp", "two of a layer's seven products"),
         (half + 100, "mlp", "two of a layer's seven products"),
         (half - 100, True, "the forward pass of every layer"),
-        (lean - 100, True, "the forward pass of every layer"),
+        (lean - 100, OFFLOAD, "the way to the host and back beside it"),
+        (host - 100, OFFLOAD_HEADS, "attention's twice"),
+        (least - 100, OFFLOAD_HEADS, "attention's twice"),
     ]
     for memory, mode, words in cases:
         hardware = replace(GPU, gpu_memory=memory)
@@ -91,7 +93,7 @@ def test_activation_checkpointing_is_the_cheapest_that_fits():
         text = text_of(big(), hardware)
         assert f"model.activation_checkpointing={str(mode).lower()}: " in text and words in text
         verdict = make_plan(big(), 384, hardware).verdict
-        assert verdict.startswith("fits") if memory > lean else "deepspeed=zero3" in verdict or "GPUs would" in verdict
+        assert verdict.startswith("fits") if memory > least else "deepspeed=zero3" in verdict or "GPUs would" in verdict
         assert trajectory_diff(big(), settled) == []
 
 

@@ -3,11 +3,14 @@
 import pytest
 import torch
 
-from conf.schema import OFFLOAD, ModelConfig
+from conf.schema import OFFLOAD, OFFLOADED, ModelConfig
 from moba.documents import Documents
 from moba.kinds import Full, Moba, Sliding
 from train.model import offload
 from train.model.decoder import Decoder
+from train.plan import memory
+
+triton_attention = pytest.importorskip("moba.backends.triton_attention")
 
 SHAPE = {"hidden_size": 24, "num_layers": 3, "num_heads": 6, "num_kv_heads": 3, "head_dim": 4, "ffn_size": 40}
 
@@ -31,11 +34,12 @@ def losses_and_gradients(mode, dtype=torch.float64, **options):
 @pytest.mark.parametrize(
     "options", [{}, {"qkv_bias": True, "qk_norm": True}, {"key_conv": 3, "rope_pattern": "RNR", "tie_embeddings": True}]
 )
-def test_offloaded_layers_give_the_same(options, monkeypatch):
+@pytest.mark.parametrize("mode", OFFLOADED)
+def test_offloaded_layers_give_the_same(mode, options, monkeypatch):
     """Catches heads or tiles left out, gradients that are added up twice or lost on the way to the host, and an MLP
     that is skipped where it is needed. The tile divides nothing."""
     monkeypatch.setattr(offload, "TILE_TOKENS", 32)
-    expected, found = losses_and_gradients(False, **options), losses_and_gradients(OFFLOAD, **options)
+    expected, found = losses_and_gradients(False, **options), losses_and_gradients(mode, **options)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
 
@@ -53,6 +57,11 @@ def test_only_inputs_are_kept_and_on_the_host(monkeypatch):
     assert kept == [(40, 24)] * 3
     assert not [shape for shape in saved if len(shape) == 3 or (shape[-1:] == (40,) and shape[0] != 40)], saved
     assert len(saved) < 12, saved
+
+
+def test_the_plan_counts_with_the_sizes_in_force():
+    """Catches constants that the plan, which must not import torch, repeats, and that changed at one place."""
+    assert (memory.TILE_TOKENS, memory.WORKSPACE_BYTES) == (offload.TILE_TOKENS, triton_attention.WORKSPACE_BYTES)
 
 
 def test_buffers_are_used_again():

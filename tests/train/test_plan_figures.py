@@ -207,7 +207,7 @@ def test_memory_offloaded_and_recomputed():
     """Catches offloaded states that still count on the device, and checkpointing that changes nothing."""
     _, here = memory_of(3, 1)
     _, there = memory_of(3, 1, offload_optimizer=True, offload_params=True)
-    assert there.weights == there.optimizer == 0 and there.host == here.weights + here.optimizer
+    assert there.weights == there.optimizer == 0 and there.host == here.weights + here.optimizer * 22 // 12
     model, _ = memory_of(1, 1)
     arguments = {"bf16": True, "world_size": 1, "micro_tokens": 32768, "attention": (Full(),) * 20}
     kept = estimate_memory(model, 32768, DeepSpeedConfig(), **arguments)
@@ -237,7 +237,7 @@ def test_verdicts():
     assert "GPU; model.activation_checkpointing=true would" in verdict("32K", 190 * GB)
     text = verdict("8K", 80 * GB, model={"activation_checkpointing": True}, deepspeed={"zero_stage": 3})
     assert text == "does not fit 80.0 GB a GPU; on 2 GPUs would"
-    advice = "parallel.sequence=32 model.activation_checkpointing=true deepspeed=zero3 on 32 GPUs would"
+    advice = "parallel.sequence=8 deepspeed=zero3 model.activation_checkpointing=offload_heads on 8 GPUs would"
     assert verdict("4M", 80 * GB) == f"does not fit 80.0 GB a GPU; {advice}"
     assert verdict("64M", 80 * GB).endswith("over as many GPUs as there are heads too")
     unknown = make_plan(config_of(), 384, Hardware(num_gpus=1)).verdict
@@ -246,8 +246,9 @@ def test_verdicts():
 
 def test_verdict_follows_its_own_advice():
     """Catches advice that does not help."""
-    split = {"model": {"activation_checkpointing": True}, "deepspeed": {"zero_stage": 3}, "parallel": {"sequence": 32}}
-    assert verdict("4M", 80 * GB, num_gpus=32, **split) == "fits 80.0 GB a GPU"
+    split = {"deepspeed": {"zero_stage": 3}, "parallel": {"sequence": 8}}
+    split["model"] = {"activation_checkpointing": "offload_heads"}
+    assert verdict("4M", 80 * GB, num_gpus=8, **split) == "fits 80.0 GB a GPU"
     for memory, mode in ((240 * GB, "mlp"), (190 * GB, True)):
         assert f"model.activation_checkpointing={str(mode).lower()}" in verdict("32K", memory)
         assert verdict("32K", memory, model={"activation_checkpointing": mode}).startswith("fits")

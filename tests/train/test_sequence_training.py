@@ -55,7 +55,7 @@ def found(tmp_path_factory) -> dict:
     return json.loads(report.read_text())
 
 
-@pytest.mark.parametrize("engine", ["zero0", "zero1", "zero2", "zero3", "zero1 offload", "zero3 offload"])
+@pytest.mark.parametrize("engine", ["zero0", "zero1", "zero2", "zero3", "zero1 offload", "zero3 offload_heads"])
 @pytest.mark.parametrize("arrangement", ARRANGEMENTS)
 def test_processes_train_as_one(found, arrangement, engine):
     """Catches tokens counted once a process, gradients of slices that are not added up or added twice, documents whose

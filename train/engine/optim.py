@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from conf.build import ConfigError
-from conf.schema import OFFLOAD, DeepSpeedConfig, RunConfig
+from conf.schema import OFFLOADED, DeepSpeedConfig, RunConfig
 from train.engine.deepspeed_engine import DeepSpeedEngine
 from train.engine.world import World
 from train.model.decoder import Decoder, DecoderLayer
@@ -125,7 +125,7 @@ def build_engine(model: Decoder, config: RunConfig, world: World) -> DeepSpeedEn
                 eps=optim.eps,
                 fused=world.device.type == "cuda",
             )
-            if config.deepspeed.zero_stage == 3 and config.model.activation_checkpointing == OFFLOAD:
+            if config.deepspeed.zero_stage == 3 and config.model.activation_checkpointing in OFFLOADED:
                 # Parts of weights are used outside the modules that own them: a layer is gathered whole.
                 deepspeed.utils.set_z3_leaf_modules(model, [DecoderLayer])
             engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from conf.schema import OFFLOAD, ModelConfig, RopeConfig
+from conf.schema import OFFLOAD_HEADS, OFFLOADED, ModelConfig, RopeConfig
 from moba.attention import prepare
 from moba.documents import Documents
 from moba.kinds import AttentionSpec
@@ -74,13 +74,14 @@ class DecoderLayer(nn.Module):
 
         self.compiled = config.compile is True
         self.recomputes_mlp = config.activation_checkpointing == "mlp"
-        self.is_lean = config.activation_checkpointing == OFFLOAD
+        self.tiles_mlp = config.activation_checkpointing in OFFLOADED
+        self.groups_heads = config.activation_checkpointing == OFFLOAD_HEADS
 
     def forward(
         self, x_TC: Tensor, cos_TD: Tensor, sin_TD: Tensor, documents: Documents, cache: LayerCache | None = None
     ) -> Tensor:
-        if self.is_lean and cache is None:
-            return self._lean(x_TC, cos_TD, sin_TD, documents)
+        if self.groups_heads and cache is None:
+            return self._tiled_mlp(self._add_attention_by_groups(x_TC, cos_TD, sin_TD, documents))
         before, after = (_compiled(f) if self.compiled else f for f in (_before_attention, _after_attention))
         offset_T = self.self_attn.offsets(documents) if cache is None else None
         if cache is None and not self.self_attn.exchanges_keys:
@@ -88,10 +89,12 @@ class DecoderLayer(nn.Module):
         else:
             qkv = _before_attention(self, x_TC, cos_TD, sin_TD, offset_T, documents, cache)
         out_THD = self.self_attn.attend(*qkv, documents, cache)
+        if self.tiles_mlp:
+            return self._tiled_mlp(x_TC + self.self_attn.o_proj(out_THD.flatten(1)))
         return after(self, x_TC, out_THD)
 
-    def _lean(self, x_TC: Tensor, cos_TD: Tensor, sin_TD: Tensor, documents: Documents) -> Tensor:
-        """The same with less in memory at once: attention by groups of heads, the MLP by tiles of tokens."""
+    def _add_attention_by_groups(self, x_TC: Tensor, cos_TD: Tensor, sin_TD: Tensor, documents: Documents) -> Tensor:
+        """Attention added to the residual stream, a group of heads at a time."""
         normed_TC = self.input_layernorm(x_TC)
         for heads in self.self_attn.head_groups(HEAD_GROUPS):
             arguments = (normed_TC, cos_TD, sin_TD, documents, heads)
@@ -99,10 +102,13 @@ class DecoderLayer(nn.Module):
                 x_TC = x_TC + _recomputed(self.self_attn.of_heads, *arguments)
             else:
                 x_TC = x_TC + self.self_attn.of_heads(*arguments)
+        return x_TC
+
+    def _tiled_mlp(self, x_TC: Tensor) -> Tensor:
+        """The MLP added to the residual stream, a tile of tokens at a time."""
         norm, mlp = self.post_attention_layernorm, self.mlp
         half = functools.partial(_compiled(mlp_with_residual) if self.compiled else mlp_with_residual, eps=norm.eps)
-        weights = (norm.weight, mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight)
-        return tiled(half, x_TC, *weights)
+        return tiled(half, x_TC, norm.weight, mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight)
 
 
 # Functions, not methods, so that each is compiled once for all layers, whose weights become its arguments.
@@ -152,7 +158,7 @@ class Backbone(nn.Module):
     def forward(self, tokens_T: Tensor, cos_TD, sin_TD, documents: Documents, cache: KVCache | None = None) -> Tensor:
         x_TC = self.embed_tokens(tokens_T)
         mode = self.activation_checkpointing if torch.is_grad_enabled() else False
-        inputs = Inputs(self._host, x_TC.device) if mode == OFFLOAD else None
+        inputs = Inputs(self._host, x_TC.device) if mode in OFFLOADED else None
         for i, layer in enumerate(self.layers):
             if inputs is not None:
                 x_TC = offloaded(layer, inputs, x_TC, cos_TD, sin_TD, documents)

@@ -1,9 +1,9 @@
-"""Layers that keep nothing on the GPU: model.activation_checkpointing=offload, for contexts that fit no other way.
+"""Layers that keep nothing on the GPU: model.activation_checkpointing=offload and offload_heads, for long contexts.
 
 A layer's input goes to pinned host memory and comes back ahead of its backward pass, on a stream of its own; the layer
-is then computed again, attention by groups of heads and the MLP by tiles of tokens, so that neither q, k and v of all
-heads nor the MLP's wide tensors of all tokens exist at once. What remains on the GPU are some eight tensors of the
-residual stream's size, whatever the number of layers.
+is then computed again, its MLP by tiles of tokens, so that the MLP's wide tensors of all tokens never exist at once.
+With offload_heads its attention goes by groups of heads, so that neither do q, k, v and their gradients of all heads:
+what remains on the GPU are some eight tensors of the residual stream's size, whatever the number of layers.
 
 Shapes: T tokens of a pack, C hidden size.
 """

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from conf.hardware import Hardware
 from conf.numbers import format_memory
-from conf.schema import AUTO, OFFLOAD, RunConfig
+from conf.schema import AUTO, OFFLOAD, OFFLOAD_HEADS, RunConfig
 from train.plan.describe import uses_bf16
 from train.plan.memory import most_memory, room
 from train.schedule import build_schedule
@@ -21,13 +21,15 @@ KEPT: dict[bool | str, str] = {
     "mlp": "all but the MLPs",
     True: "layers' inputs alone",
     OFFLOAD: "those on the host",
+    OFFLOAD_HEADS: "and heads in groups",
 }
 """The ways to save activations, the cheapest first, by what they keep."""
 COSTS: dict[bool | str, str] = {
     False: "nothing is computed twice",
     "mlp": "costs two of a layer's seven products once more in the backward pass, attention none",
     True: "costs the forward pass of every layer once more, some third of the layers' work",
-    OFFLOAD: "costs the forward pass of every layer once more, attention's twice, and the way to the host and back",
+    OFFLOAD: "costs the forward pass of every layer once more, and the way to the host and back beside it",
+    OFFLOAD_HEADS: "costs the forward pass of every layer once more, attention's twice, and the way there and back",
 }
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from conf.hardware import Hardware
 from conf.numbers import format_count, format_length, format_tokens
-from conf.schema import OFFLOAD, LRConfig, RopeConfig, RunConfig, SourceConfig
+from conf.schema import OFFLOADED, LRConfig, RopeConfig, RunConfig, SourceConfig
 from data.mixture import long_share, make_pools, passes
 from data.sources import Source
 from moba.backends.choice import choose
@@ -89,7 +89,7 @@ def describe_model(config: RunConfig) -> str:
         "QK-norm": model.qk_norm,
         "activation checkpointing": model.activation_checkpointing is True,
         "activation checkpointing of the MLP": model.activation_checkpointing == "mlp",
-        "activation checkpointing with layers' inputs on the host": model.activation_checkpointing == OFFLOAD,
+        "activation checkpointing with layers' inputs on the host": model.activation_checkpointing in OFFLOADED,
         "torch.compile": model.compile is True,
         f"no RoPE in {_layers(nope)}": nope,
         f"key convolution over {model.key_conv} tokens in {_layers(convolved)}": convolved,

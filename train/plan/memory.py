@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from conf.schema import AUTO, OFFLOAD, DeepSpeedConfig, ModelConfig, RunConfig
+from conf.schema import AUTO, OFFLOAD_HEADS, OFFLOADED, DeepSpeedConfig, ModelConfig, RunConfig
 from moba.kinds import AttentionSpec
 from train.model.sizes import HEAD_GROUPS, head_dim, key_conv_widths, num_kv_heads, num_parameters
 from train.schedule import Stage
@@ -18,6 +18,9 @@ VERDICT_SHARE = 0.92
 REDUCE_BUCKET = 500_000_000
 MASTER_AND_MOMENTS = 12
 MOMENTS = 8
+OFFLOADED_OPTIMIZER = 22  # bytes a parameter on the host, measured (benchmarks/results/longest_context_h100)
+WORKSPACE_BYTES = 5 << 28  # as moba/backends/triton_attention.py has it
+TILE_TOKENS = 16384  # as train/model/offload.py has it
 
 
 @dataclass(frozen=True)
@@ -28,13 +31,14 @@ class Memory:
     gradients: int
     optimizer: int
     activations: int
-    logits: int
+    working: int
+    """Of the layer that is computed, or of the logits' tile, whichever needs more."""
     host: int
 
     @property
     def total(self) -> int:
         """Bytes on the device."""
-        return self.weights + self.gradients + self.optimizer + self.activations + self.logits
+        return self.weights + self.gradients + self.optimizer + self.activations + self.working
 
 
 def estimate_memory(
@@ -52,14 +56,18 @@ def estimate_memory(
     which `sequence_size` share each sequence."""
     own_tokens = -(-micro_tokens // sequence_size)
     weights, gradients, optimizer = _states(num_parameters(model, vocab_size)["total"], engine, bf16, world_size)
-    host = (optimizer if engine.offload_optimizer else 0) + (weights if engine.offload_params else 0)
-    host += own_tokens * offloaded_bytes_per_token(model, bf16)
+    # With the optimizer on the host go gradients, and buffers on their way there and back.
+    moved = optimizer * OFFLOADED_OPTIMIZER // MASTER_AND_MOMENTS if engine.offload_optimizer else 0
+    host = moved + (weights if engine.offload_params else 0)
+    host += offloaded_bytes(model, own_tokens, bf16=bf16)
+    compiled = bf16 and model.compile is not False and engine.zero_stage != 3
+    kept, working = activation_bytes(model, attention, own_tokens, bf16=bf16, compiled=compiled)
     return Memory(
         weights=0 if engine.offload_params else weights,
         gradients=gradients,
         optimizer=0 if engine.offload_optimizer else optimizer,
-        activations=own_tokens * activation_bytes_per_token(model, attention, bf16),
-        logits=_logits(model, vocab_size, min(model.loss_tile, own_tokens)),
+        activations=kept,
+        working=max(working, _logits(model, vocab_size, min(model.loss_tile, own_tokens))),
         host=host,
     )
 
@@ -109,39 +117,41 @@ def _states(parameters: int, engine: DeepSpeedConfig, bf16: bool, world_size: in
     return weights, gradients, (MASTER_AND_MOMENTS * shard if stage else MOMENTS * parameters)
 
 
-def activation_bytes_per_token(model: ModelConfig, attention: tuple[AttentionSpec, ...], bf16: bool) -> int:
-    """Bytes a token keeps on the device for the backward pass, plus the working set of the layer being computed.
+def activation_bytes(
+    model: ModelConfig, attention: tuple[AttentionSpec, ...], num_tokens: int, *, bf16: bool, compiled: bool
+) -> tuple[int, int]:
+    """Bytes that `num_tokens` tokens keep on the device for the backward pass, and the working set of the layer that is
+    computed.
 
-    A layer keeps the residual stream before each norm, both normed inputs before and after their weight, rotated q and
-    k, v, the attention's output and four FFN-wide tensors (compiled, fewer), and k as it was before a key convolution.
-    With checkpointing of the MLP neither that nor its normed input, with checkpointing of all only a layer's input, and
-    one layer at a time all of that; with offload nothing, and eight tensors of the residual stream's size and a group
-    of heads at a time. Sparse attention works on a gathered copy of each query and a partial output (float32) for each
-    of its blocks.
+    A layer keeps the residual stream before each norm, both normed inputs (eager: before and after their weight), the
+    rotated q and k, v, the attention's output and four FFN-wide tensors (compiled: three), and k as it was before a key
+    convolution. With checkpointing of the MLP neither that nor its normed input, with checkpointing of all only a
+    layer's input, and one layer at a time all of that. With offload nothing is kept; one layer's part before the MLP
+    exists with its gradients, or, by groups of heads, eight tensors of the residual stream's size and one group.
+    Sparse attention works on partial results of each of its blocks, of as many heads as WORKSPACE_BYTES allow.
     """
-    width = 2 if bf16 else 4
-    q_size, kv_size = model.num_heads * head_dim(model), num_kv_heads(model) * head_dim(model)
-    blocks = max(spec.partial_outputs for spec in attention)
-    if model.activation_checkpointing == OFFLOAD:
-        groups = min(HEAD_GROUPS, num_kv_heads(model))
-        heads = width * 4 * (q_size + kv_size) + blocks * q_size * (width + 4)
-        return width * 8 * model.hidden_size + heads // groups
-    layer = width * (6 * model.hidden_size + 2 * q_size + 2 * kv_size + 4 * model.ffn_size)
-    mlp = width * (2 * model.hidden_size + 4 * model.ffn_size)
-    recomputed = {False: 0, AUTO: 0, "mlp": mlp, True: layer - width * model.hidden_size}[
-        model.activation_checkpointing
-    ]
-    kept = model.num_layers * (layer - recomputed)
-    if model.activation_checkpointing is not True:
-        kept += sum(size > 0 for size in key_conv_widths(model)) * width * kv_size
-    working = layer + blocks * q_size * (width + 4)
-    return kept + working + 2 * width * model.hidden_size
+    width, recomputed = (2 if bf16 else 4), model.activation_checkpointing
+    hidden, ffn, num_kv = model.hidden_size, model.ffn_size, num_kv_heads(model)
+    heads = model.num_heads * head_dim(model) + num_kv * head_dim(model)
+    partial = num_tokens * max(spec.partial_outputs for spec in attention) * model.num_heads * head_dim(model) * width
+    partial = min(partial, max(WORKSPACE_BYTES, partial // num_kv))
+    if recomputed in OFFLOADED:
+        tile = width * TILE_TOKENS * 8 * ffn + 4 * 2 * 3 * hidden * ffn
+        groups = min(HEAD_GROUPS, num_kv) if recomputed == OFFLOAD_HEADS else 1
+        # q, k, v, the output and their gradients.
+        return 0, num_tokens * width * (8 * hidden + 4 * heads // groups) + partial + tile
+    mlp = (1 if compiled else 2) * hidden + (3 if compiled else 4) * ffn
+    layer = (3 if compiled else 4) * hidden + 2 * heads + mlp
+    kept = {False: layer, AUTO: layer, "mlp": layer - mlp, True: hidden}[recomputed] * model.num_layers
+    if recomputed is not True:
+        kept += sum(size > 0 for size in key_conv_widths(model)) * num_kv * head_dim(model)
+    return num_tokens * width * (kept + 2 * hidden), num_tokens * width * layer + partial
 
 
-def offloaded_bytes_per_token(model: ModelConfig, bf16: bool) -> int:
-    """Bytes a token keeps on the host: layers' inputs, where they are offloaded."""
-    is_offloaded = model.activation_checkpointing == OFFLOAD
-    return model.num_layers * model.hidden_size * (2 if bf16 else 4) if is_offloaded else 0
+def offloaded_bytes(model: ModelConfig, num_tokens: int, *, bf16: bool) -> int:
+    """Bytes that `num_tokens` tokens keep on the host: layers' inputs, where they are offloaded."""
+    is_offloaded = model.activation_checkpointing in OFFLOADED
+    return num_tokens * model.num_layers * model.hidden_size * (2 if bf16 else 4) if is_offloaded else 0
 
 
 def _logits(model: ModelConfig, vocab_size: int, tile: int) -> int:

@@ -16,11 +16,11 @@ import numpy as np
 from conf.files import user_path
 from conf.hardware import Hardware, data_size
 from conf.numbers import format_length, format_memory
-from conf.schema import RunConfig
+from conf.schema import OFFLOADED, RunConfig
 from data.sources import Source
 from moba.flops import attended_pairs, attention_flops, causal_pairs
 from train.model.sizes import head_dim, matmul_flops_per_token, num_parameters
-from train.plan.automatic import settle
+from train.plan.automatic import KEPT, settle
 from train.plan.describe import (
     describe_data,
     describe_engine,
@@ -218,6 +218,10 @@ def _memory(config: RunConfig, stages: tuple[Stage, ...], vocab_size: int, hardw
         return memory, "compare with your GPU's memory, or say gpu_memory=80GB"
     most = room(hardware.gpu_memory)
     of_gpu = f"{format_memory(hardware.gpu_memory)} a GPU"
+    on_host = memory.host * hardware.local_world_size
+    if memory.total <= most and hardware.host_memory is not None and on_host > room(hardware.host_memory):
+        there = f"{format_memory(hardware.host_memory)} of this host's memory"
+        return memory, f"fits {of_gpu}, but {format_memory(on_host)} do not fit the {there}"
     if memory.total <= most:
         return memory, f"fits {of_gpu}"
     return memory, f"does not fit {of_gpu}{_advice(config, hardware, need, most)}"
@@ -225,45 +229,43 @@ def _memory(config: RunConfig, stages: tuple[Stage, ...], vocab_size: int, hardw
 
 def _advice(config: RunConfig, hardware: Hardware, need, most: int) -> str:
     """What would make it fit: the first of ever larger changes that does, or that none does."""
-    lean = replace(config.model, activation_checkpointing=True)
+    modes = list(KEPT)
+    leaner = modes[modes.index(config.model.activation_checkpointing) :]
+    models = {mode: replace(config.model, activation_checkpointing=mode) for mode in leaner}
     zero3 = replace(config.deepspeed, zero_stage=3)
     shared = config.parallel.sequence
 
     def is_too_long(shared: int) -> bool:
         arguments = {"parallel": replace(config.parallel, sequence=shared), "world_size": MOST_GPUS}
-        smallest = need(model=lean, engine=zero3, one_sequence=True, **arguments)
-        return smallest.activations + smallest.logits > most
+        smallest = need(model=models[leaner[-1]], engine=zero3, one_sequence=True, **arguments)
+        return smallest.activations + smallest.working > most
 
     while is_too_long(shared):
         shared *= 2
         if shared > config.model.num_heads:
             return ": one sequence's activations alone are too large, over as many GPUs as there are heads too"
-    half, split = replace(config.model, activation_checkpointing="mlp"), replace(config.parallel, sequence=shared)
-    num_gpus = max(hardware.world_size, shared)
-    changes: dict[str, str] = {}
-    arguments: dict[str, Any] = {"world_size": num_gpus}
-    ladder = (
+    split = replace(config.parallel, sequence=shared)
+    settings = (
         (f"parallel.sequence={shared}", "parallel", split, config.parallel == split),
         ("schedule.micro_tokens=null", "one_sequence", True, config.schedule.micro_tokens is None),
-        ("model.activation_checkpointing=mlp", "model", half, config.model in (half, lean)),
-        ("model.activation_checkpointing=true", "model", lean, config.model == lean),
         ("deepspeed=zero3", "engine", zero3, config.deepspeed == zero3),
     )
-
-    def would() -> str:
-        machine = [f"on {num_gpus} GPUs"] if num_gpus > hardware.world_size else []
-        return f"; {' '.join([*changes.values(), *machine])} would"
-
-    for change, name, value, in_force in ladder:
-        arguments[name] = value
-        if not in_force:
-            changes[name] = change
-            if need(**arguments).total <= most:
-                return would()
-    while num_gpus < MOST_GPUS and need(**arguments).total > most:
+    num_gpus = max(hardware.world_size, shared)
+    while num_gpus <= MOST_GPUS:
+        # One setting after another, with each way to save activations but the host's; then with that.
+        for on_host in (False, True):
+            for count in range(len(settings) + 1):
+                arguments = {name: value for _, name, value, _ in settings[:count]} | {"world_size": num_gpus}
+                for mode in leaner:
+                    if (mode in OFFLOADED) == on_host and need(model=models[mode], **arguments).total <= most:
+                        changes = [text for text, _, _, in_force in settings[:count] if not in_force]
+                        if mode != config.model.activation_checkpointing:
+                            changes.append(f"model.activation_checkpointing={str(mode).lower()}")
+                        if num_gpus > hardware.world_size:
+                            changes.append(f"on {num_gpus} GPUs")
+                        return f"; {' '.join(changes)} would"
         num_gpus *= 2
-        arguments["world_size"] = num_gpus
-    return would()
+    return ""
 
 
 def _lines(plan: Plan) -> list[str]:
