@@ -64,10 +64,12 @@ class SequenceAxis:
 
     def to_heads(self, q_tHD: Tensor, k_tGD: Tensor, v_tGD: Tensor, total: int) -> tuple[Tensor, Tensor, Tensor]:
         """q [T, h, D] and k, v [T, g, D] of this process's heads, of a pack of `total` tokens."""
-        own = _shares(q_tHD.shape[1], k_tGD.shape[1], self.size)[self.rank]
-        q_ThD, k_TgD, v_TgD = _ToHeads.apply(q_tHD, k_tGD, v_tGD, self, total)
-        if own.repeat:
-            index = torch.tensor(own.repeat, device=q_ThD.device)
+        shares = _shares(q_tHD.shape[1], k_tGD.shape[1], self.size)
+        kv, repeat = [share.kv for share in shares], shares[self.rank].repeat
+        q_ThD = _ToHeads.apply(q_tHD, self, [share.queries for share in shares], total)
+        k_TgD, v_TgD = (_ToHeads.apply(x, self, kv, total) for x in (k_tGD, v_tGD))
+        if repeat:
+            index = torch.tensor(repeat, device=q_ThD.device)
             k_TgD, v_TgD = k_TgD.index_select(1, index), v_TgD.index_select(1, index)
         return q_ThD, k_TgD, v_TgD
 
@@ -115,11 +117,6 @@ class _Share:
         self.repeat: list[int] = [] if even else read
         """Where key/value heads are cut between processes: which of its own each query head reads."""
 
-    @property
-    def number(self) -> int:
-        """Heads of q, k and v together."""
-        return self.num_queries + 2 * self.num_kv
-
 
 def _shares(num_heads: int, num_kv_heads: int, size: int) -> list[_Share]:
     if size > num_heads:
@@ -128,29 +125,27 @@ def _shares(num_heads: int, num_kv_heads: int, size: int) -> list[_Share]:
 
 
 class _ToHeads(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q, k, v, axis: SequenceAxis, total: int):
-        shares = _shares(q.shape[1], k.shape[1], axis.size)
-        ctx.axis, ctx.shares, ctx.sizes = axis, shares, (q.shape, k.shape)
-        own, slices = shares[axis.rank], axis.slices(total)
-        parts = [torch.cat([q[:, share.queries], k[:, share.kv], v[:, share.kv]], 1) for share in shares]
-        shapes = [(rows.stop - rows.start, own.number, q.shape[2]) for rows in slices]
-        received = axis.swap(parts, shapes).view(total, own.number, q.shape[2])
-        return tuple(one.contiguous() for one in received.split([own.num_queries, own.num_kv, own.num_kv], 1))
+    """All tokens of some heads, of some tokens of all heads; `heads`: those of each process."""
 
     @staticmethod
-    def backward(ctx, *grads):
-        axis, shares, (q_shape, k_shape) = ctx.axis, ctx.shares, ctx.sizes
-        grad = torch.cat(grads, 1)
-        received = axis.swap_rows(grad, [(q_shape[0], share.number, q_shape[2]) for share in shares])
-        dq = torch.cat([one[:, : share.num_queries] for one, share in zip(received, shares)], 1)
-        # Key/value heads that two processes read have a gradient from each.
-        dk, dv = grad.new_zeros(k_shape), grad.new_zeros(k_shape)
-        for one, share in zip(received, shares):
-            _, dk_one, dv_one = one.split([share.num_queries, share.num_kv, share.num_kv], 1)
-            dk[:, share.kv] += dk_one
-            dv[:, share.kv] += dv_one
-        return dq, dk, dv, None, None
+    def forward(ctx, x_tHD, axis: SequenceAxis, heads: list[slice], total: int):
+        ctx.axis, ctx.heads, ctx.shape = axis, heads, x_tHD.shape
+        own, size = heads[axis.rank], x_tHD.shape[2]
+        shapes = [(rows.stop - rows.start, own.stop - own.start, size) for rows in axis.slices(total)]
+        return axis.swap([x_tHD[:, one] for one in heads], shapes).view(total, -1, size)
+
+    @staticmethod
+    def backward(ctx, grad_ThD):
+        num_tokens, num_heads, size = ctx.shape
+        shapes = [(num_tokens, one.stop - one.start, size) for one in ctx.heads]
+        received = ctx.axis.swap_rows(grad_ThD, shapes)
+        if sum(shape[1] for shape in shapes) == num_heads:
+            return torch.cat(received, 1), None, None, None
+        # Heads that two processes read have a gradient from each.
+        grad_tHD = grad_ThD.new_zeros(ctx.shape)
+        for one, part in zip(ctx.heads, received):
+            grad_tHD[:, one] += part
+        return grad_tHD, None, None, None
 
 
 class _ToTokens(torch.autograd.Function):

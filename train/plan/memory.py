@@ -61,7 +61,9 @@ def estimate_memory(
     host = moved + (weights if engine.offload_params else 0)
     host += offloaded_bytes(model, own_tokens, bf16=bf16)
     compiled = bf16 and model.compile is not False and engine.zero_stage != 3
-    kept, working = activation_bytes(model, attention, own_tokens, bf16=bf16, compiled=compiled)
+    kept, working = activation_bytes(
+        model, attention, own_tokens, bf16=bf16, compiled=compiled, exchanged=sequence_size > 1
+    )
     return Memory(
         weights=0 if engine.offload_params else weights,
         gradients=gradients,
@@ -118,7 +120,13 @@ def _states(parameters: int, engine: DeepSpeedConfig, bf16: bool, world_size: in
 
 
 def activation_bytes(
-    model: ModelConfig, attention: tuple[AttentionSpec, ...], num_tokens: int, *, bf16: bool, compiled: bool
+    model: ModelConfig,
+    attention: tuple[AttentionSpec, ...],
+    num_tokens: int,
+    *,
+    bf16: bool,
+    compiled: bool,
+    exchanged: bool = False,
 ) -> tuple[int, int]:
     """Bytes that `num_tokens` tokens keep on the device for the backward pass, and the working set of the layer that is
     computed.
@@ -129,23 +137,27 @@ def activation_bytes(
     layer's input, and one layer at a time all of that. With offload nothing is kept; one layer's part before the MLP
     exists with its gradients, or, by groups of heads, eight tensors of the residual stream's size and one group.
     Sparse attention works on partial results of each of its blocks, of as many heads as WORKSPACE_BYTES allow.
+    `exchanged`: the sequence is shared, so that the attention's output is kept in two layouts, and gradients pass from
+    one to the other.
     """
     width, recomputed = (2 if bf16 else 4), model.activation_checkpointing
     hidden, ffn, num_kv = model.hidden_size, model.ffn_size, num_kv_heads(model)
     heads = model.num_heads * head_dim(model) + num_kv * head_dim(model)
     partial = num_tokens * max(spec.partial_outputs for spec in attention) * model.num_heads * head_dim(model) * width
     partial = min(partial, max(WORKSPACE_BYTES, partial // num_kv))
+    again = model.num_heads * head_dim(model) if exchanged else 0
+    passing = 2 * heads if exchanged else 0
     if recomputed in OFFLOADED:
         tile = width * TILE_TOKENS * 8 * ffn + 4 * 2 * 3 * hidden * ffn
         groups = min(HEAD_GROUPS, num_kv) if recomputed == OFFLOAD_HEADS else 1
         # q, k, v, the output and their gradients.
-        return 0, num_tokens * width * (8 * hidden + 4 * heads // groups) + partial + tile
+        return 0, num_tokens * width * (8 * hidden + (4 * heads + again + passing) // groups) + partial + tile
     mlp = (1 if compiled else 2) * hidden + (3 if compiled else 4) * ffn
-    layer = (3 if compiled else 4) * hidden + 2 * heads + mlp
+    layer = (3 if compiled else 4) * hidden + 2 * heads + again + mlp
     kept = {False: layer, AUTO: layer, "mlp": layer - mlp, True: hidden}[recomputed] * model.num_layers
     if recomputed is not True:
         kept += sum(size > 0 for size in key_conv_widths(model)) * num_kv * head_dim(model)
-    return num_tokens * width * (kept + 2 * hidden), num_tokens * width * layer + partial
+    return num_tokens * width * (kept + 2 * hidden), num_tokens * width * (layer + passing) + partial
 
 
 def offloaded_bytes(model: ModelConfig, num_tokens: int, *, bf16: bool) -> int:
