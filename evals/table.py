@@ -11,5 +11,6 @@ NAMES = (
     "routing",
     "swap",
     "recall",
+    "needle",
 )
 EVALS: dict[str, Eval] = {name: import_module(f"evals.{name}").EVAL for name in NAMES}
