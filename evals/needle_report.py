@@ -121,7 +121,7 @@ class NeedleReport:
     def draw(self, form: int, path: Path) -> None:
         """Draws the heat maps of a form: a row of panels a score, one panel an arm."""
         rows, columns = len(SCORES), len(self.arms)
-        width, height = 1.2 + 0.62 * len(self.lengths), 1.0 + 0.36 * len(self.depths)
+        width, height = 1.2 + 0.66 * len(self.lengths), 1.0 + 0.36 * len(self.depths)
         figure = Figure(figsize=(max(4.5, width * columns + 1), height * rows + 1), layout="constrained")
         grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
         samples = self.right_SFALDN.shape[-1]
@@ -134,14 +134,15 @@ class NeedleReport:
                 for (d, l), share in np.ndenumerate(share_DL):
                     low, high = wilson(float(share), samples)
                     color = "black" if share > 0.5 else "white"
-                    axes.text(l, d - 0.16, f"{100 * share:.0f}", ha="center", va="center", color=color, fontsize=7)
-                    axes.text(l, d + 0.24, _bounds(low, high), ha="center", va="center", color=color, fontsize=4.5)
+                    axes.text(l, d - 0.16, f"{100 * share:.0f}", ha="center", va="center", color=color, fontsize=8)
+                    axes.text(l, d + 0.24, _bounds(low, high), ha="center", va="center", color=color, fontsize=5.5)
                 axes.set_title(f"{arm}: {WORDS[score]}", fontsize="small")
                 self._mark_dense(axes, arm)
         grid[0][0].set_xticks(range(len(self.lengths)), [format_length(length) for length in self.lengths])
         grid[0][0].set_yticks(range(len(self.depths)), [f"{depth:g}" for depth in self.depths])
         figure.colorbar(mesh, ax=grid, label=f"right answers (% of {samples} samples; below: 95 % Wilson interval)")
-        figure.supxlabel("context length (tokens)", fontsize="small")
+        dense = "" if self.dense_up_to is None else f"; dotted: B k = {format_length(self.dense_up_to)}, full up to there"
+        figure.supxlabel(f"context length (tokens{dense})", fontsize="small")
         figure.supylabel("depth of the needle (% of the text before it)", fontsize="small")
         figure.suptitle(f"Needle in a haystack, {self.forms[form]}: {self.title}", fontsize="medium")
         save(figure, path)
@@ -152,9 +153,7 @@ class NeedleReport:
             return
         dense = sum(length <= self.dense_up_to for length in self.lengths)
         if 0 < dense < len(self.lengths):
-            axes.axvline(dense - 0.5, color="white", linestyle=":", linewidth=1.5)
-            label = f"B k = {format_length(self.dense_up_to)}"
-            axes.annotate(label, (dense - 0.5, 1), xycoords=("data", "axes fraction"), fontsize=5, va="bottom")
+            axes.axvline(dense - 0.5, color="white", linestyle=":", linewidth=1.8)
 
 
 def _bounds(low: float, high: float) -> str:

@@ -20,7 +20,7 @@ from evals.protocol import Job
 from evals.statistics import wilson
 from moba.kinds import Full, Moba
 
-BYTES = load_tokenizer("bytes")
+BYTES, PLAN = load_tokenizer("bytes"), (Moba(64, 2),)
 
 
 class Copier:
@@ -28,9 +28,8 @@ class Copier:
 
     `answer` has the text so far and gives the rest of it. Attends to nothing; counts its passes."""
 
-    def __init__(self, answer, plan=(Moba(64, 2),)):
+    def __init__(self, answer, plan=PLAN):
         self.attention, self.answer, self.passes, self.seen = tuple(plan), answer, 0, {}
-        self.config = None
         self.model = SimpleNamespace(embed_tokens=SimpleNamespace(weight=torch.zeros(1)))
 
     def set_attention(self, plan):
