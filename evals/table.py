@@ -12,5 +12,6 @@ NAMES = (
     "swap",
     "recall",
     "needle",
+    "ruler",
 )
 EVALS: dict[str, Eval] = {name: import_module(f"evals.{name}").EVAL for name in NAMES}
