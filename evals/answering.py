@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from conf.numbers import format_length, parse_length
 from evals.protocol import Job, names
 from evals.swap import DENSE, OWN, under
 from moba.documents import Documents
@@ -57,6 +58,25 @@ def chosen_arms(job: Job, default: str) -> dict[tuple[AttentionSpec, ...], list[
         if name in asked:
             groups.setdefault(plans[name][0], []).append(Arm(name, *plans[name]))
     return groups
+
+
+def chosen_lengths(job: Job, default: Sequence[str]) -> list[int]:
+    """Those of lengths=, ascending; else those of the default up to the context of the run's last stage, or that one
+    if it is shorter than all."""
+    context = job.trained.stage.seq_len
+    if "lengths" not in job.values:
+        return [length for length in map(parse_length, default) if length <= context] or [context]
+    found = []
+    for word in job.values["lengths"].strip("[]").split(","):
+        try:
+            found.append(parse_length(word))
+        except ValueError as error:
+            raise ValueError(f"lengths={job.values['lengths']}: {word.strip()!r} {error}") from None
+    if min(found) < 1:
+        raise ValueError(f"lengths={job.values['lengths']}: must be at least 1")
+    if max(found) > context:
+        job.say(f"note: up to {format_length(max(found))} tokens for a model trained on {format_length(context)}")
+    return sorted(set(found))
 
 
 class Reader:

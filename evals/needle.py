@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from conf.numbers import format_length, parse_length
+from conf.numbers import format_length
 from data.tokenizer import Tokenizer, load_tokenizer
-from evals.answering import ABOUT_ARMS, ARMS, BATCH_TOKENS, Arm, Reader, chosen_arms
+from evals.answering import ABOUT_ARMS, ARMS, BATCH_TOKENS, Arm, Reader, chosen_arms, chosen_lengths
 from evals.context import Context
 from evals.ledger import Countdown, Ledger
 from evals.needle_report import SCORES, NeedleReport, page
@@ -157,25 +157,6 @@ def _grid(job: Job) -> Grid:
         depths=np.linspace(0, 100, depths).round(1).tolist() if depths > 1 else [50.0],
         samples=job.integer("samples", 10),
     )
-
-
-def chosen_lengths(job: Job, default: Sequence[str]) -> list[int]:
-    """Those of lengths=, ascending; else those of the default up to the context of the run's last stage, or that one
-    if it is shorter than all."""
-    context = job.trained.stage.seq_len
-    if "lengths" not in job.values:
-        return [length for length in map(parse_length, default) if length <= context] or [context]
-    found = []
-    for word in job.values["lengths"].strip("[]").split(","):
-        try:
-            found.append(parse_length(word))
-        except ValueError as error:
-            raise ValueError(f"lengths={job.values['lengths']}: {word.strip()!r} {error}") from None
-    if min(found) < 1:
-        raise ValueError(f"lengths={job.values['lengths']}: must be at least 1")
-    if max(found) > context:
-        job.say(f"note: up to {format_length(max(found))} tokens for a model trained on {format_length(context)}")
-    return sorted(set(found))
 
 
 EVAL = Eval(

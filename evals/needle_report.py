@@ -15,6 +15,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from conf.numbers import format_length
+from evals.answering import ABOUT_ARMS
 from evals.figures import save
 from evals.page import image, note
 from evals.page import table as html_table
@@ -24,7 +25,7 @@ from evals.statistics import Estimate, clustered_mean, wilson
 from evals.swap import DENSE
 
 SCORES = ("exact", "ranked")
-WORDS = {"exact": "exact match", "ranked": "right answer ranked first of 10"}
+WORDS = {"exact": "exact match", "ranked": "ranked first of 10"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,6 +84,7 @@ class NeedleReport:
         ]
         return {
             "unit": "shares of right answers, from 0 to 1; depth in percent",
+            "arms": ABOUT_ARMS,
             "scores": WORDS,
             "samples": self.right_SFALDN.shape[-1],
             "shares": shares,
@@ -121,7 +123,7 @@ class NeedleReport:
     def draw(self, form: int, path: Path) -> None:
         """Draws the heat maps of a form: a row of panels a score, one panel an arm."""
         rows, columns = len(SCORES), len(self.arms)
-        width, height = 1.2 + 0.66 * len(self.lengths), 1.0 + 0.36 * len(self.depths)
+        width, height = max(2.2, 1.2 + 0.66 * len(self.lengths)), max(2.2, 1.0 + 0.36 * len(self.depths))
         figure = Figure(figsize=(max(4.5, width * columns + 1), height * rows + 1), layout="constrained")
         grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
         samples = self.right_SFALDN.shape[-1]

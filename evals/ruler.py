@@ -14,9 +14,8 @@ import torch
 
 from conf.numbers import format_length
 from data.tokenizer import Tokenizer, load_tokenizer
-from evals.answering import ABOUT_ARMS, BATCH_TOKENS, HYBRID, Reader, chosen_arms
+from evals.answering import ABOUT_ARMS, BATCH_TOKENS, HYBRID, Reader, chosen_arms, chosen_lengths
 from evals.ledger import Countdown, Ledger
-from evals.needle import chosen_lengths
 from evals.protocol import Eval, Job, Result, names
 from evals.ruler_data import SEED, Ruler, RulerSample, cleaned
 from evals.ruler_report import RulerReport, page
@@ -24,6 +23,7 @@ from train.engine import collectives
 
 LENGTHS = ("4K", "8K", "16K", "32K", "64K", "128K")
 FOLDER = "ruler_samples"
+MOST_SAMPLES = 5000
 
 
 def run(job: Job) -> Result:
@@ -31,6 +31,8 @@ def run(job: Job) -> Result:
     ruler, context = Ruler(), job.context
     tasks = names(job.values, "tasks", ruler.tasks, default=",".join(ruler.tasks))
     groups, lengths, number = chosen_arms(job, HYBRID), chosen_lengths(job, LENGTHS), job.integer("samples", 500)
+    if number > MOST_SAMPLES:
+        raise ValueError(f"samples={number}: RULER's question sets have enough for {MOST_SAMPLES} at most")
     arms = [arm.name for group in groups.values() for arm in group]
     tokenizer = load_tokenizer(job.trained.config.data.tokenizer)
     samples = _samples(job, ruler, tasks, tokenizer, lengths, number)

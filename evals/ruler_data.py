@@ -117,8 +117,9 @@ class Ruler:
             **task.arguments,
         }
         arguments = [word for key, value in options.items() for word in (f"--{key}", str(value))]
-        command = [sys.executable, "-m", "evals.ruler_generate", tokenizer.name, task.script, *arguments]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        start = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from evals.ruler_generate import main"
+        command = [sys.executable, "-c", f"{start}; main(*sys.argv[1:])", tokenizer.name, task.script, *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
         made = unfinished / task.name
         if done.returncode == TOO_SHORT:
             made.mkdir(parents=True, exist_ok=True)

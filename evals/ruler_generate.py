@@ -1,8 +1,6 @@
 """Runs a generator of NVIDIA's package (extra `ruler`) with one of our tokenizers: the process behind
 evals/ruler_data.py.
 
-    python -m evals.ruler_generate <data.tokenizer> <script> <its arguments, without the tokenizer's>
-
 The package's files are run as they are. In their process alone, its way to get a tokenizer is replaced, as it knows
 neither bytes nor a tokenizer.json; and where nltk's punkt_tab is not installed, sentences are split by Punkt without
 the English model. A generator whose task does not fit a length tries for ever: it is ended as soon as that is clear.
@@ -78,7 +76,7 @@ def splits_exactly() -> bool:
 
 
 def main(tokenizer: str, script: str, *arguments: str) -> None:
-    """Runs the script as if it had been started with these arguments."""
+    """Runs the script as if it had been started with these arguments, and those of the tokenizer (data.tokenizer)."""
     counter, module, bars = Counter(tokenizer), ModuleType("tokenizer"), ModuleType("tqdm")
     module.select_tokenizer = lambda kind, path: counter
     bars.tqdm = counter.samples
@@ -92,7 +90,3 @@ def main(tokenizer: str, script: str, *arguments: str) -> None:
     sys.path.insert(0, str(Path(script).parent))
     sys.stdout = Watch()
     runpy.run_path(script, run_name="__main__")
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

@@ -14,6 +14,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from conf.numbers import format_length
+from evals.answering import ABOUT_ARMS
 from evals.figures import save
 from evals.page import image, note
 from evals.page import table as html_table
@@ -76,6 +77,7 @@ class RulerReport:
         """Plain JSON values."""
         return {
             "unit": "percent",
+            "arms": ABOUT_ARMS,
             "lengths": self.lengths,
             "scores": {arm: dict(self.rows(arm)) for arm in self.arms},
             "effective_length": {arm: self.effective_length(arm) for arm in self.arms},

@@ -87,7 +87,7 @@ def test_scores_are_those_of_the_package(tmp_path, monkeypatch, samples, task):
     result = run(make(tmp_path, samples, speaker, task, arms="hybrid"))
     ours = result.record["scores"]["hybrid"][task][0]["score"]
     (ledger,) = (tmp_path / "evals" / "parts").glob("ruler_*.jsonl")
-    written = dict((key[3], text) for key, text in map(json.loads, ledger.read_text().splitlines()[1:]))
+    written = {key[3]: text for key, text in map(json.loads, ledger.read_text().splitlines()[1:])}
     assert sorted(written) == [0, 1, 2, 3] and speeches[0][:5] in written[0]
     rows = [
         {"index": i, "input": one.prompt, "outputs": one.answers, "pred": written[i], "others": {}}
@@ -160,12 +160,25 @@ def test_an_interrupted_evaluation_goes_on(tmp_path, samples, monkeypatch):
 
 
 @needs_package
+def test_more_samples_than_there_are_questions_are_refused(tmp_path):
+    """Catches a generator that looks for ever for a question that is not there."""
+    with pytest.raises(ValueError, match="samples=9000: RULER's question sets have enough for 5000"):
+        run(make_job(tmp_path, Copier(lambda *_: "?"), samples="9000"))
+
+
+@needs_package
 def test_all_tasks_are_there():
     """Catches a task that is not found in the package, or has another length to write or another score."""
     tasks = Ruler().tasks
     assert len(tasks) == 13
     assert sum(task.splits_sentences for task in tasks.values()) == 5
-    lengths = {"niah": 128, "variable_tracking": 30, "common_words_extraction": 120, "freq_words_extraction": 50, "qa": 32}
+    lengths = {
+        "niah": 128,
+        "variable_tracking": 30,
+        "common_words_extraction": 120,
+        "freq_words_extraction": 50,
+        "qa": 32,
+    }
     for task in tasks.values():
         assert task.tokens_to_generate == lengths[Path(task.script).stem] and Path(task.script).is_file()
         part = task.name.startswith("qa")
