@@ -29,18 +29,19 @@ SPARE_TOKENS = 2  # behind the answer, which may be spelt with more tokens than 
 CITIES = ("Lisbon", "Nairobi", "Kyoto", "Quito", "Tromso", "Hanoi", "Valencia", "Adelaide", "Montreal", "Tbilisi")
 THINGS = (
     "ride the last tram up to the old castle",
-    "eat warm bread on the steps of the market",
+    "eat warm bread on the steps of the mill",
     "watch the fishing boats come in at dawn",
-    "climb the bell tower before the heat comes",
-    "rent a bicycle and follow the river north",
-    "drink mint tea on a roof above the harbour",
-    "hear the brass band play in the rose garden",
-    "swim in the cold lake behind the museum",
-    "buy a paper kite and fly it from the bridge",
-    "walk the city wall with a bag of cherries",
-    "sketch the lions in front of the town hall",
-    "play chess with strangers under the plane trees",
+    "climb the bell tower before it gets hot",
+    "rent a bike and follow the river inland",
+    "drink mint tea on a roof above the port",
+    "hear the brass band in the rose gardens",
+    "swim in the lake behind the town museum",
+    "buy a paper kite and fly it from a roof",
+    "walk the city wall with a bag of apples",
+    "sketch the lions in front of a big bank",
+    "play chess with strangers under the oak",
 )
+"""All of one length, or a ranking would be one of lengths."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -48,6 +48,7 @@ def test_prompts_are_what_they_should_be(form, name):
         sample = make_sample(form, tokenizer, 2048, 0, index)
         needle_text = tokenizer.decode(sample.needle)
         assert len({tuple(candidate) for candidate in sample.candidates}) == CANDIDATES
+        assert len({len(tokenizer.decode(candidate).strip()) for candidate in sample.candidates}) == 1
         assert tokenizer.decode(sample.candidates[0]).strip() == sample.answer and sample.answer in needle_text
         for depth in (0, 0.3, 0.5, 1):
             prompt = sample.prompt(depth)
@@ -186,3 +187,20 @@ def test_a_full_model_has_one_arm(tmp_path):
     with pytest.raises(ValueError, match="no layer is sparse here"):
         run(make_job(tmp_path, model, lengths="1K", arms="[hybrid,full]"))
     assert answering.ARMS == ("moba", "hybrid", "full")
+
+
+def test_who_knows_nothing_is_right_by_chance(tmp_path):
+    """Catches a ranking in which the right answer has an advantage, such as winning where all are equal: letters drawn
+    at random put it first in about one of ten, and scores that are all alike never."""
+    rng = np.random.default_rng(0)
+
+    class Guesser(Copier):
+        def logits(self, *arguments, **options):
+            scores = super().logits(*arguments, **options)
+            return torch.from_numpy(rng.normal(size=scores.shape)) * 5
+
+    found = run(make_job(tmp_path, Guesser(lambda *_: "?"), lengths="1K", arms="full", samples="12")).record
+    for row in found["shares"]:
+        assert 0 < row["ranked"]["share"] < 0.3 and row["exact"]["share"] == 0, row
+    same = run(make_job(tmp_path / "same", Copier(lambda *_: "?"), lengths="1K", arms="full")).record
+    assert all(row["ranked"]["share"] == 0 for row in same["shares"])
