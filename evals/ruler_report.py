@@ -164,7 +164,7 @@ def _notes(record: Mapping[str, Any]) -> list[str]:
         else:
             notes.append(f"effective length, {arm}: not known, it needs all 13 tasks")
     if record["not_exact"]:
-        notes.append(f"* {STAND_IN}")
+        notes.append(f"* {STAND_IN}, nor is an average that has them")
     if any(cell is None for scores in record["scores"].values() for cells in scores.values() for cell in cells):
         notes.append("-: the task does not fit the length with this tokenizer, so there is no average")
     return notes
