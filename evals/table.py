@@ -11,5 +11,7 @@ NAMES = (
     "routing",
     "swap",
     "recall",
+    "needle",
+    "ruler",
 )
 EVALS: dict[str, Eval] = {name: import_module(f"evals.{name}").EVAL for name in NAMES}

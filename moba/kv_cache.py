@@ -72,6 +72,16 @@ class SequenceCache:
             k[: self.length], v[: self.length] = self.k, self.v
         self._k, self._v = k, v
 
+    def mark(self) -> tuple[int, Tensor | None]:
+        """Where the sequence ends now, for `rewind`."""
+        return self.length, self.key_tail
+
+    def rewind(self, mark: tuple[int, Tensor | None]) -> None:
+        """Forgets what was read since the mark; copies nothing."""
+        self.length, self.key_tail = mark
+        if self._means is not None and self._means_block_size is not None:
+            self._means = self._means[: self.length // self._means_block_size]
+
     def documents(self, num_new: int) -> Documents:
         """The sequence as the document of its last `num_new` tokens."""
         return one_document(num_new, self.length, self.k.device)
@@ -156,6 +166,16 @@ class KVCache:
     def lengths(self) -> list[int]:
         """Tokens cached of each sequence: the position of its next token."""
         return [sequence.length for sequence in self.layers[-1].sequences]
+
+    def mark(self) -> list[list[tuple[int, Tensor | None]]]:
+        """Where all sequences end now, to be given to `rewind`: what follows may then be read in several ways."""
+        return [[sequence.mark() for sequence in layer.sequences] for layer in self.layers]
+
+    def rewind(self, marks: list[list[tuple[int, Tensor | None]]]) -> None:
+        """Forgets what was read since the mark was made; a mark made later than that is void."""
+        for layer, own in zip(self.layers, marks):
+            for sequence, mark in zip(layer.sequences, own):
+                sequence.rewind(mark)
 
 
 def decode_moba(q: Tensor, sequence: SequenceCache, block_size: int, top_k: int, first_blocks: int = 0) -> Tensor:

@@ -4,6 +4,7 @@ import json
 import shutil
 import time
 from dataclasses import replace
+from importlib.util import find_spec
 
 import pytest
 import toy_eval
@@ -79,7 +80,27 @@ def test_help_has_the_arguments_of_every_eval(toy, monkeypatch, capsys):
     assert stopped.value.code == 0
     assert "\nguesses: how often the likeliest token is the right one.\n" in shown
     assert "  skip=        guesses: tokens at the start that are left out (default 1)\n" in shown
-    assert keys()["samples"] == "recall: documents of each task (default 64); other: how many of its own"
+    known = keys()["samples"]
+    assert known.startswith("recall: documents of each task (default 64); ")
+    assert known.endswith("; other: how many of its own")
+
+
+def test_needle_and_ruler_by_the_command(launcher, whole, house, tmp_path):
+    """Catches evals that work on models of tests alone: both on a run, in two processes and in one, which agree."""
+    arguments = [f"run={whole}", "device=cpu", "attention=16x2", "lengths=512", "samples=2", "depths=3"]
+    found = find_spec("long_context_eval") is not None
+    evals = "evals=[needle,ruler]" if found else "evals=[needle]"
+    arguments += [evals, "tasks=[fwe]", "arms=[moba,hybrid,full]"]
+    one = launcher.run([*arguments, f"to={tmp_path / 'one'}"], script=SCRIPT)
+    two = launcher.run_ranks([*arguments, f"to={tmp_path / 'two'}"], 2, script=SCRIPT)
+    assert [ended.code for ended in (one, *two)] == [0, 0, 0], (one, *two)
+    for name in ("needle", "ruler")[: 1 + found]:
+        stem = f"{name}_{END:015d}_512_16x2"
+        first, second = (json.loads((tmp_path / folder / f"{stem}.json").read_text()) for folder in ("one", "two"))
+        assert first["num_processes"] == 1 and second["num_processes"] == 2
+        key = "cells" if name == "needle" else "scores"
+        assert first[key] == second[key] and set(first[key]) >= ({"essay", "key_value"} if key == "cells" else {"full"})
+    assert (tmp_path / "one" / f"needle_{END:015d}_512_16x2_essay.png").is_file()
 
 
 @pytest.mark.parametrize(
@@ -87,7 +108,7 @@ def test_help_has_the_arguments_of_every_eval(toy, monkeypatch, capsys):
     [
         ("skp=3", ("unknown key 'skp'", "do you mean 'skip'?", "skip, style, device, wandb, to")),
         ("style=odd", ("style=odd: choose one of plain, fancy",)),
-        ("evals=gueses", ("evals=gueses: choose from position_loss, routing, swap, recall, guesses",)),
+        ("evals=gueses", ("evals=gueses: choose from position_loss, routing, swap, recall, needle, ruler, guesses",)),
     ],
 )
 def test_what_an_eval_does_not_take_is_refused_by_name(toy, argument, words, tmp_path, capsys):

@@ -220,3 +220,18 @@ def test_misuse_is_refused():
         in_chunks(layer, x, [4], KVCache(1, num_sequences=2))
     with pytest.raises(ValueError, match="decode='sparse'"):
         KVCache(1, decode="sparse")
+
+
+@pytest.mark.parametrize("kept", [23, 24, 25])
+def test_going_back_leaves_no_trace(kept):
+    """Catches means of blocks that were filled by forgotten tokens, and a place that is off by one: after other tokens
+    were read and forgotten, those that follow are decoded as if nothing had been there, bit for bit."""
+    layer, x = make_layer(), make_tokens(40)
+    plain, back = KVCache(1), KVCache(1)
+    for cache in (plain, back):
+        in_chunks(layer, x[:kept], [kept], cache)
+    mark = back.mark()
+    in_chunks(layer, make_tokens(30, seed=9), [1] * 30, back)
+    back.rewind(mark)
+    assert back.lengths == [kept]
+    assert torch.equal(*(in_chunks(layer, x[kept:], [1] * (40 - kept), cache) for cache in (plain, back)))

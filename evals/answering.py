@@ -1,0 +1,151 @@
+"""Answers of a model to prompts that it reads in batches, each batch once for several ways to answer.
+
+An arm is a pair of attention plans: one for the prompt and one for the answer. The first token of an answer is
+predicted by the prompt's last one, so it comes from the prompt's plan; the paper and its released code read with MoBA
+and answer with full attention (`hybrid`).
+
+Shapes: N sequences of a batch, V vocabulary rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from conf.numbers import format_length, parse_length
+from evals.protocol import Job, names
+from evals.swap import DENSE, OWN, under
+from moba.documents import Documents
+from moba.kinds import AttentionSpec
+from moba.layer import KVCache
+from train.model.decoder import Decoder
+from train.model.generation import CHUNK_TOKENS
+
+HYBRID = "hybrid"
+ARMS = (OWN, HYBRID, DENSE)
+ABOUT_ARMS = f"{OWN} (prompt and answer with the attention in force), {HYBRID} (the answer with full), {DENSE}"
+BATCH_TOKENS = 1 << 16
+"""Prompt tokens that are cached at a time, or one prompt where that is longer."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to attend."""
+
+    name: str
+    prefill: tuple[AttentionSpec, ...]
+    """Of each layer, for the prompt."""
+    decode: tuple[AttentionSpec, ...]
+    """Of each layer, for the answer."""
+
+
+def chosen_arms(job: Job, default: str) -> dict[tuple[AttentionSpec, ...], list[Arm]]:
+    """The arms that were asked for by arms=, by the plan that reads the prompt; those that share it read it once. A
+    plan with nothing to replace has the arm `full` alone. ValueError for a name that is none."""
+    asked = names(job.values, "arms", ARMS, default)
+    own = job.context.model.attention
+    dense = tuple(spec.dense() for spec in own)
+    plans = {OWN: (own, own), HYBRID: (own, dense), DENSE: (dense, dense)}
+    if own == dense:
+        if "arms" in job.values and asked != [DENSE]:
+            raise ValueError(f"arms={job.values['arms']}: no layer is sparse here; choose attention such as 512x3")
+        asked = [DENSE]
+    groups: dict[tuple[AttentionSpec, ...], list[Arm]] = {}
+    for name in ARMS:
+        if name in asked:
+            groups.setdefault(plans[name][0], []).append(Arm(name, *plans[name]))
+    return groups
+
+
+def chosen_lengths(job: Job, default: Sequence[str]) -> list[int]:
+    """Those of lengths=, ascending; else those of the default up to the context of the run's last stage, or that one
+    if it is shorter than all."""
+    context = job.trained.stage.seq_len
+    if "lengths" not in job.values:
+        return [length for length in map(parse_length, default) if length <= context] or [context]
+    found = []
+    for word in job.values["lengths"].strip("[]").split(","):
+        try:
+            found.append(parse_length(word))
+        except ValueError as error:
+            raise ValueError(f"lengths={job.values['lengths']}: {word.strip()!r} {error}") from None
+    if min(found) < 1:
+        raise ValueError(f"lengths={job.values['lengths']}: must be at least 1")
+    if max(found) > context:
+        job.say(f"note: up to {format_length(max(found))} tokens for a model trained on {format_length(context)}")
+    return sorted(set(found))
+
+
+class Reader:
+    """N texts that a model reads, and continues, side by side."""
+
+    def __init__(self, model: Decoder, number: int, vocab_size: int, chunk_tokens: int = CHUNK_TOKENS):
+        """`vocab_size`: ids from there on are never written; `chunk_tokens`: read at a time, of all texts together,
+        which changes nothing but the memory."""
+        self._model, self._vocab_size, self._chunk = model, vocab_size, max(1, chunk_tokens // number)
+        self._device = model.model.embed_tokens.weight.device
+        self._cache = KVCache(len(model.attention), number)
+        self._scores: list[Tensor] = [torch.empty(0)] * number
+
+    def read(self, parts: Sequence[Sequence[int]], plan: Sequence[AttentionSpec]) -> None:
+        """Reads on: each text goes on with its part, which may be empty."""
+        longest = max(map(len, parts))
+        for start in range(0, longest, self._chunk):
+            chunks = [part[start : start + self._chunk] for part in parts]
+            ends = [sum(map(len, chunks[: i + 1])) - 1 for i, chunk in enumerate(chunks) if chunk]
+            scores = iter(self._forward(chunks, plan, ends))
+            self._scores = [next(scores) if chunk else old for chunk, old in zip(chunks, self._scores)]
+
+    def mark(self) -> tuple:
+        """What `rewind` takes to come back to here."""
+        return self._cache.mark(), list(self._scores)
+
+    def rewind(self, mark: tuple) -> None:
+        """Forgets what was read since."""
+        marks, self._scores = mark
+        self._cache.rewind(marks)
+
+    def greedy(self, length: int, plan: Sequence[AttentionSpec], stop: Collection[int] = ()) -> list[list[int]]:
+        """Up to `length` of the likeliest tokens after each text, which end before one of `stop`; the texts stay as
+        they are."""
+        mark, written, going = self.mark(), [[] for _ in self._scores], [True] * len(self._scores)
+        for left in reversed(range(length)):
+            tokens = torch.stack(self._scores).argmax(-1).tolist()
+            going = [on and token not in stop for on, token in zip(going, tokens)]
+            for text, token, on in zip(written, tokens, going):
+                text += [token] * on
+            if not left or not any(going):
+                break
+            self.read([[token] * on for token, on in zip(tokens, going)], plan)
+        self.rewind(mark)
+        return written
+
+    def log_likelihood(self, answers: Sequence[Sequence[int]], plan: Sequence[AttentionSpec]) -> list[float]:
+        """The log-probability in nats of one answer to each text, all its tokens together; the texts stay as they
+        are."""
+        mark, sizes = self.mark(), [len(answer) - 1 for answer in answers]
+        behind = self._forward([answer[:-1] for answer in answers], plan, range(sum(sizes))).split(sizes)
+        self.rewind(mark)
+        totals = []
+        for first, rest, answer in zip(self._scores, behind, answers):
+            log_probs = torch.cat([first[None], rest]).float().log_softmax(-1)
+            totals.append(log_probs.gather(1, torch.tensor(answer, device=self._device)[:, None]).sum())
+        return torch.stack(totals).tolist()
+
+    @torch.inference_mode()
+    def _forward(self, parts: Sequence[Sequence[int]], plan: Sequence[AttentionSpec], rows: Sequence[int]) -> Tensor:
+        """Reads a token or more of some texts; [len(rows), V] scores behind these rows of what is read."""
+        lengths, before = [len(part) for part in parts], self._cache.lengths
+        if not sum(lengths):
+            return self._scores[0].new_empty(0, self._vocab_size)
+        tokens = torch.tensor([token for part in parts for token in part], device=self._device)
+        places = [torch.arange(start, start + length) for start, length in zip(before, lengths)]
+        after = [start + length for start, length in zip(before, lengths)]
+        documents = Documents.from_lengths(lengths, after, device=self._device)
+        wanted = torch.tensor(list(rows), dtype=torch.int64, device=self._device)
+        with under(self._model, plan):
+            scores = self._model.logits(tokens, torch.cat(places).to(self._device), documents, self._cache, rows=wanted)
+        return scores[:, : self._vocab_size]

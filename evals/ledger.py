@@ -1,0 +1,96 @@
+"""Finished parts of a long evaluation, in files, so that one that was interrupted continues; and how long it will take.
+
+The files' name is a hash of the settings under which parts are the same, which stand in the first line. Every process
+writes a file of its own, one JSON line a part, and reads all of them when it starts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from evals.protocol import Job
+from evals.results import commit
+from train.record.progress import clock
+
+FOLDER = "parts"
+SAY_SECONDS = 15.0
+
+
+class Ledger:
+    """What is known of the parts, by key."""
+
+    def __init__(self, job: Job, name: str, settings: Mapping[str, Any]):
+        """`settings`: what the parts depend on, as JSON values, beside the model, its attention and this code."""
+        trained, checkpoint = job.trained, job.trained.checkpoint.resolve()
+        origin = {
+            "checkpoint": str(checkpoint),
+            # Another training may have put other weights there.
+            "written": max((file.stat().st_mtime_ns for file in checkpoint.iterdir() if file.is_file()), default=0),
+            "tokens": trained.tokens,
+            "attention": [repr(spec) for spec in job.context.model.attention],
+            "device": trained.device.type,
+            "commit": commit(),
+        }
+        first = json.dumps({"eval": name, **origin, **settings}, sort_keys=True)
+        stem = f"{name}_{hashlib.sha256(first.encode()).hexdigest()[:12]}"
+        folder = job.folder / FOLDER
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / f"{stem}_{job.context.rank}.jsonl"
+        self._known: dict[tuple, Any] = {}
+        for path in sorted(folder.glob(f"{stem}_*.jsonl")):
+            for line in path.read_text(encoding="utf-8").splitlines()[1:]:
+                try:
+                    key, value = json.loads(line)
+                    self._known[tuple(key)] = value
+                except (ValueError, TypeError):  # cut off in the middle, or empty: measured again
+                    continue
+        if self.path.is_file():
+            self._append("\n")  # the last line may have been cut off
+        else:
+            self._append(first + "\n")
+
+    def __contains__(self, key: tuple) -> bool:
+        return key in self._known
+
+    def __getitem__(self, key: tuple) -> Any:
+        return self._known[key]
+
+    def put(self, found: Mapping[tuple, Any]) -> None:
+        """Keeps parts that were finished together, on disk when it returns."""
+        self._known |= found
+        self._append("".join(json.dumps([key, value]) + "\n" for key, value in found.items()))
+
+    def _append(self, text: str) -> None:
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(text)
+
+
+class Countdown:
+    """Says now and then how much is done, and how long the rest will take."""
+
+    def __init__(self, job: Job, name: str, total: float, unit: str):
+        """`total`: work of this process, in tokens to be read, say; `unit`: what `step` counts."""
+        self._job, self._name, self._total, self._unit = job, name, total, unit
+        self._done = self._known = 0.0
+        self._began = self._said = time.monotonic()
+        self._count = 0
+
+    def skip(self, work: float) -> None:
+        """So much of the work was done before."""
+        self._done += work
+        self._known += work
+
+    def step(self, work: float, count: int) -> None:
+        """So much more work is done, that is `count` more units."""
+        self._done += work
+        self._count += count
+        now = time.monotonic()
+        if now - self._said >= SAY_SECONDS and self._done < self._total:
+            self._said = now
+            left = (now - self._began) / (self._done - self._known) * (self._total - self._done)
+            said = f"{self._name}: {self._done / self._total:.0%}, {self._count} {self._unit} so far"
+            self._job.say(f"{said}, about {clock(left)} left")
