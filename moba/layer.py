@@ -60,7 +60,7 @@ class _Rotation(torch.autograd.Function):
         return _rotate(x_THD, cos_TD, sin_TD)
 
     @staticmethod
-    def backward(ctx, grad_THD):
+    def backward(ctx, grad_THD):  # pyright: ignore[reportIncompatibleMethodOverride]  # torch: *grad_outputs
         cos_TD, sin_TD = ctx.saved_tensors
         return _rotate(grad_THD, cos_TD, -sin_TD), None, None
 
@@ -154,7 +154,7 @@ class MoBAAttention(nn.Module):
         q_THD = self.q_proj(x_TC).unflatten(-1, (-1, self.head_dim))
         k_TGD = k_TC.unflatten(-1, (-1, self.head_dim))
         v_TGD = self.v_proj(x_TC).unflatten(-1, (-1, self.head_dim))
-        if self.q_norm is not None:
+        if self.q_norm is not None and self.k_norm is not None:
             q_THD, k_TGD = self.q_norm(q_THD), self.k_norm(k_TGD)
         if self.rope:
             q_THD, k_TGD = apply_rope(q_THD, cos_TD, sin_TD), apply_rope(k_TGD, cos_TD, sin_TD)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -76,12 +76,13 @@ class DecoderLayer(nn.Module):
     def forward(
         self, x_TC: Tensor, cos_TD: Tensor, sin_TD: Tensor, documents: Documents, cache: LayerCache | None = None
     ) -> Tensor:
-        before, after = (_compiled(f) if self.compiled else f for f in (_before_attention, _after_attention))
+        before = _compiled(_before_attention) if self.compiled else _before_attention
+        after = _compiled(_after_attention) if self.compiled else _after_attention
         if cache is None:
-            qkv = before(self, x_TC, cos_TD, sin_TD, self.self_attn.offsets(documents))
+            q_THD, k_TGD, v_TGD = before(self, x_TC, cos_TD, sin_TD, self.self_attn.offsets(documents))
         else:
-            qkv = _before_attention(self, x_TC, cos_TD, sin_TD, None, documents, cache)
-        out_THD = self.self_attn.attend(*qkv, documents, cache)
+            q_THD, k_TGD, v_TGD = _before_attention(self, x_TC, cos_TD, sin_TD, None, documents, cache)
+        out_THD = self.self_attn.attend(q_THD, k_TGD, v_TGD, documents, cache)
         return after(self, x_TC, out_THD)
 
 
@@ -90,7 +91,7 @@ class DecoderLayer(nn.Module):
 
 def _before_attention(
     layer: DecoderLayer, x_TC: Tensor, cos_TD: Tensor, sin_TD: Tensor, offset_T: Tensor | None, *past
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, Tensor, Tensor]:
     return layer.self_attn.project(layer.input_layernorm(x_TC), cos_TD, sin_TD, offset_T, *past)
 
 
@@ -138,6 +139,12 @@ class Backbone(nn.Module):
                 x_TC = layer(x_TC, cos_TD, sin_TD, documents, None if cache is None else cache[i])
         return self.norm(x_TC)
 
+    def attentions(self) -> Iterator[MoBAAttention]:
+        """The attention module of each layer."""
+        for layer in self.layers:
+            assert isinstance(layer, DecoderLayer)
+            yield layer.self_attn
+
 
 class OutputProjection(nn.Module):
     """Hidden states to losses, or to logits. A module of its own, so that an engine that shards parameters gathers
@@ -167,20 +174,21 @@ class Decoder(nn.Module):
         self.rope = Rope(config)
         self.model = Backbone(config, vocab_size)
         tied = self.model.embed_tokens.weight if config.tie_embeddings else None
+        assert tied is None or isinstance(tied, nn.Parameter)
         self.lm_head = OutputProjection(config.hidden_size, vocab_size, config.loss_tile, tied)
 
     @property
     def attention(self) -> tuple[AttentionSpec, ...]:
         """The attention of each layer."""
-        return tuple(layer.self_attn.spec for layer in self.model.layers)
+        return tuple(attention.spec for attention in self.model.attentions())
 
     def set_attention(self, plan: Sequence[AttentionSpec]) -> None:
         """Gives each layer its attention from now on; no parameter is touched. ValueError unless there is one a
         layer."""
         if len(plan) != len(self.model.layers):
             raise ValueError(f"an attention plan of {len(plan)} layers for a model of {len(self.model.layers)}")
-        for layer, spec in zip(self.model.layers, plan):
-            layer.self_attn.spec = spec
+        for attention, spec in zip(self.model.attentions(), plan):
+            attention.spec = spec
 
     def prepare_attention(self, longest: int, device: torch.device) -> None:
         """Does now what attention would have to wait for at its first documents of up to `longest` tokens."""
