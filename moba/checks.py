@@ -67,7 +67,7 @@ def check_documents(
     for name, bounds, total in (("cu_seqlens", cu_seqlens, num_queries), ("cu_seqlens_k", cu_seqlens_k, num_keys)):
         if bounds is not None:
             _check_bounds(name, bounds, total)
-    if cu_seqlens_k is not None:
+    if cu_seqlens is not None and cu_seqlens_k is not None:
         _check_pair(cu_seqlens, cu_seqlens_k)
 
 

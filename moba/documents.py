@@ -10,9 +10,9 @@ Shapes: T queries, S keys, N documents, M block slots.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ from moba.checks import check_documents
 if TYPE_CHECKING:
     from moba.backends.triton_lists import Layout
     from moba.routing import BlockLayout
+
+T = TypeVar("T")
 
 
 class Documents:
@@ -51,7 +53,7 @@ class Documents:
         self.starts = starts
         """Where each piece begins: position of its first query among the keys of its document; None: queries are the
         last of their document's keys."""
-        self._made: dict[tuple[str, int], object] = {}
+        self._made: dict[tuple[str, int], Any] = {}
 
     @classmethod
     def from_lengths(
@@ -155,8 +157,8 @@ class Documents:
         if self.lengths is None:
             self.lengths = tuple(self.cu_seqlens.diff().tolist())
         if self.lengths_k is None:
-            same = self.cu_seqlens_k is None
-            self.lengths_k = self.lengths if same else tuple(self.cu_seqlens_k.diff().tolist())
+            bounds_k = self.cu_seqlens_k
+            self.lengths_k = self.lengths if bounds_k is None else tuple(bounds_k.diff().tolist())
         return self.lengths, self.lengths_k
 
     def first_positions(self) -> Tensor:
@@ -191,7 +193,7 @@ class Documents:
 
         return self._once("offsets", 0, make)
 
-    def _once(self, what: str, size: int, make):
+    def _once(self, what: str, size: int, make: Callable[[], T]) -> T:
         if (what, size) not in self._made:
             with torch.inference_mode(False):  # what is kept may serve a backward pass later
                 self._made[what, size] = make()

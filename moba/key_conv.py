@@ -46,7 +46,7 @@ class _Convolution(torch.autograd.Function):
         return (k_TC + F.silu(mixed_TC)).to(k_TC.dtype)
 
     @staticmethod
-    def backward(ctx, grad_TC):
+    def backward(ctx, grad_TC):  # pyright: ignore[reportIncompatibleMethodOverride]  # torch: *grad_outputs
         k_TC, weight_WC, offset_T = ctx.saved_tensors
         mixed_TC = _mixed(k_TC, weight_WC, offset_T)
         gate_TC = torch.sigmoid(mixed_TC)

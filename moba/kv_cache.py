@@ -44,11 +44,13 @@ class SequenceCache:
     @property
     def k(self) -> Tensor:
         """[S, G, D], a view."""
+        assert self._k is not None
         return self._k[: self.length]
 
     @property
     def v(self) -> Tensor:
         """[S, G, D], a view."""
+        assert self._v is not None
         return self._v[: self.length]
 
     def append(self, k_TGD: Tensor, v_TGD: Tensor) -> None:
@@ -59,18 +61,18 @@ class SequenceCache:
                 "a KV cache holds no gradients: run the model under torch.no_grad() or torch.inference_mode()"
             )
         total = self.length + k_TGD.shape[0]
-        if self._k is None or total > self._k.shape[0]:
-            self._grow(total, k_TGD)
+        if self._k is None or self._v is None or total > self._k.shape[0]:
+            self._k, self._v = self._grown(total, k_TGD)
         self._k[self.length : total] = k_TGD
         self._v[self.length : total] = v_TGD
         self.length = total
 
-    def _grow(self, total: int, like_TGD: Tensor) -> None:
+    def _grown(self, total: int, like_TGD: Tensor) -> tuple[Tensor, Tensor]:
         capacity = max(total, 2 * self.length, MIN_CAPACITY)
         k, v = (like_TGD.new_empty(capacity, *like_TGD.shape[1:]) for _ in range(2))
         if self.length:
             k[: self.length], v[: self.length] = self.k, self.v
-        self._k, self._v = k, v
+        return k, v
 
     def mark(self) -> tuple[int, Tensor | None]:
         """Where the sequence ends now, for `rewind`."""

@@ -61,7 +61,7 @@ class _Rotation(torch.autograd.Function):
         return _rotate(x_THD, cos_TD, sin_TD)
 
     @staticmethod
-    def backward(ctx, grad_THD):
+    def backward(ctx, grad_THD):  # pyright: ignore[reportIncompatibleMethodOverride]  # torch: *grad_outputs
         cos_TD, sin_TD = ctx.saved_tensors
         return _rotate(grad_THD, cos_TD, -sin_TD), None, None
 

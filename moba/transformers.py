@@ -27,11 +27,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import causal_mask_function
 
 from moba.attention import attend
@@ -59,7 +60,7 @@ def register() -> None:
 
 
 def configure(
-    model: nn.Module,
+    model: PreTrainedModel,
     *,
     block_size: int | None = None,
     top_k: int | None = None,
@@ -77,7 +78,7 @@ def configure(
     ValueError for anything that does not fit.
     """
     config = model.config.get_text_config()
-    num_layers = config.num_hidden_layers
+    num_layers: int = config.num_hidden_layers
     if (plan is None) == (block_size is None and top_k is None):
         raise ValueError("give block_size and top_k, or plan with one entry a layer")
     if plan is None:
@@ -97,6 +98,19 @@ def configure(
 
 
 # -------------------- what transformers calls
+
+
+class ModelSettings(Protocol):
+    """Of a model's configuration, what is read besides `moba`."""
+
+    num_hidden_layers: int
+
+
+class AttentionModule(Protocol):
+    """Of a model's attention module, what is read."""
+
+    config: ModelSettings
+    layer_idx: int
 
 
 @dataclass(frozen=True)
@@ -151,7 +165,7 @@ def token_layout(
             raise ValueError("attention_mask with padding over packed documents: leave one of them out")
         bounds = F.pad(starts_BQ.flatten(), (0, 1), value=True).nonzero().flatten()
         return TokenLayout(Documents.from_lengths(bounds.diff().tolist(), device=device))
-    if not padded:
+    if attention_mask is None or not padded:
         return None
     key_BS = attention_mask.bool()
     query_BQ = key_BS[:, kv_length - q_length :]
@@ -160,7 +174,7 @@ def token_layout(
 
 
 def attention_forward(
-    module: nn.Module,
+    module: AttentionModule,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -178,6 +192,7 @@ def attention_forward(
     config = module.config
     settings = getattr(config, NAME, None)
     spec = _layer_spec(settings, module.layer_idx, config.num_hidden_layers)
+    assert settings is not None
     if query.shape[2] == 1 < key.shape[2] and settings.get("decode", DECODE_DENSE) == DECODE_DENSE:
         spec = spec.dense()
     layout = _packed_layout(query, key, kwargs, attention_mask) or attention_mask
@@ -225,7 +240,7 @@ def _layer_spec(settings: dict | None, layer: int, num_layers: int) -> Attention
         raise ValueError(f"plan[{layer}]={entry!r}: {error}") from error
 
 
-def _refuse_unsupported(module: nn.Module, mask, dropout: float, num_keys: int, kwargs: dict) -> None:
+def _refuse_unsupported(module: AttentionModule, mask, dropout: float, num_keys: int, kwargs: dict) -> None:
     """Raises ValueError, by name, for what attention is asked to do beyond causal attention over packed documents."""
     problem = None
     window = kwargs.get("sliding_window")
@@ -296,8 +311,8 @@ def _packed_layout(query: Tensor, key: Tensor, kwargs: dict, layout: TokenLayout
             f"cu_seq_lens_q, cu_seq_lens_k with {query.shape[0]} rows, {query.shape[2]} tokens, {key.shape[2]} keys: "
             "attn_implementation='moba' needs both, and one row without padding and without earlier tokens in a cache"
         )
-    bounds = (given.to(torch.int32) for given in (cu_seqlens, cu_seqlens_k))
-    return TokenLayout(Documents.from_bounds(*bounds, query.shape[2], key.shape[2], query.device))
+    bounds, bounds_k = (given.to(torch.int32) for given in (cu_seqlens, cu_seqlens_k))
+    return TokenLayout(Documents.from_bounds(bounds, bounds_k, query.shape[2], key.shape[2], query.device))
 
 
 @functools.lru_cache(maxsize=16)

@@ -84,6 +84,7 @@ class Trainer:
         put right.
         """
         self.config, self.schedule, self.world, self.observers = config, schedule, world, observers
+        assert config.run.dir is not None and config.data.seed is not None  # filled as it was frozen
         self.run_dir = Path(config.run.dir)
         self._config_yaml = config_yaml
         self._tokenizer = {"name": tokenizer.name, "fingerprint": tokenizer.fingerprint}
@@ -112,8 +113,8 @@ class Trainer:
         self.metrics = MetricsLog(self.run_dir / FILE_NAME if world.is_main else None)
         name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else None
         self.throughput = Throughput(config.model, vocab_size, num_devices=world.world_size, device_name=name)
-        self._stage_loss: PositionLoss | None = None
-        self._interval_loss: PositionLoss | None = None
+        self._stage_loss = PositionLoss(first.seq_len, world.device)
+        self._interval_loss = PositionLoss(first.seq_len, world.device)
         self._saved: store.Saved | None = None  # until its sums are taken up
         self._watch_missing = False
         self._reset_interval()
@@ -210,8 +211,7 @@ class Trainer:
         """Starts a log interval."""
         self._interval_sum = torch.zeros((), dtype=torch.float64, device=self.world.device)
         self._interval_tokens = 0
-        if self._interval_loss is not None:
-            self._interval_loss.reset()
+        self._interval_loss.reset()
 
     def _log(self, stage: Stage) -> None:
         """Writes the line of the log interval that ends here."""

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from moba.documents import Documents
     from moba.kinds.base import AttentionSpec, QueryShape
 
-logger = logging.getLogger(__package__.split(".")[0])
+logger = logging.getLogger(__name__.split(".")[0])
 
 
 class Choice(NamedTuple):

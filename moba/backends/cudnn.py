@@ -166,7 +166,7 @@ class _CudnnAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dout, _dlse):
+    def backward(ctx, dout, _dlse):  # pyright: ignore[reportIncompatibleMethodOverride]  # torch: *grad_outputs
         q, k, v, out, *kept = ctx.saved_tensors
         runs, scale, dense, varlen = ctx.call
         dout, grads = dout.contiguous(), []
@@ -194,7 +194,7 @@ def _padded(x: Tensor, length: int) -> Tensor:
     return x if x.shape[0] == length else F.pad(x, (0, 0, 0, 0, 0, length - x.shape[0]))
 
 
-def _joined(parts: Sequence[Tensor], dim: int) -> Tensor:
+def _joined(parts: list[Tensor] | tuple[Tensor, ...], dim: int) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
@@ -232,7 +232,8 @@ def _cudnn_backward(dout, q, k, v, out, lse, scale):
     grads = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
         *map(_batched, (dout, q, k, v, out)), lse, unread, unread, no_bias, *no_bounds, *sizes, scale=scale
     )
-    return tuple(map(_unbatched, grads))
+    dq, dk, dv = map(_unbatched, grads)
+    return dq, dk, dv
 
 
 def _plain_sizes(q: Tensor) -> tuple[Tensor, Tensor, int, int]:

@@ -85,7 +85,7 @@ def _collect_picks(selection_HTK: Tensor, layout: BlockLayout, num_kv_heads: int
     history_HTk = selection_HTK[:, :, :-1]
     if history_HTk.numel() == 0:
         return None
-    num_heads, device = history_HTk.shape[0], history_HTk.device
+    (num_heads, num_tokens, num_picks), device = history_HTk.shape, history_HTk.device
     num_lists = num_kv_heads * layout.num_blocks
     first_list_H = torch.arange(num_heads, device=device) // (num_heads // num_kv_heads) * layout.num_blocks
     list_HTk = history_HTk + layout.query_first_block_T[:, None] + first_list_H[:, None, None]
@@ -104,7 +104,7 @@ def _collect_picks(selection_HTK: Tensor, layout: BlockLayout, num_kv_heads: int
         key_head_L=used_L // layout.num_blocks,
         max_rows=max_rows,
         block_size=layout.block_size,
-        shape=tuple(history_HTk.shape),
+        shape=(num_heads, num_tokens, num_picks),
     )
 
 
@@ -112,7 +112,7 @@ class _MixedAttention(torch.autograd.Function):
     """Self part and routed part as one softmax. Returns (out [T, H, D], lse [H, T]); lse carries no gradient."""
 
     @staticmethod
-    def forward(ctx, q, k, v, selection_HTK, layout, scale, deterministic, varlen):
+    def forward(ctx, q, k, v, selection_HTK, layout, scale, deterministic, varlen: Primitive):
         picks = _collect_picks(selection_HTK, layout, k.shape[1])
         cu_q, cu_k, longest = _own_blocks(layout)
         out, lse = varlen.forward(q, k, v, cu_q, cu_k, longest, longest, True, scale)
@@ -129,7 +129,7 @@ class _MixedAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dout, _dlse):
+    def backward(ctx, dout, _dlse):  # pyright: ignore[reportIncompatibleMethodOverride]  # torch: *grad_outputs
         q, k, v, out, lse, cu_q, cu_k, *tensors = ctx.saved_tensors
         backward, scale, longest = ctx.varlen.backward, ctx.scale, ctx.longest
         dout = dout.contiguous()

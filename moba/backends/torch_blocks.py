@@ -120,7 +120,7 @@ class _BlockSparse(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dout, _dlse):
+    def backward(ctx, dout, _dlse):  # pyright: ignore[reportIncompatibleMethodOverride]  # torch: *grad_outputs
         q, k, v, out, lse_HT, selection_HTK = ctx.saved_tensors
         num_queries, num_heads, head_dim = q.shape
         top_k, dtype = selection_HTK.shape[-1], lse_HT.dtype
@@ -192,7 +192,7 @@ def _steps(selection_HTK, layout: BlockLayout, start: int, stop: int, num_kv_hea
         future_Lnc = None
         if group[0].first_offset is not None:
             query_Ln = (slot_Ln // (top_k * num_heads)).clamp_(max=stop - start - 1)
-            key_c = key_b[min(piece.first_offset for piece in group) + 1 :]
+            key_c = key_b[min(piece.first_offset for piece in group if piece.first_offset is not None) + 1 :]
             future_Lnc = key_c > offset_C[query_Ln][:, :, None] if key_c.numel() else None
         yield _Step(slot_Ln, key_Lb, future_Lnc)
 

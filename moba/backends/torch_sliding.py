@@ -75,7 +75,7 @@ class _Sliding(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dout, _dlse):
+    def backward(ctx, dout, _dlse):  # pyright: ignore[reportIncompatibleMethodOverride]  # torch: *grad_outputs
         q, k, v, out, lse_HT = ctx.saved_tensors
         steps = _Steps(q, k, *ctx.call)
         dq = torch.empty_like(q, memory_format=torch.contiguous_format)

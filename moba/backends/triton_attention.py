@@ -86,7 +86,7 @@ def _(q, k, v, start_M, length_M, first_block_T, own_block_T, block_size, top_k,
     return _empty_outputs(q, k, start_M, top_k)
 
 
-def _empty_outputs(q: Tensor, k: Tensor, start_M: Tensor, top_k: int) -> tuple[Tensor, ...]:
+def _empty_outputs(q: Tensor, k: Tensor, start_M: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     (num_tokens, num_heads, _), num_kv_heads = q.shape, k.shape[1]
     num_blocks = start_M.shape[0]
     region = num_tokens * (num_heads // num_kv_heads) * top_k

@@ -17,6 +17,9 @@ Terms, used in all triton_*.py files:
 - A *work item* is a stretch of at most `item_rows` slots of one list: what one program takes.
 """
 
+# Triton's stubs know neither launch options, nor that constants become tl.constexpr, nor what its functions return.
+# pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
+
 from __future__ import annotations
 
 from dataclasses import dataclass

@@ -153,8 +153,11 @@ ATEN = Primitive("aten", _aten_forward, _aten_backward)
 def _flash_attn_primitive() -> Primitive | None:
     """The primitive of the flash-attn package; None where it isn't installed (or was built for another torch)."""
     try:
-        import flash_attn
-        from flash_attn.flash_attn_interface import _flash_attn_varlen_backward, _flash_attn_varlen_forward
+        import flash_attn  # pyright: ignore[reportMissingImports]  # optional
+        from flash_attn.flash_attn_interface import (  # pyright: ignore[reportMissingImports]
+            _flash_attn_varlen_backward,
+            _flash_attn_varlen_forward,
+        )
     except ImportError:
         return None
     version = tuple(int(part) for part in flash_attn.__version__.split(".")[:2])
@@ -205,7 +208,7 @@ class _VarlenAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dout, _dlse):
+    def backward(ctx, dout, _dlse):  # pyright: ignore[reportIncompatibleMethodOverride]  # torch: *grad_outputs
         *tensors, cu_q, cu_k = ctx.saved_tensors
         grads = ctx.primitive.backward(dout.contiguous(), *tensors, cu_q, cu_k, *ctx.call)
         return (*grads, *[None] * 9)

@@ -36,7 +36,8 @@ class Full(AttentionSpec):
             from moba.reference import reference_attention
 
             whole = {"block_size": max(1, documents.longest_k), "top_k": 1, "softmax_scale": softmax_scale}
-            return reference_attention(q, k, v, **documents.bounds, **whole, return_lse=True)
+            out, lse = reference_attention(q, k, v, **documents.bounds, **whole, return_lse=True)
+            return out, lse
         from moba.backends.dense import dense_cudnn, dense_flash, dense_torch
 
         options = {"softmax_scale": softmax_scale, "return_lse": return_lse}

@@ -107,7 +107,8 @@ class Moba(AttentionSpec):
             from moba.reference import reference_attention
 
             options["first_blocks"] = self.first_blocks
-            return reference_attention(q, k, v, **documents.bounds, **options, return_lse=True)
+            out, lse = reference_attention(q, k, v, **documents.bounds, **options, return_lse=True)
+            return out, lse
         if backend == "triton":
             from moba.backends.triton_attention import moba_triton
 

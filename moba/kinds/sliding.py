@@ -52,7 +52,8 @@ class Sliding(AttentionSpec):
         if backend == "reference":
             from moba.reference import reference_sliding
 
-            return reference_sliding(q, k, v, **documents.bounds, **options, return_lse=True)
+            out, lse = reference_sliding(q, k, v, **documents.bounds, **options, return_lse=True)
+            return out, lse
         if backend == "torch":
             from moba.backends.torch_sliding import sliding_torch
 

@@ -82,6 +82,19 @@ def test_a_full_disk_on_one_rank_fails_the_save_on_all_and_harms_nothing(first_r
     assert full["newest_kept"]
 
 
+def test_a_failed_write_without_a_message_is_a_failure(monkeypatch, tmp_path):
+    """Catches an error whose text is empty, as OSError()'s is, taken for none: a checkpoint that lacks files."""
+    monkeypatch.setattr(store, "gather_objects", lambda value: [value])
+    monkeypatch.setattr(store, "barrier", lambda: None)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+
+    def fail() -> None:
+        raise OSError
+
+    with pytest.raises(CheckpointError, match=r"rank 0: OSError\(\)"):
+        store._attempt(tmp_path / "saving", fail)
+
+
 # Content
 
 

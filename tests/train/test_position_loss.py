@@ -97,7 +97,7 @@ def test_trailing_counts_only_what_reaches_the_length():
     losses = torch.cat([torch.full((32,), 1.0), torch.full((31,), 5.0)])
     tracker.add(losses, positions, torch.zeros(63, dtype=torch.long), torch.tensor([0, 32, 63], dtype=torch.int32))
     curve = tracker.curve()
-    assert curve.trailing[0] == 1.0 and curve.trailing.count == 2 and curve.trailing.clusters == 1
+    assert curve.trailing[0] == 1.0 and curve.trailing.tokens == 2 and curve.trailing.clusters == 1
     assert math.isnan(curve.trailing.se)
     assert curve.mean[-1] == pytest.approx(7 / 3) and curve.clusters[-1] == 2
 

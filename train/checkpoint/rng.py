@@ -13,7 +13,9 @@ from torch import distributed as dist
 
 def random_state() -> dict[str, torch.Tensor]:
     """Returns the state of this process's generators, for `restore`."""
-    _, keys, position, has_gauss, gauss = np.random.get_state()
+    legacy = np.random.get_state()
+    assert isinstance(legacy, tuple)
+    _, keys, position, has_gauss, gauss = legacy
     version, words, gauss_next = random.getstate()
     state = {
         "torch": torch.get_rng_state(),

@@ -124,11 +124,12 @@ def save(
 
 def _attempt(temporary: Path, action: Callable[[], T]) -> T:
     """Returns action(). If it could not write, here or on any other rank, all remove `temporary` and raise together."""
-    result = failure = None
+    done: list[T] = []
+    failure = None
     try:
-        result = action()
+        done.append(action())
     except (OSError, SafetensorError) as error:
-        failure = str(error)
+        failure = str(error) or repr(error)  # an error may have no text
     failures = [f"rank {rank}: {text}" for rank, text in enumerate(gather_objects(failure)) if text]
     if failures:
         if dist.get_rank() == 0:
@@ -138,7 +139,7 @@ def _attempt(temporary: Path, action: Callable[[], T]) -> T:
             f"could not save {temporary.name.removeprefix(checkpoint_dir.SAVING)} in {temporary.parent}: "
             f"{'; '.join(failures)}. Earlier checkpoints are as they were"
         )
-    return result
+    return done[0]
 
 
 def _meta(engine: Engine, tokens: int, stage_end: bool) -> dict[str, Any]:
@@ -214,7 +215,7 @@ def _plan(slots: list[Slot], kind: str, bytes_each: int, world_size: int) -> lis
 def _write_engine(temporary: Path, engine: Engine) -> tuple[list[str], dict[str, Any]]:
     """Returns (files this rank wrote, index file -> its content), having written this rank's shards."""
     slots = engine.slots()
-    kinds = {MODEL_INDEX: ("model", (MASTER,))}
+    kinds: dict[str, tuple[str, tuple[str, ...]]] = {MODEL_INDEX: ("model", (MASTER,))}
     if engine.has_moments():
         kinds[OPTIMIZER_INDEX] = ("optimizer", MOMENTS)
     files: list[str] = []

@@ -99,7 +99,7 @@ class DeepSpeedEngine:
     def _locate_plain(self, name: str, param: torch.nn.Parameter) -> Slot:
         return Slot(name, tuple(param.shape), param, 0, 0, param.numel(), replicated=True)
 
-    def _locate_zero12(self, name: str, param: torch.nn.Parameter) -> Slot:
+    def _locate_zero12(self, name: str, param: Any) -> Slot:
         held = param._hp_mapping
         if held is None:
             return Slot(name, tuple(param.shape), None, 0, 0, 0, replicated=False)
@@ -107,7 +107,7 @@ class DeepSpeedEngine:
         high, low = held.hp_fragment_address, held.lp_fragment_address
         return Slot(name, tuple(param.shape), flat, high.start, low.start, low.numel, replicated=False)
 
-    def _locate_zero3(self, name: str, param: torch.nn.Parameter) -> Slot:
+    def _locate_zero3(self, name: str, param: Any) -> Slot:
         optimizer = self._optimizer
         sub_group, flat_start, share = optimizer.grad_position[optimizer.get_param_id(param)]
         start = min(share * dist.get_rank(), param.ds_numel)
@@ -117,7 +117,7 @@ class DeepSpeedEngine:
 
     def _adamw(self) -> torch.optim.AdamW:
         optimizer = self._optimizer
-        return optimizer if isinstance(optimizer, torch.optim.Optimizer) else optimizer.optimizer
+        return optimizer if isinstance(optimizer, torch.optim.AdamW) else optimizer.optimizer
 
     def _state(self, flat: torch.Tensor) -> dict[str, torch.Tensor]:
         """Returns AdamW's state of one flat tensor, made as its first step would make it if there is none yet."""
@@ -132,6 +132,7 @@ class DeepSpeedEngine:
 
     def _share(self, slot: Slot, key: str) -> torch.Tensor:
         """Returns the 1-D view of this rank's share of `key`."""
+        assert slot.flat is not None, slot.name
         whole = slot.flat if key == MASTER else self._state(slot.flat)[key]
         return whole.detach().reshape(-1).narrow(0, slot.flat_start, slot.size)
 
@@ -158,9 +159,9 @@ class DeepSpeedEngine:
                 held = self._share(slot, key).narrow(0, first - slot.start, last - first)
                 bits[first - low : last - low] = held.view(torch.int32).to(device)
             dist.reduce(bits, dst=owner)
-            if mine:
+            if whole is not None:
                 whole[low:high] = bits.view(torch.float32).cpu()
-        return whole.reshape(slot.shape) if mine else None
+        return None if whole is None else whole.reshape(slot.shape)
 
     @torch.no_grad()
     def restore(self, read: Callable[[str, Slot], torch.Tensor], *, step: int) -> None:

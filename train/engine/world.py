@@ -136,7 +136,8 @@ def _start_process_group(kind: str, target: torch.device, alone: bool) -> None:
     # device_id tells NCCL which GPU a collective without tensors (barrier) belongs to.
     options: dict[str, Any] = {"device_id": target} if kind == "cuda" else {}
     if alone:
-        options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]  # documented, but not in __all__
+        options |= {"store": store, "rank": 0, "world_size": 1}
     dist.init_process_group(backend, **options)
 
 

@@ -140,7 +140,7 @@ def merged_rope(model: ModelConfig, stage: RopeConfig) -> tuple[float, dict[str,
     ConfigError if a model's own scaling and the stage's do not make one that transformers has.
     """
     theta = model.rope_theta if stage.theta is None else stage.theta
-    own = check_rope_scaling(model.rope_scaling, model.rope_theta)
+    own: dict[str, Any] = check_rope_scaling(model.rope_scaling, model.rope_theta)
     if own["rope_type"] == "dynamic" and changes_rope(stage):
         own = {"rope_type": "default"}
     is_even = own["rope_type"] in ("default", "linear")  # all frequencies alike, so another base commutes with it

@@ -57,7 +57,7 @@ def finish_tokenizer(folder: Path, *, eos: str | None, length: int) -> None:
         if not path.is_file():
             continue
         content = read_json(path, Object, remedy="It belongs to data.tokenizer")
-        changed = {} if eos is None else {"eos_token": eos}
+        changed: dict[str, str | int] = {} if eos is None else {"eos_token": eos}
         if name == TOKENIZER_CONFIG and _is_length(content.get("model_max_length")):
             changed["model_max_length"] = length
         if content | changed != content:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -82,13 +82,14 @@ class DecoderLayer(nn.Module):
     ) -> Tensor:
         if self.groups_heads and cache is None:
             return self._tiled_mlp(self._add_attention_by_groups(x_TC, cos_TD, sin_TD, documents))
-        before, after = (_compiled(f) if self.compiled else f for f in (_before_attention, _after_attention))
+        before = _compiled(_before_attention) if self.compiled else _before_attention
+        after = _compiled(_after_attention) if self.compiled else _after_attention
         offset_T = self.self_attn.offsets(documents) if cache is None else None
         if cache is None and not self.self_attn.exchanges_keys:
-            qkv = before(self, x_TC, cos_TD, sin_TD, offset_T)
+            q_THD, k_TGD, v_TGD = before(self, x_TC, cos_TD, sin_TD, offset_T)
         else:
-            qkv = _before_attention(self, x_TC, cos_TD, sin_TD, offset_T, documents, cache)
-        out_THD = self.self_attn.attend(*qkv, documents, cache)
+            q_THD, k_TGD, v_TGD = _before_attention(self, x_TC, cos_TD, sin_TD, offset_T, documents, cache)
+        out_THD = self.self_attn.attend(q_THD, k_TGD, v_TGD, documents, cache)
         if self.tiles_mlp:
             return self._tiled_mlp(x_TC + self.self_attn.o_proj(out_THD.flatten(1)))
         return after(self, x_TC, out_THD)
@@ -116,7 +117,7 @@ class DecoderLayer(nn.Module):
 
 def _before_attention(
     layer: DecoderLayer, x_TC: Tensor, cos_TD: Tensor, sin_TD: Tensor, offset_T: Tensor | None, *past
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, Tensor, Tensor]:
     return layer.self_attn.project(layer.input_layernorm(x_TC), cos_TD, sin_TD, offset_T, *past)
 
 
@@ -168,6 +169,12 @@ class Backbone(nn.Module):
                 x_TC = layer(x_TC, cos_TD, sin_TD, documents, None if cache is None else cache[i])
         return self.norm(x_TC)
 
+    def attentions(self) -> Iterator[MoBAAttention]:
+        """The attention module of each layer."""
+        for layer in self.layers:
+            assert isinstance(layer, DecoderLayer)
+            yield layer.self_attn
+
 
 class OutputProjection(nn.Module):
     """Hidden states to losses, or to logits. A module of its own, so that an engine that shards parameters gathers
@@ -198,20 +205,21 @@ class Decoder(nn.Module):
         self.axis: SequenceAxis | None = None
         self.model = Backbone(config, vocab_size)
         tied = self.model.embed_tokens.weight if config.tie_embeddings else None
+        assert tied is None or isinstance(tied, nn.Parameter)
         self.lm_head = OutputProjection(config.hidden_size, vocab_size, config.loss_tile, tied)
 
     @property
     def attention(self) -> tuple[AttentionSpec, ...]:
         """The attention of each layer."""
-        return tuple(layer.self_attn.spec for layer in self.model.layers)
+        return tuple(attention.spec for attention in self.model.attentions())
 
     def set_attention(self, plan: Sequence[AttentionSpec]) -> None:
         """Gives each layer its attention from now on; no parameter is touched. ValueError unless there is one a
         layer."""
         if len(plan) != len(self.model.layers):
             raise ValueError(f"an attention plan of {len(plan)} layers for a model of {len(self.model.layers)}")
-        for layer, spec in zip(self.model.layers, plan):
-            layer.self_attn.spec = spec
+        for attention, spec in zip(self.model.attentions(), plan):
+            attention.spec = spec
 
     def set_sequence_axis(self, axis: SequenceAxis | None) -> None:
         """Shares every pack with the other processes of the axis from now on: each computes its slice of the tokens.
@@ -221,8 +229,8 @@ class Decoder(nn.Module):
         if axis is not None:
             axis.heads(*self._heads)
         self.axis = axis
-        for layer in self.model.layers:
-            layer.self_attn.axis = axis
+        for attention in self.model.attentions():
+            attention.axis = axis
 
     @property
     def _heads(self) -> tuple[int, int]:

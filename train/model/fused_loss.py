@@ -13,6 +13,9 @@ By bytes (a token, V vocabulary rows, float32 logits): besides the products' own
 Shape suffixes: T tokens, C width of the residual stream, V rows of the output matrix.
 """
 
+# Triton's stubs know neither launch options, nor that constants become tl.constexpr, nor what its functions return.
+# pyright: reportCallIssue=false, reportReturnType=false
+
 from __future__ import annotations
 
 import torch
@@ -94,7 +97,7 @@ class _FusedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, upstream_T):
+    def backward(ctx, upstream_T):  # pyright: ignore[reportIncompatibleMethodOverride]  # torch: *grad_outputs
         hidden_TC, weight_VC, labels_T, *grads = ctx.saved_tensors
         if upstream_T.stride(0) == 0:
             dtype = hidden_TC.dtype
@@ -139,9 +142,9 @@ def _tiles(
                 V=vocab_size, CHUNK=chunk, IGNORED=IGNORED, WITH_GRAD=any(needed),
                 WITH_UPSTREAM=upstream_T is not None, num_warps=num_warps,
             )  # fmt: skip
-            if needed[0]:
+            if grad_hidden is not None:
                 torch.mm(dlogits[:size], weight_VC, out=grad_hidden[rows])
-            if needed[1]:
+            if grad_weight is not None:
                 _add_product(grad_weight, dlogits[:size].t(), hidden_TC[rows])
     return loss_T, grad_hidden, grad_weight
 

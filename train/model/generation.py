@@ -77,8 +77,10 @@ def generate(
     pending = torch.as_tensor(list(prompt), dtype=torch.int64)
     plan = prefill or model.attention
     for _ in range(max_new_tokens):
-        for chunk in pending.split(chunk_tokens):
-            scores_V = _read(model, chunk, cache, plan)
+        *earlier, last = pending.split(chunk_tokens)
+        for chunk in earlier:
+            _read(model, chunk, cache, plan)
+        scores_V = _read(model, last, cache, plan)
         token = draw(scores_V[:vocab_size], sampling, generator)
         if token in stop:
             return

@@ -64,7 +64,7 @@ class _TiledCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_T):
+    def backward(ctx, grad_T):  # pyright: ignore[reportIncompatibleMethodOverride]  # torch: *grad_outputs
         hidden_TC, weight_VC, labels_T = ctx.saved_tensors
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         wide = torch.promote_types(hidden_TC.dtype, torch.float32)
@@ -80,9 +80,9 @@ class _TiledCrossEntropy(torch.autograd.Function):
                 dlogits.scatter_add_(1, target, dlogits.new_full((1, 1), -1.0).expand_as(target))
                 # One pass scales and rounds.
                 dlogits = torch.mul(dlogits, scale, out=torch.empty_like(dlogits, dtype=hidden_TC.dtype))
-                if needs_hidden:
+                if grad_hidden is not None:
                     grad_hidden[rows] = torch.mm(dlogits, weight_VC)
-                if needs_weight:
+                if grad_weight is not None:
                     grad_weight += _matmul_wide(dlogits.t(), hidden_TC[rows])
         return grad_hidden, None if grad_weight is None else grad_weight.to(weight_VC.dtype), None, None
 

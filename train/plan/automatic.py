@@ -65,14 +65,16 @@ def _activation_checkpointing(config: RunConfig, vocab_size: int, hardware: Hard
         return False, "on a CPU nothing is computed twice"
     if hardware.gpu_memory is None:
         return False, "the GPU's memory is not known; say gpu_memory=80GB"
-    stages, most, tried = build_schedule(config).stages, room(hardware.gpu_memory), []
+    stages, most = build_schedule(config).stages, room(hardware.gpu_memory)
+    tried: dict[bool | str, str] = {}
     options = {"bf16": uses_bf16(config, hardware), "world_size": hardware.world_size}
     for mode, kept in KEPT.items():
         needed = most_memory(_with_recomputation(config, mode), stages, vocab_size, **options).total
-        tried.append(f"{kept} takes {format_memory(needed)}")
+        tried[mode] = f"{kept} takes {format_memory(needed)}"
         if needed <= most:
             break
-    return mode, f"{COSTS[mode]}; {', '.join(tried)} of the {format_memory(most)} there are"
+    *_, chosen = tried
+    return chosen, f"{COSTS[chosen]}; {', '.join(tried.values())} of the {format_memory(most)} there are"
 
 
 def _compile(config: RunConfig, hardware: Hardware) -> tuple[bool, str]:

@@ -119,11 +119,11 @@ def describe_rope(rope: RopeConfig, config: RunConfig) -> str:
 
 def describe_lr(config: RunConfig) -> str:
     """The run's learning rate and those of stages with their own."""
-    own = [name for name, stage in config.schedule.stages.items() if stage.lr is not None]
+    own = {name: stage.lr for name, stage in config.schedule.stages.items() if stage.lr is not None}
     parts = []
     if len(own) < len(config.schedule.stages):
         parts.append(_one_lr(config.optim.lr) + (" over the stages without their own" if own else ""))
-    parts += [f"{name}: {_one_lr(config.schedule.stages[name].lr)}" for name in own]
+    parts += [f"{name}: {_one_lr(lr)}" for name, lr in own.items()]
     return "; ".join(parts)
 
 

@@ -128,6 +128,7 @@ def make_plan(
     lengths = {name: source.lengths for name, source in sources.items() if not source.is_chat}
     stages = tuple(_stage_plan(config, stage, schedule, vocab_size, hardware, lengths) for stage in schedule.stages)
     memory, verdict = _memory(config, schedule.stages, vocab_size, hardware)
+    assert config.run.name is not None and config.run.dir is not None  # filled as it was frozen
     return Plan(
         name=config.run.name,
         run_dir=str(user_path(config.run.dir).absolute()),

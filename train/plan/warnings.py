@@ -45,7 +45,7 @@ def _rate_warnings(key: str, lr: LRConfig, span: int) -> list[str]:
 
 def _stage_warnings(stage: Stage) -> list[str]:
     lines, length = [], format_length(stage.seq_len)
-    sizes = {getattr(spec, "block_size", None) for spec in stage.attention} - {None}
+    sizes = {spec.routing.block_size for spec in stage.attention if spec.routing is not None}
     for size in sorted(size for size in sizes if stage.seq_len % size and size < stage.seq_len):
         near = [n for n in range(1, stage.seq_len + 1) if stage.seq_len % n == 0]
         below, above = max(n for n in near if n < size), min(n for n in near if n > size)
@@ -74,6 +74,7 @@ def _mixture_warnings(config: RunConfig, schedule: Schedule, sources: Mapping[st
     up to the pieces that a stage hands on to the next."""
     if not set(config.data.sources) <= set(sources):
         return []
+    assert config.data.seed is not None
     mixture, lines = Mixture({name: source.lengths for name, source in sources.items()}, config.data.seed), []
     for stage in schedule.stages:
         used = inputs_used(sources, stage.seq_len)

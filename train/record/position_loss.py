@@ -54,7 +54,7 @@ class Trailing(NamedTuple):
 
     value: float
     se: float
-    count: float
+    tokens: float
     clusters: float
 
 
@@ -108,7 +108,8 @@ class PositionCurve:
 
     def to_npz(self, path: Path | str) -> None:
         """Writes the curve to `path`, to be read by `from_npz` or plain numpy."""
-        np.savez_compressed(path, **self.arrays())
+        # numpy's stub lets a name of **arrays be allow_pickle.
+        np.savez_compressed(path, **self.arrays())  # pyright: ignore[reportArgumentType]
 
     @staticmethod
     def from_npz(path: Path | str) -> PositionCurve:

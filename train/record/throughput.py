@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 from conf.schema import ModelConfig
 from moba.flops import attended_pairs, attention_flops, causal_pairs
@@ -81,6 +81,17 @@ def batch_work(plan: tuple[AttentionSpec, ...], lengths: tuple[int, ...]) -> Wor
     return Work(sum(lengths), sum(attended[spec] for spec in plan), len(plan) * causal_pairs(lengths))
 
 
+class Rates(TypedDict):
+    """Columns of a train line, as `Throughput.rates` says."""
+
+    tokens_per_second: float
+    tflops: float
+    mfu: float | None
+    mfu_dense_equivalent: float | None
+    attended_share: float
+    seconds: float
+
+
 class Throughput:
     """A stop watch that also counts work.
 
@@ -126,7 +137,7 @@ class Throughput:
         """Model FLOPs of training on so many tokens and attention pairs (see CONVENTION)."""
         return tokens * self._matmul_flops + attention_flops(pairs, self._heads, self._head_dim, backward=True)
 
-    def rates(self, work: Work, seconds: float) -> dict[str, float | None]:
+    def rates(self, work: Work, seconds: float) -> Rates:
         """Columns of a train line, from the work of all ranks together (at least a token) and the seconds it took.
 
         tokens_per_second is that of the whole run, tflops and both mfu are one device's; attended_share is the part of

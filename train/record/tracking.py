@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from conf.schema import LoggingConfig
 from train.engine.world import drop_if_empty
@@ -70,7 +70,7 @@ class Tracker:
         def send() -> None:
             import wandb
 
-            points = [(x, y) for x, y in zip(positions, losses) if y == y]
+            points: list[Iterable[float]] = [(x, y) for x, y in zip(positions, losses) if y == y]
             table = wandb.Table(columns=["position", "loss"], data=points)
             chart = wandb.plot.line(table, "position", "loss", title=f"{name} by position")
             self._run.log({"tokens": tokens, name: chart}, step=tokens)
@@ -122,7 +122,9 @@ class Tracker:
             _attempt(_teardown)  # a failed start would keep the run's id occupied
         return None
 
-    def _init(self, mode: str, logging: LoggingConfig, name: str, config: dict[str, Any]) -> Any:
+    def _init(
+        self, mode: Literal["online", "offline"], logging: LoggingConfig, name: str, config: dict[str, Any]
+    ) -> Any:
         import wandb
 
         settings = wandb.Settings(
