@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any
 
 from conf.build import Problems
 from conf.hardware import Hardware, check_device, check_world, divisors, refuse_bf16_at_stage_0
@@ -77,7 +76,7 @@ def check_inherited(schedule: ScheduleConfig, problems: Problems) -> ScheduleCon
     return replace(schedule, **good)
 
 
-def _one_of(key: str, value: Any, choices: tuple[str, ...], problems: Problems) -> bool:
+def _one_of(key: str, value: object, choices: tuple[str, ...], problems: Problems) -> bool:
     if value not in choices:
         problems.add(key, value, f"choose one of {', '.join(choices)}")
     return value in choices
@@ -251,9 +250,8 @@ def _check_schedule(config: RunConfig, problems: Problems) -> None:
         _check_rope(f"{key}.rope", stage.rope, problems)
         _check_mix(f"{key}.mix", stage.mix, list(config.data.sources), problems)
         _check_long_documents(f"{key}.long_documents", stage.long_documents, problems)
-        if stage.lr is not None:
-            assert isinstance(stage.lr, LRConfig)  # filled
-            _check_lr(f"{key}.lr", stage.lr, stage.tokens, problems)
+        if stage.own_lr is not None:
+            _check_lr(f"{key}.lr", stage.own_lr, stage.tokens, problems)
     name, first = next(iter(schedule.stages.items()), (None, None))
     if first is not None and first.reset_optimizer and config.init.optimizer:
         hint = "the first stage would throw away the moments that init.optimizer=true takes; set one of them"

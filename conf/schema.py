@@ -280,6 +280,12 @@ class StageConfig:
     reset_optimizer: bool = False
     """Begin the stage with fresh AdamW moments and step count instead of those of the stage before."""
 
+    @property
+    def own_lr(self) -> LRConfig | None:
+        """`lr`, once it is filled in."""
+        assert self.lr is None or isinstance(self.lr, LRConfig)
+        return self.lr
+
 
 @dataclass(frozen=True)
 class ScheduleConfig:

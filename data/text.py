@@ -94,7 +94,7 @@ class Documents:
 
     def of_files(self, files: list[Path]) -> Iterator[tuple[str, str]]:
         """Those in `files`, in order. Raises DataError naming the file that cannot be read."""
-        for kind, group in groupby(files, key=lambda f: _kind(f)):
+        for kind, group in groupby(files, key=_kind):
             if kind == "text":
                 if self._chat is not None:
                     raise DataError(f"{next(group)}: conversations (format=chat) are read from jsonl or parquet")
