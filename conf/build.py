@@ -100,7 +100,7 @@ def _convert(hint: Any, value: Any, problems: Problems, key: str) -> Any:
         if value is None:
             return None
         return _convert(next(a for a in get_args(hint) if a is not type(None)), value, problems, key)
-    if is_dataclass(hint):
+    if isinstance(hint, type) and is_dataclass(hint):
         if not isinstance(value, Mapping):
             raise TypeError(f"expected keys below it: {', '.join(f.name for f in fields(hint))}")
         return build(hint, value, problems, key)
@@ -162,7 +162,7 @@ def parse_quantities(config: Any, problems: Problems, path: str = "") -> Any:
             }
             continue
         unit = field.metadata.get("unit")
-        parse = {"length": parse_length, "tokens": parse_tokens}.get(unit)
+        parse = None if unit is None else {"length": parse_length, "tokens": parse_tokens}.get(unit)
         if unit is not None and value is None and field.default is not None:
             if "null" in field.metadata:
                 changes[field.name] = field.metadata["null"]

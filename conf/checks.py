@@ -26,6 +26,7 @@ from conf.schema import (
     ScheduleConfig,
     SourceConfig,
     StageConfig,
+    SyntheticConfig,
 )
 from conf.words import show
 from moba.kinds import BACKENDS, KINDS, BadOption, Moba, Sliding, stage_kinds
@@ -78,7 +79,7 @@ def check_inherited(schedule: ScheduleConfig, problems: Problems) -> ScheduleCon
     return replace(schedule, **good)
 
 
-def _one_of(key: str, value: str, choices: tuple[str, ...], problems: Problems) -> bool:
+def _one_of(key: str, value: object, choices: tuple[str, ...], problems: Problems) -> bool:
     if value not in choices:
         problems.add(key, value, f"choose one of {', '.join(choices)}")
     return value in choices
@@ -111,6 +112,7 @@ def _check_model(config: RunConfig, problems: Problems) -> None:
         problems.add("model.compile", model.compile, "choose one of auto, false, true")
     if model.vocab_size is not None:
         _at_least("model.vocab_size", model.vocab_size, 1, problems)
+    assert model.num_kv_heads is not None  # filled
     if model.num_heads % model.num_kv_heads:
         problems.add(
             "model.num_kv_heads",
@@ -176,8 +178,7 @@ def _check_data(config: RunConfig, problems: Problems) -> None:
     _at_least("data.interleave", data.interleave, 1, problems)
 
 
-def _check_synthetic(key: str, source: SourceConfig, problems: Problems) -> None:
-    synthetic = source.synthetic
+def _check_synthetic(key: str, source: SourceConfig, synthetic: SyntheticConfig, problems: Problems) -> None:
     for field, default in (
         ("path", None),
         ("name", None),
@@ -200,7 +201,7 @@ def _check_synthetic(key: str, source: SourceConfig, problems: Problems) -> None
 def _check_source(key: str, source: SourceConfig, problems: Problems) -> None:
     _at_least(f"{key}.weight", source.weight, 0, problems)
     if source.synthetic is not None:
-        _check_synthetic(key, source, problems)
+        _check_synthetic(key, source, source.synthetic, problems)
         return
     shorthand = key == "data.sources.main"
     if source.path is None and source.name is None:
@@ -253,8 +254,8 @@ def _check_schedule(config: RunConfig, problems: Problems) -> None:
         _check_rope(f"{key}.rope", stage.rope, problems)
         _check_mix(f"{key}.mix", stage.mix, list(config.data.sources), problems)
         _check_long_documents(f"{key}.long_documents", stage.long_documents, problems)
-        if stage.lr is not None:
-            _check_lr(f"{key}.lr", stage.lr, stage.tokens, problems)
+        if stage.own_lr is not None:
+            _check_lr(f"{key}.lr", stage.own_lr, stage.tokens, problems)
     name, first = next(iter(schedule.stages.items()), (None, None))
     if first is not None and first.reset_optimizer and config.init.optimizer:
         hint = "the first stage would throw away the moments that init.optimizer=true takes; set one of them"
@@ -311,23 +312,25 @@ def _check_attention(
     elif not 0 <= attention.full_last <= layers:
         problems.add(f"{key}.full_last", attention.full_last, f"must lie between 0 and model.num_layers={layers}")
     if attention.pattern is not None:
-        _check_attention_pattern(key, attention, layers, problems)
+        _check_attention_pattern(key, attention, attention.pattern, layers, problems)
 
 
-def _check_attention_pattern(key: str, attention: AttentionConfig, layers: int, problems: Problems) -> None:
+def _check_attention_pattern(
+    key: str, attention: AttentionConfig, pattern: str, layers: int, problems: Problems
+) -> None:
     """The layers' letters: the stage's kind, and those that may stand beside any."""
     if attention.full_last:
-        problems.add(f"{key}.pattern", attention.pattern, f"{key}.full_last={attention.full_last} is set too; set one")
+        problems.add(f"{key}.pattern", pattern, f"{key}.full_last={attention.full_last} is set too; set one")
     main = KINDS[attention.kind]
     other = [kind for kind in KINDS.values() if kind.replaces_full and kind.name != attention.kind]
-    if any(kind.letter in attention.pattern.upper() for kind in other):
-        wrong = "".join(kind.letter for kind in other if kind.letter in attention.pattern.upper())
+    if any(kind.letter in pattern.upper() for kind in other):
+        wrong = "".join(kind.letter for kind in other if kind.letter in pattern.upper())
         hint = f"with {key}.kind={attention.kind}, {main.letter} takes the place of {wrong}"
-        problems.add(f"{key}.pattern", attention.pattern, hint)
+        problems.add(f"{key}.pattern", pattern, hint)
     every = [f"{kind.letter} ({kind.in_patterns})" for kind in KINDS.values()]
     letters = "".join(kind.letter for kind in KINDS.values())
     known = f"{', '.join(every[:-1])} or {every[-1]}, such as MMMF or SM"
-    _check_letters(f"{key}.pattern", attention.pattern, letters, known, layers, problems)
+    _check_letters(f"{key}.pattern", pattern, letters, known, layers, problems)
 
 
 def _add_bad_options(key: str, seq_len: int | None, found: Iterable[BadOption], problems: Problems) -> None:

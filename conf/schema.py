@@ -9,6 +9,7 @@ given elsewhere" are filled in; everything below `launch/` sees only that. Lengt
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from moba.kinds import Moba, all_options
@@ -215,7 +216,24 @@ class RopeConfig:
 
 
 @dataclass(frozen=True)
-class LRConfig:
+class StageLRConfig:
+    """A stage's own learning rate, over the stage's tokens: it warms up again. What is null is as in optim.lr;
+    once frozen nothing is, and it is an LRConfig."""
+
+    kind: str | None = None
+    """null = optim.lr.kind."""
+    peak: float | None = None
+    """null = optim.lr.peak."""
+    min_ratio: float | None = None
+    """null = optim.lr.min_ratio."""
+    warmup_tokens: Any = field(default=None, metadata=SHARE)
+    """Tokens of linear warm-up, or a share of the stage's ("5%"); null = as optim.lr.warmup_tokens is written."""
+    decay_tokens: Any = field(default=None, metadata=SHARE)
+    """wsd: tokens of the final decay, or a share of the stage's; null = as optim.lr.decay_tokens is written."""
+
+
+@dataclass(frozen=True)
+class LRConfig(StageLRConfig):
     """Learning rate as a function of tokens."""
 
     kind: str = "cosine"
@@ -243,22 +261,6 @@ class LongDocumentsConfig:
 
 
 @dataclass(frozen=True)
-class StageLRConfig(LRConfig):
-    """A stage's own learning rate, over the stage's tokens: it warms up again. What is null is as in optim.lr."""
-
-    kind: str | None = None
-    """null = optim.lr.kind."""
-    peak: float | None = None
-    """null = optim.lr.peak."""
-    min_ratio: float | None = None
-    """null = optim.lr.min_ratio."""
-    warmup_tokens: Any = field(default=None, metadata=SHARE)
-    """Tokens of linear warm-up, or a share of the stage's ("5%"); null = as optim.lr.warmup_tokens is written."""
-    decay_tokens: Any = field(default=None, metadata=SHARE)
-    """wsd: tokens of the final decay, or a share of the stage's; null = as optim.lr.decay_tokens is written."""
-
-
-@dataclass(frozen=True)
 class StageConfig:
     """One stretch of training with fixed attention, length, RoPE and data mix."""
 
@@ -281,6 +283,12 @@ class StageConfig:
     own. `{}` is optim.lr again from its warm-up."""
     reset_optimizer: bool = False
     """Begin the stage with fresh AdamW moments and step count instead of those of the stage before."""
+
+    @property
+    def own_lr(self) -> LRConfig | None:
+        """`lr`, once it is filled in."""
+        assert self.lr is None or isinstance(self.lr, LRConfig)
+        return self.lr
 
 
 @dataclass(frozen=True)
@@ -426,6 +434,12 @@ class RunSection:
     """Resume even though the configuration would change the trajectory."""
     notice: str | None = None
     """A line of advice printed with the plan."""
+
+    @property
+    def folder(self) -> Path:
+        """`dir`, once it is filled in."""
+        assert self.dir is not None
+        return Path(self.dir)
 
 
 @dataclass(frozen=True)

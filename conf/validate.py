@@ -8,7 +8,7 @@ changes nothing, so config.yaml in a run directory is read by the same function.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -28,6 +28,7 @@ from conf.schema import (
     ScheduleConfig,
     SourceConfig,
     StageConfig,
+    StageLRConfig,
 )
 from conf.trajectory import to_dict, trajectory_diff
 from conf.words import listed, show
@@ -42,7 +43,7 @@ def freeze(config: DictConfig | Mapping[str, Any], hardware: Hardware | None = N
     ConfigError lists every problem.
     """
     problems = Problems()
-    values = OmegaConf.to_container(config, resolve=True) if isinstance(config, DictConfig) else config
+    values: Any = OmegaConf.to_container(config, resolve=True) if isinstance(config, DictConfig) else config
     run_config = parse_quantities(build(RunConfig, values, problems), problems)
     _name_as_typed(run_config, problems)
     data = _fill_sources(run_config.data, run_config.run.seed, problems)
@@ -228,7 +229,7 @@ def _fill_shares(config: RunConfig, problems: Problems) -> RunConfig:
     stages = {
         name: stage
         if stage.lr is None
-        else replace(stage, lr=_fill_stage_lr(f"schedule.stages.{name}.lr", stage, config.optim.lr, problems))
+        else replace(stage, lr=_fill_stage_lr(f"schedule.stages.{name}.lr", stage, stage.lr, config.optim.lr, problems))
         for name, stage in schedule.stages.items()
     }
     span = sum(stage.tokens or 0 for stage in schedule.stages.values() if stage.lr is None)
@@ -250,12 +251,11 @@ def _fill_shares(config: RunConfig, problems: Problems) -> RunConfig:
     )
 
 
-def _fill_stage_lr(key: str, stage: StageConfig, run: LRConfig, problems: Problems) -> LRConfig:
+def _fill_stage_lr(key: str, stage: StageConfig, own: StageLRConfig, run: LRConfig, problems: Problems) -> LRConfig:
     """The stage's own learning rate with what it leaves open as in `run`, a share of the run's now one of the
     stage's."""
-    own = stage.lr
-    inherited = {f.name: getattr(run, f.name) for f in fields(own) if getattr(own, f.name) is None}
-    return _fill_lr(key, replace(own, **inherited), stage.tokens or 0, problems)
+    given = {name: value for name, value in vars(own).items() if value is not None}
+    return _fill_lr(key, replace(run, **given), stage.tokens or 0, problems)
 
 
 def _fill_lr(key: str, lr: LRConfig, span: int, problems: Problems) -> LRConfig:

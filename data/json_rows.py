@@ -62,7 +62,8 @@ def _object(row: Any, path: Path, number: int) -> dict[str, Any]:
 def _opened(path: Path) -> BinaryIO:
     ending = path.suffix.lower()
     if ending == ".zst":
-        import zstandard  # ImportError: said with a hint by the caller
+        # ImportError: said with a hint by the caller
+        import zstandard  # pyright: ignore[reportMissingImports] - optional
 
         return zstandard.open(path, "rb")
     return {".xz": lzma.open, ".gz": gzip.open, ".bz2": bz2.open}.get(ending, open)(path, "rb")

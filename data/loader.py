@@ -176,6 +176,7 @@ class Loader:
 
     def _make_step(self, position: Position) -> tuple[list[Batch], Position]:
         """This rank's micro-batches of the step at `position`, and the position behind it."""
+        assert self._stage is not None
         seq_len, interleave, conversations, num_packs, size = self._stage
         self._mixture.seek(position.draws, position.counts)
         packer = Packer(seq_len, self._mixture, position.pieces, interleave, conversations)

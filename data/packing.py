@@ -66,14 +66,14 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on `device`."""
-        tensors = (self.tokens, self.labels, self.positions)
-        moved = (t.to(device, non_blocking=True) for t in tensors)
-        return Batch(*moved, self.documents.to(device), windows=self.windows)
+        return self._with(lambda t: t.to(device, non_blocking=True), self.documents.to(device))
 
     def pin(self) -> Batch:
         """The same batch in pinned host memory, from where a GPU fetches it without the host waiting."""
-        pinned = (t.pin_memory() for t in (self.tokens, self.labels, self.positions))
-        return Batch(*pinned, self.documents.pin(), windows=self.windows)
+        return self._with(torch.Tensor.pin_memory, self.documents.pin())
+
+    def _with(self, moved: Callable[[torch.Tensor], torch.Tensor], documents: Documents) -> Batch:
+        return Batch(moved(self.tokens), moved(self.labels), moved(self.positions), documents, self.windows)
 
 
 class DocumentStream(Protocol):
@@ -81,13 +81,16 @@ class DocumentStream(Protocol):
 
     def draw(self) -> Window:
         """The next document: a Window over all its inputs."""
+        ...
 
     def ahead(self, length: int, without: Collection[str]) -> np.ndarray:
         """The inputs of some documents to come, int64 [n]: up to the first that has `length` or is of a source in
         `without`, or fewer."""
+        ...
 
     def skip(self, count: int) -> None:
         """Pass over `count` documents, of those that `ahead` gave."""
+        ...
 
 
 class Packer:
@@ -261,4 +264,5 @@ def make_batch(
             labels[first:last][~mask[1:]] = IGNORED
     positions = np.arange(len(tokens)) - np.repeat(ends - lengths, lengths)
     documents = Documents.from_lengths(lengths.tolist())
-    return Batch(*map(torch.from_numpy, (tokens, labels, positions)), documents, windows=tuple(windows))
+    whole = (torch.from_numpy(tokens), torch.from_numpy(labels), torch.from_numpy(positions))
+    return Batch(*whole, documents, windows=tuple(windows))

@@ -91,18 +91,19 @@ def _write_shards(
     directory, groups, encode: Encode, pool: Executor | None, backlog: int
 ) -> Iterator[tuple[dict, bool]]:
     """Write the shards that are not there yet; yields every shard's record, in order, and if it was there before."""
-    pending: deque[tuple[Future | dict, bool]] = deque()
+    pending: deque[tuple[Future, bool]] = deque()
     for number, group in enumerate(groups):
         kept = finished_shard(directory, number)
-        pending.append((kept or _submit(pool, directory, number, group, encode), kept is not None))
+        record = _submit(pool, directory, number, group, encode) if kept is None else _done(kept)
+        pending.append((record, kept is not None))
         if len(pending) > backlog:
             yield _result(*pending.popleft())
     while pending:
         yield _result(*pending.popleft())
 
 
-def _result(record: Future | dict, kept: bool) -> tuple[dict, bool]:
-    return (record if kept else record.result()), kept
+def _result(record: Future, kept: bool) -> tuple[dict, bool]:
+    return record.result(), kept
 
 
 def _collect(directory: Path, shards, tokenizer: Tokenizer, max_tokens: int | None, log) -> list[dict]:
@@ -112,9 +113,9 @@ def _collect(directory: Path, shards, tokenizer: Tokenizer, max_tokens: int | No
     began = time.monotonic()
     for record, kept in shards:
         number = len(records)
-        done = max_tokens is not None and total + record["tokens"] >= max_tokens
-        if done:
-            record = trim_shard(directory, number, max_tokens - total, tokenizer)
+        done = False
+        if max_tokens is not None and total + record["tokens"] >= max_tokens:
+            done, record = True, trim_shard(directory, number, max_tokens - total, tokenizer)
         records.append(record)
         total += record["tokens"]
         new += 0 if kept else record["tokens"]
@@ -126,11 +127,15 @@ def _collect(directory: Path, shards, tokenizer: Tokenizer, max_tokens: int | No
     return records
 
 
-def _submit(pool: Executor | None, directory: Path, number: int, group, encode: Encode) -> Future | dict:
+def _submit(pool: Executor | None, directory: Path, number: int, group, encode: Encode) -> Future:
     if pool is not None:
         return pool.submit(_tokenise_in_worker, directory, number, group)
+    return _done(_tokenise(directory, number, group, encode))
+
+
+def _done(record: dict) -> Future:
     future: Future = Future()
-    future.set_result(_tokenise(directory, number, group, encode))
+    future.set_result(record)
     return future
 
 
@@ -237,9 +242,12 @@ def _start_worker(tokenizer_name: str, template: ChatTemplate | None) -> None:
 
 def _end_with_parent() -> None:
     """A pool's process would wait for ever for work from a parent that was killed."""
-    multiprocessing.parent_process().join()
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
     os._exit(1)
 
 
 def _tokenise_in_worker(directory: Path, number: int, group: list[tuple[str, str]]) -> dict:
+    assert _worker_encode is not None  # set by _start_worker
     return _tokenise(directory, number, group, _worker_encode)

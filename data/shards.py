@@ -95,7 +95,7 @@ def trim_shard(directory: Path, number: int, max_tokens: int, tokenizer: Tokeniz
     offsets = np.fromfile(directory / f"{stem}.idx", "<i8")
     keep = int(np.searchsorted(offsets, max_tokens, side="left"))
     if keep >= len(offsets) - 1:
-        return finished_shard(directory, number)
+        return _written_record(directory, number)[0]
     ids = _written_record(directory, number)[1][:keep]
     tokens = np.fromfile(directory / f"{stem}.bin", tokenizer.dtype, count=int(offsets[keep]))
     mask = directory / f"{stem}.mask"
@@ -181,14 +181,14 @@ class _Meta(_Version):
     tokens: Count
     fingerprint: str
     origin: Object
-    shards: Annotated[list[_Record], Field(min_length=1)]
+    shards: Annotated[Sequence[_Record], Field(min_length=1)]
 
 
 @dataclass(frozen=True)
 class _MetaWithMasks(_Meta):
     """The same of conversations."""
 
-    shards: Annotated[list[_MaskedRecord], Field(min_length=1)]
+    shards: Annotated[Sequence[_MaskedRecord], Field(min_length=1)]
 
 
 class TokenShards:

@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -39,12 +40,41 @@ SHIPPED_CHAT = {
 CHECKED_BYTES = 1 << 30
 
 
-class Source:
+class Source(Protocol):
     """Documents of one source. Document numbers run from 0 to num_documents - 1.
 
     lengths: int64 [num_documents], tokens with BOS and EOS. fingerprint: 16 hex digits, changes with any token or
-    selection.
+    selection. is_chat: only some tokens are learnt.
     """
+
+    name: str
+    lengths: np.ndarray
+    num_documents: int
+    num_tokens: int
+    fingerprint: str
+    is_chat: bool
+
+    @property
+    def ids(self) -> list[str]:
+        """The documents' ids in order."""
+        ...
+
+    def window(self, document: int, start: int, length: int) -> np.ndarray:
+        """The tokens of `length` inputs from `start` and of their labels: [length + 1]; fewer where a conversation ends
+        before."""
+        ...
+
+    def learnt(self, document: int, start: int, length: int) -> np.ndarray | None:
+        """Which tokens of `window` are learnt: bool, as many as it gives; None for text, where all are."""
+        ...
+
+    def usable_inputs(self, seq_len: int) -> np.ndarray:
+        """Of conversations: how many inputs of each are trained on at this length, int64."""
+        ...
+
+
+class ShardSource:
+    """A Source of token shards, or of some of their documents."""
 
     def __init__(self, name: str, shards: TokenShards, selection: np.ndarray | None = None):
         """selection: int64, the shards' documents that belong to the source; None = all."""
@@ -140,7 +170,7 @@ def known_sources(config: DataConfig) -> dict[str, Source]:
     Reads indices only, writes nothing and asks no network. Raises DataError for shards of another tokenizer.
     """
     tokenizer = load_tokenizer(config.tokenizer)
-    known = {}
+    known: dict[str, Source] = {}
     for name, source in config.sources.items():
         if source.synthetic is not None:
             known[name] = SyntheticSource(name, source.synthetic, tokenizer.vocab_size)
@@ -153,7 +183,7 @@ def known_sources(config: DataConfig) -> dict[str, Source]:
             shards = TokenShards(directory)
             _check_tokenizer(name, shards, tokenizer)
             selection = _selection(name, source, shards, prefix=not prepared, log=lambda line: None)
-            known[name] = Source(name, shards, selection)
+            known[name] = ShardSource(name, shards, selection)
     return known
 
 
@@ -196,7 +226,7 @@ def _open_one(name: str, source: SourceConfig, config: DataConfig, tokenizer: To
     _check_format(name, source, shards, config, tokenizer)
     if make and shards.num_bytes <= CHECKED_BYTES:
         shards.check_tokens()
-    return Source(name, shards, _selection(name, source, shards, prefix=not prepared, log=log))
+    return ShardSource(name, shards, _selection(name, source, shards, prefix=not prepared, log=log))
 
 
 def shard_directory(source: SourceConfig) -> Path | None:
@@ -241,6 +271,7 @@ def _cache_directory(origin: dict, source: SourceConfig, config: DataConfig, tok
 
 
 def _text_files(source: SourceConfig) -> list[Path]:
+    assert source.path is not None
     return [SHIPPED_TEXT[source.path]] if source.path in SHIPPED_TEXT else find_files(source.path)
 
 
@@ -387,4 +418,4 @@ def _title(source: SourceConfig) -> str:
     return source.path or f"{source.name} ({source.split})"
 
 
-__all__ = ["DataError", "Source", "known_sources", "open_sources", "open_validation"]
+__all__ = ["DataError", "ShardSource", "Source", "known_sources", "open_sources", "open_validation"]

@@ -20,8 +20,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from dataclasses import asdict, dataclass, replace
-from typing import NamedTuple
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 
@@ -63,6 +63,15 @@ class Sample:
         for start, length, _ in self.answers:
             mask[start : start + length] = True
         return mask
+
+
+@dataclass(frozen=True)
+class Filled(SyntheticConfig):
+    """A configuration without nulls."""
+
+    min_pairs: int = 1
+    key_tokens: int = 1
+    value_tokens: int = 1
 
 
 class SyntheticSource:
@@ -108,15 +117,15 @@ class SyntheticSource:
         return _TASKS[self.config.task](self.config, draw)
 
 
-def filled(config: SyntheticConfig, vocab_size: int) -> SyntheticConfig:
+def filled(config: SyntheticConfig, vocab_size: int) -> Filled:
     """The configuration without nulls. DataError names what does not fit."""
     key_tokens, value_tokens = SIZES[config.task]
-    config = replace(
-        config,
-        key_tokens=config.key_tokens or key_tokens,
-        value_tokens=config.value_tokens or value_tokens,
-        min_pairs=config.min_pairs or config.pairs,
-    )
+    given: dict[str, Any] = vars(config) | {
+        "key_tokens": config.key_tokens or key_tokens,
+        "value_tokens": config.value_tokens or value_tokens,
+        "min_pairs": config.min_pairs or config.pairs,
+    }
+    config = Filled(**given)
     item, where = config.key_tokens + config.value_tokens, f"synthetic {config.task}"
     if config.symbols > vocab_size:
         raise DataError(f"{where}: symbols={config.symbols}, but the tokenizer has {vocab_size} ids")
@@ -141,7 +150,13 @@ class _Draw:
         digest = hashlib.sha256(salt.encode()).digest()
         self._bits = np.random.Philox(key=int.from_bytes(digest[:16], "little"))
 
-    def below(self, high: int, count: int | None = None):
+    @overload
+    def below(self, high: int) -> int: ...
+
+    @overload
+    def below(self, high: int, count: int) -> np.ndarray: ...
+
+    def below(self, high: int, count: int | None = None) -> int | np.ndarray:
         """An int, or int64 [count], from 0 to high - 1."""
         if count is None:
             return int(self._bits.random_raw() >> 11) % high
@@ -157,13 +172,13 @@ class _Draw:
         return np.argsort(self._bits.random_raw(high), kind="stable")[:count]
 
 
-def _filler(config: SyntheticConfig, draw: _Draw) -> np.ndarray:
+def _filler(config: Filled, draw: _Draw) -> np.ndarray:
     """int64 [length + 1] of the last quarter of the symbols."""
     count = config.symbols // 4
     return config.symbols - count + draw.below(count, config.length + 1)
 
 
-def _pairs(config: SyntheticConfig, draw: _Draw, count: int) -> np.ndarray:
+def _pairs(config: Filled, draw: _Draw, count: int) -> np.ndarray:
     """int64 [count, key + value tokens] with different keys."""
     base, low = config.symbols // 2, config.symbols // 2
     numbers = draw.distinct(base**config.key_tokens, count)
@@ -179,13 +194,13 @@ def _slots(draw: _Draw, start: int, stop: int, item: int, count: int) -> np.ndar
     return start + np.sort(draw.distinct((stop - start) // item, count)) * item
 
 
-def _ask(config: SyntheticConfig, tokens: np.ndarray, pair: np.ndarray, needle: int, at: int) -> Answer:
+def _ask(config: Filled, tokens: np.ndarray, pair: np.ndarray, needle: int, at: int) -> Answer:
     """Puts a question for a pair that stands at `needle` to the place `at`."""
     tokens[at : at + len(pair)] = pair
     return Answer(at + config.key_tokens, config.value_tokens, needle + config.key_tokens)
 
 
-def _mqar(config: SyntheticConfig, draw: _Draw, together: bool = False) -> Sample:
+def _mqar(config: Filled, draw: _Draw, together: bool = False) -> Sample:
     tokens, item = _filler(config, draw), config.key_tokens + config.value_tokens
     count = config.min_pairs + draw.below(config.pairs - config.min_pairs + 1)
     pairs, end, num_asked = _pairs(config, draw, count), len(tokens), count * config.repeats
@@ -202,7 +217,7 @@ def _mqar(config: SyntheticConfig, draw: _Draw, together: bool = False) -> Sampl
     return Sample(tokens, tuple(answers))
 
 
-def _one_pair(config: SyntheticConfig, draw: _Draw) -> Sample:
+def _one_pair(config: Filled, draw: _Draw) -> Sample:
     tokens, item = _filler(config, draw), config.key_tokens + config.value_tokens
     (pair,), at = _pairs(config, draw, 1), len(tokens) - item
     if config.task == "straddle":
@@ -214,7 +229,7 @@ def _one_pair(config: SyntheticConfig, draw: _Draw) -> Sample:
     return Sample(tokens, (_ask(config, tokens, pair, place, at),))
 
 
-def _multi_key(config: SyntheticConfig, draw: _Draw) -> Sample:
+def _multi_key(config: Filled, draw: _Draw) -> Sample:
     tokens, item = _filler(config, draw), config.key_tokens + config.value_tokens
     at = len(tokens) - item
     pairs = _pairs(config, draw, at // item)
@@ -224,7 +239,7 @@ def _multi_key(config: SyntheticConfig, draw: _Draw) -> Sample:
     return Sample(tokens, (_ask(config, tokens, pairs[chosen], first + chosen * item, at),))
 
 
-def _copy(config: SyntheticConfig, draw: _Draw) -> Sample:
+def _copy(config: Filled, draw: _Draw) -> Sample:
     tokens, size = draw.below(config.symbols, config.length + 1), config.key_tokens + config.value_tokens
     at = len(tokens) - size
     place = draw.below(at - size + 1)

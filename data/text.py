@@ -11,6 +11,7 @@ import hashlib
 import lzma
 import zlib
 from collections.abc import Iterator
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 
@@ -55,14 +56,14 @@ def find_files(path: str) -> list[Path]:
         files = [
             f
             for f in root.rglob("*")
-            if _kind(f, None) and not any(p.startswith(".") for p in f.relative_to(root).parts)
+            if _ending(f) in KINDS and not any(p.startswith(".") for p in f.relative_to(root).parts)
         ]
         wanted = ", ".join(KINDS) + " (also with " + ", ".join(COMPRESSED) + ")"
         problem = f"the directory holds no files ending in {wanted} and is no directory of token shards"
     else:
         files = [root] if root.exists() else [Path(f) for f in glob.glob(str(root), recursive=True)]
         problem = "no file matches" if glob.has_magic(str(root)) else "no such file or directory"
-    files = sorted((f.resolve() for f in files if f.is_file()), key=lambda f: (_kind(f, "text"), str(f)))
+    files = sorted((f.resolve() for f in files if f.is_file()), key=lambda f: (_kind(f), str(f)))
     if not files:
         raise DataError(f"path={cut(path)!r}: {problem} (looked in {Path.cwd()})")
     foreign = [f for f in files if _ending(f) in FOREIGN]
@@ -79,7 +80,7 @@ def content_hash(files: list[Path]) -> str:
     digest = hashlib.sha256()
     for path in files:
         with open(path, "rb") as file:
-            digest.update(f"{_kind(path, 'text')}:{hashlib.file_digest(file, 'sha256').hexdigest()};".encode())
+            digest.update(f"{_kind(path)}:{hashlib.file_digest(file, 'sha256').hexdigest()};".encode())
     return digest.hexdigest()
 
 
@@ -93,7 +94,7 @@ class Documents:
 
     def of_files(self, files: list[Path]) -> Iterator[tuple[str, str]]:
         """Those in `files`, in order. Raises DataError naming the file that cannot be read."""
-        for kind, group in groupby(files, key=lambda f: _kind(f, "text")):
+        for kind, group in groupby(files, key=_kind):
             if kind == "text":
                 if self._chat is not None:
                     raise DataError(f"{next(group)}: conversations (format=chat) are read from jsonl or parquet")
@@ -109,9 +110,11 @@ class Documents:
 
         _quieten()
         config = self._config
+        assert config.name is not None
         log(f"looking for {config.name} on the Hugging Face hub (gives up after about half a minute without a network)")
         try:
-            table = datasets.load_dataset(config.name, config.subset, split=config.split, streaming=config.streaming)
+            load = partial(datasets.load_dataset, config.name, config.subset, split=config.split)
+            table = load(streaming=True) if config.streaming else load(streaming=False)
             yield from self._of_table(table, str(config.name))
         except READ_ERRORS as error:
             raise DataError(
@@ -166,9 +169,9 @@ class Documents:
             self._without_text += 1
 
 
-def _kind(path: Path, default: str | None) -> str | None:
+def _kind(path: Path) -> str:
     """The reader for a file by its ending, before any ending of compression."""
-    return KINDS.get(_ending(path), default)
+    return KINDS.get(_ending(path), "text")
 
 
 def _ending(path: Path) -> str:
@@ -220,5 +223,5 @@ def _quieten() -> None:
     import huggingface_hub
 
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    huggingface_hub.logging.set_verbosity(huggingface_hub.logging.ERROR)
+    huggingface_hub.logging.set_verbosity_error()
     datasets.disable_progress_bars()

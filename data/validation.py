@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from typing import overload
 
 import numpy as np
 
@@ -20,7 +21,7 @@ from data.sources import Source
 COHORTS = ("fixed", "available")
 
 
-class HeldOut(Sequence):
+class HeldOut(Sequence[tuple[str, Batch]]):
     """(document id, Batch) pairs; the tokens are read when an item is asked for, so ranks may share them out by
     index."""
 
@@ -34,7 +35,15 @@ class HeldOut(Sequence):
     def __len__(self) -> int:
         return len(self._documents)
 
-    def __getitem__(self, index: int) -> tuple[str, Batch]:
+    @overload
+    def __getitem__(self, index: int) -> tuple[str, Batch]: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[tuple[str, Batch]]: ...
+
+    def __getitem__(self, index: int | slice) -> tuple[str, Batch] | list[tuple[str, Batch]]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
         place = (self._documents[index], 0, self._lengths[index])
         window = Window(self._source.name, *place)
         return self.ids[index], make_batch(

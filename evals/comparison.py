@@ -104,8 +104,8 @@ def plot_positions(runs: Mapping[str, Evaluation], path: Path | str, dense_up_to
         }
         text = f"{label}: trailing {curve.trailing.value:.3f}" if np.isfinite(curve.trailing.value) else label
         axes.errorbar(centres, curve.mean, yerr=interval(curve.se, curve.interval_freedom), label=text, **style)
-        gap = _gap(run, reference) if below is not None and i < len(runs) - 1 else None
-        if gap is not None:
+        gap = _gap(run, reference) if i < len(runs) - 1 else None
+        if below is not None and gap is not None:
             same = f"{gap.num_documents} same documents" if gap.paired else "documents differ"
             same += "" if gap.no_band is None else ", no band"
             mean, bars, band = gap.by_bucket.mean, np.nan_to_num(gap.interval()), np.nan_to_num(gap.band())

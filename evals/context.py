@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from moba.documents import Documents
 from train.model.decoder import Decoder
 
-LossFn = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+LossFn = Callable[[Tensor, Tensor, Documents, Tensor], Tensor]
 
 
 @dataclass(frozen=True, eq=False)

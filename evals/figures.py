@@ -98,6 +98,7 @@ def plot_heatmap(
             [start, tokens], curve.edges, curve.mean[:, None], norm=norm, cmap="viridis", rasterized=True
         )
         start = tokens
+    assert mesh is not None
     longest = max(curve.max_length for _, curve in curves)
     axes.set_ylim(0, longest)
     axes.set_xlim(0, start)

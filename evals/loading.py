@@ -77,6 +77,7 @@ def _load_pretrained(directory: Path, device: torch.device) -> TrainedModel:
     """The model of a Hugging Face directory, with the tokenizer that lies there, as if trained in one stage."""
     shape = pretrained.read_shape(directory)
     shape = replace(shape, loss_tile=parse_length(shape.loss_tile))
+    assert shape.vocab_size is not None
     model = Decoder(shape, shape.vocab_size)
     pretrained.load_weights(model, shape, directory)
     model.to(device=device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32).eval()

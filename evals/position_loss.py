@@ -20,7 +20,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsFloat
 
 import numpy as np
 import torch
@@ -164,7 +164,7 @@ def evaluate(
 def _curve(sums_NB, counts_NB, is_full_N, by_position_2T, clusters: list[str], seq_len: int) -> PositionCurve:
     """The curve of all documents; its trailing value is of those with the full length."""
     found = clustered_mean(sums_NB, counts_NB, clusters)
-    trailing = clustered_mean(sums_NB[:, -1] * is_full_N, counts_NB[:, -1] * is_full_N, clusters)
+    last = clustered_mean(sums_NB[:, -1] * is_full_N, counts_NB[:, -1] * is_full_N, clusters)
     return PositionCurve(
         max_length=seq_len,
         edges=bucket_edges(sums_NB.shape[1], seq_len),
@@ -172,9 +172,9 @@ def _curve(sums_NB, counts_NB, is_full_N, by_position_2T, clusters: list[str], s
         se=found.se,
         count=found.count,
         clusters=found.clusters,
-        trailing=Trailing(*map(float, trailing[:4])),
+        trailing=Trailing(float(last.mean), float(last.se), float(last.count), float(last.clusters)),
         freedom=found.freedom,
-        trailing_freedom=float(trailing.freedom),
+        trailing_freedom=float(last.freedom),
         position_mean=_divide(by_position_2T[0] / FIXED_POINT, by_position_2T[1]),
         position_count=by_position_2T[1].astype(np.float64),
     )
@@ -192,7 +192,7 @@ def _key(batch: Batch) -> str:
     return hashlib.sha256(tokens.astype("<i8").tobytes()).hexdigest()[:16]
 
 
-def plain(values: Iterable[float]) -> list[float | None]:
+def plain(values: Iterable[SupportsFloat]) -> list[float | None]:
     """Floats for JSON, which has no NaN."""
     return [float(x) if math.isfinite(x) else None for x in values]
 
@@ -220,11 +220,13 @@ def load_evaluation(path: Path | str) -> Evaluation:
             raise ValueError(f"{base.with_suffix('.npz')} is no saved evaluation: {name} has {found}, not {dimensions}")
     if arrays["document_loss"].dtype.kind != "f":
         raise ValueError(f"{base.with_suffix('.npz')} is no saved evaluation: document_loss holds no numbers")
-    ids, keys = arrays["document_ids"], arrays["document_keys"]
-    lists = [[str(x) for x in column] for column in (ids, keys, arrays.get("document_clusters", ids))]
-    if len(lists[2]) != shape[0]:
-        raise ValueError(f"{base.with_suffix('.npz')} is no saved evaluation: clusters of {len(lists[2])} documents")
-    return Evaluation(curve, *lists, arrays["document_loss"], record.num_non_finite, record.cohort.partition(":")[0])
+    columns = (arrays[name] for name in ("document_ids", "document_keys"))
+    ids, keys = ([str(x) for x in column] for column in columns)
+    clusters = [str(x) for x in arrays.get("document_clusters", ids)]
+    if len(clusters) != shape[0]:
+        raise ValueError(f"{base.with_suffix('.npz')} is no saved evaluation: clusters of {len(clusters)} documents")
+    cohort = record.cohort.partition(":")[0]
+    return Evaluation(curve, ids, keys, clusters, arrays["document_loss"], record.num_non_finite, cohort)
 
 
 def run(job: Job) -> Result:

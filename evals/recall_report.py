@@ -55,7 +55,9 @@ class RecallReport:
     def far_NA(self) -> np.ndarray:
         """bool [N, A]: answers that only the gate can reach; all without MoBA."""
         known = np.isfinite(self.distance_NA)
-        return known if self.blocks_back_NA is None else known & (self.blocks_back_NA >= self.routing.top_k)
+        if self.blocks_back_NA is None or self.routing is None:
+            return known
+        return known & (self.blocks_back_NA >= self.routing.top_k)
 
     def accuracy(self, name: str, chosen_NA: np.ndarray | None = None) -> Estimate:
         """Share of right answers of a variant, documents as clusters; of the `chosen` ones."""

@@ -126,14 +126,14 @@ def _stages(runs: Sequence[Run]) -> str:
 
 def _paired(runs: Sequence[Run]) -> str:
     """A table of each run minus the last one, on the documents both were evaluated on."""
-    measured = [run for run in runs if run.held_out is not None]
+    measured = [(run, run.held_out) for run in runs if run.held_out is not None]
     if len(measured) < 2:
         return ""
-    *others, reference = measured
+    *others, (reference, reference_held_out) = measured
     rows = []
-    for run in others:
+    for run, held_out in others:
         try:
-            found = difference(run.held_out, reference.held_out)
+            found = difference(held_out, reference_held_out)
         except ValueError as error:
             rows.append((f"{run.name} - {reference.name}", str(error)))
             continue

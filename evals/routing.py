@@ -81,7 +81,8 @@ def diagnose(context: Context, documents: Sequence[tuple[str, Batch]], *, querie
 @contextmanager
 def _observed(model: Decoder, layers: Sequence[int], observe: Callable):
     """Hands what each of these layers' attention gets to observe(position among the layers, layer, q, k, v)."""
-    modules: list[MoBAAttention] = [model.model.layers[i].self_attn for i in layers]
+    every = [module for module in model.modules() if isinstance(module, MoBAAttention)]  # one a layer
+    modules = [every[i] for i in layers]
     for place, module in enumerate(modules):
 
         def see(layer, q, k, v, documents, place=place):

@@ -115,7 +115,7 @@ def _hits(report: RoutingReport, axes) -> None:
         axes.scatter(snr_LH[i], hit_LH[i], s=14, label=f"layer {layer}" if len(report.layers) <= 8 else None)
     low, high = min(0.0, float(np.nanmin(snr_LH))), max(3.0, float(np.nanmax(snr_LH)))
     grid = np.linspace(low, high, 100)
-    for picks in sorted({spec.routing.top_k - 1 for spec in report.specs}):
+    for picks in sorted({spec.routing.top_k - 1 for spec in report.specs if spec.routing is not None}):
         label = f"model: {picks} of {report.candidates:.0f} blocks"
         axes.plot(grid, model_hit_rate(grid, report.candidates, picks), color="black", linewidth=1.2, label=label)
     axes.set_ylim(0, 1.02)
@@ -145,7 +145,7 @@ def _draw_maps(report: RoutingReport, path: Path, title: str) -> None:
     order = np.argsort(regret_LH, axis=None)
     chosen = {"least": order[0], "median": order[len(order) // 2], "largest": order[-1]}
     figure = Figure(figsize=(11, 7.5), layout="constrained")
-    panels = figure.subplots(2, len(chosen))
+    panels, image = figure.subplots(2, len(chosen)), None
     for column, (which, index) in enumerate(chosen.items()):
         layer, head = np.unravel_index(index, regret_LH.shape)
         for row, what in enumerate(("picks of the gate", "full attention")):
@@ -156,6 +156,7 @@ def _draw_maps(report: RoutingReport, path: Path, title: str) -> None:
                 fontsize="small",
             )
             axes.tick_params(labelsize="x-small")
+    assert image is not None
     figure.colorbar(image, ax=panels, label="picks: share of the queries; attention: mean probability", shrink=0.7)
     cells = report.maps_LH2YY.shape[-1]
     figure.supxlabel(f"keys, in {cells} equal parts of the document", fontsize="small")

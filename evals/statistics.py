@@ -14,14 +14,15 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 
 CONFIDENCE = 0.95
 
 
-class Estimate(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Estimate:
     """A mean a token; each field is float64 [X]."""
 
     mean: np.ndarray
@@ -44,7 +45,7 @@ documents of a cluster are alike or not (tests/evals/test_statistics.py)."""
 LARGEST_OF_TWO = 0.6
 
 
-def clustered_mean(sums_NX: np.ndarray, counts_NX: np.ndarray, clusters: Sequence[str]) -> Estimate:
+def clustered_mean(sums_NX: np.ndarray, counts_NX: np.ndarray, clusters: Sequence[str | int]) -> Estimate:
     """The mean sum / count over all documents, with `clusters` (one name a document) as the draws of its error.
 
     The error is CR2: sqrt(sum over clusters of r^2 / (1 - w)) / sum of counts, where r is a cluster's sum minus the
@@ -61,7 +62,7 @@ def clustered_mean(sums_NX: np.ndarray, counts_NX: np.ndarray, clusters: Sequenc
 
 
 def clustered_sums(
-    sums_NX: np.ndarray, counts_NX: np.ndarray, clusters: Sequence[str]
+    sums_NX: np.ndarray, counts_NX: np.ndarray, clusters: Sequence[str | int]
 ) -> tuple[np.ndarray, np.ndarray]:
     """(sums, counts) of each cluster, float64 [C, X]."""
     names, index_N = np.unique(np.asarray(clusters, dtype=str), return_inverse=True)

@@ -77,7 +77,7 @@ class SwapReport:
         full = self.evaluations[DENSE].document_loss
         rows = []
         for name, evaluation in self.evaluations.items():
-            row = {"attention": name}
+            row: dict[str, Any] = {"attention": name}
             for what, pick in (
                 ("loss", lambda table: np.nanmean(table, axis=1)),
                 ("trailing", lambda table: table[:, -1]),

@@ -25,7 +25,7 @@ class UsageError(Exception):
 
 
 def key_values(
-    argv: Sequence[str], allowed: Mapping[str, str], *, about: str = "", required: Iterable[str] = ()
+    argv: Sequence[str], allowed: Mapping[str, str], *, about: str | None = "", required: Iterable[str] = ()
 ) -> dict[str, str]:
     """The arguments `key=value` as a dict of strings. allowed: key -> help.
 
@@ -62,7 +62,7 @@ def split_paths(argv: Sequence[str]) -> tuple[list[Path], list[str]]:
     return paths, [text for text, own in zip(argv, is_path) if not own]
 
 
-def usage(allowed: Mapping[str, str], about: str) -> str:
+def usage(allowed: Mapping[str, str], about: str | None) -> str:
     """The text of --help."""
     width = max(map(len, allowed)) + 2
     lines = [f"  {key + '=':<{width}}{text}" for key, text in allowed.items()]

@@ -53,7 +53,7 @@ def compose(overrides: list[str]) -> dict[str, Any]:
     values = [text for text in overrides if _is_value(text)]
     _refuse_new_names(values, choices)
     config, experiment = _hydra(choices + [_forced(text) for text in values])
-    plain = OmegaConf.to_container(config, resolve=True)
+    plain: Any = OmegaConf.to_container(config, resolve=True)
     run = plain.setdefault("run", {})
     if isinstance(run, dict) and run.get("name") is None:
         run["name"] = experiment

@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
     checkpoint = find(user_path(values["run"]))
     verify(checkpoint, [f for f in checkpoint_dir.manifest(checkpoint) if not f.startswith(("optimizer", "rng"))])
     saved = read(checkpoint)
-    dtype = values.get("dtype", saved.meta["precision"])
+    dtype = values["dtype"] if "dtype" in values else saved.meta["precision"]
     config = from_yaml(saved.config_yaml, checkpoint / CONFIG)
     tokenizer, description = describe(saved, config, dtype)
     template = chat_template(config, tokenizer)

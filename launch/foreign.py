@@ -86,5 +86,8 @@ def leaves(cls: type, path: str = "") -> list[str]:
     keys = []
     for field in fields(cls):
         hint = hints[field.name]
-        keys += leaves(hint, f"{path}{field.name}.") if is_dataclass(hint) else [path + field.name]
+        if isinstance(hint, type) and is_dataclass(hint):
+            keys += leaves(hint, f"{path}{field.name}.")
+        else:
+            keys.append(path + field.name)
     return keys

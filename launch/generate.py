@@ -16,6 +16,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TypeVar
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:] = [str(ROOT)] + [p for p in sys.path if Path(p or ".").resolve() != ROOT / "launch"]
@@ -30,6 +31,7 @@ from launch.cli import UsageError, exits_on, key_values  # noqa: E402
 from train.checkpoint.store import CheckpointError  # noqa: E402
 from train.model.generation import Sampling, TextStream, generate  # noqa: E402
 
+N = TypeVar("N", int, float)
 KEYS = {
     "run": "run directory (its newest checkpoint), one checkpoint's directory, or a Hugging Face directory",
     "prompt": "the text to continue",
@@ -123,7 +125,7 @@ def _next_line() -> str:
     return sys.stdin.readline()
 
 
-def _number(values: dict[str, str], key: str, default: float, kind: type) -> float:
+def _number(values: dict[str, str], key: str, default: N, kind: type[N]) -> N:
     """The number given for `key`; UsageError if it is none."""
     try:
         return kind(values.get(key, default))

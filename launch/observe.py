@@ -36,7 +36,7 @@ class HeldOutEvaluator:
 
     def __init__(self, source: Source, config: RunConfig, schedule: Schedule, world: World):
         """Finds the documents of every length now: a length that none reaches is a DataError before training."""
-        self._source, self._world, self._folder = source, world, Path(config.run.dir) / CURVES
+        self._source, self._world, self._folder = source, world, config.run.folder / CURVES
         self._length, self._suite = config.eval.seq_len, config.eval.suite
         lengths = {self._length or stage.seq_len for stage in schedule.stages}
         self._documents = {length: held_out_documents(source, length, config.eval.documents) for length in lengths}
@@ -49,7 +49,7 @@ class HeldOutEvaluator:
             found = self._evaluate(context, length)
         scalars = {f"route/{name}": value for name, value in mean_stats(routing).items()}
         if self._suite != "loss" and isinstance(self._source, SyntheticSource):
-            scalars |= self._recall(context, length)
+            scalars |= self._recall(context, self._source, length)
         if self._suite == "swap":
             scalars |= self._swap(context, length)
         if self._world.is_main:
@@ -71,10 +71,10 @@ class HeldOutEvaluator:
     def _evaluate(self, context: Context, length: int) -> Evaluation:
         return evaluate(context, self._documents[length], seq_len=length)
 
-    def _recall(self, context: Context, length: int) -> dict[str, float]:
+    def _recall(self, context: Context, source: SyntheticSource, length: int) -> dict[str, float]:
         """The share of right answers to the held-out recall task."""
         count = len(self._documents[length])
-        report = recall(context, self._source, samples=count, variants=(OWN,))
+        report = recall(context, source, samples=count, variants=(OWN,))
         found = report.rows()[0]
         return {f"recall_{what}": found[what]["accuracy"] for what in ("all", "far") if found[what]["answers"]}
 

@@ -50,7 +50,7 @@ def main(arguments: list[str]) -> None:
 
 def split_machine(arguments: list[str]) -> tuple[list[str], Hardware]:
     """The overrides of the run, and the machine it is planned for."""
-    machine = {"num_gpus": None, "gpu_memory": None}
+    machine: dict[str, str | None] = {"num_gpus": None, "gpu_memory": None}
     overrides, problems = [], Problems()
     for text in arguments:
         key, _, value = text.partition("=")

@@ -92,7 +92,7 @@ def main(overrides: list[str]) -> None:
     check_stages(config)
     with _mistakes_in_words(config):
         tokenizer = load_tokenizer(config.data.tokenizer)
-        run_dir = Path(config.run.dir)
+        run_dir = config.run.folder
         refuse_missing(config, overrides, continues=store.newest(run_dir) is not None)
         vocab_size = embedding_rows(config.model, tokenizer.vocab_size)
         plan = partial(make_plan, config, vocab_size, hardware, asked_tokens=asked)
@@ -178,7 +178,7 @@ def _train(
 ) -> None:
     """Trains as `settled` says; `config`, which may leave more to the machine, is what is kept."""
     world = init_world(config.run.device, config.parallel.sequence)
-    run_dir, schedule = Path(config.run.dir), build_schedule(config)
+    run_dir, schedule = config.run.folder, build_schedule(config)
     lock = lock_run(run_dir, world)
     if world.is_main:
         store.clean_stale(run_dir)
@@ -207,6 +207,7 @@ def _train(
         if trainer.tokens == 0:
             _keep_source(config)
         (run_dir / "plan.txt").write_text(known.text() + "\n", encoding="utf-8")
+        assert config.run.name is not None  # filled in
         tracker = Tracker(
             run_dir,
             config.logging,
@@ -224,14 +225,15 @@ def _train(
             try:
                 finished = trainer.fit(preemption)
             finally:
-                if world.is_main:
+                if progress is not None:
                     progress.close()
     finally:
         preemption.uninstall()
     reasons = [] if finished else stop_reasons(preemption)
-    if world.is_main:
+    if tracker is not None:
         _say_goodbye(finished, reasons, config, trainer)
         tracker.finish()
+        assert lock is not None
         lock.release()
     shutdown()
     if not finished:
@@ -244,7 +246,7 @@ def _keep_source(config: RunConfig) -> None:
     if config.init.source is not None:
         given = user_path(config.init.source)
         source = pretrained.locate(given, weights=False) if pretrained.is_model(given) else given
-    source_files.keep(config, Path(config.run.dir), source)
+    source_files.keep(config, config.run.folder, source)
 
 
 def _watch(observers: Observers, config: RunConfig, run_dir: Path, tracker: Tracker, progress: Progress) -> None:

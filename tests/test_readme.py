@@ -49,7 +49,8 @@ def test_ci_stops_at_failures_and_can_be_started():
     """Catches a CI script that goes on after a failure, also behind a pipe, or that is not executable."""
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
     assert "set -euo pipefail" in CI and "trap 'rm -rf" in CI
-    assert "ruff check ." in ci_commands() and "ruff format --check ." in ci_commands()
+    for check in ("ruff check .", "ruff format --check .", "pyright"):
+        assert check in ci_commands() and f"`{check}`" in README
 
 
 @pytest.mark.parametrize("command", CONFIGURED)

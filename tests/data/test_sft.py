@@ -17,7 +17,7 @@ from data.loader import Loader
 from data.packing import IGNORED, OPEN_PACKS, Packer, Window
 from data.sft import NAMED, ChatEncoder, ChatTemplate, load_template
 from data.shards import TokenShards, trim_shard, write_meta, write_shard
-from data.sources import Source, open_sources, open_validation
+from data.sources import ShardSource, open_sources, open_validation
 from data.tokenizer import EMBEDDED, load_tokenizer
 from data.validation import held_out_documents
 
@@ -250,7 +250,7 @@ def write_talks(directory, talks, selection=None):
     masks = [np.isin(np.arange(n), learnt) for n, learnt in talks]
     record = write_shard(directory, 0, tokens, [str(i) for i in range(len(talks))], masks)
     write_meta(directory, tokenizer, [record], {})
-    return Source("talks", TokenShards(directory, check_tokens=True), selection)
+    return ShardSource("talks", TokenShards(directory, check_tokens=True), selection)
 
 
 def test_masks_are_kept_trimmed_and_checked(tmp_path):

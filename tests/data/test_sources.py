@@ -161,6 +161,7 @@ def test_held_out_documents(write_jsonl, tmp_path):
         assert batch.labels[:-1].tolist() == [*b"abcdefghi"] and batch.lengths == (10,)
     assert held[0][1].labels[-1] == 257 and held[1][1].labels[-1] == ord("j")
     assert set(held_out_documents(source, 10, 2).ids) < set(held.ids)
+    assert [name for name, _ in held[-2:]] == held.ids[-2:]
     with pytest.raises(DataError, match=r"0 of 5 documents have the 31 tokens .* longest has 30"):
         held_out_documents(source, 30, 16)
     assert open_validation(replace(config, validation=None)) is None
