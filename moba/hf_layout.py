@@ -37,12 +37,15 @@ INTERVALS = {
     "chunked_overlay",
     "packed_sequence_mask_function",
 }
-JOINTS = {"and_masks": "mask_functions", "remap_positions_for_packed_sequence": "mask_function"}
+JOINTS = {
+    "and_masks": "mask_functions",
+    "or_masks": "mask_functions",
+    "remap_positions_for_packed_sequence": "mask_function",
+}
 OTHERS = {
-    "bidirectional_mask_function": "bidirectional attention",
+    "bidirectional_mask_function": "bidirectional attention (is_causal=False, an encoder)",
     "sliding_window_bidirectional_overlay": "bidirectional attention",
-    "or_masks": "tokens that see later ones (a prefix, or blocks by block_sequence_ids)",
-    "blockwise_overlay": "tokens that see later ones (blocks by block_sequence_ids)",
+    "blockwise_overlay": "tokens that see later ones (block_sequence_ids, as for images)",
 }
 
 
@@ -173,15 +176,19 @@ def _problem(size, q_offset: int, kv_offset: int, mask_function, attention_mask,
 
 
 def _parts(mask_function: Callable) -> Iterator[str]:
-    """The names of what a pattern is the intersection of: transformers' functions that made the parts."""
+    """The names of a pattern's parts, those of transformers' functions that made them. Only blocks are joined by
+    `or_masks`, and those of INTERVALS are joined by `and_masks`."""
     if getattr(mask_function, "__module__", None) != masking_utils.__name__:
         yield getattr(mask_function, "__qualname__", repr(mask_function))
         return
     name = mask_function.__qualname__.partition(".")[0]
+    given = inspect.getclosurevars(mask_function).nonlocals
+    if name == "blockwise_overlay" and bool((given["block_sequence_ids"] < 0).all()):
+        return  # adds nothing
     if name not in JOINTS:
         yield name
         return
-    inner = inspect.getclosurevars(mask_function).nonlocals[JOINTS[name]]
+    inner = given[JOINTS[name]]
     for one in inner if isinstance(inner, tuple) else (inner,):
         yield from _parts(one)
 

@@ -27,6 +27,8 @@ OWN_CLASSES = re.compile(r"\[config\._attn_implementation\]")
 UNSUPPORTED = {
     "softcap": "caps its scores",
     "s_aux": "has attention sinks",
+    "sinks": "has attention sinks",
+    "indices": "picks the keys of each query itself",
     "position_bias": "adds a position bias to its scores",
     "cache": "runs with a paged cache (continuous batching)",
 }
@@ -35,8 +37,14 @@ UNSUPPORTED = {
 # -------------------- models
 
 
-def refuse_unless_it_follows(model: nn.Module) -> None:
-    """Raises ValueError for a model whose class does not take its attention from transformers' interface."""
+def refuse_unless_it_follows(model: PreTrainedModel) -> None:
+    """Raises ValueError for a language model whose class does not take its attention from transformers' interface.
+
+    Models of images and sound, and those that hold a language model of another class, may have any attention.
+    """
+    config = model.config
+    if not hasattr(config, "vocab_size") or config.get_text_config(decoder=True) is not config:
+        return
     module = sys.modules.get(type(model).__module__)
     try:
         source = inspect.getsource(module) if module is not None else ""
@@ -50,7 +58,14 @@ def refuse_unless_it_follows(model: nn.Module) -> None:
         )
 
 
-def watch(model: nn.Module, name: str) -> None:
+def watch_all(model: nn.Module, name: str) -> None:
+    """Watches a model and those in it."""
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            watch(module, name)
+
+
+def watch(model: PreTrainedModel, name: str) -> None:
     """Refuses a model that cannot run the attention `name`, and has the inputs of its forward passes checked."""
     if any(isinstance(hook, _Inputs) for hook in model._forward_pre_hooks.values()):
         return
@@ -123,8 +138,8 @@ def refuse_mask_values(mask: Tensor) -> None:
     if other.numel():
         raise ValueError(
             f"attention_mask has values such as {other[0].item():g}: attn_implementation='moba' needs 1 for real "
-            "tokens and 0 for padding; documents are told by position_ids that start anew, without attention_mask, and with "
-            "use_cache=False"
+            "tokens and 0 for padding; documents are told by position_ids that start anew, "
+            "without attention_mask, and with use_cache=False"
         )
     if mask.is_floating_point() and mask.numel() and not bool(mask.any()):
         raise ValueError(
@@ -157,6 +172,9 @@ def refuse_unsupported(module: nn.Module, mask: Any, dropout: float, size: tuple
         problem = f"is_causal=False: MoBA is causal{OTHERWISE}"
     elif mask is not None and mask.size not in (None, size):
         problem = f"rows, queries and keys {list(size)} with a mask made for {list(mask.size)}{OTHERWISE}"
+    blocks = kwargs.get("block_indices")
+    if blocks is not None and blocks.shape[-1] * getattr(module.config, "index_block_size", 0) < size[2]:
+        problem = f"block_indices: the model picks the blocks of each query itself{OTHERWISE}"
     for name, what in UNSUPPORTED.items():
         if kwargs.get(name) is not None:
             problem = f"{name}: the model {what}{OTHERWISE}"

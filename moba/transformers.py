@@ -41,7 +41,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from moba.attention import attend
 from moba.documents import Documents
 from moba.hf_layout import OTHERWISE, REFUSES, TokenLayout, padded_rows, rows_alone, token_layout
-from moba.hf_refusals import Calls, refuse_ignored_packing, refuse_unsupported, watch, watch_what_is_made
+from moba.hf_refusals import Calls, refuse_ignored_packing, refuse_unsupported, watch_all, watch_what_is_made
 from moba.kinds import AttentionSpec, Full, Moba, from_entry
 from moba.kv_cache import DECODE_DENSE, DECODE_MODES
 
@@ -77,7 +77,7 @@ def configure(
     ValueError for anything that does not fit.
     """
     config = model.config.get_text_config()
-    num_layers = config.num_hidden_layers
+    num_layers = getattr(config, "decoder_layers", None) or config.num_hidden_layers
     if (plan is None) == (block_size is None and top_k is None):
         raise ValueError("give block_size and top_k, or plan with one entry a layer")
     if plan is None:
@@ -94,7 +94,7 @@ def configure(
         raise ValueError(f"a MoBA plan of {len(entries)} layers for a model of {num_layers}")
     for layer in range(num_layers):
         _layer_spec(settings, layer)
-    watch(model, NAME)
+    watch_all(model, NAME)
     setattr(config, NAME, settings)
     model.set_attn_implementation(NAME)
 
