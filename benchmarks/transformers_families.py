@@ -1,13 +1,15 @@
 """Holds `attn_implementation="moba"` against transformers' own attention in every causal language model that this
 version of transformers knows and that can be built small.
 
-    python benchmarks/transformers_families.py to=docs/transformers.json families=llama,gemma3_text seconds=30
+    python benchmarks/transformers_families.py to=docs/results/transformers_families.json table=docs/transformers.md \\
+        families=llama,gemma3_text seconds=30
 
 Each family is a random model in float32 of a few layers, in a process of its own with a time limit. It is loaded with
 moba's attention, and a second one is switched to it by `configure`. With all blocks selected, logits, the gradient of
 every weight, logits of a batch padded on the left, and those of decoding step by step have to be those of eager
 attention; with two blocks a query, those of a dense mask that is made here. `to` gets all results; families that are
-there already and not named are kept. docs/transformers.md is written from it.
+there already and not named are kept. `table` gets them below its line "<!-- families -->". All take about a minute on
+one core.
 
 Outcomes: right; refused (a ValueError that names moba); WRONG (other numbers, or moba's attention was not reached);
 ERROR (any other exception); not built, with the reason.
@@ -21,8 +23,8 @@ import json
 import multiprocessing
 import re
 import sys
-import time
 import traceback
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoModelFo
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as FAMILIES  # noqa: E402
 
 import moba.transformers  # noqa: E402
+from moba.hf_layout import OTHERWISE, REFUSES  # noqa: E402
 
 LENGTH, VOCAB, LAYERS = 40, 97, 4
 BLOCK, TOP_K = 4, 2
@@ -367,15 +370,55 @@ def in_a_process(family: str, seconds: float) -> dict[str, Any]:
         process.join()
 
 
+MARK = "<!-- families -->\n"
+CHECKS = {"configured": "logits, gradients", "sparse": "sparse", "padded": "padded", "decoded": "decoded"}
+
+
+def table(results: dict[str, dict[str, Any]]) -> str:
+    """Markdown: how many families have which outcome, and a line for each."""
+    outcomes = Counter(one["outcome"] for one in results.values())
+    lines = [
+        f"transformers {transformers.__version__}, {len(results)} families of causal language models: "
+        + ", ".join(f"{number} {outcome}" for outcome, number in outcomes.most_common())
+        + f". Differences from eager attention, as a share of the largest magnitude; right is at most {TOLERANCE:g}.",
+        "",
+        "| family | | " + " | ".join(CHECKS.values()) + " |",
+        "|---" * (len(CHECKS) + 2) + "|",
+    ]
+    for family, one in results.items():
+        checks = one.get("checks", {})
+        cells = [cell(*checks[name]) if name in checks else "" for name in CHECKS]
+        if one["outcome"] == "not built":
+            cells = [cell("not built", one["why"]), *[""] * (len(CHECKS) - 1)]
+        lines.append(f"| {family} | {one['outcome']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def cell(found: str, text: str) -> str:
+    """A difference, or a reason without what all reasons have in common."""
+    if found == "right":
+        return text
+    text = text.replace(f"{REFUSES} ", "").replace(OTHERWISE, "").replace("|", "/")
+    text = text.encode("ascii", "replace").decode()
+    return f"{found}: {text[:150]}" if found not in ("refused", "not built") else text[:150]
+
+
 def main(arguments: list[str]) -> int:
     given = dict(argument.split("=", 1) for argument in arguments)
     to = Path(given["to"])
     results = json.loads(to.read_text()) if to.exists() else {}
-    begun = time.monotonic()
     for family in given["families"].split(",") if "families" in given else list(FAMILIES):
         results[family] = in_a_process(family, float(given.get("seconds", 30)))
-        print(family, json.dumps(results[family])[:700], f"{time.monotonic() - begun:.0f}", flush=True)
-        to.write_text(json.dumps(dict(sorted(results.items())), indent=1) + "\n")
+        print(f"{family}: {results[family]['outcome']}", flush=True)
+        results = dict(sorted(results.items()))
+        to.write_text(json.dumps(results, indent=1) + "\n")
+    if "table" in given:
+        page = Path(given["table"])
+        text, mark, _ = page.read_text(encoding="utf-8").partition(MARK)
+        page.write_text(text + mark + "\n" + table(results), encoding="utf-8")
+    print(
+        ", ".join(f"{number} {outcome}" for outcome, number in Counter(r["outcome"] for r in results.values()).items())
+    )
     return 0
 
 

@@ -42,10 +42,11 @@ JOINTS = {
     "or_masks": "mask_functions",
     "remap_positions_for_packed_sequence": "mask_function",
 }
+BLOCKS = "blockwise_overlay"
 OTHERS = {
     "bidirectional_mask_function": "bidirectional attention (is_causal=False, an encoder)",
     "sliding_window_bidirectional_overlay": "bidirectional attention",
-    "blockwise_overlay": "tokens that see later ones (block_sequence_ids, as for images)",
+    BLOCKS: "tokens that see later ones (block_sequence_ids, as for images)",
 }
 
 
@@ -182,11 +183,13 @@ def _parts(mask_function: Callable) -> Iterator[str]:
         yield getattr(mask_function, "__qualname__", repr(mask_function))
         return
     name = mask_function.__qualname__.partition(".")[0]
-    given = inspect.getclosurevars(mask_function).nonlocals
-    if name == "blockwise_overlay" and bool((given["block_sequence_ids"] < 0).all()):
-        return  # adds nothing
-    if name not in JOINTS:
+    if name not in JOINTS and name != BLOCKS:
         yield name
+        return
+    given = inspect.getclosurevars(mask_function).nonlocals
+    if name == BLOCKS:
+        if bool((given["block_sequence_ids"] >= 0).any()):  # else it adds nothing
+            yield name
         return
     inner = given[JOINTS[name]]
     for one in inner if isinstance(inner, tuple) else (inner,):

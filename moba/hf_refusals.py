@@ -12,7 +12,6 @@ import inspect
 import re
 import sys
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -97,24 +96,18 @@ class _Inputs:
 
     def __init__(self, name: str):
         self.name = name
-        self.calls_before: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+        self.calls_before = -1
 
     def __call__(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if getattr(model.config, "_attn_implementation", None) != self.name:
             return
-        self.calls_before[model] = Calls.number
+        self.calls_before = Calls.number
         mask = kwargs.get("attention_mask")
         if mask is None and len(args) > 1:
             names = list(inspect.signature(model.forward).parameters)
             mask = dict(zip(names, args)).get("attention_mask")
         if isinstance(mask, Tensor) and mask.dim() == 2 and mask.dtype != torch.bool:
             refuse_mask_values(mask)
-
-    def __deepcopy__(self, _memo) -> _Inputs:
-        return _Inputs(self.name)
-
-    def __reduce__(self):
-        return _Inputs, (self.name,)
 
 
 class _Reached:
@@ -124,7 +117,7 @@ class _Reached:
         self.inputs = inputs
 
     def __call__(self, model: nn.Module, _args: tuple, _outputs: Any) -> None:
-        if self.inputs.calls_before.pop(model, -1) == Calls.number:
+        if self.inputs.calls_before == Calls.number and model.config._attn_implementation == self.inputs.name:
             raise ValueError(
                 f"{type(model).__name__}: {REFUSES} models of which no layer attends through transformers' attention "
                 f"interface{OTHERWISE}"
