@@ -19,7 +19,7 @@ token. Documents packed into rows are kept apart where transformers says that th
 attention_mask and cache (its own rule), or by `cu_seq_lens_q` and `cu_seq_lens_k`. Grouped keys and values are not
 repeated; values may have a smaller head size than keys. Whatever would be ignored or wrong raises ValueError with its
 name: models with an attention of their own, masks that are not causal (bidirectional, prefix-LM), dropout,
-output_attentions, sliding windows and chunks shorter than the text, 4-D masks and masks of other values than 0 and 1,
+output_attentions, sliding windows shorter than the text, 4-D masks and masks of other values than 0 and 1,
 static and paged caches, score caps and sinks, position_ids that start anew where transformers does not look for
 packing. docs/transformers.md lists the families of models. Not for torch.compile.
 

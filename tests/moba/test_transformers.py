@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import (
     CONFIG_MAPPING,
+    AutoModel,
     AutoModelForCausalLM,
     DeepseekV3Config,
     DynamicCache,
@@ -446,6 +447,7 @@ ROWS, COLUMNS = 2, 24
 IMAGE = torch.where((torch.arange(COLUMNS) // 4 == 2)[None].expand(ROWS, -1), 0, -1)
 POSITIONS = torch.cat([torch.arange(9), torch.arange(COLUMNS - 9)])[None].expand(ROWS, -1)
 REAL = torch.arange(COLUMNS)[None] >= torch.tensor([[0], [5]])
+HOLE = (torch.arange(COLUMNS) != 10)[None].expand(ROWS, -1)
 
 
 @pytest.mark.parametrize(
@@ -472,6 +474,7 @@ REAL = torch.arange(COLUMNS)[None] >= torch.tensor([[0], [5]])
         (masking_utils.create_chunked_causal_mask, {"chunk": COLUMNS, "attention_mask": REAL}, None),
         (masking_utils.create_chunked_causal_mask, {"chunk": 10}, None),
         (masking_utils.create_chunked_causal_mask, {"chunk": 10, "attention_mask": REAL}, None),
+        (masking_utils.create_chunked_causal_mask, {"chunk": 10, "attention_mask": HOLE}, None),
     ],
 )  # fmt: skip
 def test_masks_are_documents_or_say_why_not(make, given, problem):
@@ -544,6 +547,18 @@ def test_models_with_an_attention_of_their_own_are_refused(family):
         configure(model, **SPARSE)
     assert model.config._attn_implementation == "eager" and not hasattr(model.config, "moba")
     model(tokens(9))
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "t5"])
+def test_encoders_are_refused(family):
+    """Catches an encoder that becomes causal."""
+    config_class = CONFIG_MAPPING[family]
+    known = {field.name for field in dataclasses.fields(config_class)}
+    config = config_class(**{key: value for key, value in SMALL.items() if key in known - {"is_decoder"}})
+    model = AutoModel.from_config(config, attn_implementation="eager")
+    configure(model, **SPARSE)
+    with pytest.raises(ValueError, match="does not support bidirectional attention"):
+        model(tokens(9))
 
 
 def test_a_model_without_attention_is_refused():
