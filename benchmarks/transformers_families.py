@@ -411,7 +411,8 @@ def main(arguments: list[str]) -> int:
         results[family] = in_a_process(family, float(given.get("seconds", 30)))
         print(f"{family}: {results[family]['outcome']}", flush=True)
         results = dict(sorted(results.items()))
-        to.write_text(json.dumps(results, indent=1) + "\n")
+        lines = [f"{json.dumps(name)}: {json.dumps(one)}" for name, one in results.items()]
+        to.write_text("{\n" + ",\n".join(lines) + "\n}\n")
     if "table" in given:
         page = Path(given["table"])
         text, mark, _ = page.read_text(encoding="utf-8").partition(MARK)
