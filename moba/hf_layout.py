@@ -18,6 +18,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
@@ -47,6 +48,8 @@ OTHERS = {
     "bidirectional_mask_function": "bidirectional attention (is_causal=False, an encoder)",
     "sliding_window_bidirectional_overlay": "bidirectional attention",
     BLOCKS: "tokens that see later ones (block_sequence_ids, as for images)",
+    "": "a mask pattern without a causal part",
+    "or_masks": "tokens that may see later ones (or_masks)",
 }
 
 
@@ -160,7 +163,8 @@ def _problem(size, q_offset: int, kv_offset: int, mask_function, attention_mask,
     batch_size, q_length, kv_length = size
     if use_vmap:
         return f"{REFUSES} a custom mask pattern (prefix-LM or image tokens): it knows causal documents only{OTHERWISE}"
-    for part in _parts(mask_function):
+    parts = list(_parts(mask_function))
+    for part in parts if causal_mask_function.__name__ in parts else [*parts, ""]:
         if part not in INTERVALS:
             return f"{REFUSES} {OTHERS.get(part, f'the mask pattern {part}')}: it is causal{OTHERWISE}"
     if kv_offset or q_offset + q_length != kv_length:
@@ -177,8 +181,8 @@ def _problem(size, q_offset: int, kv_offset: int, mask_function, attention_mask,
 
 
 def _parts(mask_function: Callable) -> Iterator[str]:
-    """The names of a pattern's parts, those of transformers' functions that made them. Only blocks are joined by
-    `or_masks`, and those of INTERVALS are joined by `and_masks`."""
+    """The names of a pattern's parts, those of transformers' functions that made them; all are joined by `and_masks`
+    unless "or_masks" is among them."""
     if getattr(mask_function, "__module__", None) != masking_utils.__name__:
         yield getattr(mask_function, "__qualname__", repr(mask_function))
         return
@@ -192,8 +196,10 @@ def _parts(mask_function: Callable) -> Iterator[str]:
             yield name
         return
     inner = given[JOINTS[name]]
-    for one in inner if isinstance(inner, tuple) else (inner,):
-        yield from _parts(one)
+    found = [list(_parts(one)) for one in (inner if isinstance(inner, tuple) else (inner,))]
+    yield from chain(*found)
+    if name == "or_masks" and sum(map(bool, found)) > 1:
+        yield name
 
 
 def _document_starts(

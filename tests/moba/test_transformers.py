@@ -439,6 +439,10 @@ def test_custom_masks_are_refused():
     assert "custom mask pattern" in token_layout(1, 8, 8, use_vmap=True).problem
     assert "the mask pattern test_custom" in token_layout(1, 8, 8, mask_function=lambda *_: torch.tensor(True)).problem
     assert token_layout(1, 8, 8).problem is None
+    causal, packed = masking_utils.causal_mask_function, masking_utils.packed_sequence_mask_function(POSITIONS)
+    assert "without a causal part" in token_layout(2, 8, 8, mask_function=packed).problem
+    assert "see later ones" in token_layout(2, 8, 8, mask_function=masking_utils.or_masks(causal, packed)).problem
+    assert token_layout(2, 8, 8, mask_function=masking_utils.and_masks(causal, packed)).problem is None
     layout = token_layout(2, 4, 4, attention_mask=torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]], dtype=torch.bool))
     assert isinstance(layout, TokenLayout) and layout.documents.cu_seqlens.tolist() == [0, 2, 6]
 
