@@ -42,7 +42,7 @@ def refuse_unless_it_follows(model: PreTrainedModel) -> None:
     Models of images and sound, and those that hold a language model of another class, may have any attention.
     """
     config = model.config
-    if not hasattr(config, "vocab_size") or config.get_text_config(decoder=True) is not config:
+    if not hasattr(config, "vocab_size") or type(config.get_text_config(decoder=True)) is not type(config):
         return
     module = sys.modules.get(type(model).__module__)
     try:
@@ -55,6 +55,18 @@ def refuse_unless_it_follows(model: PreTrainedModel) -> None:
             f"{type(model).__name__}: {REFUSES} models with an attention of their own, which do not follow "
             f"transformers' attention interface{OTHERWISE}"
         )
+
+
+def refuse_unless_switched(model: nn.Module, name: str) -> None:
+    """Raises ValueError if a language model in it kept another attention, as one with a config of its own may."""
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and hasattr(module.config, "vocab_size"):
+            kept = module.config._attn_implementation
+            if kept != name:
+                raise ValueError(
+                    f"{type(module).__name__} in {type(model).__name__} stays at attn_implementation={kept!r} where "
+                    f"transformers sets the whole to {name!r}: {REFUSES} such models{OTHERWISE}"
+                )
 
 
 def watch_all(model: nn.Module, name: str) -> None:

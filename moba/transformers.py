@@ -41,7 +41,14 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from moba.attention import attend
 from moba.documents import Documents
 from moba.hf_layout import OTHERWISE, REFUSES, TokenLayout, padded_rows, rows_alone, token_layout
-from moba.hf_refusals import Calls, refuse_ignored_packing, refuse_unsupported, watch_all, watch_what_is_made
+from moba.hf_refusals import (
+    Calls,
+    refuse_ignored_packing,
+    refuse_unless_switched,
+    refuse_unsupported,
+    watch_all,
+    watch_what_is_made,
+)
 from moba.kinds import AttentionSpec, Full, Moba, from_entry
 from moba.kv_cache import DECODE_DENSE, DECODE_MODES
 
@@ -95,8 +102,15 @@ def configure(
     for layer in range(num_layers):
         _layer_spec(settings, layer)
     watch_all(model, NAME)
+    before, settings_before = model.config._attn_implementation, getattr(config, NAME, None)
     setattr(config, NAME, settings)
     model.set_attn_implementation(NAME)
+    try:
+        refuse_unless_switched(model, NAME)
+    except ValueError:
+        delattr(config, NAME) if settings_before is None else setattr(config, NAME, settings_before)
+        model.set_attn_implementation(before)
+        raise
 
 
 # -------------------- what is prompt

@@ -487,11 +487,11 @@ def test_masks_are_documents_or_say_why_not(make, given, problem):
     given = dict(given)
     config = LlamaConfig(hidden_size=8, num_attention_heads=1, num_hidden_layers=1, vocab_size=8)
     config.sliding_window, config.attention_chunk_size = given.pop("window", None), given.pop("chunk", None)
-    arguments = {"inputs_embeds": torch.zeros(ROWS, COLUMNS, 8), "attention_mask": None, "cache": None, **given}
     made = {}
     for attention in ("eager", "moba"):
         config._attn_implementation = attention
-        made[attention] = make(config, **arguments)
+        embeds, real = torch.zeros(ROWS, COLUMNS, 8), given.get("attention_mask")
+        made[attention] = make(config, embeds, real, None, **{n: v for n, v in given.items() if n != "attention_mask"})
     layout = made["moba"]
     if problem is not None:
         assert problem in layout.problem
@@ -560,9 +560,20 @@ def test_encoders_are_refused(family):
     known = {field.name for field in dataclasses.fields(config_class)}
     config = config_class(**{key: value for key, value in SMALL.items() if key in known - {"is_decoder"}})
     model = AutoModel.from_config(config, attn_implementation="eager")
-    configure(model, **SPARSE)
-    with pytest.raises(ValueError, match="does not support bidirectional attention"):
+    with pytest.raises(ValueError, match=r"does not support (bidirectional attention|such models)"):
+        configure(model, **SPARSE)
         model(tokens(9))
+
+
+def test_a_model_that_keeps_its_attention_is_refused():
+    """Catches a switch that reaches the outer model alone: one inside has a config of its own."""
+    model = hf_model(attention="sdpa")
+    model.model.config = copy.deepcopy(model.config)
+    model._can_set_attn_implementation = lambda: True
+    model.model._can_set_attn_implementation = lambda: False
+    with pytest.raises(ValueError, match="LlamaModel in LlamaForCausalLM stays at attn_implementation='sdpa'"):
+        configure(model, **SPARSE)
+    assert model.config._attn_implementation == "sdpa" and not hasattr(model.config, "moba")
 
 
 def test_a_model_without_attention_is_refused():
