@@ -14,6 +14,7 @@ K = top_k.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import accumulate
 
 import torch
@@ -26,7 +27,7 @@ from moba.kinds import AttentionSpec, Full, Moba
 from moba.routing import block_means, select_blocks
 
 DECODE_OWN, DECODE_DENSE = DECODE_MODES = (Moba.name, Full.name)
-"""How a single new token attends: by its layer's own kind, or to everything that this kind replaces."""
+"""How tokens behind the prompt attend: by their layer's own kind, or to everything that this kind replaces."""
 MIN_CAPACITY = 256
 
 
@@ -104,9 +105,10 @@ class SequenceCache:
 class LayerCache:
     """The sequences of one layer, and the attention of new tokens over them."""
 
-    def __init__(self, num_sequences: int, decode: str):
+    def __init__(self, num_sequences: int, prompts: Sequence[int] | None):
         self.sequences = [SequenceCache() for _ in range(num_sequences)]
-        self.decode = decode
+        self.prompts = prompts
+        """Tokens of each sequence's prompt, behind which attention is dense; None: it never is."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, documents: Documents) -> Tensor:
         """Appends k, v [T, G, D] and returns the attention of q [T, H, D] over all that is cached: [T, H, D].
@@ -115,10 +117,14 @@ class LayerCache:
         """
         bounds = self._bounds(documents)
         outs = [q[:0]]
-        for sequence, start, stop in zip(self.sequences, bounds, bounds[1:]):
-            if stop > start:
-                sequence.append(k[start:stop], v[start:stop])
-                outs.append(self._attend_one(q[start:stop], sequence, spec))
+        for i, (sequence, start, stop) in enumerate(zip(self.sequences, bounds, bounds[1:])):
+            prompt = stop - start if self.prompts is None else max(self.prompts[i] - sequence.length, 0)
+            # A piece that reaches beyond the prompt is attended in two: what one returns must not depend on the cut.
+            split = min(start + prompt, stop)
+            for first, last, dense in ((start, split, False), (split, stop, True)):
+                if last > first:
+                    sequence.append(k[first:last], v[first:last])
+                    outs.append(self._attend_one(q[first:last], sequence, spec, dense))
         return torch.cat(outs) if len(outs) > 2 else outs[-1]
 
     def convolve(self, convolution: KeyConvolution, k_TC: Tensor, documents: Documents) -> Tensor:
@@ -141,25 +147,38 @@ class LayerCache:
             )
         return list(accumulate(documents.host_lengths()[0], initial=0))
 
-    def _attend_one(self, q: Tensor, sequence: SequenceCache, spec: AttentionSpec) -> Tensor:
-        if q.shape[0] == 1 < sequence.length:
-            return spec.decode(q, sequence, dense=self.decode == DECODE_DENSE)
-        return attend(q, sequence.k, sequence.v, spec, sequence.documents(q.shape[0]))[0]
+    def _attend_one(self, q: Tensor, sequence: SequenceCache, spec: AttentionSpec, dense: bool) -> Tensor:
+        if q.shape[0] == 1 < sequence.length:  # the same as below, reading less
+            return spec.decode(q, sequence, dense=dense)
+        kind = spec.dense() if dense else spec
+        return attend(q, sequence.k, sequence.v, kind, sequence.documents(q.shape[0]))[0]
 
 
 class KVCache:
     """Caches of all layers of a model: `cache[i]` is layer i's, `cache.lengths` the tokens read so far.
 
-    `decode` says how a single new token attends in MoBA layers: "moba" routes it like any other token, "full" lets it
-    see everything, as the paper evaluates (MoBA while reading the prompt, full attention while generating). Chunks of
-    more than one token always follow the layer's AttentionSpec, and so do full layers and sliding windows. Specs may
-    be swapped between calls; a window's cache keeps all keys, so that it may be widened.
+    `decode` says how the tokens behind the prompt attend in MoBA layers: "moba" routes them like any others, "full"
+    lets them see everything, as the paper evaluates (MoBA while reading the prompt, full attention while generating);
+    `prompts`, the tokens of each sequence's prompt, is for "full" alone. Chunks of any size give the same. Full layers
+    and sliding windows stay as they are. Specs may be swapped between calls; a window's cache keeps all keys, so that
+    it may be widened. Raises ValueError for what does not fit.
     """
 
-    def __init__(self, num_layers: int, num_sequences: int = 1, decode: str = DECODE_OWN):
+    def __init__(
+        self,
+        num_layers: int,
+        num_sequences: int = 1,
+        decode: str = DECODE_OWN,
+        prompts: Sequence[int] | None = None,
+    ):
         if decode not in DECODE_MODES:
             raise ValueError(f"decode={decode!r}: choose one of {', '.join(DECODE_MODES)}")
-        self.layers = [LayerCache(num_sequences, decode) for _ in range(num_layers)]
+        if (decode == DECODE_DENSE) != (prompts is not None) or len(prompts or [0] * num_sequences) != num_sequences:
+            raise ValueError(
+                f"prompts={prompts} with decode={decode!r} and {num_sequences} sequences: decode={DECODE_DENSE!r} "
+                "needs the tokens of each sequence's prompt, and nothing else takes them"
+            )
+        self.layers = [LayerCache(num_sequences, prompts) for _ in range(num_layers)]
 
     def __getitem__(self, layer: int) -> LayerCache:
         return self.layers[layer]

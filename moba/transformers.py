@@ -9,47 +9,52 @@ entry a layer]}` needs no `configure`: `from_pretrained(..., attn_implementation
 
 Generation reads the prompt with MoBA and decodes, by default, with full attention, as the paper evaluates (section
 3.3). `decode="moba"` routes new tokens like any others; block means are then recomputed from the cached keys at every
-step, so that a step reads all keys (but not all values). A step of one new token over a longer cache is decoding, and
-a longer one is a chunk of prompt, which stays MoBA; so a prompt's last chunk should not be a single token.
+step, so that a step reads all keys (but not all values). With decode="full" it matters what is prompt: `with
+prompt(tokens):` says so. Without it, it is what was read into the empty cache, tokens that follow one by one are
+decoded, and several at a time over a cache are refused, since they may be either. So generate() needs prompt() for a
+prompt in chunks, speculative decoding and use_cache=False.
 
 Padding, left or right, is taken out before attention and put back as zeros, so blocks start at each row's first real
 token. Documents packed into rows are kept apart where transformers says that there are any: by position_ids without
 attention_mask and cache (its own rule), or by `cu_seq_lens_q` and `cu_seq_lens_k`. Grouped keys and values are not
-repeated. Whatever would be ignored or wrong raises ValueError with its name: dropout, output_attentions, sliding
-windows shorter than the text, 4-D masks, static and paged caches, score caps and sinks, position_ids that start anew
-where transformers does not look for packing. Not for torch.compile.
+repeated; values may have a smaller head size than keys. Whatever would be ignored or wrong raises ValueError with its
+name: models with an attention of their own, masks that are not causal (bidirectional, prefix-LM), dropout,
+output_attentions, sliding windows shorter than the text, 4-D masks and masks of other values than 0 and 1,
+static and paged caches, score caps and sinks, position_ids that start anew where transformers does not look for
+packing. docs/transformers.md lists the families of models. Not for torch.compile.
 
-Shapes: B rows, Q new tokens and S keys a row, T tokens in all, H query heads, G key/value heads, D head size.
+Shapes: B rows, Q new tokens and S keys a row, T tokens in all, H query heads, G key/value heads, D head size (Dv of
+values).
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.masking_utils import causal_mask_function
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
 
 from moba.attention import attend
 from moba.documents import Documents
+from moba.hf_layout import OTHERWISE, REFUSES, TokenLayout, padded_rows, rows_alone, token_layout
+from moba.hf_refusals import (
+    Calls,
+    refuse_ignored_packing,
+    refuse_unless_switched,
+    refuse_unsupported,
+    watch_all,
+    watch_what_is_made,
+)
 from moba.kinds import AttentionSpec, Full, Moba, from_entry
 from moba.kv_cache import DECODE_DENSE, DECODE_MODES
 
 NAME = Moba.name
 """What transformers, and the settings in a config, call it."""
 SETTINGS = ("plan", "decode")
-# Arguments some models pass to their attention, which MoBA would have to ignore.
-UNSUPPORTED = {
-    "softcap": "caps its scores",
-    "s_aux": "has attention sinks",
-    "position_bias": "adds a position bias to its scores",
-    "cache": "runs with a paged cache (continuous batching)",
-}
 
 
 def register() -> None:
@@ -57,10 +62,11 @@ def register() -> None:
     would hand it no mask, and padding would be lost."""
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, token_layout)
+    watch_what_is_made(NAME)
 
 
 def configure(
-    model: PreTrainedModel,
+    model: nn.Module,
     *,
     block_size: int | None = None,
     top_k: int | None = None,
@@ -78,7 +84,7 @@ def configure(
     ValueError for anything that does not fit.
     """
     config = model.config.get_text_config()
-    num_layers: int = config.num_hidden_layers
+    num_layers = getattr(config, "decoder_layers", None) or config.num_hidden_layers
     if (plan is None) == (block_size is None and top_k is None):
         raise ValueError("give block_size and top_k, or plan with one entry a layer")
     if plan is None:
@@ -91,90 +97,69 @@ def configure(
         raise ValueError(f"{name}={value} with plan: the plan says it of each layer")
     entries = [e.entry() if isinstance(e, AttentionSpec) else list(e) for e in plan]
     settings = {"plan": entries, "decode": decode}
+    if len(entries) != num_layers:
+        raise ValueError(f"a MoBA plan of {len(entries)} layers for a model of {num_layers}")
     for layer in range(num_layers):
-        _layer_spec(settings, layer, num_layers)
+        _layer_spec(settings, layer)
+    watch_all(model, NAME)
+    before, settings_before = model.config._attn_implementation, getattr(config, NAME, None)
     setattr(config, NAME, settings)
     model.set_attn_implementation(NAME)
+    try:
+        refuse_unless_switched(model, NAME)
+    except ValueError:
+        delattr(config, NAME) if settings_before is None else setattr(config, NAME, settings_before)
+        model.set_attn_implementation(before)
+        raise
+
+
+# -------------------- what is prompt
+
+
+_PROMPT: ContextVar[int | None] = ContextVar("prompt", default=None)
+
+
+@contextmanager
+def prompt(tokens: int) -> Iterator[None]:
+    """Context in which the first `tokens` columns of each text, padding included, are prompt and later ones decoded.
+
+    So decode="full" means the same however a text is cut: a prompt in chunks, several new tokens a step (speculative
+    decoding), everything again at each step (use_cache=False).
+
+        with moba.transformers.prompt(ids.shape[1]):
+            model.generate(ids, prompt_lookup_num_tokens=4)
+
+    For the thread that enters it. Raises ValueError unless it is an integer of at least 1.
+    """
+    if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:
+        raise ValueError(f"prompt({tokens!r}): needs the number of the prompt's tokens, such as ids.shape[1]")
+    token = _PROMPT.set(tokens)
+    try:
+        yield
+    finally:
+        _PROMPT.reset(token)
+
+
+def _first_decoded(num_queries: int, num_keys: int) -> int:
+    """The column from which on tokens are decoded, between those of the first query and of none."""
+    earlier = num_keys - num_queries
+    told = _PROMPT.get()
+    if told is not None:
+        return min(max(told, earlier), num_keys)
+    if earlier and num_queries > 1:
+        raise ValueError(
+            f"{num_queries} new tokens over {earlier} in the cache may be a chunk of the prompt or several decoded "
+            "tokens, which attn_implementation='moba' computes differently: run it within "
+            "`with moba.transformers.prompt(tokens):`, or configure(..., decode='moba')"
+        )
+    return earlier or num_keys
 
 
 # -------------------- what transformers calls
 
 
-class ModelSettings(Protocol):
-    """Of a model's configuration, what is read besides `moba`."""
-
-    num_hidden_layers: int
-
-
-class AttentionModule(Protocol):
-    """Of a model's attention module, what is read."""
-
-    config: ModelSettings
-    layer_idx: int
-
-
-@dataclass(frozen=True)
-class TokenLayout:
-    """Where the real tokens of a padded or packed batch are, and which belong together.
-
-    `documents` are those of the batch once padding is out; the indices (int64) say where their queries and keys were in
-    the flattened batch, None: everywhere, there was no padding.
-    """
-
-    documents: Documents
-    query_index_T: Tensor | None = None
-    key_index_T: Tensor | None = None
-
-
-def token_layout(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: int | Tensor = 0,
-    kv_offset: int = 0,
-    mask_function: Callable = causal_mask_function,
-    attention_mask: Tensor | None = None,
-    use_vmap: bool = False,
-    device: torch.device | str = "cpu",
-    **_,
-) -> TokenLayout | None:
-    """The layout of a batch, made once for all layers; None if rows are single documents without padding.
-
-    This is MoBA's mask function: transformers hands what it returns to `attention_forward` as `attention_mask`. Takes
-    the 2-D mask ([B, S], true for real tokens) and the causal, packed or windowed pattern as a function of indices.
-    Reads the mask on the host. Raises ValueError for patterns that are no packed causal documents.
-    """
-    if kv_offset or int(q_offset) + q_length != kv_length:
-        raise ValueError(
-            f"a cache that holds {kv_length} keys for {int(q_offset) + q_length} tokens (static or sliding, or a mask "
-            "longer than the tokens): attn_implementation='moba' needs all keys and no others, as in a DynamicCache"
-        )
-    starts_BQ = None
-    if use_vmap:
-        raise ValueError("a custom mask pattern: attn_implementation='moba' knows causal documents only")
-    if mask_function is not causal_mask_function:
-        starts_BQ = _document_starts(mask_function, batch_size, int(q_offset), q_length, device)
-    if attention_mask is not None and tuple(attention_mask.shape) != (batch_size, kv_length):
-        raise ValueError(
-            f"attention_mask has shape {list(attention_mask.shape)}: attn_implementation='moba' needs "
-            f"[{batch_size}, {kv_length}], the cached tokens' part included"
-        )
-    padded = attention_mask is not None and not bool(attention_mask.all())
-    if starts_BQ is not None:
-        if padded:
-            raise ValueError("attention_mask with padding over packed documents: leave one of them out")
-        bounds = F.pad(starts_BQ.flatten(), (0, 1), value=True).nonzero().flatten()
-        return TokenLayout(Documents.from_lengths(bounds.diff().tolist(), device=device))
-    if attention_mask is None or not padded:
-        return None
-    key_BS = attention_mask.bool()
-    query_BQ = key_BS[:, kv_length - q_length :]
-    documents = Documents.from_lengths(*(real.sum(1).tolist() for real in (query_BQ, key_BS)), device=device)
-    return TokenLayout(documents, *(real.flatten().nonzero().flatten() for real in (query_BQ, key_BS)))
-
-
 def attention_forward(
-    module: AttentionModule,
+    module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -183,42 +168,68 @@ def attention_forward(
     scaling: float | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
-    """(attention output [B, Q, H, D] in query's dtype, None), zero for padding; the layer's plan entry says how.
+    """(attention output [B, Q, H, Dv] in query's dtype, None), zero for padding; the layer's plan entry says how.
 
-    query is [B, H, Q, D], key and value are [B, G, S, D], S >= Q: queries are the last tokens. `attention_mask` is
-    what `token_layout` made of the mask. Raises ValueError for what is not supported, naming it.
+    query is [B, H, Q, D], key [B, G, S, D] and value [B, G, S, Dv], S >= Q, Dv <= D: queries are the last tokens.
+    `attention_mask` is what `token_layout` made of the mask. Raises ValueError for what is not supported, naming it.
     """
-    _refuse_unsupported(module, attention_mask, dropout, key.shape[2], kwargs)
-    config = module.config
-    settings = getattr(config, NAME, None)
-    spec = _layer_spec(settings, module.layer_idx, config.num_hidden_layers)
-    assert settings is not None
-    if query.shape[2] == 1 < key.shape[2] and settings.get("decode", DECODE_DENSE) == DECODE_DENSE:
-        spec = spec.dense()
-    layout = _packed_layout(query, key, kwargs, attention_mask) or attention_mask
+    Calls.number += 1
+    num_rows, num_queries, num_keys = query.shape[0], query.shape[2], key.shape[2]
+    refuse_unsupported(module, attention_mask, dropout, (num_rows, num_queries, num_keys), kwargs)
+    settings = getattr(module.config, NAME, None)
+    spec = _layer_spec(settings, getattr(module, "layer_idx", None))
+    layout = _packed_layout(query, key, kwargs, attention_mask)
     if layout is None:
-        if module.layer_idx == 0:
-            _refuse_ignored_packing(kwargs.get("position_ids"))
-        layout = TokenLayout(_rows(query.shape[0], query.shape[2], key.shape[2], query.device))
+        refuse_ignored_packing(kwargs.get("position_ids"), attention_mask)
+        layout = attention_mask
+    if layout is None:
+        layout = TokenLayout(rows_alone(num_rows, num_queries, num_keys, query.device))
+    dense = spec.dense() if settings.get("decode", DECODE_DENSE) == DECODE_DENSE else spec
+    first = num_keys if dense == spec else _first_decoded(num_queries, num_keys)
+    read = first - (num_keys - num_queries)
+    if read in (0, num_queries):
+        return _attend(query, key, value, layout, spec if read else dense, scaling), None
+    if layout.is_packed:
+        raise ValueError(f"prompt({first}) within packed documents: give it one text a row, or leave prompt() out")
+    whole_BS = layout.real_BS
+    if whole_BS is None:
+        head = TokenLayout(rows_alone(num_rows, read, first, query.device))
+        tail = TokenLayout(rows_alone(num_rows, num_queries - read, num_keys, query.device))
+    else:
+        head, tail = padded_rows(whole_BS[:, :first], read), padded_rows(whole_BS, num_queries - read)
+    parts = [
+        _attend(query[:, :, :read], key[:, :, :first], value[:, :, :first], head, spec, scaling),
+        _attend(query[:, :, read:], key, value, tail, dense, scaling),
+    ]
+    return torch.cat(parts, dim=1), None
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout, spec: AttentionSpec, scaling: float | None
+) -> Tensor:
+    """Attention [B, Q, H, Dv] by a layout; zeros where there was padding."""
+    size, size_k = value.shape[3], key.shape[3]
+    if size > size_k:
+        raise ValueError(f"{REFUSES} values of head size {size} with keys of {size_k}: at most the keys'{OTHERWISE}")
     q_THD = _pack(query, layout.query_index_T)
     if q_THD.shape[0] == 0:
-        return torch.zeros_like(query.transpose(1, 2)), None
+        return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], size)
     out_THD, _ = attend(
         q_THD,
         _pack(key, layout.key_index_T),
-        _pack(value, layout.key_index_T),
+        _pack(F.pad(value, (0, size_k - size)) if size < size_k else value, layout.key_index_T),
         spec,
         layout.documents.to(query.device),
         softmax_scale=scaling,
         deterministic=torch.are_deterministic_algorithms_enabled(),
     )
-    return _unpack(out_THD, layout.query_index_T, query.shape[0], query.shape[2]), None
+    return _unpack(out_THD[..., :size], layout.query_index_T, query.shape[0], query.shape[2])
 
 
-# -------------------- settings and refusals
+# -------------------- settings
 
 
-def _layer_spec(settings: dict | None, layer: int, num_layers: int) -> AttentionSpec:
+def _layer_spec(settings: dict | None, layer: int | None) -> AttentionSpec:
     """The plan's entry for a layer; ValueError, naming the key, if the settings (`config.moba`) are not in order."""
     if not isinstance(settings, dict) or "plan" not in settings:
         raise ValueError(
@@ -231,8 +242,11 @@ def _layer_spec(settings: dict | None, layer: int, num_layers: int) -> Attention
     if settings.get("decode", DECODE_DENSE) not in DECODE_MODES:
         raise ValueError(f"decode={settings['decode']!r}: choose one of {', '.join(DECODE_MODES)}")
     plan = settings["plan"]
-    if len(plan) != num_layers:
-        raise ValueError(f"a MoBA plan of {len(plan)} layers for a model of {num_layers}")
+    if layer is None or layer >= len(plan):
+        raise ValueError(
+            f"config.moba has a plan of {len(plan)} layers, and attention is asked of layer {layer}: "
+            "attn_implementation='moba' needs one entry for each numbered layer that attends"
+        )
     entry = plan[layer]
     try:
         return from_entry(entry)
@@ -240,64 +254,7 @@ def _layer_spec(settings: dict | None, layer: int, num_layers: int) -> Attention
         raise ValueError(f"plan[{layer}]={entry!r}: {error}") from error
 
 
-def _refuse_unsupported(module: AttentionModule, mask, dropout: float, num_keys: int, kwargs: dict) -> None:
-    """Raises ValueError, by name, for what attention is asked to do beyond causal attention over packed documents."""
-    problem = None
-    window = kwargs.get("sliding_window")
-    if dropout:
-        problem = f"dropout={dropout}: set config.attention_dropout to 0"
-    elif kwargs.get("output_attentions"):
-        problem = "output_attentions=True: attention weights are never formed"
-    elif window is not None and window < num_keys:
-        problem = f"sliding_window={window} with {num_keys} keys: set config.sliding_window to None before loading"
-    elif mask is not None and not isinstance(mask, TokenLayout):
-        problem = f"an attention_mask of shape {list(mask.shape)}: give the model a 2-D mask, 1 for real tokens"
-    elif kwargs.get("is_causal") is False or getattr(module, "is_causal", True) is False:
-        problem = "is_causal=False: MoBA is causal"
-    for name, what in UNSUPPORTED.items():
-        if kwargs.get(name) is not None:
-            problem = f"{name}: the model {what}"
-    if problem:
-        raise ValueError(f"attn_implementation='moba' does not support {problem}")
-
-
-def _refuse_ignored_packing(positions: Tensor | None) -> None:
-    """Raises ValueError if positions [B, Q] start anew within a row that is taken for one document. Reads them on the
-    host, so one layer does it for all."""
-    if positions is not None and positions.dim() == 2 and bool((positions.diff(dim=1) != 1).any()):
-        raise ValueError(
-            "position_ids start anew within a row, but with attention_mask or a cache transformers does not take that "
-            "for packed documents: pass use_cache=False and no attention_mask, or cu_seq_lens_q and cu_seq_lens_k"
-        )
-
-
 # -------------------- batches to packs and back
-
-
-def _document_starts(
-    mask_function: Callable, batch_size: int, q_offset: int, q_length: int, device: torch.device | str
-) -> Tensor | None:
-    """Bool [B, Q], true where a document starts, for the pattern (row, head, query, key) -> may see; None if each row
-    is one document.
-
-    A document starts where a token does not see the one before. That it sees back to the start of its document rules
-    out sliding windows that hide something; ValueError then.
-    """
-    row_B1 = torch.arange(batch_size, device=device)[:, None]
-    head = torch.zeros((), dtype=torch.int64, device=device)
-    query_1Q = torch.arange(q_offset, q_offset + q_length, device=device)[None]
-    sees_previous = mask_function(row_B1, head, query_1Q, (query_1Q - 1).clamp(min=0)).expand(batch_size, -1)
-    first_BQ = torch.where(sees_previous, 0, query_1Q).cummax(1).values
-    if not bool(mask_function(row_B1, head, query_1Q, first_BQ).all()) or (q_offset and not bool(sees_previous.all())):
-        raise ValueError(
-            "a mask that hides part of a text (sliding window): attn_implementation='moba' does not support "
-            "sliding_window shorter than the text; set config.sliding_window to None before loading"
-        )
-    if bool(sees_previous.all()):
-        return None
-    starts_BQ = ~sees_previous
-    starts_BQ[:, 0] = True
-    return starts_BQ
 
 
 def _packed_layout(query: Tensor, key: Tensor, kwargs: dict, layout: TokenLayout | None) -> TokenLayout | None:
@@ -311,14 +268,9 @@ def _packed_layout(query: Tensor, key: Tensor, kwargs: dict, layout: TokenLayout
             f"cu_seq_lens_q, cu_seq_lens_k with {query.shape[0]} rows, {query.shape[2]} tokens, {key.shape[2]} keys: "
             "attn_implementation='moba' needs both, and one row without padding and without earlier tokens in a cache"
         )
-    bounds, bounds_k = (given.to(torch.int32) for given in (cu_seqlens, cu_seqlens_k))
-    return TokenLayout(Documents.from_bounds(bounds, bounds_k, query.shape[2], key.shape[2], query.device))
-
-
-@functools.lru_cache(maxsize=16)
-def _rows(num_rows: int, num_queries: int, num_keys: int, device: torch.device) -> Documents:
-    """Rows that are single documents without padding."""
-    return Documents.from_lengths([num_queries] * num_rows, [num_keys] * num_rows, device=device)
+    bounds = (given.to(torch.int32) for given in (cu_seqlens, cu_seqlens_k))
+    documents = Documents.from_bounds(*bounds, query.shape[2], key.shape[2], query.device)
+    return TokenLayout(documents, is_packed=documents.number > 1)
 
 
 def _pack(x_BHSD: Tensor, index_T: Tensor | None) -> Tensor:

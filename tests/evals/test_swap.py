@@ -84,7 +84,7 @@ def test_last_tokens_score_as_if_decoded_one_by_one(model, documents, report):
     with torch.no_grad():
         for p, prefill in enumerate(("moba", "full")):
             for d, decode in enumerate(("moba", "full")):
-                cache, losses = KVCache(3, decode=decode), []
+                cache, losses = KVCache(3), []
                 bounds = Documents.from_lengths([LENGTH - LAST])
                 with under(model, plans[prefill]):
                     model.logits(batch.tokens[:-LAST], batch.positions[:-LAST], bounds, cache)

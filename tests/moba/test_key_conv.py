@@ -139,7 +139,7 @@ def test_windows_stay_when_decoding_is_dense():
     """Catches decode="full", which is meant for MoBA layers, opening the window of a sliding one, and a window's end
     off by one where a single token is decoded."""
     layer, x = make_layer(spec=Sliding(window=4)), random(30, HIDDEN, seed=7)
-    cache, outs = KVCache(1, decode="full"), []
+    cache, outs = KVCache(1, decode="full", prompts=[1]), []
     for i, token in enumerate(x.split(1)):
         outs.append(layer(token, *angles_at(torch.tensor([i])), Documents.from_lengths([1]), cache[0]))
     want = layer(x, *angles_at(torch.arange(30)), Documents.from_lengths([30]))

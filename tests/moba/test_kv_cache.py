@@ -107,10 +107,36 @@ def test_chunks_would_differ_from_dense():
 def test_dense_decode_after_sparse_prefill():
     """Catches a decode mode that routes the new token, or that turns the prompt dense."""
     layer, x = make_layer(), make_tokens(70)
-    got = in_chunks(layer, x, [40, 26, 1, 1, 1, 1], KVCache(1, decode="full"))
+    got = in_chunks(layer, x, [40, 26, 1, 1, 1, 1], KVCache(1, decode="full", prompts=[66]))
     torch.testing.assert_close(got[:66], one_shot(layer, x)[:66], rtol=1e-9, atol=1e-9)
     layer.spec = Full()
     torch.testing.assert_close(got[66:], one_shot(layer, x)[66:], rtol=1e-9, atol=1e-9)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    cuts=st.lists(st.lists(st.integers(1, 12), min_size=1, max_size=6), min_size=2, max_size=2),
+    prompts=st.tuples(st.integers(1, 30), st.integers(1, 30)),
+)
+def test_what_is_prompt_does_not_depend_on_the_cut(cuts, prompts):
+    """Catches a phase that is taken from a step's length: prompts in chunks, of one token, with a last chunk of one
+    token, and several decoded tokens a step, for two sequences whose prompts end in different steps."""
+    lengths = [sum(cut) for cut in cuts]
+    steps = max(map(len, cuts))
+    cuts = [cut + [0] * (steps - len(cut)) for cut in cuts]
+    qkv = [make_qkv(n, seed=n) for n in lengths]
+    cache, outs = KVCache(1, 2, decode="full", prompts=prompts), [[], []]
+    done = [0, 0]
+    for step in zip(*cuts):
+        parts = [[x[d : d + n] for x in one] for one, d, n in zip(qkv, done, step)]
+        joined = [torch.cat(one) for one in zip(*parts)]
+        for out, piece in zip(outs, cache[0].attend(*joined, SPARSE, Documents.from_lengths(step)).split(step)):
+            out.append(piece)
+        done = [d + n for d, n in zip(done, step)]
+    for one, out, prompt in zip(qkv, outs, prompts):
+        want = reference_attention(*one, block_size=8, top_k=3)
+        want[prompt:] = reference_attention(*one, block_size=64, top_k=1)[prompt:]
+        torch.testing.assert_close(torch.cat(out), want, rtol=1e-9, atol=1e-9)
 
 
 def test_full_layers_stay_full():
@@ -195,7 +221,7 @@ def test_decoding_reads_only_selected_blocks():
 def test_cuda_reading_and_decoding(decode):
     """Catches what only a GPU shows: half-precision kernels with more keys than queries, bounds on another device."""
     q, k, v = (x.cuda() for x in make_qkv(300, 4, 2, dtype=torch.bfloat16))
-    cache = KVCache(1, decode=decode)
+    cache = KVCache(1, decode=decode, prompts=[290] if decode == "full" else None)
     spec = Moba(block_size=32, top_k=3)
     sizes = [100, 130, 60] + [1] * 10
     parts = zip(q.split(sizes), k.split(sizes), v.split(sizes), sizes)
@@ -220,6 +246,9 @@ def test_misuse_is_refused():
         in_chunks(layer, x, [4], KVCache(1, num_sequences=2))
     with pytest.raises(ValueError, match="decode='sparse'"):
         KVCache(1, decode="sparse")
+    for arguments in ({"decode": "full"}, {"prompts": [3]}, {"decode": "full", "prompts": [3, 4]}):
+        with pytest.raises(ValueError, match="needs the tokens of each sequence's prompt"):
+            KVCache(1, **arguments)
 
 
 @pytest.mark.parametrize("kept", [23, 24, 25])

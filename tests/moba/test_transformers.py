@@ -1,27 +1,36 @@
 """moba.transformers: MoBA inside Hugging Face models, against our decoder, against the same model fed differently, and
 against transformers' own attention where MoBA is dense."""
 
+import copy
+import dataclasses
 import json
 
 import pytest
 import torch
 from transformers import (
+    CONFIG_MAPPING,
+    AutoModel,
     AutoModelForCausalLM,
+    DeepseekV3Config,
     DynamicCache,
+    Lfm2Config,
     LlamaConfig,
     LlamaForCausalLM,
+    MambaConfig,
     MistralConfig,
     MistralForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen2MoeConfig,
     Qwen3Config,
     Qwen3ForCausalLM,
+    masking_utils,
 )
 
 from conf.schema import ModelConfig
 from moba.documents import Documents
 from moba.kinds import Sliding, from_entry
-from moba.transformers import TokenLayout, configure, token_layout
+from moba.transformers import TokenLayout, configure, prompt, token_layout
 from train.model.decoder import Decoder
 
 VOCAB, LAYERS, LENGTH = 97, 3, 75
@@ -231,7 +240,9 @@ def test_chunked_prefill_equals_one_shot(decode):
     """Catches a later chunk that becomes dense, or whose blocks are counted from the chunk."""
     model, ids = moba_model(plan=HYBRID, decode=decode), tokens(rows=2)
     expected = model(ids).logits
-    torch.testing.assert_close(in_chunks(model, ids, [30, 2, 21, 22]), expected, **CLOSE)
+    for sizes in ([30, 2, 21, 22], [1, 1, 72, 1]):
+        with prompt(LENGTH):
+            torch.testing.assert_close(in_chunks(model, ids, sizes), expected, **CLOSE)
     dense = hf_model(attention="sdpa")
     assert difference(in_chunks(dense, ids, [30, 45])[:, 30:], expected[:, 30:]) > CHANGED
 
@@ -240,7 +251,8 @@ def test_chunked_prefill_of_a_left_padded_batch():
     """Catches rows of which a chunk holds nothing (the first one here is all padding for row 1) or only a part."""
     model = moba_model()
     ids, mask, positions = padded_batch([LENGTH, 33], "left")
-    logits = in_chunks(model, ids, [35, 20, 20], mask, positions)
+    with prompt(LENGTH):
+        logits = in_chunks(model, ids, [35, 20, 20], mask, positions)
     for row, length in enumerate([LENGTH, 33]):
         torch.testing.assert_close(logits[row, -length:], model(ids[row : row + 1, -length:]).logits[0], **CLOSE)
 
@@ -373,9 +385,12 @@ def test_a_model_without_plan_says_what_to_do():
         ({"output_attentions": True}, "output_attentions=True"),
         ({"softcap": 50.0}, "softcap: the model caps its scores"),
         ({"s_aux": torch.zeros(4)}, "s_aux: the model has attention sinks"),
-        ({"is_causal": False}, "is_causal=False"),
+        ({"is_causal": False}, "bidirectional attention"),
         ({"attention_mask": torch.ones(1, 1, LENGTH, LENGTH)}, "an attention_mask of shape"),
         ({"attention_mask": torch.ones(1, LENGTH - 1)}, "attn_implementation='moba' needs"),
+        ({"attention_mask": torch.arange(LENGTH)[None] // 40 + 1}, "attention_mask has values such as 2"),
+        ({"attention_mask": -1e9 * (torch.arange(LENGTH) < 5)[None]}, "attention_mask has values such as -1e"),
+        ({"attention_mask": torch.zeros(1, LENGTH)}, "as if to be added to scores"),
         ({"cu_seq_lens_q": torch.tensor([0, LENGTH])}, "needs both"),
         ({"position_ids": torch.arange(LENGTH)[None] % 40}, "position_ids start anew"),
     ],
@@ -421,11 +436,220 @@ def test_static_caches_are_refused():
 
 def test_custom_masks_are_refused():
     """Catches a mask pattern that is dropped because it is not among the known ones."""
-    with pytest.raises(ValueError, match="custom mask pattern"):
-        token_layout(1, 8, 8, use_vmap=True)
-    assert token_layout(1, 8, 8) is None
+    assert "custom mask pattern" in token_layout(1, 8, 8, use_vmap=True).problem
+    assert "the mask pattern test_custom" in token_layout(1, 8, 8, mask_function=lambda *_: torch.tensor(True)).problem
+    assert token_layout(1, 8, 8).problem is None
+    causal, packed = masking_utils.causal_mask_function, masking_utils.packed_sequence_mask_function(POSITIONS)
+    assert "without a causal part" in token_layout(2, 8, 8, mask_function=packed).problem
+    assert "see later ones" in token_layout(2, 8, 8, mask_function=masking_utils.or_masks(causal, packed)).problem
+    assert token_layout(2, 8, 8, mask_function=masking_utils.and_masks(causal, packed)).problem is None
     layout = token_layout(2, 4, 4, attention_mask=torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]], dtype=torch.bool))
     assert isinstance(layout, TokenLayout) and layout.documents.cu_seqlens.tolist() == [0, 2, 6]
+
+
+ROWS, COLUMNS = 2, 24
+IMAGE = torch.where((torch.arange(COLUMNS) // 4 == 2)[None].expand(ROWS, -1), 0, -1)
+POSITIONS = torch.cat([torch.arange(9), torch.arange(COLUMNS - 9)])[None].expand(ROWS, -1)
+REAL = torch.arange(COLUMNS)[None] >= torch.tensor([[0], [5]])
+HOLE = (torch.arange(COLUMNS) != 10)[None].expand(ROWS, -1)
+
+
+@pytest.mark.parametrize(
+    "make,given,problem",
+    [
+        (masking_utils.create_causal_mask, {}, None),
+        (masking_utils.create_causal_mask, {"attention_mask": REAL}, None),
+        (masking_utils.create_causal_mask, {"position_ids": POSITIONS}, None),
+        (masking_utils.create_causal_mask, {"attention_mask": REAL ^ (torch.arange(COLUMNS) == 11)}, None),
+        (masking_utils.create_causal_mask, {"block_sequence_ids": IMAGE}, "block_sequence_ids"),
+        (masking_utils.create_causal_mask, {"block_sequence_ids": IMAGE, "position_ids": POSITIONS}, "as for images"),
+        (masking_utils.create_causal_mask, {"block_sequence_ids": -IMAGE.abs() - 1}, None),
+        (masking_utils.create_causal_mask, {"or_mask_function": lambda b, h, q, k: k < 5}, "custom mask pattern"),
+        (masking_utils.create_causal_mask, {"and_mask_function": lambda b, h, q, k: k != 3}, "custom mask pattern"),
+        (masking_utils.create_bidirectional_mask, {}, "bidirectional"),
+        (masking_utils.create_bidirectional_mask, {"attention_mask": REAL}, "bidirectional"),
+        (masking_utils.create_bidirectional_sliding_window_mask, {"window": 30}, "bidirectional"),
+        (masking_utils.create_sliding_window_causal_mask, {"window": COLUMNS}, None),
+        (masking_utils.create_sliding_window_causal_mask, {"window": COLUMNS - 1}, "hides part of a text"),
+        (masking_utils.create_sliding_window_causal_mask, {"window": 15, "position_ids": POSITIONS}, None),
+        (masking_utils.create_sliding_window_causal_mask, {"window": 14, "position_ids": POSITIONS}, "hides part"),
+        (masking_utils.create_sliding_window_causal_mask, {"window": 23, "attention_mask": REAL}, "hides part"),
+        (masking_utils.create_chunked_causal_mask, {"chunk": COLUMNS}, None),
+        (masking_utils.create_chunked_causal_mask, {"chunk": COLUMNS, "attention_mask": REAL}, None),
+        (masking_utils.create_chunked_causal_mask, {"chunk": 10}, None),
+        (masking_utils.create_chunked_causal_mask, {"chunk": 10, "attention_mask": REAL}, None),
+        (masking_utils.create_chunked_causal_mask, {"chunk": 10, "attention_mask": HOLE}, None),
+    ],
+)  # fmt: skip
+def test_masks_are_documents_or_say_why_not(make, given, problem):
+    """Catches a pattern that is taken for causal documents and is not, against transformers' own mask of it: who sees
+    whom among real tokens, everywhere, and that nothing but the expected is refused."""
+    given = dict(given)
+    config = LlamaConfig(hidden_size=8, num_attention_heads=1, num_hidden_layers=1, vocab_size=8)
+    config.sliding_window, config.attention_chunk_size = given.pop("window", None), given.pop("chunk", None)
+    made = {}
+    for attention in ("eager", "moba"):
+        config._attn_implementation = attention
+        embeds, real = torch.zeros(ROWS, COLUMNS, 8), given.get("attention_mask")
+        made[attention] = make(config, embeds, real, None, **{n: v for n, v in given.items() if n != "attention_mask"})
+    layout = made["moba"]
+    if problem is not None:
+        assert problem in layout.problem
+        return
+    assert layout.problem is None
+    seen = (made["eager"] == 0)[:, 0].expand(ROWS, -1, -1)
+    index = torch.arange(ROWS * COLUMNS) if layout.query_index_T is None else layout.query_index_T
+    document = torch.full((ROWS * COLUMNS,), -1)
+    document[index] = torch.repeat_interleave(layout.documents.cu_seqlens.diff().long())
+    document = document.view(ROWS, COLUMNS)
+    ours = (document[:, :, None] == document[:, None, :]) & torch.ones(COLUMNS, COLUMNS, dtype=torch.bool).tril()
+    real = document >= 0
+    assert torch.equal(real, given.get("attention_mask", torch.ones_like(real)).bool())
+    assert torch.equal(ours & real[:, :, None], seen & real[:, :, None])
+
+
+def test_a_mask_that_the_model_reads_itself_is_refused():
+    """Catches a model that adds, indexes or asks its mask, and gets None or an AttributeError that says nothing."""
+    layout, scores = token_layout(1, 8, 8), torch.zeros(1, 1, 8, 8)
+    for use in (
+        lambda: scores + layout,
+        lambda: layout + scores,
+        lambda: torch.where(layout, 0.0, 1.0),
+        lambda: torch.cat([scores, layout]),
+        lambda: layout[:, :, :4],
+        lambda: layout.dtype,
+        lambda: layout.to("cpu"),
+        lambda: bool(layout),
+        lambda: ~layout,
+    ):
+        with pytest.raises(ValueError, match="models that use their attention mask outside of their attention"):
+            use()
+    assert not hasattr(layout, "to") and copy.deepcopy(layout).problem is None
+
+
+SMALL = {
+    "vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "n_head": 4, "n_layer": 2,
+    "d_model": 32, "num_layers": 2, "attention_heads": 4, "n_heads": 4, "n_layers": 2, "ffn_dim": 32, "n_embd": 32,
+    "attention_types": [[["global", "local"], 1]], "num_heads": 4, "pad_token_id": 0, "is_decoder": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "family", ["bloom", "xglm", "falcon", "mpt", "gpt_neo", "openai-gpt", "gpt_neox_japanese", "git"]
+)
+def test_models_with_an_attention_of_their_own_are_refused(family):
+    """Catches attention without a causal mask, full attention under the name of MoBA, and errors that say nothing, both
+    for models that are made with MoBA and for those that are switched to it, which keep what they had."""
+    config_class = CONFIG_MAPPING[family]
+    known = {field.name for field in dataclasses.fields(config_class)} | set(config_class.attribute_map)
+    config = config_class(**{key: value for key, value in SMALL.items() if key in known})
+    with pytest.raises(ValueError, match="'moba' does not support models with an attention of their own"):
+        AutoModelForCausalLM.from_config(config, attn_implementation="moba")
+    config._attn_implementation = "eager"
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    with pytest.raises(ValueError, match="'moba' does not support models with an attention of their own"):
+        configure(model, **SPARSE)
+    assert model.config._attn_implementation == "eager" and not hasattr(model.config, "moba")
+    model(tokens(9))
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "t5"])
+def test_encoders_are_refused(family):
+    """Catches an encoder that becomes causal."""
+    config_class = CONFIG_MAPPING[family]
+    known = {field.name for field in dataclasses.fields(config_class)}
+    config = config_class(**{key: value for key, value in SMALL.items() if key in known - {"is_decoder"}})
+    model = AutoModel.from_config(config, attn_implementation="eager")
+    with pytest.raises(ValueError, match=r"does not support (bidirectional attention|such models)"):
+        configure(model, **SPARSE)
+        model(tokens(9))
+
+
+def test_a_model_that_keeps_its_attention_is_refused():
+    """Catches a switch that reaches the outer model alone: one inside has a config of its own."""
+    model = hf_model(attention="sdpa")
+    model.model.config = copy.deepcopy(model.config)
+    model._can_set_attn_implementation = lambda: True
+    model.model._can_set_attn_implementation = lambda: False
+    with pytest.raises(ValueError, match="LlamaModel in LlamaForCausalLM stays at attn_implementation='sdpa'"):
+        configure(model, **SPARSE)
+    assert model.config._attn_implementation == "sdpa" and not hasattr(model.config, "moba")
+
+
+def test_a_model_without_attention_is_refused():
+    """Catches a model that says it runs MoBA and has no layer that could."""
+    config = MambaConfig(vocab_size=VOCAB, hidden_size=16, num_hidden_layers=2, state_size=4)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="moba")
+    with pytest.raises(ValueError, match=r"MambaForCausalLM: .*no layer attends through transformers' attention"):
+        model(tokens(9))
+
+
+def test_packing_signs_are_seen_by_the_first_layer_that_attends():
+    """Catches packed documents that are joined where layer 0 has no attention, and under a mask with padding."""
+    config = Lfm2Config(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, layer_types=["conv", "full_attention"], pad_token_id=0,
+    )  # fmt: skip
+    model, packed = AutoModelForCausalLM.from_config(config), torch.arange(20)[None] % 12
+    configure(model, **SPARSE)
+    with pytest.raises(ValueError, match="position_ids start anew"):
+        model(tokens(20), position_ids=packed, attention_mask=torch.ones(1, 20, dtype=torch.int64))
+    padding = (torch.arange(20) >= 3)[None].long()
+    for one in (model, moba_model()):
+        with pytest.raises(ValueError, match="position_ids start anew"):
+            one(tokens(20), position_ids=packed, attention_mask=padding)
+        one(tokens(20), attention_mask=padding)
+        one(tokens(20), position_ids=(padding.cumsum(1) - 1).clamp(min=0), attention_mask=padding)
+
+
+def test_a_mask_that_no_layer_uses_is_not_refused():
+    """Catches a refusal of a window that hides something where no layer has one (Qwen2-MoE makes such a mask)."""
+    config = Qwen2MoeConfig(
+        vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        moe_intermediate_size=16, shared_expert_intermediate_size=16, num_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+    expected = model(tokens()).logits
+    configure(model, block_size=8, top_k=100)
+    torch.testing.assert_close(model(tokens()).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_values_may_be_narrower_than_keys():
+    """Catches latent attention (DeepSeek) refused or cut wrongly: all blocks, forward and backward."""
+    config = DeepseekV3Config(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=4, q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=12,
+        first_k_dense_replace=2,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    results = []
+    for moba in (False, True):
+        if moba:
+            configure(model, block_size=8, top_k=100)
+        model.zero_grad()
+        with torch.enable_grad():
+            logits = model(tokens()).logits
+            logits.logsumexp(-1).square().sum().backward()
+        results.append([logits.detach(), *[p.grad.clone() for p in model.parameters()]])
+    for found, expected in zip(*results):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    configure(model, **SPARSE)
+    assert difference(model(tokens()).logits, results[0][0]) > 1e-4
+
+
+def test_what_is_prompt_has_to_be_said():
+    """Catches several tokens over a cache that are taken for prompt or for decoded ones, and a wrong prompt()."""
+    model, ids = moba_model(decode="full"), tokens()
+    with pytest.raises(ValueError, match=r"2 new tokens over 73 in the cache may be .*prompt\(tokens\)"):
+        in_chunks(model, ids, [73, 2])
+    for wrong in (0, -1, True, 2.0, None):
+        with pytest.raises(ValueError, match="needs the number of the prompt's tokens"), prompt(wrong):
+            pass
+    packed = torch.cat([torch.arange(40), torch.arange(35)])[None]
+    with pytest.raises(ValueError, match="within packed documents"), prompt(50):
+        model(ids, position_ids=packed, use_cache=False)
+    model.config.moba["plan"] = [["full", None, None]] * LAYERS
+    in_chunks(model, ids, [73, 2])
 
 
 @pytest.mark.gpu
