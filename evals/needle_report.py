@@ -142,6 +142,7 @@ class NeedleReport:
                 self._mark_dense(axes, arm)
         grid[0][0].set_xticks(range(len(self.lengths)), [format_length(length) for length in self.lengths])
         grid[0][0].set_yticks(range(len(self.depths)), [f"{depth:g}" for depth in self.depths])
+        assert mesh is not None
         figure.colorbar(mesh, ax=grid, label=f"right answers (% of {samples} samples; below: 95 % Wilson interval)")
         dense = "" if self.dense_up_to is None else f"; full attention up to B k = {format_length(self.dense_up_to)}"
         figure.supxlabel(f"context length (tokens{dense})", fontsize="small")

@@ -79,7 +79,8 @@ def make_sample(form: str, tokenizer: Tokenizer, length: int, seed: int, index: 
 
 
 def _essay(tokenizer: Tokenizer, length: int, rng: random.Random) -> Sample:
-    city, things = rng.choice(CITIES), rng.sample(THINGS, CANDIDATES)
+    city: str = rng.choice(CITIES)
+    things: list[str] = list(rng.sample(THINGS, CANDIDATES))
     needle = f" The best thing to do in {city} is {things[0]}."
     question = f"\n\nQuestion: What is the best thing to do in {city}?\nAnswer: The best thing to do in {city} is"
     return _fill(tokenizer, length, "", needle, question, things, _sentences(rng))

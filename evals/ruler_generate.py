@@ -66,7 +66,7 @@ class Watch:
 
 def splits_exactly() -> bool:
     """Whether nltk finds the English Punkt model, with which NVIDIA splits essays into sentences."""
-    import nltk
+    import nltk  # pyright: ignore[reportMissingImports]  # optional
 
     try:
         nltk.data.find("tokenizers/punkt_tab/english/")
@@ -78,12 +78,12 @@ def splits_exactly() -> bool:
 def main(tokenizer: str, script: str, *arguments: str) -> None:
     """Runs the script as if it had been started with these arguments, and those of the tokenizer (data.tokenizer)."""
     counter, module, bars = Counter(tokenizer), ModuleType("tokenizer"), ModuleType("tqdm")
-    module.select_tokenizer = lambda kind, path: counter
-    bars.tqdm = counter.samples
+    vars(module)["select_tokenizer"] = lambda kind, path: counter
+    vars(bars)["tqdm"] = counter.samples
     sys.modules |= {"tokenizer": module, "long_context_eval.data.tokenizer": module, "tqdm": bars}
     if not splits_exactly():
-        from nltk import tokenize
-        from nltk.tokenize.punkt import PunktSentenceTokenizer
+        from nltk import tokenize  # pyright: ignore[reportMissingImports]  # optional
+        from nltk.tokenize.punkt import PunktSentenceTokenizer  # pyright: ignore[reportMissingImports]  # optional
 
         tokenize.sent_tokenize = PunktSentenceTokenizer().tokenize
     sys.argv = [script, *arguments, "--tokenizer_path", tokenizer, "--tokenizer_type", "hf"]

@@ -135,6 +135,7 @@ class RulerReport:
             axes.set_xticks(range(len(self.lengths)), [format_length(length) for length in self.lengths])
             axes.set_title(arm, fontsize="small")
         grid[0].set_yticks(range(len(names)), names)
+        assert mesh is not None
         figure.colorbar(mesh, ax=list(grid), label=f"score (%; mean of {np.max(self.counts_TL)} samples)")
         dense = "" if self.dense_up_to is None else f"; full attention up to B k = {format_length(self.dense_up_to)}"
         star = "\n* not NVIDIA-exact: sentence splitting" if self.stand_in else ""

@@ -126,7 +126,7 @@ def token_layout(
     if problem is not None:
         return TokenLayout(rows, size=size, problem=problem)
     padded = attention_mask is not None and not bool(attention_mask.all())
-    real_BS = attention_mask.bool() if padded else None
+    real_BS = attention_mask.bool() if attention_mask is not None and padded else None
     starts_BQ = None
     if mask_function is not causal_mask_function:
         starts_BQ, hides = _document_starts(mask_function, real_BS, size, int(q_offset), device)

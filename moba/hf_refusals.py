@@ -129,7 +129,10 @@ class _Reached:
         self.inputs = inputs
 
     def __call__(self, model: nn.Module, _args: tuple, _outputs: Any) -> None:
-        if self.inputs.calls_before == Calls.number and model.config._attn_implementation == self.inputs.name:
+        if (
+            self.inputs.calls_before == Calls.number
+            and getattr(model.config, "_attn_implementation", None) == self.inputs.name
+        ):
             raise ValueError(
                 f"{type(model).__name__}: {REFUSES} models of which no layer attends through transformers' attention "
                 f"interface{OTHERWISE}"

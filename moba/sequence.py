@@ -135,7 +135,7 @@ class _ToHeads(torch.autograd.Function):
         return axis.swap([x_tHD[:, one] for one in heads], shapes).view(total, -1, size)
 
     @staticmethod
-    def backward(ctx, grad_ThD):
+    def backward(ctx, grad_ThD):  # pyright: ignore[reportIncompatibleMethodOverride]  # torch: *grad_outputs
         num_tokens, num_heads, size = ctx.shape
         shapes = [(num_tokens, one.stop - one.start, size) for one in ctx.heads]
         received = ctx.axis.swap_rows(grad_ThD, shapes)
@@ -158,7 +158,7 @@ class _ToTokens(torch.autograd.Function):
         return torch.cat(axis.swap_rows(out_ThD, shapes), 1)
 
     @staticmethod
-    def backward(ctx, grad_tHD):
+    def backward(ctx, grad_tHD):  # pyright: ignore[reportIncompatibleMethodOverride]  # torch: *grad_outputs
         axis, (total, own, size) = ctx.axis, ctx.shape
         heads = _deal(grad_tHD.shape[1], axis.size)
         parts = [grad_tHD[:, first:last] for first, last in pairwise(heads)]
@@ -174,7 +174,7 @@ class _Join(torch.autograd.Function):
         return axis.swap([x] * axis.size, shapes).view(total, *x.shape[1:])
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]  # torch: *grad_outputs
         return ctx.axis.own(grad), None, None
 
 
@@ -187,7 +187,7 @@ class _Tail(torch.autograd.Function):
         return _shift(axis, x_tC[len(x_tC) - rows :], rows, to=1)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]  # torch: *grad_outputs
         received = _shift(ctx.axis, grad, ctx.rows, to=-1)
         whole = grad.new_zeros(ctx.shape)
         whole[ctx.shape[0] - len(received) :] = received

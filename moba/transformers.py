@@ -36,7 +36,7 @@ from contextvars import ContextVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from moba.attention import attend
 from moba.documents import Documents
@@ -66,7 +66,7 @@ def register() -> None:
 
 
 def configure(
-    model: nn.Module,
+    model: PreTrainedModel,
     *,
     block_size: int | None = None,
     top_k: int | None = None,
@@ -95,6 +95,7 @@ def configure(
     elif full_last or first_blocks:
         name, value = ("full_last", full_last) if full_last else ("first_blocks", first_blocks)
         raise ValueError(f"{name}={value} with plan: the plan says it of each layer")
+    assert plan is not None
     entries = [e.entry() if isinstance(e, AttentionSpec) else list(e) for e in plan]
     settings = {"plan": entries, "decode": decode}
     if len(entries) != num_layers:
@@ -109,7 +110,7 @@ def configure(
         refuse_unless_switched(model, NAME)
     except ValueError:
         delattr(config, NAME) if settings_before is None else setattr(config, NAME, settings_before)
-        model.set_attn_implementation(before)
+        model.set_attn_implementation(before or "eager")
         raise
 
 
@@ -178,6 +179,7 @@ def attention_forward(
     refuse_unsupported(module, attention_mask, dropout, (num_rows, num_queries, num_keys), kwargs)
     settings = getattr(module.config, NAME, None)
     spec = _layer_spec(settings, getattr(module, "layer_idx", None))
+    assert settings is not None
     layout = _packed_layout(query, key, kwargs, attention_mask)
     if layout is None:
         refuse_ignored_packing(kwargs.get("position_ids"), attention_mask)
@@ -268,8 +270,8 @@ def _packed_layout(query: Tensor, key: Tensor, kwargs: dict, layout: TokenLayout
             f"cu_seq_lens_q, cu_seq_lens_k with {query.shape[0]} rows, {query.shape[2]} tokens, {key.shape[2]} keys: "
             "attn_implementation='moba' needs both, and one row without padding and without earlier tokens in a cache"
         )
-    bounds = (given.to(torch.int32) for given in (cu_seqlens, cu_seqlens_k))
-    documents = Documents.from_bounds(*bounds, query.shape[2], key.shape[2], query.device)
+    bounds, bounds_k = (given.to(torch.int32) for given in (cu_seqlens, cu_seqlens_k))
+    documents = Documents.from_bounds(bounds, bounds_k, query.shape[2], key.shape[2], query.device)
     return TokenLayout(documents, is_packed=documents.number > 1)
 
 

@@ -139,7 +139,7 @@ def build_schedule(config: RunConfig) -> Schedule:
                 rope=stage.rope,
                 mix=_normalised(weights if stage.mix is None else stage.mix),
                 long_documents=stage.long_documents,
-                lr=stage.lr or config.optim.lr,
+                lr=stage.own_lr or config.optim.lr,
                 lr_before=0 if own else shared_before,
                 lr_span=stage.tokens if own else shared_span,
                 reset_optimizer=stage.reset_optimizer,

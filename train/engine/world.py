@@ -116,10 +116,15 @@ def init_world(device: str = "auto", sequence_size: int = 1) -> World:
     assert world_size % sequence_size == 0, (world_size, sequence_size)
     ranks = torch.arange(world_size).view(-1, sequence_size)
     # Every rank makes every group, in the same order.
-    sequences = [dist.new_group(row) for row in ranks.tolist()]
-    slices = [dist.new_group(column) for column in ranks.T.tolist()]
+    sequences, slices = ([_group(row) for row in axis.tolist()] for axis in (ranks, ranks.T))
     place, sequence_rank = divmod(rank, sequence_size)
     return World(rank, world_size, local_rank, target, sequence_size, sequences[place], slices[sequence_rank])
+
+
+def _group(ranks: list[int]) -> dist.ProcessGroup:
+    group = dist.new_group(ranks)
+    assert isinstance(group, dist.ProcessGroup), "of all ranks, which take part"
+    return group
 
 
 def _device_kind(device: str) -> str:

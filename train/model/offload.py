@@ -47,7 +47,9 @@ def _pinned(like: Tensor) -> Tensor:
     buffer = torch.empty(like.shape, dtype=like.dtype)
     if like.is_cuda and buffer.numel():
         size = buffer.numel() * buffer.element_size()
-        code = int(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), size, 0))
+        runtime = torch.cuda.cudart()
+        assert runtime is not None
+        code = int(runtime.cudaHostRegister(buffer.data_ptr(), size, 0))
         if code:
             raise MemoryError(f"{size / 2**30:.1f} GiB of host memory cannot be pinned (CUDA error {code})")
     return buffer
@@ -110,7 +112,7 @@ class _Offloaded(torch.autograd.Function):
         return layer(x_TC, *arguments)
 
     @staticmethod
-    def backward(ctx, grad_TC):
+    def backward(ctx, grad_TC):  # pyright: ignore[reportIncompatibleMethodOverride]  # torch: *grad_outputs
         x_TC = ctx.inputs.take(ctx.place).requires_grad_()
         with torch.enable_grad(), _as_recomputation():
             out_TC = ctx.layer(x_TC, *ctx.arguments)
@@ -150,7 +152,7 @@ class _Tiled(torch.autograd.Function):
         return out_TC
 
     @staticmethod
-    def backward(ctx, grad_TC):
+    def backward(ctx, grad_TC):  # pyright: ignore[reportIncompatibleMethodOverride]  # torch: *grad_outputs
         x_TC, *weights = ctx.saved_tensors
         dx_TC = torch.empty_like(x_TC)
         sums = [torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32)) for w in weights]

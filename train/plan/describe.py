@@ -119,7 +119,7 @@ def describe_rope(rope: RopeConfig, config: RunConfig) -> str:
 
 def describe_lr(config: RunConfig) -> str:
     """The run's learning rate and those of stages with their own."""
-    own = {name: stage.lr for name, stage in config.schedule.stages.items() if stage.lr is not None}
+    own = {name: lr for name, stage in config.schedule.stages.items() if (lr := stage.own_lr) is not None}
     parts = []
     if len(own) < len(config.schedule.stages):
         parts.append(_one_lr(config.optim.lr) + (" over the stages without their own" if own else ""))
@@ -129,7 +129,7 @@ def describe_lr(config: RunConfig) -> str:
 
 def describe_stage_lr(config: RunConfig, name: str) -> str:
     """The learning rate of one stage, and whether it begins with the stage."""
-    own = config.schedule.stages[name].lr
+    own = config.schedule.stages[name].own_lr
     if own is not None:
         return f"of its own, {_one_lr(own)}"
     return "as the run's" if len(config.schedule.stages) > 1 else _one_lr(config.optim.lr)

@@ -134,8 +134,8 @@ def activation_bytes(
     A layer keeps the residual stream before each norm, both normed inputs (eager: before and after their weight), the
     rotated q and k, v, the attention's output and four FFN-wide tensors (compiled: three), and k as it was before a key
     convolution. With checkpointing of the MLP neither that nor its normed input, with checkpointing of all only a
-    layer's input, and one layer at a time all of that. With offload nothing is kept; one layer's part before the MLP
-    exists with its gradients, or, by groups of heads, eight tensors of the residual stream's size and one group.
+    layer's input, and one layer at a time all of that. With offload nothing is kept; some tensors of the residual
+    stream's size and one layer's heads, or a group of them, exist with their gradients, as many as were measured.
     Sparse attention works on partial results of each of its blocks, of as many heads as WORKSPACE_BYTES allow.
     `exchanged`: the sequence is shared, so that the attention's output is kept in two layouts, and gradients pass from
     one to the other.
@@ -151,7 +151,9 @@ def activation_bytes(
         tile = width * TILE_TOKENS * 8 * ffn + 4 * 2 * 3 * hidden * ffn
         groups = min(HEAD_GROUPS, num_kv) if recomputed == OFFLOAD_HEADS else 1
         # q, k, v, the output and their gradients.
-        return 0, num_tokens * width * (8 * hidden + (4 * heads + again + passing) // groups) + partial + tile
+        streams = 8 if groups > 1 else 6
+        own = (5 * heads // 2 + again + passing // 2) // groups
+        return 0, num_tokens * width * (streams * hidden + own) + partial + tile
     mlp = (1 if compiled else 2) * hidden + (3 if compiled else 4) * ffn
     layer = (3 if compiled else 4) * hidden + 2 * heads + again + mlp
     kept = {False: layer, AUTO: layer, "mlp": layer - mlp, True: hidden}[recomputed] * model.num_layers

@@ -7,7 +7,7 @@ where outputs go. No torch.
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -16,7 +16,7 @@ import numpy as np
 from conf.files import user_path
 from conf.hardware import Hardware, data_size
 from conf.numbers import format_length, format_memory
-from conf.schema import OFFLOADED, RunConfig
+from conf.schema import OFFLOADED, ModelConfig, ParallelConfig, RunConfig
 from data.sources import Source
 from moba.flops import attended_pairs, attention_flops, causal_pairs
 from train.model.sizes import head_dim, matmul_flops_per_token, num_parameters
@@ -241,32 +241,48 @@ def _advice(config: RunConfig, hardware: Hardware, need, most: int) -> str:
         smallest = need(model=models[leaner[-1]], engine=zero3, one_sequence=True, **arguments)
         return smallest.activations + smallest.working > most
 
-    while is_too_long(shared):
-        shared *= 2
-        if shared > config.model.num_heads:
-            return ": one sequence's activations alone are too large, over as many GPUs as there are heads too"
-    split = replace(config.parallel, sequence=shared)
+    shares = [shared * 2**n for n in range(12) if shared * 2**n <= config.model.num_heads or n == 0]
+    shares = [share for share in shares if not is_too_long(share)]
+    num_gpus = max([hardware.world_size, *shares[:1]])
+    while shares and num_gpus <= MOST_GPUS:
+        for share in shares:
+            if share <= num_gpus and num_gpus % share == 0:
+                split = replace(config.parallel, sequence=share)
+                if (found := _changes(config, hardware, need, most, models, split, num_gpus)) is not None:
+                    return f"; {' '.join(found)} would"
+        num_gpus *= 2
+    return ": one sequence's activations alone are too large, over as many GPUs as there are heads too"
+
+
+def _changes(
+    config: RunConfig,
+    hardware: Hardware,
+    need: Callable[..., Memory],
+    most: int,
+    models: Mapping[bool | str, ModelConfig],
+    split: ParallelConfig,
+    num_gpus: int,
+) -> list[str] | None:
+    """The fewest changes with which it fits so many GPUs that share sequences as `split` says; None if nothing does.
+
+    One setting after another, with each way to save activations but the host's; then with that.
+    """
+    zero3 = replace(config.deepspeed, zero_stage=3)
     settings = (
-        (f"parallel.sequence={shared}", "parallel", split, config.parallel == split),
+        (f"parallel.sequence={split.sequence}", "parallel", split, config.parallel == split),
         ("schedule.micro_tokens=null", "one_sequence", True, config.schedule.micro_tokens is None),
         ("deepspeed=zero3", "engine", zero3, config.deepspeed == zero3),
     )
-    num_gpus = max(hardware.world_size, shared)
-    while num_gpus <= MOST_GPUS:
-        # One setting after another, with each way to save activations but the host's; then with that.
-        for on_host in (False, True):
-            for count in range(len(settings) + 1):
-                arguments = {name: value for _, name, value, _ in settings[:count]} | {"world_size": num_gpus}
-                for mode in leaner:
-                    if (mode in OFFLOADED) == on_host and need(model=models[mode], **arguments).total <= most:
-                        changes = [text for text, _, _, in_force in settings[:count] if not in_force]
-                        if mode != config.model.activation_checkpointing:
-                            changes.append(f"model.activation_checkpointing={str(mode).lower()}")
-                        if num_gpus > hardware.world_size:
-                            changes.append(f"on {num_gpus} GPUs")
-                        return f"; {' '.join(changes)} would"
-        num_gpus *= 2
-    return ""
+    for on_host in (False, True):
+        for count in range(1, len(settings) + 1):
+            arguments = {name: value for _, name, value, _ in settings[:count]} | {"world_size": num_gpus}
+            for mode, model in models.items():
+                if (mode in OFFLOADED) == on_host and need(model=model, **arguments).total <= most:
+                    changes = [text for text, _, _, in_force in settings[:count] if not in_force]
+                    if mode != config.model.activation_checkpointing:
+                        changes.append(f"model.activation_checkpointing={str(mode).lower()}")
+                    return [*changes, f"on {num_gpus} GPUs"] if num_gpus > hardware.world_size else changes
+    return None
 
 
 def _lines(plan: Plan) -> list[str]:

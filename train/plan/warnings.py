@@ -25,7 +25,7 @@ def warnings_of(config: RunConfig, schedule: Schedule, sources: Mapping[str, Sou
     shared = sum(stage.tokens for stage in schedule.stages if config.schedule.stages[stage.name].lr is None)
     lines = _rate_warnings("optim.lr", config.optim.lr, shared) if shared else []
     for stage in schedule.stages:
-        own = config.schedule.stages[stage.name].lr
+        own = config.schedule.stages[stage.name].own_lr
         if own is not None:
             lines += _rate_warnings(f"schedule.stages.{stage.name}.lr", own, stage.tokens)
         lines += _stage_warnings(stage)
