@@ -3,6 +3,9 @@
 Message keys beside role and content: `weight` (0 or 1) and `train` (true or false) say whether an assistant's turn is
 learnt; reasoning_content, tool_calls, tool_call_id and name go to the chat template, and so do the row's `tools`. What
 the template has no place for, and any other key, is left out, counted and said.
+
+Rows of other shapes that are common are recognised: ShareGPT's (`conversations`, each turn `from` and `value`) and
+Alpaca's (`instruction`, `input`, `output`).
 """
 
 from __future__ import annotations
@@ -19,6 +22,17 @@ from data.errors import DataError
 
 FOR_TEMPLATES = ("reasoning_content", "tool_calls", "tool_call_id", "name")
 FLAGS = ("weight", "train")
+SHAREGPT = "conversations"
+SHAREGPT_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "assistant": "assistant",
+    "model": "assistant",
+    "system": "system",
+    "tool": "tool",
+}
 LEARN = "learn"  # in the JSON of a message: false where a turn of the assistant is not learnt
 
 
@@ -29,6 +43,7 @@ class ConversationReader:
         """template: the jinja text. key: what stands before a field's name in messages, `data.sources.main.` say."""
         self._config, self._template, self._key = config, template, key
         self._left_out: Counter[str] = Counter()
+        self._shapes: Counter[str] = Counter()
 
     def read(self, row: Mapping[str, Any], where: str) -> str | None:
         """The row's conversation as JSON text, or None for one that nothing is learnt of. Raises DataError."""
@@ -40,7 +55,9 @@ class ConversationReader:
         return json.dumps(messages if tools is None else {"messages": messages, "tools": tools}, ensure_ascii=False)
 
     def report(self, log: Callable[[str], None]) -> None:
-        """Says what was left out."""
+        """Says which shapes were recognised, and what was left out."""
+        for shape, count in sorted(self._shapes.items()):
+            log(f"{count:,} rows read as {shape}")
         for what, count in sorted(self._left_out.items()):
             log(f"left out {count:,} {what}")
 
@@ -51,6 +68,13 @@ class ConversationReader:
         elif {config.prompt_field, config.response_field} <= row.keys():
             roles = {"user": config.prompt_field, "assistant": config.response_field}
             messages = [{"role": role, "content": row[field]} for role, field in roles.items()]
+        elif isinstance(row.get(SHAREGPT), list):
+            messages = [_from_sharegpt(turn, where) for turn in row[SHAREGPT]]
+            self._shapes["ShareGPT conversations (from, value)"] += 1
+        elif {"instruction", "output"} <= row.keys():
+            asked = "\n\n".join(text for text in (row["instruction"], row.get("input")) if text)
+            messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": row["output"]}]
+            self._shapes["Alpaca instructions (instruction, input, output)"] += 1
         else:
             fields = f"{self._key}messages_field, or {self._key}prompt_field and {self._key}response_field"
             raise DataError(
@@ -99,6 +123,16 @@ class ConversationReader:
             self._left_out["times 'tools' of a conversation: the chat template has no place for them"] += 1
             return None
         return tools
+
+
+def _from_sharegpt(turn: Any, where: str) -> Mapping[str, Any]:
+    """A turn with `from` and `value` as a message; one with a role already as it is."""
+    if not isinstance(turn, Mapping) or "from" not in turn:
+        return turn
+    if turn["from"] not in SHAREGPT_ROLES:
+        raise DataError(f"{where}: from={show(turn['from'])}: known are {', '.join(SHAREGPT_ROLES)}")
+    rest = {key: value for key, value in turn.items() if key not in ("from", "value")}
+    return {"role": SHAREGPT_ROLES[turn["from"]], "content": turn.get("value")} | rest
 
 
 _EXPECTED = "a conversation is a list of messages with a role and a content, both text"

@@ -135,3 +135,32 @@ def test_a_mixture_keeps_its_shares_where_conversations_are_cut():
                     0, min(window.length, int(source.lengths[window.document]) - 1 - window.start)
                 )
     assert tokens["talks"] / sum(tokens.values()) == pytest.approx(0.5, abs=0.04)
+
+
+def test_common_shapes_are_recognised_and_named():
+    """Catches ShareGPT and Alpaca rows refused, roles that are swapped, an input that is lost, flags that no longer
+    count, and a shape that is guessed without a word."""
+    turns = [
+        {"from": "system", "value": "be short"},
+        {"from": "human", "value": "2+2?"},
+        {"from": "gpt", "value": "5", "weight": 0},
+        {"from": "human", "value": "no"},
+        {"from": "gpt", "value": "4"},
+    ]
+    messages, _, said = read({"id": 7, "conversations": turns})
+    assert [(m["role"], m["content"]) for m in messages] == [
+        ("system", "be short"),
+        ("user", "2+2?"),
+        ("assistant", "5"),
+        ("user", "no"),
+        ("assistant", "4"),
+    ]
+    assert learnt(messages) == [" 4</s>"] and said == ["1 rows read as ShareGPT conversations (from, value)"]
+    messages, _, said = read({"instruction": "Add.", "input": "2, 2", "output": "4"})
+    assert [m["content"] for m in messages] == ["Add.\n\n2, 2", "4"]
+    assert said == ["1 rows read as Alpaca instructions (instruction, input, output)"]
+    assert read({"instruction": "Say hi.", "input": "", "output": "hi"})[0][0]["content"] == "Say hi."
+    with pytest.raises(DataError, match="from=narrator: known are human"):
+        read({"conversations": [{"from": "narrator", "value": "x"}]})
+    with pytest.raises(DataError, match="role and a content, both text"):
+        read({"conversations": [{"from": "gpt"}]})
