@@ -115,16 +115,16 @@ def init_world(device: str = "auto", sequence_size: int = 1) -> World:
         return World(rank, world_size, local_rank, target)
     assert world_size % sequence_size == 0, (world_size, sequence_size)
     ranks = torch.arange(world_size).view(-1, sequence_size)
-    # Every rank makes every group, in the same order.
-    sequences, slices = ([_group(row) for row in axis.tolist()] for axis in (ranks, ranks.T))
-    place, sequence_rank = divmod(rank, sequence_size)
-    return World(rank, world_size, local_rank, target, sequence_size, sequences[place], slices[sequence_rank])
+    groups = [_own_group(axis.tolist(), rank) for axis in (ranks, ranks.T)]
+    return World(rank, world_size, local_rank, target, sequence_size, *groups)
 
 
-def _group(ranks: list[int]) -> dist.ProcessGroup:
-    group = dist.new_group(ranks)
-    assert isinstance(group, dist.ProcessGroup), "of all ranks, which take part"
-    return group
+def _own_group(parts: list[list[int]], rank: int) -> dist.ProcessGroup:
+    """The group of the part that has this rank; every rank makes all of them, in the same order."""
+    groups = [dist.new_group(part) for part in parts]
+    own = next(group for group, part in zip(groups, parts) if rank in part)
+    assert isinstance(own, dist.ProcessGroup)
+    return own
 
 
 def _device_kind(device: str) -> str:
