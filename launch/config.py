@@ -9,6 +9,7 @@ a source, needs its `+`, once: otherwise a slip of the pen would make a stage.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import re
@@ -93,8 +94,10 @@ def detect_hardware(world_size: int = 1, local_world_size: int = 1) -> Hardware:
 
     num_gpus = torch.cuda.device_count()
     has_triton = importlib.util.find_spec("triton") is not None
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if num_gpus == 0:
-        return Hardware(0, world_size, local_world_size, has_triton=has_triton)
+        here = {"host_memory": memory, "cpu_flops": _cpu_flops()}
+        return Hardware(0, world_size, local_world_size, has_triton=has_triton, **here)
     properties = torch.cuda.get_device_properties(0)
     return Hardware(
         num_gpus=num_gpus,
@@ -102,10 +105,24 @@ def detect_hardware(world_size: int = 1, local_world_size: int = 1) -> Hardware:
         local_world_size=local_world_size,
         gpu_name=properties.name,
         gpu_memory=properties.total_memory,
-        host_memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        host_memory=memory,
         has_bf16=properties.major >= 8,
         has_triton=has_triton,
     )
+
+
+@functools.cache
+def _cpu_flops() -> float:
+    """The best of a few matrix products, which take some hundredth of a second each."""
+    import torch
+
+    size, best = 768, 0.0
+    x = torch.ones(size, size)
+    for _ in range(4):
+        began = time.perf_counter()
+        x @ x
+        best = max(best, 2 * size**3 / (time.perf_counter() - began))
+    return best
 
 
 def run_command(main: Callable[[list[str]], None], arguments: list[str], usage: str, *, quiet: bool = False) -> int:

@@ -277,6 +277,7 @@ def _watch(observers: Observers, config: RunConfig, run_dir: Path, tracker: Trac
             for figure, path in draw_figures(run_dir).items():
                 tracker.image(f"figures/{figure}", path, tokens)
 
+    observers.heartbeat = progress.heartbeat
     observers.record.append(show)
     observers.curve.append(send_curve)
 

@@ -60,6 +60,8 @@ class Observers:
     """Get every line of metrics.jsonl."""
     curve: list[Callable[[str, PositionCurve, int], None]] = field(default_factory=list)
     """Get (name, curve, tokens) of every evaluation and of each stage's training losses."""
+    heartbeat: Callable[[int, int], None] | None = None
+    """Gets (k, n) after micro-batch k of the n of a step."""
     say: Callable[[str], None] = lambda line: None
     """Gets lines for people."""
 
@@ -142,6 +144,7 @@ class Trainer:
                 world=self.world,
                 stop=preemption.requested,
                 on_losses=self._count,
+                on_micro_batch=self.observers.heartbeat,
             )
             self._after_step(stage, batches, result)
 

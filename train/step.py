@@ -57,13 +57,14 @@ def train_step(
     world: World,
     stop: bool = False,
     on_losses: Callable[[torch.Tensor, Batch], None] | None = None,
+    on_micro_batch: Callable[[int, int], None] | None = None,
 ) -> StepResult:
     """Returns the result of one optimizer step on this rank's micro-batches; every rank must bring the same number of
     them, and ranks that share sequences the same ones.
 
     `stop` is this rank's wish to end the run after this step. `on_losses(losses float32 [T], batch)` gets every
     micro-batch's detached per-token losses, on the device, once the step is known to be good; a skipped step is not
-    observed.
+    observed. `on_micro_batch(k, n)` is told when the host is done with micro-batch k of n.
     """
     valid = torch.stack([(batch.labels != IGNORED).sum() for batch in batches]).sum()
     counts = all_reduce_sum(torch.stack([valid, valid.new_tensor(int(stop))]).to(world.device))
@@ -80,6 +81,8 @@ def train_step(
         loss = loss * torch.where(loss.isfinite(), 1.0, torch.nan)
         engine.backward(loss, last=index == len(batches) - 1)
         seen.append((losses.detach(), batch))
+        if on_micro_batch is not None:
+            on_micro_batch(index + 1, len(batches))
 
     num_tokens, num_stops = counts.tolist()
     skipped, grad_norm = engine.step(lr)

@@ -26,7 +26,7 @@ def test_every_experiment_is_planned(experiment):
     """Catches an experiment whose plan fails, or that one could not start as it stands."""
     overrides, hardware = split_machine([f"+exp={experiment}", "num_gpus=8", "gpu_memory=80GB"])
     # The steps of these have too few sequences for 8 ranks; they are made for one.
-    if experiment in ("quickstart", "sft_quickstart", "sft_hybrid"):
+    if experiment in ("quickstart", "moba_32k_small", "sft_quickstart", "sft_hybrid"):
         overrides, hardware = split_machine([f"+exp={experiment}", "num_gpus=1", "gpu_memory=80GB"])
     plan = make_plan(load(overrides, hardware), 32768, hardware)
     text = plan.text()

@@ -280,3 +280,23 @@ def test_the_estimate_is_what_was_measured(overrides, num_gpus, gib):
     hardware = Hardware(num_gpus, num_gpus, num_gpus, gpu_memory=80 * GB)
     config = load(["+exp=moba_32k", *overrides], hardware)
     assert make_plan(config, 32768, hardware).memory.total / GB == pytest.approx(gib, rel=0.1)
+
+
+def test_time_and_memory_of_a_cpu_are_said_before_it_starts():
+    """Catches a run of a month that starts without a word, a time where none is known, and FLOPs or processes that are
+    not counted."""
+    whole = config_of()
+    flops = sum(stage.flops for stage in make_plan(whole, 384).stages)
+    here = Hardware(host_memory=64 * GB, cpu_flops=flops / 7200)
+    plan = make_plan(whole, 384, here)
+    assert plan.time is not None and plan.time.startswith("at least 2:00:00 on this CPU")
+    assert plan.time in " ".join(plan.text().split())
+    assert "+exp=moba_32k_small" in plan.time
+    two = replace(here, world_size=2, local_world_size=2)
+    assert make_plan(whole, 384, two).time.startswith("at least 1:00:00")
+    assert make_plan(whole, 384, replace(here, cpu_flops=flops / 60)).time is None
+    assert make_plan(whole, 384, Hardware()).time is None
+    assert "does not fit the 1 MB" in make_plan(whole, 384, replace(here, host_memory=2**20)).verdict
+    gpu = Hardware(1, gpu_name="NVIDIA H100 80GB HBM3")
+    gpu = make_plan(load(["+exp=moba_32k"], gpu), 32768, gpu).time
+    assert gpu is not None and gpu.startswith("some ") and "40 % of their peak" in gpu

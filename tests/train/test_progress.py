@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+from train.record import progress
 from train.record.progress import Progress, clock, describe
 
 
@@ -112,3 +113,21 @@ def test_unknown_values_are_left_out():
 def test_clock(seconds, text):
     """Catches sixty seconds in a minute's place and unreadable long durations."""
     assert clock(seconds) == text
+
+
+def test_a_long_step_is_heard_of(monkeypatch):
+    """Catches minutes of silence within a step, and a line for every micro-batch of a fast one."""
+    now, out = [1000.0], io.StringIO()
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    shown = Progress(1000, stream=out)
+    for done in range(1, 5):
+        now[0] += 20
+        shown.heartbeat(done, 4)
+    now[0] += 1
+    shown.update({"tokens": 100, "stage": "sparse", "loss": 2.0})
+    for done in range(1, 5):
+        now[0] += 1
+        shown.heartbeat(done, 4)
+    lines = out.getvalue().splitlines()
+    assert lines[0] == "micro-batch 2 of 4 of this step after 0:40, some 0:40 to its end"
+    assert len(lines) == 2 and "sparse" in lines[1]

@@ -36,9 +36,14 @@ from train.plan.describe import (
 )
 from train.plan.memory import Memory, most_memory, room
 from train.plan.warnings import unfilled, warnings_of
+from train.record.progress import clock
+from train.record.throughput import peak_tflops
 from train.schedule import Schedule, Stage, build_schedule
 
 MOST_GPUS = 4096
+GPU_SHARE = 0.4  # of the peak: what training steps reach (benchmarks/results/step_profile_h100)
+SHORT_SECONDS = 600
+SLOW = 1e13
 WIDTH = 118
 
 
@@ -92,6 +97,8 @@ class Plan:
     world_size: int
     memory: Memory
     verdict: str
+    time: str | None
+    """How long it takes at best, where that is known and long enough to be worth saying."""
     data: tuple[str, ...]
     outputs: tuple[str, ...]
     warnings: tuple[str, ...]
@@ -144,6 +151,7 @@ def make_plan(
         world_size=hardware.world_size,
         memory=memory,
         verdict=verdict,
+        time=_time(config, sum(stage.flops for stage in stages), hardware),
         data=describe_data(config, schedule.stages, sources),
         outputs=describe_outputs(config),
         warnings=(*unfilled(asked_tokens, schedule), *warnings_of(config, schedule, sources)),
@@ -214,7 +222,12 @@ def _memory(config: RunConfig, stages: tuple[Stage, ...], vocab_size: int, hardw
 
     memory = need()
     if hardware.device(config.run.device) == "cpu":
-        return memory, "in main memory (launch/plan.py num_gpus=1 gpu_memory=80GB plans for a GPU)"
+        elsewhere = "launch/plan.py num_gpus=1 gpu_memory=80GB plans for a GPU"
+        needed = memory.total * hardware.local_world_size
+        if hardware.host_memory is not None and needed > room(hardware.host_memory):
+            there = f"does not fit the {format_memory(hardware.host_memory)} of this host's memory"
+            return memory, f"{there} ({elsewhere}; +exp=moba_32k_small is a long-context schedule for a CPU)"
+        return memory, f"in main memory ({elsewhere})"
     if hardware.gpu_memory is None:
         return memory, "compare with your GPU's memory, or say gpu_memory=80GB"
     most = room(hardware.gpu_memory)
@@ -226,6 +239,27 @@ def _memory(config: RunConfig, stages: tuple[Stage, ...], vocab_size: int, hardw
     if memory.total <= most:
         return memory, f"fits {of_gpu}"
     return memory, f"does not fit {of_gpu}{_advice(config, hardware, need, most)}"
+
+
+def _time(config: RunConfig, flops: float, hardware: Hardware) -> str | None:
+    """The time that so many FLOPs take."""
+    if hardware.device(config.run.device) == "cpu":
+        if hardware.cpu_flops is None:
+            return None
+        rate, at = (
+            hardware.cpu_flops * hardware.local_world_size,
+            "at least {} on this CPU, whose matrix products make {}",
+        )
+    else:
+        peak = peak_tflops(hardware.gpu_name)
+        if peak is None:
+            return None
+        rate, at = GPU_SHARE * peak * 1e12 * hardware.world_size, "some {} if the GPUs reach {}, 40 % of their peak"
+    seconds = flops / rate
+    if seconds < SHORT_SECONDS:
+        return None
+    small = "; +exp=quickstart and +exp=moba_32k_small are made for CPUs" if rate < SLOW else ""
+    return at.format(clock(seconds), f"{rate / 1e12:.3g} TFLOP/s") + small
 
 
 def _advice(config: RunConfig, hardware: Hardware, need, most: int) -> str:
@@ -319,6 +353,7 @@ def _lines(plan: Plan) -> list[str]:
             f"{format_memory(plan.memory.total)} a process, estimated: {_memory_parts(plan.memory)}",
             plan.verdict,
         ),
+        *_block("time", *([plan.time] if plan.time else [])),
         *_block("data", *plan.data),
         *_block("outputs", plan.run_dir, *plan.outputs),
     ]

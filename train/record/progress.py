@@ -36,6 +36,8 @@ class Progress:
         self._enabled = enabled
         self._tenth = 10 * tokens // total_tokens
         self._said_at = -PLAIN_SECONDS
+        self._step_began: float | None = None
+        self._heard_at: float | None = time.monotonic()
         self._bar: tqdm | None = None
         if enabled and bar and _is_screen(self._stream):
             self._bar = tqdm(
@@ -62,6 +64,19 @@ class Progress:
             self._tenth, self._said_at = tenth, now
             share = record["tokens"] / self.total_tokens
             self._write(f"{share:4.0%} {format_count(record['tokens']):>6} tokens  {describe(record)}")
+
+    def heartbeat(self, done: int, of: int) -> None:
+        """Says how far a step is that takes long: `done` of its `of` micro-batches are."""
+        now = time.monotonic()
+        if done == 1 or self._step_began is None:
+            self._step_began = self._heard_at if self._heard_at is not None else now
+        self._heard_at = now
+        passed = now - self._step_began
+        if not self._enabled or done == of or min(passed, now - self._said_at) < PLAIN_SECONDS:
+            return
+        self._said_at = now
+        left = clock(passed / done * (of - done))
+        self._write(f"micro-batch {done} of {of} of this step after {clock(passed)}, some {left} to its end")
 
     def say(self, line: str) -> None:
         """Prints a line of its own (a stage that begins, an evaluation, a checkpoint) without tearing the bar."""
