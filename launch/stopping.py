@@ -1,4 +1,5 @@
-"""How a run ends before its time: the signals that ask it to, its exit code then, and a torchrun that is gone.
+"""How a run ends before its time: the signals that ask it to, its exit code then, and a torchrun or a process that is
+gone.
 
 SIGTERM, SIGINT and SIGUSR1 (as schedulers send ahead of a time limit) save a checkpoint after the step in hand and end
 the run. It ends with 128 + the signal's number, as a shell would say; 0 means that what was asked for is done.
@@ -8,9 +9,12 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NamedTuple
 
 import torch.distributed as dist
 
@@ -21,6 +25,7 @@ EXIT_FAILED = 1
 PARENT_GONE = "the end of torchrun"
 PARENT = os.getppid()
 LOOK_SECONDS = 1.0
+LOST_SECONDS = 5.0  # in which a collective that notices for itself ends the process first
 
 
 def stop_reasons(flag: PreemptionFlag) -> list[str]:
@@ -58,3 +63,69 @@ class ParentWatch:
             self.flag.received = self.flag.received or PARENT_GONE
             time.sleep(self._seconds)
         leave(EXIT_FAILED)
+
+
+class Peer(NamedTuple):
+    """A process of the run."""
+
+    rank: int
+    host: str
+    pid: int
+    began: str
+    """When it was started, as the system counts: another one may have the same pid later."""
+
+    @classmethod
+    def this(cls) -> Peer:
+        """This process."""
+        return cls(dist.get_rank(), socket.gethostname(), os.getpid(), _state_of(os.getpid())[1])
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether it has ended, as far as can be seen from its own host."""
+        state, began = _state_of(self.pid)
+        return state in ("", "Z", "X") or began != self.began
+
+
+def _state_of(pid: int) -> tuple[str, str]:
+    """(state, start time) of a process as /proc has them; ("", "") for none, ("?", "") where there is no /proc."""
+    if not Path("/proc/self/stat").exists():
+        return "?", ""
+    try:
+        # What stands before the last bracket is its name, which may hold anything.
+        words = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return "", ""
+    return words[0], words[19]
+
+
+class PeerWatch:
+    """Ends this process when another one of this host has ended in the middle of the run.
+
+    With gloo a collective notices that by itself. With NCCL it waits, and what came after the newest checkpoint is lost
+    either way.
+    """
+
+    def __init__(self, lost: Callable[[Peer], None], seconds: float = LOST_SECONDS):
+        """lost(peer) is called from a thread, `seconds` after a peer was seen to be gone; it has to end the process."""
+        self._lost, self._seconds, self._stopped = lost, seconds, threading.Event()
+
+    def start(self, peers: Iterable[Peer] | None = None) -> PeerWatch:
+        """Returns self, watching these; by default the processes of the run on this host, whom all have to ask
+        together."""
+        own = Peer.this() if peers is None else None
+        watched = (
+            [peer for peer in gather_objects(own) if peer.host == own.host] if own is not None else list(peers or ())
+        )
+        threading.Thread(target=self._watch, args=([peer for peer in watched if peer != own],), daemon=True).start()
+        return self
+
+    def stop(self) -> None:
+        """From now on they may end."""
+        self._stopped.set()
+
+    def _watch(self, peers: list[Peer]) -> None:
+        while peers and not self._stopped.wait(LOOK_SECONDS):
+            gone = next((peer for peer in peers if peer.is_gone), None)
+            if gone is not None and not self._stopped.wait(self._seconds):
+                self._lost(gone)
+                return

@@ -38,7 +38,7 @@ from data.tokenizer import Tokenizer, load_tokenizer  # noqa: E402
 from launch.config import detect_hardware, load_asked, run_command  # noqa: E402
 from launch.inputs import refuse_missing  # noqa: E402
 from launch.observe import FIGURES, HeldOutEvaluator, draw_figures  # noqa: E402
-from launch.stopping import ParentWatch, exit_code, stop_reasons  # noqa: E402
+from launch.stopping import ParentWatch, Peer, PeerWatch, exit_code, stop_reasons  # noqa: E402
 from moba.attention import BackendUnavailable  # noqa: E402
 from train.checkpoint import checkpoint_dir, store  # noqa: E402
 from train.checkpoint.run_lock import RunLocked, lock_run  # noqa: E402
@@ -126,11 +126,13 @@ def _mistakes_in_words(config: RunConfig) -> Iterator[None]:
         raise ConfigError([f"{error}. {places}. The checkpoints that were saved are as they were"]) from error
 
 
-def _leave_lost_run(config: RunConfig) -> NoReturn:
+def _leave_lost_run(config: RunConfig, peer: Peer | None = None) -> NoReturn:
     """Ends this process: another one is gone, and nothing that all take part in can be done any more."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's comes at this moment, and nothing would be said
+    if peer is None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's comes at this moment, and nothing would be said
+    which = "another process" if peer is None else f"the process of rank {peer.rank} (pid {peer.pid})"
     _report_once(
-        "another process of this run has ended, so all end. If it did not say why, torchrun's report names it and "
+        f"{which} of this run has ended, so all end. If it did not say why, torchrun's report names it and "
         f"its signal. What was done after the newest checkpoint in {config.run.dir} is lost; the same command again "
         "goes on from there, or from the start if there is none"
     )
@@ -219,6 +221,7 @@ def _train(
         progress = Progress(schedule.total_tokens, tokens=trainer.tokens, bar=config.logging.progress)
         _watch(observers, config, run_dir, tracker, progress)
     watch.flag = preemption = PreemptionFlag(stuck=partial(_say_stuck, config)).install()
+    peers = PeerWatch(partial(_leave_lost_run, config)).start()
     try:
         # In here as well: torchrun's SIGTERM must not end a process that is about to say that another one is lost.
         with _mistakes_in_words(config):
@@ -228,6 +231,7 @@ def _train(
                 if progress is not None:
                     progress.close()
     finally:
+        peers.stop()
         preemption.uninstall()
     reasons = [] if finished else stop_reasons(preemption)
     if tracker is not None:
