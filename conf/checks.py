@@ -13,6 +13,7 @@ from dataclasses import replace
 from conf.build import Problems
 from conf.hardware import Hardware, check_device, check_world, divisors, refuse_bf16_at_stage_0
 from conf.numbers import format_length, format_tokens
+from conf.rates import RATES
 from conf.schema import (
     AUTO,
     OFFLOAD,
@@ -37,7 +38,6 @@ KEY_CONVOLUTIONS = (0, 3, 5)
 ROPE_SCALINGS = ("none", "linear", "ntk", "yarn", "llama3")
 NEED_ORIGINAL_LENGTH = ("yarn", "llama3")
 MODEL_ROPE_TYPES = ("default", "linear", "llama3", "yarn", "dynamic")
-LR_KINDS = ("cosine", "wsd", "linear", "constant")
 PRECISIONS = ("auto", "bf16", "fp32")
 DEVICES = ("auto", "cuda", "cpu")
 # What deepspeed.extra must not say, because other keys say it: there would be two answers.
@@ -404,11 +404,11 @@ def _check_optim(config: RunConfig, problems: Problems) -> None:
 
 
 def _check_lr(key: str, lr: LRConfig, span: int | None, problems: Problems) -> None:
-    _one_of(f"{key}.kind", lr.kind, LR_KINDS, problems)
+    is_known = _one_of(f"{key}.kind", lr.kind, tuple(RATES), problems)
     _at_least(f"{key}.peak", lr.peak, 0, problems, open_end=True)
     if not 0 <= lr.min_ratio <= 1:
         problems.add(f"{key}.min_ratio", lr.min_ratio, "final learning rate / peak: from 0 to 1")
-    if span is None or lr.warmup_tokens is None or lr.decay_tokens is None:
+    if span is None or lr.warmup_tokens is None:
         return
     if lr.warmup_tokens > span:
         problems.add(
@@ -416,13 +416,9 @@ def _check_lr(key: str, lr: LRConfig, span: int | None, problems: Problems) -> N
             format_tokens(lr.warmup_tokens),
             f"is longer than the {format_tokens(span)} tokens this learning rate spans; use a share such as 1%",
         )
-    elif lr.kind == "wsd" and lr.warmup_tokens + lr.decay_tokens > span:
-        problems.add(
-            f"{key}.decay_tokens",
-            format_tokens(lr.decay_tokens),
-            f"together with warmup_tokens={format_tokens(lr.warmup_tokens)} exceeds the {format_tokens(span)} tokens"
-            f" this learning rate spans; use {format_tokens(span - lr.warmup_tokens)} at most",
-        )
+    elif is_known:
+        for name, value, hint in RATES[lr.kind].check(lr, span):
+            problems.add(f"{key}.{name}", value, hint)
 
 
 def _check_engine(config: RunConfig, problems: Problems) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from conf.rates import all_rate_options
 from moba.kinds import Moba, all_options
 
 AUTO = "auto"
@@ -228,25 +229,25 @@ class StageLRConfig:
     """null = optim.lr.min_ratio."""
     warmup_tokens: Any = field(default=None, metadata=SHARE)
     """Tokens of linear warm-up, or a share of the stage's ("5%"); null = as optim.lr.warmup_tokens is written."""
-    decay_tokens: Any = field(default=None, metadata=SHARE)
-    """wsd: tokens of the final decay, or a share of the stage's; null = as optim.lr.decay_tokens is written."""
+    options: dict[str, Any] = field(default_factory=dict, metadata={"collects": all_rate_options})
+    """What is said of the kinds' options, each written beside the keys above; those left out are as in optim.lr.
+    Frozen, all of them."""
 
 
 @dataclass(frozen=True)
 class LRConfig(StageLRConfig):
-    """Learning rate as a function of tokens."""
+    """Learning rate as a function of tokens. Beside these keys stand the options of the kinds (wsd: decay_tokens;
+    conf/rates.py)."""
 
     kind: str = "cosine"
-    """`cosine`, `wsd` (constant, then linear decay over decay_tokens), `linear` or `constant`, each after a linear
-    warm-up."""
+    """`cosine`, `wsd` (constant, then linear decay over decay_tokens), `linear` or `constant`, or another of
+    conf/rates.py, each after a linear warm-up."""
     peak: float = 3e-4
     """Highest learning rate."""
     min_ratio: float = 0.1
     """Final learning rate / peak."""
     warmup_tokens: Any = field(default="1%", metadata=SHARE)
     """Tokens of linear warm-up from 0 ("1%" of the tokens this schedule spans, or "20M")."""
-    decay_tokens: Any = field(default="10%", metadata=SHARE)
-    """wsd: tokens of the final decay."""
 
 
 @dataclass(frozen=True)

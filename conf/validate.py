@@ -18,6 +18,7 @@ from conf.checks import check, check_inherited
 from conf.files import FileError, parse_yaml, user_path
 from conf.hardware import Hardware
 from conf.numbers import format_tokens, is_share, parse_share
+from conf.rates import all_rate_options
 from conf.schema import (
     AttentionConfig,
     DataConfig,
@@ -255,13 +256,16 @@ def _fill_stage_lr(key: str, stage: StageConfig, own: StageLRConfig, run: LRConf
     """The stage's own learning rate with what it leaves open as in `run`, a share of the run's now one of the
     stage's."""
     given = {name: value for name, value in vars(own).items() if value is not None}
+    given["options"] = run.options | {name: value for name, value in own.options.items() if value is not None}
     return _fill_lr(key, replace(run, **given), stage.tokens or 0, problems)
 
 
 def _fill_lr(key: str, lr: LRConfig, span: int, problems: Problems) -> LRConfig:
-    """`lr` with warm-up and decay in tokens, where it spans `span` tokens."""
-    return replace(
-        lr,
-        warmup_tokens=quantity(parse_share, f"{key}.warmup_tokens", lr.warmup_tokens, problems, span),
-        decay_tokens=quantity(parse_share, f"{key}.decay_tokens", lr.decay_tokens, problems, span),
-    )
+    """`lr` with every option of every kind, and shares in tokens, where it spans `span` tokens."""
+    known = all_rate_options()
+    given = {name: value for name, value in lr.options.items() if value is not None}
+    options = {name: option.default for name, option in known.items()} | given
+    for name in (name for name, option in known.items() if option.is_share):
+        options[name] = quantity(parse_share, f"{key}.{name}", options[name], problems, span)
+    warmup = quantity(parse_share, f"{key}.warmup_tokens", lr.warmup_tokens, problems, span)
+    return replace(lr, warmup_tokens=warmup, options=options)

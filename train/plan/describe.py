@@ -9,6 +9,7 @@ import numpy as np
 
 from conf.hardware import Hardware
 from conf.numbers import format_count, format_length, format_tokens
+from conf.rates import RATES
 from conf.schema import OFFLOADED, LRConfig, RopeConfig, RunConfig, SourceConfig
 from data.mixture import long_share, make_pools, passes
 from data.sources import Source
@@ -137,9 +138,11 @@ def describe_stage_lr(config: RunConfig, name: str) -> str:
 
 def _one_lr(lr: LRConfig) -> str:
     text = f"{lr.kind}, peak {lr.peak:g}, warm-up {format_tokens(lr.warmup_tokens)} tokens"
-    if lr.kind == "wsd":
-        text += f", decay {format_tokens(lr.decay_tokens)} tokens"
-    return text if lr.kind == "constant" else f"{text}, down to {lr.peak * lr.min_ratio:g}"
+    rate = RATES[lr.kind]
+    for name, option in rate.options.items():
+        value, word = lr.options[name], name.removesuffix("_tokens").replace("_", " ")
+        text += f", {word} {format_tokens(value)} tokens" if option.is_share else f", {word} {value}"
+    return text if rate.is_constant else f"{text}, down to {lr.peak * lr.min_ratio:g}"
 
 
 def uses_bf16(config: RunConfig, hardware: Hardware) -> bool:
