@@ -37,7 +37,7 @@ class Rate(NamedTuple):
 
 
 def falling(lr: LRConfig, left: float, over: float, shape: Callable[[float], float]) -> float:
-    """From 1 to min_ratio over the last `over` tokens, `left` of which are to come; shape goes from 1 at 0 to 0 at 1."""
+    """From 1 to min_ratio over the last `over` tokens, `left` of which are to come. shape: from 1 at 0 to 0 at 1."""
     if over == 0:
         return 1.0
     fallen = min(1.0, max(0.0, 1 - left / over))

@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from conf.build import ConfigError, Problems, build, parse_quantities, quantity
 from conf.checks import check, check_inherited
 from conf.files import FileError, parse_yaml, user_path
+from conf.formats import all_format_options
 from conf.hardware import Hardware
 from conf.numbers import format_tokens, is_share, parse_share
 from conf.rates import all_rate_options
@@ -53,7 +54,7 @@ def freeze(config: DictConfig | Mapping[str, Any], hardware: Hardware | None = N
         run_config,
         run=_fill_run(run_config),
         model=_fill_model(run_config.model),
-        data=_fill_synthetic(data, schedule),
+        data=_fill_documents(data, schedule),
         schedule=_fill_schedule(schedule, problems),
     )
     run_config = _fill_shares(run_config, problems)
@@ -132,11 +133,17 @@ def _fill_mixes(schedule: ScheduleConfig, before: DataConfig, data: DataConfig) 
     return replace(schedule, stages=stages)
 
 
-def _fill_synthetic(data: DataConfig, schedule: ScheduleConfig) -> DataConfig:
-    """`data` with generated documents as long as the context, and blocks as the schedule's, where nothing is said."""
+def _fill_documents(data: DataConfig, schedule: ScheduleConfig) -> DataConfig:
+    """`data` with every option of every format, and with generated documents as long as the context, and blocks as the
+    schedule's, where nothing is said."""
+    defaults = {name: option.default for name, option in all_format_options().items()}
 
     def fill(source: SourceConfig | None) -> SourceConfig | None:
-        if source is None or source.synthetic is None:
+        if source is None:
+            return None
+        given = {name: value for name, value in source.options.items() if value is not None}
+        source = replace(source, options=defaults | given)
+        if source.synthetic is None:
             return source
         own = source.synthetic
         length = schedule.seq_len if own.length is None else own.length

@@ -13,13 +13,22 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
+from conf.formats import FORMATS, BadRow
 from conf.schema import SourceConfig
-from conf.words import cut, listed, show
+from conf.words import cut, show
 from data.errors import DataError
 
 FOR_TEMPLATES = ("reasoning_content", "tool_calls", "tool_call_id", "name")
 FLAGS = ("weight", "train")
 LEARN = "learn"  # in the JSON of a message: false where a turn of the assistant is not learnt
+
+
+def document_of(row: Mapping[str, Any], config: SourceConfig, where: str, key: str) -> Any:
+    """What the source's format makes of a row (conf/formats.py). Raises DataError."""
+    try:
+        return FORMATS[config.format].document(row, config.columns)
+    except BadRow as error:
+        raise DataError(f"{where}: {error}. {error.hint.format(key=key)}") from error
 
 
 class ConversationReader:
@@ -45,18 +54,7 @@ class ConversationReader:
             log(f"left out {count:,} {what}")
 
     def _messages(self, row: Mapping[str, Any], where: str) -> Sequence[Mapping[str, Any]]:
-        config = self._config
-        if row.get(config.messages_field) is not None:
-            messages = row[config.messages_field]
-        elif {config.prompt_field, config.response_field} <= row.keys():
-            roles = {"user": config.prompt_field, "assistant": config.response_field}
-            messages = [{"role": role, "content": row[field]} for role, field in roles.items()]
-        else:
-            fields = f"{self._key}messages_field, or {self._key}prompt_field and {self._key}response_field"
-            raise DataError(
-                f"{where}: a row has neither {config.messages_field!r} nor {config.prompt_field!r} and "
-                f"{config.response_field!r}; it has {listed(row)}. Set {fields}"
-            )
+        messages = document_of(row, self._config, where, self._key)
         if not (isinstance(messages, list) and messages and all(isinstance(m, Mapping) for m in messages)):
             raise DataError(f"{where}: {_EXPECTED}; found {show(messages)}")
         return messages

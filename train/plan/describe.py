@@ -180,10 +180,10 @@ def describe_data(config: RunConfig, stages: tuple[Stage, ...], sources: Mapping
             count, tokens = len(lengths[name]), int(lengths[name].sum())
             line += f" = {wanted / max(tokens, 1):.3g} epochs of {count:,} documents, {format_count(tokens)} tokens"
         lines.append(line)
-    for name in (name for name, source in sources.items() if config.data.sources[name].format == "chat"):
+    for name in (name for name, source in sources.items() if config.data.sources[name].is_chat):
         used_at = dict.fromkeys(stage.seq_len for stage in stages if stage.mix.get(name, 0) > 0)
         lines += [_describe_cuts(name, sources[name], seq_len) for seq_len in used_at]
-    texts = {name for name, source in config.data.sources.items() if source.format == "text" and not source.synthetic}
+    texts = {name for name, source in config.data.sources.items() if not (source.is_chat or source.synthetic)}
     lines += dict.fromkeys(_describe_reach(stage, lengths) for stage in stages if set(stage.mix) <= texts)
     if config.data.validation is not None:
         lines.append(f"held out: {_where(config.data.validation)}, up to {config.eval.documents} documents")
