@@ -33,10 +33,18 @@ class Format(NamedTuple):
     options: Mapping[str, Option] = {}
     """Keys of a source (data.sources.<name>.<option>): mostly the columns it reads. Two formats may share one."""
     required: tuple[str, ...] = ()
-    """Options that name a column which one of a table's first rows has to have."""
+    """Options that name a column which not every row has, but one of a table's first."""
     version: int | None = 1
     """To be raised when documents come out otherwise: tokens in the cache are made anew. None: plain text, since ever.
     """
+
+
+def column(row: Mapping[str, Any], columns: Mapping[str, Any], option: str) -> Any:
+    """What a row has in the column that an option names; BadRow if it has no such column."""
+    name = columns[option]
+    if name not in row:
+        raise BadRow(f"a row has no {name!r}; it has {listed(row)}", f"Set {{key}}{option}")
+    return row[name]
 
 
 def _text(row: Mapping[str, Any], columns: Mapping[str, Any]) -> Any:
