@@ -74,7 +74,8 @@ def build(cls: type, values: Mapping[str, Any], problems: Problems, path: str = 
             continue
         try:
             if name in options:
-                hint = Any if options[name].is_length else options[name].type | None
+                is_quantity = options[name].is_length or options[name].is_share
+                hint = Any if is_quantity else options[name].type | None
                 arguments.setdefault(collector, {})[name] = _convert(hint, value, problems, key)
             else:
                 arguments[name] = _convert(hints[name], value, problems, key)

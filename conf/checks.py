@@ -11,8 +11,10 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from conf.build import Problems
+from conf.formats import FORMATS, all_format_options, formats_with
 from conf.hardware import Hardware, check_device, check_world, divisors, refuse_bf16_at_stage_0
 from conf.numbers import format_length, format_tokens
+from conf.rates import RATES
 from conf.schema import (
     AUTO,
     OFFLOAD,
@@ -37,7 +39,6 @@ KEY_CONVOLUTIONS = (0, 3, 5)
 ROPE_SCALINGS = ("none", "linear", "ntk", "yarn", "llama3")
 NEED_ORIGINAL_LENGTH = ("yarn", "llama3")
 MODEL_ROPE_TYPES = ("default", "linear", "llama3", "yarn", "dynamic")
-LR_KINDS = ("cosine", "wsd", "linear", "constant")
 PRECISIONS = ("auto", "bf16", "fp32")
 DEVICES = ("auto", "cuda", "cpu")
 # What deepspeed.extra must not say, because other keys say it: there would be two answers.
@@ -51,7 +52,6 @@ OWN_KEYS = {
     "fp16": "deepspeed.precision",
     "torch_autocast": "deepspeed.precision",
 }
-FORMATS = ("text", "chat")
 WANDB_MODES = ("auto", "online", "offline", "disabled")
 
 
@@ -172,7 +172,7 @@ def _check_data(config: RunConfig, problems: Problems) -> None:
     if data.validation is not None:
         _check_source("data.validation", data.validation, problems)
     every = [*data.sources.values(), *([] if data.validation is None else [data.validation])]
-    if data.chat_template is not None and all(source.format != "chat" for source in every):
+    if data.chat_template is not None and not any(source.format in FORMATS and source.is_chat for source in every):
         problems.add("data.chat_template", data.chat_template, "no source has format=chat; use null, or data=sft")
     _at_least("data.num_workers", data.num_workers, 0, problems)
     _at_least("data.interleave", data.interleave, 1, problems)
@@ -210,16 +210,11 @@ def _check_source(key: str, source: SourceConfig, problems: Problems) -> None:
         problems.add(f"{key}.path", None, f"where is the data? Set {short}" if shorthand else hint)
     if source.path is not None and source.name is not None:
         problems.add(f"{key}.path", source.path, f"{key}.name={show(source.name)} is set too; set one of them to null")
-    _one_of(f"{key}.format", source.format, FORMATS, problems)
-    if source.format != "chat":
-        for field, default in (
-            ("messages_field", "messages"),
-            ("prompt_field", "prompt"),
-            ("response_field", "response"),
-        ):
-            if getattr(source, field) != default:
-                problems.add(f"{key}.{field}", getattr(source, field), f"only with {key}.format=chat")
-        if source.path is not None and source.path.startswith("embedded-chat"):
+    if _one_of(f"{key}.format", source.format, tuple(FORMATS), problems):
+        for name, option in all_format_options().items():
+            if name not in FORMATS[source.format].options and source.options.get(name) not in (None, option.default):
+                problems.add(f"{key}.{name}", source.options[name], f"only with {key}.format={formats_with(name)}")
+        if not source.is_chat and source.path is not None and source.path.startswith("embedded-chat"):
             problems.add(
                 f"{key}.format", source.format, f"{key}.path={show(source.path)} holds conversations; use chat"
             )
@@ -404,11 +399,11 @@ def _check_optim(config: RunConfig, problems: Problems) -> None:
 
 
 def _check_lr(key: str, lr: LRConfig, span: int | None, problems: Problems) -> None:
-    _one_of(f"{key}.kind", lr.kind, LR_KINDS, problems)
+    is_known = _one_of(f"{key}.kind", lr.kind, tuple(RATES), problems)
     _at_least(f"{key}.peak", lr.peak, 0, problems, open_end=True)
     if not 0 <= lr.min_ratio <= 1:
         problems.add(f"{key}.min_ratio", lr.min_ratio, "final learning rate / peak: from 0 to 1")
-    if span is None or lr.warmup_tokens is None or lr.decay_tokens is None:
+    if span is None or lr.warmup_tokens is None:
         return
     if lr.warmup_tokens > span:
         problems.add(
@@ -416,13 +411,9 @@ def _check_lr(key: str, lr: LRConfig, span: int | None, problems: Problems) -> N
             format_tokens(lr.warmup_tokens),
             f"is longer than the {format_tokens(span)} tokens this learning rate spans; use a share such as 1%",
         )
-    elif lr.kind == "wsd" and lr.warmup_tokens + lr.decay_tokens > span:
-        problems.add(
-            f"{key}.decay_tokens",
-            format_tokens(lr.decay_tokens),
-            f"together with warmup_tokens={format_tokens(lr.warmup_tokens)} exceeds the {format_tokens(span)} tokens"
-            f" this learning rate spans; use {format_tokens(span - lr.warmup_tokens)} at most",
-        )
+    elif is_known:
+        for name, value, hint in RATES[lr.kind].check(lr, span):
+            problems.add(f"{key}.{name}", value, hint)
 
 
 def _check_engine(config: RunConfig, problems: Problems) -> None:

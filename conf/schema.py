@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from conf.formats import FORMATS, all_format_options
+from conf.rates import all_rate_options
 from moba.kinds import Moba, all_options
 
 AUTO = "auto"
@@ -117,7 +119,8 @@ class SyntheticConfig:
 
 @dataclass(frozen=True)
 class SourceConfig:
-    """One collection of documents."""
+    """One collection of documents. Beside these keys stand the options of the formats (text: text_field; chat:
+    messages_field, prompt_field, response_field; conf/formats.py)."""
 
     path: str | None = None
     """File, glob or directory: text, jsonl, parquet (also compressed), token shards of launch/prepare_data.py; or
@@ -134,15 +137,10 @@ class SourceConfig:
     """Read the hub data set as a stream, up to max_tokens, instead of downloading it whole (max_tokens: null then means
     the run's budget)."""
     format: str = "text"
-    """`text`, or `chat`: conversations, of which the assistant's turns alone are learnt (data/sft.py)."""
-    text_field: str = "text"
-    """Column or JSON key that holds the document."""
-    messages_field: str = "messages"
-    """chat: column with the list of {role, content}."""
-    prompt_field: str = "prompt"
-    """chat, in rows without messages: column with the user's turn."""
-    response_field: str = "response"
-    """chat, in rows without messages: column with the assistant's turn."""
+    """`text`, or `chat`: conversations, of which the assistant's turns alone are learnt (data/sft.py); or another of
+    conf/formats.py."""
+    options: dict[str, Any] = field(default_factory=dict, metadata={"collects": all_format_options})
+    """What is said of the formats' options, each written beside these keys; frozen, all of them."""
     id_field: str | None = "id"
     """Column that names a document; null or absent = its running number."""
     weight: float = 1.0
@@ -151,6 +149,18 @@ class SourceConfig:
     """Stop reading after this many tokens; null = all of it."""
     exclude_ids: str | None = None
     """Text file with one document id a line to leave out (a held-out set)."""
+
+    @property
+    def is_chat(self) -> bool:
+        """Its documents are conversations."""
+        return FORMATS[self.format].is_chat
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """Every option of its format, by name."""
+        known = FORMATS[self.format].options
+        given = {name: value for name, value in self.options.items() if name in known and value is not None}
+        return {name: option.default for name, option in known.items()} | given
 
 
 @dataclass(frozen=True)
@@ -228,25 +238,25 @@ class StageLRConfig:
     """null = optim.lr.min_ratio."""
     warmup_tokens: Any = field(default=None, metadata=SHARE)
     """Tokens of linear warm-up, or a share of the stage's ("5%"); null = as optim.lr.warmup_tokens is written."""
-    decay_tokens: Any = field(default=None, metadata=SHARE)
-    """wsd: tokens of the final decay, or a share of the stage's; null = as optim.lr.decay_tokens is written."""
+    options: dict[str, Any] = field(default_factory=dict, metadata={"collects": all_rate_options})
+    """What is said of the kinds' options, each written beside the keys above; those left out are as in optim.lr.
+    Frozen, all of them."""
 
 
 @dataclass(frozen=True)
 class LRConfig(StageLRConfig):
-    """Learning rate as a function of tokens."""
+    """Learning rate as a function of tokens. Beside these keys stand the options of the kinds (wsd: decay_tokens;
+    conf/rates.py)."""
 
     kind: str = "cosine"
-    """`cosine`, `wsd` (constant, then linear decay over decay_tokens), `linear` or `constant`, each after a linear
-    warm-up."""
+    """`cosine`, `wsd` (constant, then linear decay over decay_tokens), `linear` or `constant`, or another of
+    conf/rates.py, each after a linear warm-up."""
     peak: float = 3e-4
     """Highest learning rate."""
     min_ratio: float = 0.1
     """Final learning rate / peak."""
     warmup_tokens: Any = field(default="1%", metadata=SHARE)
     """Tokens of linear warm-up from 0 ("1%" of the tokens this schedule spans, or "20M")."""
-    decay_tokens: Any = field(default="10%", metadata=SHARE)
-    """wsd: tokens of the final decay."""
 
 
 @dataclass(frozen=True)

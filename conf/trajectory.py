@@ -10,11 +10,12 @@ micro-batches, kernels, recomputation), which moves losses by rounding only.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
 from conf.build import collected
+from conf.formats import all_format_options
 from conf.schema import RunConfig, SourceConfig
 from conf.words import listed, show
 
@@ -98,7 +99,8 @@ def _in_brief(source: SourceConfig | None) -> str:
     """What a source says that is not default."""
     if source is None:
         return "none"
-    given, default = asdict(source), asdict(SourceConfig())
+    options = {name: option.default for name, option in all_format_options().items()}
+    given, default = _written(source), _written(SourceConfig(options=options))
     return show({key: value for key, value in given.items() if value != default[key]})
 
 

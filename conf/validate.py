@@ -16,8 +16,10 @@ from omegaconf import DictConfig, OmegaConf
 from conf.build import ConfigError, Problems, build, parse_quantities, quantity
 from conf.checks import check, check_inherited
 from conf.files import FileError, parse_yaml, user_path
+from conf.formats import all_format_options
 from conf.hardware import Hardware
 from conf.numbers import format_tokens, is_share, parse_share
+from conf.rates import all_rate_options
 from conf.schema import (
     AttentionConfig,
     DataConfig,
@@ -52,7 +54,7 @@ def freeze(config: DictConfig | Mapping[str, Any], hardware: Hardware | None = N
         run_config,
         run=_fill_run(run_config),
         model=_fill_model(run_config.model),
-        data=_fill_synthetic(data, schedule),
+        data=_fill_documents(data, schedule),
         schedule=_fill_schedule(schedule, problems),
     )
     run_config = _fill_shares(run_config, problems)
@@ -131,11 +133,17 @@ def _fill_mixes(schedule: ScheduleConfig, before: DataConfig, data: DataConfig) 
     return replace(schedule, stages=stages)
 
 
-def _fill_synthetic(data: DataConfig, schedule: ScheduleConfig) -> DataConfig:
-    """`data` with generated documents as long as the context, and blocks as the schedule's, where nothing is said."""
+def _fill_documents(data: DataConfig, schedule: ScheduleConfig) -> DataConfig:
+    """`data` with every option of every format, and with generated documents as long as the context, and blocks as the
+    schedule's, where nothing is said."""
+    defaults = {name: option.default for name, option in all_format_options().items()}
 
     def fill(source: SourceConfig | None) -> SourceConfig | None:
-        if source is None or source.synthetic is None:
+        if source is None:
+            return None
+        given = {name: value for name, value in source.options.items() if value is not None}
+        source = replace(source, options=defaults | given)
+        if source.synthetic is None:
             return source
         own = source.synthetic
         length = schedule.seq_len if own.length is None else own.length
@@ -255,13 +263,16 @@ def _fill_stage_lr(key: str, stage: StageConfig, own: StageLRConfig, run: LRConf
     """The stage's own learning rate with what it leaves open as in `run`, a share of the run's now one of the
     stage's."""
     given = {name: value for name, value in vars(own).items() if value is not None}
+    given["options"] = run.options | {name: value for name, value in own.options.items() if value is not None}
     return _fill_lr(key, replace(run, **given), stage.tokens or 0, problems)
 
 
 def _fill_lr(key: str, lr: LRConfig, span: int, problems: Problems) -> LRConfig:
-    """`lr` with warm-up and decay in tokens, where it spans `span` tokens."""
-    return replace(
-        lr,
-        warmup_tokens=quantity(parse_share, f"{key}.warmup_tokens", lr.warmup_tokens, problems, span),
-        decay_tokens=quantity(parse_share, f"{key}.decay_tokens", lr.decay_tokens, problems, span),
-    )
+    """`lr` with every option of every kind, and shares in tokens, where it spans `span` tokens."""
+    known = all_rate_options()
+    given = {name: value for name, value in lr.options.items() if value is not None}
+    options = {name: option.default for name, option in known.items()} | given
+    for name in (name for name, option in known.items() if option.is_share):
+        options[name] = quantity(parse_share, f"{key}.{name}", options[name], problems, span)
+    warmup = quantity(parse_share, f"{key}.warmup_tokens", lr.warmup_tokens, problems, span)
+    return replace(lr, warmup_tokens=warmup, options=options)

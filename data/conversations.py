@@ -3,9 +3,6 @@
 Message keys beside role and content: `weight` (0 or 1) and `train` (true or false) say whether an assistant's turn is
 learnt; reasoning_content, tool_calls, tool_call_id and name go to the chat template, and so do the row's `tools`. What
 the template has no place for, and any other key, is left out, counted and said.
-
-Rows of other shapes that are common are recognised: ShareGPT's (`conversations`, each turn `from` and `value`) and
-Alpaca's (`instruction`, `input`, `output`).
 """
 
 from __future__ import annotations
@@ -16,24 +13,22 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
+from conf.formats import FORMATS, BadRow, common_shape
 from conf.schema import SourceConfig
-from conf.words import cut, listed, show
+from conf.words import cut, show
 from data.errors import DataError
 
 FOR_TEMPLATES = ("reasoning_content", "tool_calls", "tool_call_id", "name")
 FLAGS = ("weight", "train")
-SHAREGPT = "conversations"
-SHAREGPT_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "assistant": "assistant",
-    "model": "assistant",
-    "system": "system",
-    "tool": "tool",
-}
 LEARN = "learn"  # in the JSON of a message: false where a turn of the assistant is not learnt
+
+
+def document_of(row: Mapping[str, Any], config: SourceConfig, where: str, key: str) -> Any:
+    """What the source's format makes of a row (conf/formats.py). Raises DataError."""
+    try:
+        return FORMATS[config.format].document(row, config.columns)
+    except BadRow as error:
+        raise DataError(f"{where}: {error}. {error.hint.format(key=key)}") from error
 
 
 class ConversationReader:
@@ -62,25 +57,9 @@ class ConversationReader:
             log(f"left out {count:,} {what}")
 
     def _messages(self, row: Mapping[str, Any], where: str) -> Sequence[Mapping[str, Any]]:
-        config = self._config
-        if row.get(config.messages_field) is not None:
-            messages = row[config.messages_field]
-        elif {config.prompt_field, config.response_field} <= row.keys():
-            roles = {"user": config.prompt_field, "assistant": config.response_field}
-            messages = [{"role": role, "content": row[field]} for role, field in roles.items()]
-        elif isinstance(row.get(SHAREGPT), list):
-            messages = [_from_sharegpt(turn, where) for turn in row[SHAREGPT]]
-            self._shapes["ShareGPT conversations (from, value)"] += 1
-        elif {"instruction", "output"} <= row.keys():
-            asked = "\n\n".join(text for text in (row["instruction"], row.get("input")) if text)
-            messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": row["output"]}]
-            self._shapes["Alpaca instructions (instruction, input, output)"] += 1
-        else:
-            fields = f"{self._key}messages_field, or {self._key}prompt_field and {self._key}response_field"
-            raise DataError(
-                f"{where}: a row has neither {config.messages_field!r} nor {config.prompt_field!r} and "
-                f"{config.response_field!r}; it has {listed(row)}. Set {fields}"
-            )
+        messages = document_of(row, self._config, where, self._key)
+        if (shape := common_shape(row, self._config.columns)) is not None:
+            self._shapes[shape] += 1
         if not (isinstance(messages, list) and messages and all(isinstance(m, Mapping) for m in messages)):
             raise DataError(f"{where}: {_EXPECTED}; found {show(messages)}")
         return messages
@@ -123,16 +102,6 @@ class ConversationReader:
             self._left_out["times 'tools' of a conversation: the chat template has no place for them"] += 1
             return None
         return tools
-
-
-def _from_sharegpt(turn: Any, where: str) -> Mapping[str, Any]:
-    """A turn with `from` and `value` as a message; one with a role already as it is."""
-    if not isinstance(turn, Mapping) or "from" not in turn:
-        return turn
-    if turn["from"] not in SHAREGPT_ROLES:
-        raise DataError(f"{where}: from={show(turn['from'])}: known are {', '.join(SHAREGPT_ROLES)}")
-    rest = {key: value for key, value in turn.items() if key not in ("from", "value")}
-    return {"role": SHAREGPT_ROLES[turn["from"]], "content": turn.get("value")} | rest
 
 
 _EXPECTED = "a conversation is a list of messages with a role and a content, both text"

@@ -22,7 +22,7 @@ MARK = b"\xef\xbb\xbf"  # of UTF-8, as some programs write it
 
 def json_rows(path: Path) -> Iterator[dict[str, Any]]:
     """The objects in a file, in order. Raises DataError for what is none, and what decompressing raises."""
-    with _opened(path) as file:
+    with opened(path) as file:
         first = file.readline()
         if first.removeprefix(MARK).lstrip().startswith(b"["):
             yield from _list_of(first.removeprefix(MARK) + file.read(), path)
@@ -59,7 +59,8 @@ def _object(row: Any, path: Path, number: int) -> dict[str, Any]:
     return row
 
 
-def _opened(path: Path) -> BinaryIO:
+def opened(path: Path) -> BinaryIO:
+    """A file to read, decompressed by its ending. Raises ImportError where .zst cannot be."""
     ending = path.suffix.lower()
     if ending == ".zst":
         # ImportError: said with a hint by the caller

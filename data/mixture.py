@@ -11,7 +11,7 @@ Only raw Philox output is used, which numpy keeps the same between versions (its
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -110,8 +110,28 @@ class Mixture:
         stops = np.flatnonzero((inputs >= length) | np.array(left_out)[pools])
         return inputs[: stops[0]] if len(stops) else inputs
 
+    def ahead_of(self, used: Mapping[str, np.ndarray]) -> tuple[list[int], Callable[[int], Window]]:
+        """What `used` says of some documents to come, up to the first that is of another source, or fewer; and what
+        gives the i-th of them, whole. used: source -> int64, a number for each of its documents."""
+        self._look_ahead()
+        owners = [self._pools[name].source for name in self._names]
+        pools, documents, inputs = (column[self._made :] for column in self._ahead)
+
+        def window(i: int) -> Window:
+            return Window(owners[pools.item(i)], documents.item(i), 0, inputs.item(i))
+
+        if owners[pools[0]] not in used:  # often so, and not worth a look at the others
+            return [], window
+        stops = np.flatnonzero(np.array([owner not in used for owner in owners])[pools])
+        found = np.zeros(stops[0] if len(stops) else len(pools), np.int64)
+        for number, owner in enumerate(owners):
+            places = np.flatnonzero(pools[: len(found)] == number)
+            if len(places):
+                found[places] = used[owner][documents[places]]
+        return found.tolist(), window
+
     def skip(self, count: int) -> None:
-        """Pass over `count` documents, of those that `ahead` gave."""
+        """Pass over `count` documents, of those that `ahead` or `ahead_of` gave."""
         taken = np.bincount(self._ahead.pools[self._made : self._made + count], minlength=len(self._names))
         for name, number in zip(self._names, taken.tolist()):
             if number:

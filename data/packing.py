@@ -16,6 +16,7 @@ Shapes: T inputs in a batch, N windows in it.
 from __future__ import annotations
 
 import zlib
+from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ from moba.documents import Documents
 
 IGNORED = -100
 OPEN_PACKS = 4  # of conversations
+AGE = (1 << 32) - 1  # the bits of a pack's place among those opened, behind the inputs it still takes
 
 
 class Window(NamedTuple):
@@ -88,8 +90,13 @@ class DocumentStream(Protocol):
         `without`, or fewer."""
         ...
 
+    def ahead_of(self, used: Mapping[str, np.ndarray]) -> tuple[list[int], Callable[[int], Window]]:
+        """What `used` says of some documents to come, up to the first that is of another source, or fewer; and what
+        gives the i-th of them, whole. used: source -> int64, a number for each of its documents."""
+        ...
+
     def skip(self, count: int) -> None:
-        """Pass over `count` documents, of those that `ahead` gave."""
+        """Pass over `count` documents, of those that `ahead` or `ahead_of` gave."""
         ...
 
 
@@ -152,12 +159,12 @@ class Packer:
 
     def skip(self, count: int) -> None:
         """Go on as after `count` calls of next_pack. Packs of texts that are all shorter than one are counted, not
-        made."""
+        made; of conversations, it is worked out which pack takes each, and no more."""
         while count > 0:
-            passed = self._skip_texts(count)
-            if passed == 0:
+            passed = self._skip_texts(count) or self._skip_conversations(count)
+            if passed is None:
                 self.next_pack()
-            count -= max(passed, 1)
+            count -= 1 if passed is None else passed
 
     def _skip_texts(self, most: int) -> int:
         """Pass over up to `most` packs that come next and are filled by short texts alone; returns how many."""
@@ -170,6 +177,51 @@ class Packer:
             self._stream.skip(last)
             piece, over = self._stream.draw(), int(ends[last]) - passed * self.seq_len
             self._begin(_cut(piece, piece.length - over)[1])
+        return passed
+
+    def _skip_conversations(self, most: int) -> int | None:
+        """Put away some conversations that come next, as _add_conversation does, until `most` packs are full or give
+        way; returns how many did, None if no conversation comes next."""
+        if not self.conversations or self._short or len(self._long) >= self.interleave:
+            return None
+        coming, window = self._stream.ahead_of(self.conversations)
+        if not coming:
+            return None
+        takes: dict[int, list[int]] = {age: [] for age in range(len(self._bins))}  # of the packs that are open
+        order = sorted(pack.free << 32 | age for age, pack in enumerate(self._bins))  # the fullest first, then by age
+        whole, age, passed, looked = self.seq_len << 32, len(takes), 0, 0
+        for used in coming:
+            looked += 1
+            if used == 0:
+                continue
+            place = bisect_left(order, used << 32)
+            opens = place == len(order)
+            if opens:
+                key, takes[age] = whole | age, []
+                age += 1
+            else:
+                key = order.pop(place)
+            key -= used << 32
+            takes[key & AGE].append(looked - 1)
+            if key > AGE:
+                insort(order, key)
+                if not opens or len(order) <= OPEN_PACKS:
+                    continue
+                key = order.pop(0) if order[0] != key else order.pop(1)
+            del takes[key & AGE]
+            passed += 1
+            if passed == most:
+                break
+        free = {key & AGE: key >> 32 for key in order}
+        packs = []
+        for age, places in takes.items():
+            pack = self._bins[age] if age < len(self._bins) else _Bin(self.seq_len)
+            pack.windows += [(self._placed + place, window(place)) for place in places]
+            pack.free = free[age]
+            packs.append(pack)
+        self._bins = packs
+        self._placed += looked
+        self._stream.skip(looked)
         return passed
 
     def _begin(self, rest: Window) -> None:

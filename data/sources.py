@@ -18,6 +18,7 @@ from typing import Protocol
 import numpy as np
 
 from conf.files import read_text, user_path
+from conf.formats import FORMATS
 from conf.numbers import parse_length
 from conf.schema import DataConfig, SourceConfig
 from data import chat_set
@@ -282,7 +283,7 @@ def is_shipped(path: str) -> bool:
 
 def chat_encoder(source: SourceConfig, template: str | None, tokenizer: Tokenizer) -> ChatEncoder | None:
     """What encodes the source's conversations; None for text."""
-    return ChatEncoder(tokenizer, load_template(template, tokenizer)) if source.format == "chat" else None
+    return ChatEncoder(tokenizer, load_template(template, tokenizer)) if source.is_chat else None
 
 
 def text_origin(
@@ -298,10 +299,12 @@ def text_origin(
             f"source {name!r} needs either path (files, a glob, a directory, embedded) or name (a hub data set); it "
             f"has path={source.path!r}, name={source.name!r}"
         )
-    fields = {"text_field": source.text_field, "id_field": source.id_field}
+    fields = source.columns | {"id_field": source.id_field}
+    version = FORMATS[source.format].version
+    if version is not None:
+        fields["format"] = f"{source.format} {version}"
     if encoder is not None:
-        named = {key: getattr(source, key) for key in ("messages_field", "prompt_field", "response_field", "id_field")}
-        fields = {"format": "chat 2", "template": encoder.template.fingerprint} | named
+        fields["template"] = encoder.template.fingerprint
     if source.path is not None and source.path.partition(":")[0] in SHIPPED_CHAT:
         return _chat_set_origin(name, source.path, encoder)
     if source.name is not None:
@@ -377,7 +380,7 @@ def _check_tokenizer(name: str, shards: TokenShards, tokenizer: Tokenizer) -> No
 
 def _check_format(name: str, source: SourceConfig, shards: TokenShards, config: DataConfig, tokenizer) -> None:
     """DataError unless the shards hold what source.format says, conversations in the run's own template."""
-    if shards.has_masks != (source.format == "chat"):
+    if shards.has_masks != source.is_chat:
         held = ("text", "conversations")[shards.has_masks]
         raise DataError(
             f"source {name!r}: the shards in {shards.directory} hold {held}, and format={source.format} is not that"

@@ -10,29 +10,48 @@ import glob
 import hashlib
 import lzma
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from itertools import groupby
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from conf.files import user_path
+from conf.formats import FORMATS
 from conf.schema import SourceConfig
 from conf.words import cut, first_line, listed
-from data.conversations import ConversationReader
+from data.conversations import ConversationReader, document_of
 from data.errors import DataError
 from data.json_rows import json_rows
 
 COMPRESSED = (".xz", ".gz", ".bz2", ".zst")
-KINDS = {
-    ".jsonl": "json",
-    ".ndjson": "json",
-    ".json": "json",
-    ".parquet": "parquet",
-    ".txt": "text",
-    ".text": "text",
-    ".md": "text",
+
+
+class Reader(NamedTuple):
+    """What reads files of an ending."""
+
+    kind: str
+    """Files of a kind are read together; a change of it means other content."""
+    rows: Callable[[Path], Iterable[dict[str, Any]]] | None
+    """The rows of a table, for its source's format (conf/formats.py); None: the file is one text. Raises one of
+    READ_ERRORS for a damaged file."""
+
+
+def _parquet_rows(path: Path) -> Iterable[dict[str, Any]]:
+    return _load("parquet", [path])
+
+
+JSON, TEXT = Reader("json", json_rows), Reader("text", None)
+READERS = {
+    ".jsonl": JSON,
+    ".ndjson": JSON,
+    ".json": JSON,
+    ".parquet": Reader("parquet", _parquet_rows),
+    ".txt": TEXT,
+    ".text": TEXT,
+    ".md": TEXT,
 }
-# Endings of what is no text, however it was named.
+# Endings of what is no text, however it was named, where no reader is for them.
 FOREIGN = (
     *(".csv", ".tsv", ".xls", ".xlsx", ".ods", ".db", ".sqlite", ".arrow", ".feather", ".orc", ".avro"),
     *(".pdf", ".ps", ".doc", ".docx", ".odt", ".rtf", ".epub", ".mobi", ".djvu", ".ppt", ".pptx"),
@@ -40,7 +59,7 @@ FOREIGN = (
     *(".png", ".jpg", ".jpeg", ".gif", ".webp", ".mp3", ".mp4", ".wav", ".npy", ".npz", ".pt", ".pth", ".safetensors"),
 )
 LOOK_FOR_TEXT = 1000  # rows of a table, of which one has to have the column with the text
-PLAIN_FILE = SourceConfig(text_field="text", id_field=None)  # how a whole text file is read
+PLAIN_FILE = SourceConfig(id_field=None)  # how a whole text file is read
 # What a damaged or foreign file makes the readers below raise (pyarrow's and Unicode's errors are ValueErrors).
 READ_ERRORS = (ValueError, OSError, EOFError, lzma.LZMAError, zlib.error, ImportError)
 
@@ -56,17 +75,17 @@ def find_files(path: str) -> list[Path]:
         files = [
             f
             for f in root.rglob("*")
-            if _ending(f) in KINDS and not any(p.startswith(".") for p in f.relative_to(root).parts)
+            if _ending(f) in READERS and not any(p.startswith(".") for p in f.relative_to(root).parts)
         ]
-        wanted = ", ".join(KINDS) + " (also with " + ", ".join(COMPRESSED) + ")"
+        wanted = ", ".join(READERS) + " (also with " + ", ".join(COMPRESSED) + ")"
         problem = f"the directory holds no files ending in {wanted} and is no directory of token shards"
     else:
         files = [root] if root.exists() else [Path(f) for f in glob.glob(str(root), recursive=True)]
         problem = "no file matches" if glob.has_magic(str(root)) else "no such file or directory"
-    files = sorted((f.resolve() for f in files if f.is_file()), key=lambda f: (_kind(f), str(f)))
+    files = sorted((f.resolve() for f in files if f.is_file()), key=lambda f: (_reader(f).kind, str(f)))
     if not files:
         raise DataError(f"path={cut(path)!r}: {problem} (looked in {Path.cwd()})")
-    foreign = [f for f in files if _ending(f) in FOREIGN]
+    foreign = [f for f in files if _ending(f) in FOREIGN and _ending(f) not in READERS]
     if foreign:
         raise DataError(
             f"path={cut(path)!r}: {listed(foreign)} cannot be read: documents are jsonl, parquet or text. Convert "
@@ -80,7 +99,7 @@ def content_hash(files: list[Path]) -> str:
     digest = hashlib.sha256()
     for path in files:
         with open(path, "rb") as file:
-            digest.update(f"{_kind(path)}:{hashlib.file_digest(file, 'sha256').hexdigest()};".encode())
+            digest.update(f"{_reader(path).kind}:{hashlib.file_digest(file, 'sha256').hexdigest()};".encode())
     return digest.hexdigest()
 
 
@@ -94,15 +113,16 @@ class Documents:
 
     def of_files(self, files: list[Path]) -> Iterator[tuple[str, str]]:
         """Those in `files`, in order. Raises DataError naming the file that cannot be read."""
-        for kind, group in groupby(files, key=_kind):
-            if kind == "text":
+        for reader, group in groupby(files, key=_reader):
+            if reader.rows is None:
                 if self._chat is not None:
-                    raise DataError(f"{next(group)}: conversations (format=chat) are read from jsonl or parquet")
+                    what = f"conversations (format={self._config.format})"
+                    raise DataError(f"{next(group)}: {what} are read from jsonl or parquet")
                 for row in _rows_of_texts(list(group)):
                     yield from self._document(row, PLAIN_FILE, "text file")
             else:
                 for path in group:
-                    yield from self._of_table(_rows_of_table(kind, path), str(path))
+                    yield from self._of_table(_rows_of_table(reader, path), str(path))
 
     def of_hub(self, log=lambda line: None) -> Iterator[tuple[str, str]]:
         """Those of a hub data set. Raises DataError, naming the alternatives, if it cannot be had."""
@@ -132,19 +152,22 @@ class Documents:
             self._chat.report(log)
 
     def _of_table(self, rows, where: str) -> Iterator[tuple[str, str]]:
-        """The documents of a table, one of whose first LOOK_FOR_TEXT rows has to have the column."""
-        field, missing, first = self._config.text_field, 0, None
-        for row in rows:
-            if self._chat is None and missing is not None:
+        """The documents of a table, of whose first LOOK_FOR_TEXT rows one has to have the format's columns."""
+        columns = self._config.columns
+        missing = {name: columns[name] for name in FORMATS[self._config.format].required}
+        first: Mapping[str, Any] | None = None
+        for number, row in enumerate(rows, 1):
+            if missing:
                 first = row if first is None else first
-                missing = None if field in row else missing + 1
-                if missing == LOOK_FOR_TEXT:
+                missing = {name: column for name, column in missing.items() if column not in row}
+                if missing and number == LOOK_FOR_TEXT:
                     break
             yield from self._document(row, self._config, where)
         if missing and first is not None:
+            name, column = next(iter(missing.items()))
             raise DataError(
-                f"{where} has no column {field!r}; it has {listed(first)}. Set {self._key}text_field to the one with "
-                "the text"
+                f"{where} has no column {column!r}; it has {listed(first)}. Set {self._key}{name} to the one that is "
+                "meant"
             )
 
     def _document(self, row: dict, config: SourceConfig, where: str) -> Iterator[tuple[str, str]]:
@@ -157,21 +180,16 @@ class Documents:
             if text is not None:
                 yield name, text
             return
-        text = row.get(config.text_field)
-        if text is not None and not isinstance(text, str):
-            raise DataError(
-                f"{where}: column {config.text_field!r} holds {type(text).__name__}, not text; columns: {listed(row)}. "
-                f"Set {self._key}text_field"
-            )
+        text = document_of(row, config, where, self._key)
         if text and not text.isspace():
             yield name, text
         else:
             self._without_text += 1
 
 
-def _kind(path: Path) -> str:
+def _reader(path: Path) -> Reader:
     """The reader for a file by its ending, before any ending of compression."""
-    return KINDS.get(_ending(path), "text")
+    return READERS.get(_ending(path), TEXT)
 
 
 def _ending(path: Path) -> str:
@@ -191,13 +209,15 @@ def _load(kind: str, files: list[Path], **options):
         return ()
 
 
-def _rows_of_table(kind: str, path: Path) -> Iterator[dict]:
+def _rows_of_table(reader: Reader, path: Path) -> Iterator[dict]:
+    assert reader.rows is not None
     if path.stat().st_size == 0:
         return
     try:
-        yield from json_rows(path) if kind == "json" else _load(kind, [path])
+        yield from reader.rows(path)
     except READ_ERRORS as error:
-        raise DataError(f"{path} cannot be read as {kind}: {first_line(error)}{_zstd_hint(path, error)}") from error
+        why = f"{first_line(error)}{_zstd_hint(path, error)}"
+        raise DataError(f"{path} cannot be read as {reader.kind}: {why}") from error
 
 
 def _rows_of_texts(files: list[Path]) -> Iterator[dict]:

@@ -95,7 +95,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def chat_template(config: RunConfig, tokenizer: Tokenizer) -> ChatTemplate | None:
     """The template of the run's conversations; None if it has neither conversations nor a template of its own."""
-    is_chat = any(source.format == "chat" for source in config.data.sources.values())
+    is_chat = any(source.is_chat for source in config.data.sources.values())
     own = config.data.chat_template
     return load_template(own, tokenizer) if is_chat or own is not None else None
 

@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:] = [str(ROOT)] + [p for p in sys.path if Path(p or ".").resolve() != ROOT / "launch"]
 
 from conf.files import user_path  # noqa: E402
+from conf.formats import FORMATS, all_format_options, formats_with  # noqa: E402
 from conf.numbers import parse_tokens  # noqa: E402
 from conf.schema import SourceConfig  # noqa: E402
 from conf.words import cut  # noqa: E402
@@ -31,12 +32,9 @@ KEYS = {
     "(owner/name)",
     "to": "directory for the shards, new or begun by this command before",
     "tokenizer": "bytes, bpe-4k, bpe-32k, a tokenizer.json or a Hugging Face tokenizer directory",
-    "format": "text (default), or chat: conversations, of which only the assistant's turns are learnt",
-    "chat_template": "chat: chatml, llama3, plain or a jinja file (default: the tokenizer's own)",
-    "text_field": "column that holds the document (default text)",
-    "messages_field": "chat: column with the messages (default messages)",
-    "prompt_field": "chat, in rows without messages: column with the user's turn (default prompt)",
-    "response_field": "chat, in rows without messages: column with the assistant's turn (default response)",
+    "format": "text (default), or chat: conversations, of which only the assistant's turns are learnt, or another of "
+    "conf/formats.py",
+    "chat_template": "conversations: chatml, llama3, plain or a jinja file (default: the tokenizer's own)",
     "id_field": "column that names a document (default id; its running number where there is none)",
     "workers": "tokenising processes (default 0: none beside this one)",
     "max_tokens": "stop after this many tokens, e.g. 2B (default: all)",
@@ -51,7 +49,7 @@ KEYS = {
 def main(argv: list[str] | None = None) -> None:
     """The command; see the module's text."""
     values = key_values(
-        sys.argv[1:] if argv is None else argv, KEYS, about=__doc__, required=("source", "to", "tokenizer")
+        sys.argv[1:] if argv is None else argv, keys(), about=__doc__, required=("source", "to", "tokenizer")
     )
     source = _source(values)
     tokenizer = load_tokenizer(values["tokenizer"])
@@ -77,6 +75,15 @@ def main(argv: list[str] | None = None) -> None:
     )
 
 
+def keys() -> dict[str, str]:
+    """The arguments of the command -> help, those of formats behind their names."""
+    own = {
+        name: f"{formats_with(name)}: {option.help} (default {option.default})"
+        for name, option in all_format_options().items()
+    }
+    return KEYS | own
+
+
 def _source(values: dict[str, str]) -> SourceConfig:
     """The source that the arguments describe: a path if it can be one, else the name of a hub data set."""
     text = values["source"]
@@ -94,22 +101,21 @@ def _source(values: dict[str, str]) -> SourceConfig:
         raise UsageError(f"max_tokens={cut(repr(max_tokens))}: {error}") from error
     if limit == 0:
         raise UsageError(f"max_tokens={max_tokens}: takes 1 at least")
-    if values.get("format", "text") not in ("text", "chat"):
-        raise UsageError(f"format={values['format']!r}: text or chat")
-    chat_keys = ("chat_template", "messages_field", "prompt_field", "response_field")
-    if values.get("format") != "chat" and any(key in values for key in chat_keys):
-        raise UsageError(f"{', '.join(key for key in chat_keys if key in values)}: only with format=chat")
+    name = values.get("format", "text")
+    if name not in FORMATS:
+        raise UsageError(f"format={cut(name)!r}: choose one of {', '.join(FORMATS)}")
+    for key in values.keys() & all_format_options().keys() - FORMATS[name].options.keys():
+        raise UsageError(f"{key}: only with format={formats_with(key)}")
+    if "chat_template" in values and not FORMATS[name].is_chat:
+        raise UsageError("chat_template: only with conversations (format=chat)")
     return SourceConfig(
         path=None if is_hub else text,
         name=text if is_hub else None,
         subset=values.get("subset"),
         split=values.get("split", "train"),
         streaming=streaming == "true",
-        format=values.get("format", "text"),
-        text_field=values.get("text_field", "text"),
-        messages_field=values.get("messages_field", "messages"),
-        prompt_field=values.get("prompt_field", "prompt"),
-        response_field=values.get("response_field", "response"),
+        format=name,
+        options={key: values[key] for key in FORMATS[name].options if key in values},
         id_field=values.get("id_field", "id"),
         max_tokens=limit,
     )

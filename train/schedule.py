@@ -6,11 +6,11 @@ A stage covers [start, end): at tokens_seen == end the next one is in force. No 
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from conf.rates import RATES
 from conf.schema import AttentionConfig, LongDocumentsConfig, LRConfig, RopeConfig, RunConfig
 from moba.kinds import KINDS, AttentionSpec, Full
 from train.model.sizes import layer_letters
@@ -92,17 +92,11 @@ class Schedule:
 def lr_at(lr: LRConfig, tokens: float, span: int) -> float:
     """The value of `lr` after `tokens` of the `span` tokens it covers: continuous, 0 at 0 where there is a warm-up.
 
-    Warm-up is linear from 0 to the peak. Then `cosine` and `linear` fall to peak * min_ratio at the span's end,
-    `constant` stays, `wsd` stays until decay_tokens before the end and falls linearly to peak * min_ratio.
+    Warm-up is linear from 0 to the peak; then it is as its kind says (conf/rates.py).
     """
     if tokens < lr.warmup_tokens:
         return lr.peak * tokens / lr.warmup_tokens
-    falls = {"constant": 0, "wsd": lr.decay_tokens}.get(lr.kind, span - lr.warmup_tokens)
-    if falls == 0:
-        return lr.peak
-    fallen = min(1.0, max(0.0, 1 - (span - tokens) / falls))
-    weight = 0.5 * (1 + math.cos(math.pi * fallen)) if lr.kind == "cosine" else 1 - fallen
-    return lr.peak * (lr.min_ratio + (1 - lr.min_ratio) * weight)
+    return lr.peak * RATES[lr.kind].ratio(lr, tokens - lr.warmup_tokens, span - lr.warmup_tokens)
 
 
 def layer_plan(attention: AttentionConfig, num_layers: int) -> tuple[AttentionSpec, ...]:

@@ -59,10 +59,12 @@ class Option(NamedTuple):
     """A setting of a kind in the configuration (schedule.stages.*.attention.<name>)."""
 
     type: type
-    """int or str; lengths are typed by hand in many ways and become ints."""
+    """int, float or str; lengths and shares are typed by hand in many ways and become ints."""
     help: str
     default: Any = None
     is_length: bool = False
+    is_share: bool = False
+    """Tokens, or a share of those that a learning rate spans ("10%"; conf/rates.py)."""
 
 
 class Routing(NamedTuple):

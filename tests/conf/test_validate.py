@@ -60,7 +60,7 @@ def test_fills_every_gap():
     assert config.schedule.tokens == 25 * 4096
     assert (sparse.seq_len, sparse.batch_tokens, sparse.attention.options["block_size"]) == (1024, 4096, 64)
     assert (full.attention.options["block_size"], full.attention.options["top_k"]) == (512, 3)
-    assert config.optim.lr.warmup_tokens == 1024 and config.optim.lr.decay_tokens == 10240
+    assert config.optim.lr.warmup_tokens == 1024 and config.optim.lr.options == {"decay_tokens": 10240}
     assert config.eval.every_tokens == 20480 and config.checkpoint.every_tokens == 10240
     assert (config.model.head_dim, config.model.num_kv_heads) == (16, 2)
     assert (config.run.name, config.run.dir, config.data.seed) == ("run", "runs/run", 0)

@@ -160,7 +160,7 @@ def test_common_shapes_are_recognised_and_named():
     assert [m["content"] for m in messages] == ["Add.\n\n2, 2", "4"]
     assert said == ["1 rows read as Alpaca instructions (instruction, input, output)"]
     assert read({"instruction": "Say hi.", "input": "", "output": "hi"})[0][0]["content"] == "Say hi."
-    with pytest.raises(DataError, match="from=narrator: known are human"):
+    with pytest.raises(DataError, match=r"from=narrator in a row of conversations\. Known are human"):
         read({"conversations": [{"from": "narrator", "value": "x"}]})
     with pytest.raises(DataError, match="role and a content, both text"):
         read({"conversations": [{"from": "gpt"}]})

@@ -53,6 +53,11 @@ def test_skipping_is_drawing(seed, length, counts):
         drawn = [drawing.draw() for _ in range(count)]
         assert [window.length for window in drawn] == inputs[:count].tolist()
         assert all(window.source != "other" and window.length < length for window in drawn)
+        numbers, window = skipping.ahead_of({"short": np.arange(50) * 7, "long": np.arange(40) * 11})
+        given = [window(i) for i in range(len(numbers))]
+        skipping.skip(len(numbers))
+        assert given == [drawing.draw() for _ in numbers]
+        assert numbers == [one.document * {"short": 7, "long": 11}[one.source] for one in given]
         for _ in range(97):
             assert skipping.draw() == drawing.draw()
         assert (skipping.draws, skipping.counts) == (drawing.draws, drawing.counts)

@@ -190,12 +190,12 @@ def test_messages_and_prompts_are_one(write_jsonl, tmp_path, monkeypatch):
     import pyarrow.parquet as pq
 
     said = []
-    pairs = [{"id": "a", "q": "Hi", "a": "Ho"}]
+    pairs, columns = [{"id": "a", "q": "Hi", "a": "Ho"}], {"prompt_field": "q", "response_field": "a"}
     pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "m.parquet")
     configs = [
         chat_config(write_jsonl("m.jsonl", ROWS), tmp_path / "1"),
         chat_config(tmp_path / "m.parquet", tmp_path / "2"),
-        chat_config(write_jsonl("p.jsonl", pairs), tmp_path / "3", prompt_field="q", response_field="a"),
+        chat_config(write_jsonl("p.jsonl", pairs), tmp_path / "3", options=columns),
     ]
     opened = [open_sources(config, log=said.append)["main"] for config in configs]
     hub = SourceConfig(name="a/b", format="chat")

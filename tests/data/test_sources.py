@@ -76,7 +76,7 @@ def test_mixed_directory_and_rows_without_text(tmp_path, config_of, write_jsonl)
 def test_field_names(write_jsonl, config_of):
     """Catches text_field or id_field that are not heeded."""
     path = write_jsonl("x.jsonl", [{"body": "abc", "key": 7}, {"body": "de", "key": 9}])
-    source = open_sources(config_of(path=str(path), text_field="body", id_field="key"))["main"]
+    source = open_sources(config_of(path=str(path), options={"text_field": "body"}, id_field="key"))["main"]
     assert texts_of(source) == ["abc", "de"] and source.ids == ["7", "9"]
 
 

@@ -71,7 +71,7 @@ def test_walking_in_steps_meets_every_boundary():
 @pytest.mark.parametrize("kind", ["cosine", "linear", "wsd", "constant"])
 def test_learning_rate_against_its_formula(kind):
     """Catches a wrong warm-up, a decay measured from the wrong end, a final rate that isn't peak * min_ratio."""
-    lr = LRConfig(kind, peak=2.0, min_ratio=0.25, warmup_tokens=100, decay_tokens=300)
+    lr = LRConfig(kind, peak=2.0, min_ratio=0.25, warmup_tokens=100, options={"decay_tokens": 300})
     assert lr_at(lr, 0, 1000) == 0 and lr_at(lr, 50, 1000) == 1.0 and lr_at(lr, 100, 1000) == 2.0
     middle, end = lr_at(lr, 550, 1000), lr_at(lr, 1000, 1000)
     assert middle == pytest.approx({"cosine": 1.25, "linear": 1.25, "wsd": 2.0, "constant": 2.0}[kind])
@@ -91,7 +91,7 @@ def test_learning_rate_against_its_formula(kind):
 )
 def test_learning_rate_is_continuous_and_bounded(kind, min_ratio, warmup, decay):
     """Catches a jump where warm-up meets decay, and rates above the peak or below the floor."""
-    lr = LRConfig(kind, peak=1.0, min_ratio=min_ratio, warmup_tokens=warmup, decay_tokens=decay)
+    lr = LRConfig(kind, peak=1.0, min_ratio=min_ratio, warmup_tokens=warmup, options={"decay_tokens": decay})
     rates = [lr_at(lr, tokens, 1000) for tokens in range(1001)]
     assert all(0 <= rate <= 1 + 1e-12 for rate in rates)
     assert min(rates[warmup:]) >= min_ratio - 1e-12

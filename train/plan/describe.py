@@ -9,6 +9,7 @@ import numpy as np
 
 from conf.hardware import Hardware
 from conf.numbers import format_count, format_length, format_tokens
+from conf.rates import RATES
 from conf.schema import OFFLOADED, LRConfig, RopeConfig, RunConfig, SourceConfig
 from data.mixture import long_share, make_pools, passes
 from data.sources import Source
@@ -137,9 +138,11 @@ def describe_stage_lr(config: RunConfig, name: str) -> str:
 
 def _one_lr(lr: LRConfig) -> str:
     text = f"{lr.kind}, peak {lr.peak:g}, warm-up {format_tokens(lr.warmup_tokens)} tokens"
-    if lr.kind == "wsd":
-        text += f", decay {format_tokens(lr.decay_tokens)} tokens"
-    return text if lr.kind == "constant" else f"{text}, down to {lr.peak * lr.min_ratio:g}"
+    rate = RATES[lr.kind]
+    for name, option in rate.options.items():
+        value, word = lr.options[name], name.removesuffix("_tokens").replace("_", " ")
+        text += f", {word} {format_tokens(value)} tokens" if option.is_share else f", {word} {value}"
+    return text if rate.is_constant else f"{text}, down to {lr.peak * lr.min_ratio:g}"
 
 
 def uses_bf16(config: RunConfig, hardware: Hardware) -> bool:
@@ -177,10 +180,10 @@ def describe_data(config: RunConfig, stages: tuple[Stage, ...], sources: Mapping
             count, tokens = len(lengths[name]), int(lengths[name].sum())
             line += f" = {wanted / max(tokens, 1):.3g} epochs of {count:,} documents, {format_count(tokens)} tokens"
         lines.append(line)
-    for name in (name for name, source in sources.items() if config.data.sources[name].format == "chat"):
+    for name in (name for name, source in sources.items() if config.data.sources[name].is_chat):
         used_at = dict.fromkeys(stage.seq_len for stage in stages if stage.mix.get(name, 0) > 0)
         lines += [_describe_cuts(name, sources[name], seq_len) for seq_len in used_at]
-    texts = {name for name, source in config.data.sources.items() if source.format == "text" and not source.synthetic}
+    texts = {name for name, source in config.data.sources.items() if not (source.is_chat or source.synthetic)}
     lines += dict.fromkeys(_describe_reach(stage, lengths) for stage in stages if set(stage.mix) <= texts)
     if config.data.validation is not None:
         lines.append(f"held out: {_where(config.data.validation)}, up to {config.eval.documents} documents")
