@@ -79,8 +79,8 @@ def test_every_command_explains_itself(name, installed, tmp_path):
 
 def test_training_under_torchrun_works_anywhere(installed, tmp_path):
     """Catches books or tokenizers that are looked for in a checkout, and processes that do not find each other."""
-    asked = "+exp=quickstart schedule.tokens=4K eval.documents=1 logging.wandb=disabled data.cache_dir=cache".split()
-    asked += ["schedule.batch_tokens=4K", "model.num_layers=1", "logging.figures=false"]
+    asked = ["+exp=quickstart", "schedule.tokens=4K", "eval.documents=1", "logging.wandb=disabled"]
+    asked += ["data.cache_dir=cache", "schedule.batch_tokens=4K", "model.num_layers=1", "logging.figures=false"]
     run = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--no-python", installed / "moba-train"]
     assert "finished" in call(*run, *asked, cwd=tmp_path)
     assert (tmp_path / "runs" / "quickstart" / "metrics.jsonl").is_file()
