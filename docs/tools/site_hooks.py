@@ -43,7 +43,7 @@ class Key(NamedTuple):
     text: str
 
 
-def keys(cls: type = schema.RunConfig, path: str = "") -> Iterator[Key]:
+def all_keys(cls: type = schema.RunConfig, path: str = "") -> Iterator[Key]:
     """Every key below a section of the configuration, in the order of conf/schema.py."""
     hints, said = get_type_hints(cls), docstrings(cls)
     collector, options = collected(cls)
@@ -61,7 +61,7 @@ def keys(cls: type = schema.RunConfig, path: str = "") -> Iterator[Key]:
             unit = UNITS.get(field.metadata.get("unit", ""), "")
             yield Key(key, type_name(hint, field), default_of(field), unit, said.get(field.name, ""))
         if nested is not None:
-            yield from keys(nested, f"{key}.{NAMES[field.name]}." if get_origin(hint) is dict else f"{key}.")
+            yield from all_keys(nested, f"{key}.{NAMES[field.name]}." if get_origin(hint) is dict else f"{key}.")
 
 
 def section_of(hint: Any) -> type | None:
@@ -123,7 +123,7 @@ def table() -> str:
         cls = get_type_hints(schema.RunConfig)[field.name]
         lines += ["", f"## {field.name}", "", section_text(cls), "", "| key | type | default | meaning |"]
         lines += ["|---|---|---|---|"]
-        for key in keys(cls, f"{field.name}."):
+        for key in all_keys(cls, f"{field.name}."):
             kind = f"{key.type} ({key.unit})" if key.unit and key.type == "any" else key.type
             default = f"`{key.default}`" if key.default else ""
             cells = [f"`{key.path}`", kind, default, key.text]
