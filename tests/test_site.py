@@ -101,10 +101,11 @@ def test_the_table_has_every_key_with_its_meaning():
 
 
 def test_links_out_of_the_pages_become_paths():
-    """Catches a link to a file that the site does not have, and one within it that is lost."""
+    """Catches a link to a file that the site does not have, and a picture or a link within it that is lost."""
     inside = site_hooks().inside
     assert inside("see [the keys](../conf/schema.py).", "data.md") == "see the keys (`conf/schema.py`)."
     assert inside("[conf/schema.py](../../conf/schema.py)", "reference/x.md") == "conf/schema.py"
+    assert inside("![a](../benchmarks/x.png)", "long.md") == "![a](benchmarks/x.png)"
     assert inside("[a](../data.md#b)", "results/README.md") == "[a](../data.md#b)"
 
 
@@ -125,7 +126,10 @@ def test_the_site_builds(tmp_path):
     assert len(pages) > 15
     fetched = r"""<(?:script|img|iframe)[^>]+src=["']?https?:|<link[^>]+stylesheet[^>]+href=["']?https?:"""
     assert [page.name for page in pages if re.search(fetched, page.read_text(encoding="utf-8"))] == []
-    assert "schedule.stages.&lt;stage&gt;.attention.top_k" in (tmp_path / "reference/configuration.html").read_text()
+    assert (
+        "schedule.<wbr>stages.<wbr>&lt;stage&gt;.<wbr>attention.<wbr>top_k"
+        in (tmp_path / "reference/configuration.html").read_text()
+    )
     assert "block_size" in (tmp_path / "reference/api.html").read_text()
 
 

@@ -7,6 +7,7 @@ Needs no mkdocs to be imported, so that tests can ask for the table.
 from __future__ import annotations
 
 import ast
+import html
 import inspect
 import posixpath
 import re
@@ -126,28 +127,59 @@ def table() -> str:
         for key in all_keys(cls, f"{field.name}."):
             kind = f"{key.type} ({key.unit})" if key.unit and key.type == "any" else key.type
             default = f"`{key.default}`" if key.default else ""
-            cells = [f"`{key.path}`", kind, default, key.text]
+            path = html.escape(key.path).replace(".", ".<wbr>")  # where a line may break
+            cells = [f"<code>{path}</code>", kind, default, outside_code(key.text)]
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines)
 
 
+def outside_code(text: str) -> str:
+    """The text with < and > as letters, not as HTML, where it is no code."""
+    parts = text.split("`")
+    return "`".join(html.escape(part, quote=False) if i % 2 == 0 else part for i, part in enumerate(parts))
+
+
 # -------------------- links out of docs/
+
+LINK = re.compile(r"(!?)\[([^\]]*)\]\((\.\./[^)\s]*)\)")
 
 
 def inside(text: str, page: str) -> str:
-    """The page with links that leave docs/ as text and path: the site has no such file. Pictures become their captions
-    and path, too."""
+    """The page with links that leave docs/ as text and path: the site has no such file. Pictures come along."""
 
     def replaced(match: re.Match) -> str:
-        label, target = match[2], match[3]
-        path = posixpath.normpath(posixpath.join("docs", posixpath.dirname(page), target.partition("#")[0]))
-        if path == "docs" or path.startswith("docs/"):
+        label, path = match[2], in_repository(match[3], page)
+        if path.startswith("docs/"):
             return match[0]
         if match[1]:
-            return f"*{label}: `{path}`*"
+            return f"![{label}]({posixpath.relpath(path, posixpath.dirname(page) or '.')})"
         return label if path in label else f"{label} (`{path}`)"
 
-    return re.sub(r"(!?)\[([^\]]*)\]\((\.\./[^)\s]*)\)", replaced, text)
+    return LINK.sub(replaced, text)
+
+
+def in_repository(target: str, page: str) -> str:
+    """Where a link of a page leads, from the top of the repository."""
+    return posixpath.normpath(posixpath.join("docs", posixpath.dirname(page), target.partition("#")[0]))
+
+
+def pictures_outside() -> set[str]:
+    """Pictures that pages show from elsewhere in the repository."""
+    found = set()
+    for page in (ROOT / "docs").rglob("*.md"):
+        name = page.relative_to(ROOT / "docs").as_posix()
+        shown = (in_repository(m[3], name) for m in LINK.finditer(page.read_text(encoding="utf-8")) if m[1])
+        found |= {path for path in shown if not path.startswith("docs/")}
+    return found
+
+
+def on_files(files: Any, *, config: Any) -> Any:
+    """mkdocs' event: the files of the site."""
+    from mkdocs.structure.files import File
+
+    for path in sorted(pictures_outside()):
+        files.append(File.generated(config, path, abs_src_path=str(ROOT / path)))
+    return files
 
 
 def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
