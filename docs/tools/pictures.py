@@ -21,6 +21,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from matplotlib.colors import ListedColormap  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
 from matplotlib.patches import Patch  # noqa: E402
 
 from launch.config import load  # noqa: E402
@@ -61,7 +62,7 @@ def text() -> tuple[torch.Tensor, torch.Tensor]:
     return q[:, None], k[:, None]
 
 
-def one_query(q: torch.Tensor, k: torch.Tensor) -> plt.Figure:
+def one_query(q: torch.Tensor, k: torch.Tensor) -> Figure:
     """What happens for one query: keys, block means, scores, choice."""
     own = QUERY // BLOCK
     picked = set(route(q, k, block_size=BLOCK, top_k=TOP_K)[0, QUERY].tolist()) - {own}
@@ -89,7 +90,7 @@ def one_query(q: torch.Tensor, k: torch.Tensor) -> plt.Figure:
     return figure
 
 
-def all_queries(q: torch.Tensor, k: torch.Tensor) -> plt.Figure:
+def all_queries(q: torch.Tensor, k: torch.Tensor) -> Figure:
     """Which keys every query sees: full attention beside MoBA."""
     position = np.arange(TOKENS)
     causal = position[:, None] >= position
@@ -119,7 +120,7 @@ def all_queries(q: torch.Tensor, k: torch.Tensor) -> plt.Figure:
     return figure
 
 
-def trailing_loss() -> plt.Figure:
+def trailing_loss() -> Figure:
     """Loss by position of one model under full attention and under MoBA, with the part that the trailing loss is of."""
     figure, axes = plt.subplots(figsize=(8, 3.6), layout="constrained")
     for name, label, colour in (
@@ -140,7 +141,7 @@ def trailing_loss() -> plt.Figure:
     return figure
 
 
-def stages() -> plt.Figure:
+def stages() -> Figure:
     """The quickstart's schedule: attention and learning rate over tokens."""
     schedule = build_schedule(load(["+exp=quickstart"]))
     figure, axes = plt.subplots(figsize=(8, 3.2), layout="constrained")

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "launch" / "slurm.sbatch"
 # srun starts its command and hands signals on to it, as SLURM's does; scontrol writes down what it was asked.
 STAND_INS = {
-    "srun": """echo "srun $*" >> "$ASKED"
+    "srun": """echo "srun of $SRUN_CPUS_PER_TASK cores $*" >> "$ASKED"
 while [ "${1#--}" != "$1" ]; do shift; done
 "$@" &
 child=$!
@@ -44,6 +44,7 @@ def environment(tmp_path) -> dict[str, str]:
         (folder / name).write_text(f"#!/usr/bin/env bash\n{text}\n", encoding="utf-8")
         (folder / name).chmod(0o755)
     job = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NODELIST": "localhost", "SLURM_JOB_NUM_NODES": "1"}
+    job["SLURM_CPUS_PER_TASK"] = "2"
     return os.environ | job | {"PATH": f"{folder}:{os.environ['PATH']}", "ASKED": str(tmp_path / "asked")}
 
 
@@ -62,7 +63,7 @@ def test_a_run_near_its_limit_is_saved_and_requeued_and_goes_on(environment, tmp
     assert code != 0 and "stopped by SIGUSR1" in text, text
     assert read_metrics(metrics)[-1]["tokens"] < END, "it would have ended anyway"
     first = asked.read_text()
-    assert "--nnodes=1 --nproc_per_node=1" in first and "SIGUSR1" in first
+    assert "srun of 2 cores" in first and "--nnodes=1 --nproc_per_node=1" in first and "SIGUSR1" in first
     assert first.splitlines()[-1] == f"scontrol requeue {os.getpid()}"
 
     again = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=200)
