@@ -153,7 +153,7 @@ def stages() -> Figure:
         share = attended_pairs(spec, [stage.seq_len]) / causal_pairs([stage.seq_len])
         middle = (stage.start + stage.end) / 2000
         label = f"stage {stage.name}\n{spec}\n{share:.0%} of pairs"
-        axes.text(middle, 0.97, label, ha="center", va="top", fontsize=9, transform=axes.get_xaxis_transform())
+        axes.text(middle, 0.97, label, ha="center", va="top", fontsize=8, transform=axes.get_xaxis_transform())
     axes.axvline(schedule.stages[0].end / 1000, color="0.3", linestyle="--", linewidth=1)
     axes.set(xlim=(0, schedule.total_tokens / 1000), xlabel="thousand tokens seen", ylabel="learning rate")
     axes.set_ylim(0, 1.45 * max(axes.get_ylim()))
