@@ -14,6 +14,7 @@ import sys
 import textwrap
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:] = [str(ROOT)] + [p for p in sys.path if Path(p or ".").resolve() != ROOT / "launch"]
@@ -146,6 +147,11 @@ def _open_tracker(trained: TrainedModel, values: dict[str, str], folder: Path) -
     return Tracker(folder, logging, name=name, config={"evaluate": values, "run": trained.config.run.name}, fresh=True)
 
 
-if __name__ == "__main__":
+def command() -> NoReturn:
+    """The command, with the process's arguments; does not return."""
     main()
     leave(0)
+
+
+if __name__ == "__main__":
+    command()

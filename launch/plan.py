@@ -74,5 +74,10 @@ def split_machine(arguments: list[str]) -> tuple[list[str], Hardware]:
     return overrides, hardware
 
 
+def command() -> int:
+    """The command, with the process's arguments; returns the exit code."""
+    return run_command(main, sys.argv[1:], USAGE)
+
+
 if __name__ == "__main__":
-    sys.exit(run_command(main, sys.argv[1:], USAGE))
+    sys.exit(command())

@@ -306,5 +306,10 @@ def _say_goodbye(finished: bool, reasons: list[str], config: RunConfig, trainer:
     print(f"finished: {trainer.tokens:,} tokens. The model is in {trainer.last_checkpoint}.{figures}")
 
 
-if __name__ == "__main__":
+def command() -> NoReturn:
+    """The command, with the process's arguments; does not return."""
     leave(run_command(main, sys.argv[1:], USAGE, quiet=launch_environment().rank > 0))
+
+
+if __name__ == "__main__":
+    command()
