@@ -13,5 +13,6 @@ NAMES = (
     "recall",
     "needle",
     "ruler",
+    "sweep",
 )
 EVALS: dict[str, Eval] = {name: import_module(f"evals.{name}").EVAL for name in NAMES}

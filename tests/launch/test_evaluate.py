@@ -108,7 +108,10 @@ def test_needle_and_ruler_by_the_command(launcher, whole, house, tmp_path):
     [
         ("skp=3", ("unknown key 'skp'", "do you mean 'skip'?", "skip, style, device, wandb, to")),
         ("style=odd", ("style=odd: choose one of plain, fancy",)),
-        ("evals=gueses", ("evals=gueses: choose from position_loss, routing, swap, recall, needle, ruler, guesses",)),
+        (
+            "evals=gueses",
+            ("evals=gueses: choose from position_loss, routing, swap, recall, needle, ruler, sweep, guesses",),
+        ),
     ],
 )
 def test_what_an_eval_does_not_take_is_refused_by_name(toy, argument, words, tmp_path, capsys):
