@@ -19,6 +19,7 @@ from evals.figures import save
 from evals.page import image
 from evals.page import table as html_table
 from evals.protocol import Result
+from evals.recall_report import RecallReport
 from evals.statistics import clustered_mean, half_width
 from evals.swap import DENSE, document_mean, with_error
 from moba.kinds.moba import MEAN
@@ -76,22 +77,21 @@ class SweepReport:
             for what, values_SN in (("loss", mean_SN), ("trailing", trailing_SN)):
                 row[what] = document_mean(values_SN[s], self.clusters)
                 row[f"{what}_minus_full"] = document_mean(values_SN[s] - values_SN[0], self.clusters)
-            row["recall"] = {
-                task: {"right": self._share(right_SN[s]), "minus_full": self._share(right_SN[s], right_SN[0])}
-                for task, right_SN in self.right_SN.items()
-            }
+            row["recall"] = {task: self._right(right_SN2[s], right_SN2[0]) for task, right_SN2 in self.right_SN.items()}
             rows.append(row)
         return rows
 
     @staticmethod
-    def _share(right_N2: np.ndarray, reference_N2: np.ndarray | None = None) -> dict[str, float | None]:
-        """The share of right answers, or its difference from a reference's on the same documents."""
-        sums_N = right_N2[:, 0] - (0 if reference_N2 is None else reference_N2[:, 0])
-        found = clustered_mean(sums_N, right_N2[:, 1], list(range(len(sums_N))))
-        values = (found.mean, found.se, half_width(found.se, found.freedom))
+    def _right(right_N2: np.ndarray, full_N2: np.ndarray) -> dict[str, Any]:
+        """The share of right answers, and its difference from full attention's on the same documents."""
+        clusters = list(range(len(right_N2)))
+        share = clustered_mean(right_N2[:, 0], right_N2[:, 1], clusters)
+        gap = clustered_mean(right_N2[:, 0] - full_N2[:, 0], right_N2[:, 1], clusters)
+        width = float(half_width(gap.se, gap.freedom))
         return {
-            name: float(value) if np.isfinite(value) else None
-            for name, value in zip(("mean", "se", "interval_95"), values)
+            "right": float(share.mean),
+            "interval_95": list(RecallReport.interval(share)),
+            "minus_full": {"mean": float(gap.mean), "interval_95": width if np.isfinite(width) else None},
         }
 
     def table(self) -> str:
@@ -107,7 +107,7 @@ class SweepReport:
             cells += f"{with_error(row['trailing_minus_full']):>20}"
             for task in tasks:
                 found = row["recall"][task]
-                cells += f"{found['right']['mean']:>12.3f}{with_error(found['minus_full']):>20}"
+                cells += f"{found['right']:>12.3f}{with_error(found['minus_full']):>20}"
             lines.append(cells)
         return "\n".join(lines)
 
@@ -137,14 +137,15 @@ class SweepReport:
         """Draws the gap of the trailing loss, and right answers, over the attended share: a colour a block size, a
         style of line a gate."""
         rows, tasks = self.rows(), list(self.right_SN)
-        figure = Figure(figsize=(7.5 * (1 + len(tasks)), 5), layout="constrained")
+        figure = Figure(figsize=(7 * (1 + len(tasks)) + 2, 5), layout="constrained")
         grid = figure.subplots(1, 1 + len(tasks), squeeze=False)[0]
         for axes, task in zip(grid, [None, *tasks]):
             for label, shift, style, own in self._lines():
-                points = [self._value(rows[s], task) for s in own]
-                means, widths = ([np.nan if x is None else x for x in side] for side in zip(*points))
+                means, below, above = np.array([self._value(rows[s], task) for s in own]).T
                 shares = self.attended_S[own] * shift
-                axes.errorbar(shares, means, yerr=np.nan_to_num(widths), label=label, capsize=2, markersize=4, **style)
+                axes.errorbar(
+                    shares, means, yerr=np.nan_to_num([below, above]), label=label, capsize=2, markersize=4, **style
+                )
                 for s, share, mean in zip(own, shares, means):
                     axes.annotate(
                         str(self.settings[s].top_k),
@@ -154,8 +155,7 @@ class SweepReport:
                         fontsize=7,
                         color=style["color"],
                     )
-            full = 0.0 if task is None else self._value(rows[0], task)[0] or 0.0
-            axes.axhline(full, color="0.3", linewidth=1, linestyle=":", label="full attention")
+            axes.axhline(self._value(rows[0], task)[0], color="0.3", linewidth=1, linestyle=":", label="full attention")
             axes.set_xscale("log")
             axes.xaxis.set_major_locator(FixedLocator(TICKS))
             axes.xaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g} %"))
@@ -164,7 +164,7 @@ class SweepReport:
             axes.set_ylabel("trailing loss minus full attention's (nats a token)" if task is None else "right answers")
             axes.set_title("Trailing loss" if task is None else f"Recall: {task}", fontsize="medium")
             axes.grid(alpha=0.3)
-        grid[0].legend(fontsize="small")
+        figure.legend(*grid[0].get_legend_handles_labels(), loc="outside right upper", fontsize="small")
         figure.suptitle(f"What k is worth: {self.title}, {format_length(self.seq_len)} tokens", fontsize="medium")
         figure.supxlabel("Bars: 95 %, documents as clusters; losses paired with full attention's", fontsize="x-small")
         save(figure, path)
@@ -185,9 +185,15 @@ class SweepReport:
         return lines
 
     @staticmethod
-    def _value(row: Mapping[str, Any], task: str | None) -> tuple[float | None, float | None]:
-        found = row["trailing_minus_full"] if task is None else row["recall"][task]["right"]
-        return found["mean"], found["interval_95"]
+    def _value(row: Mapping[str, Any], task: str | None) -> tuple[float, float, float]:
+        """What is drawn of a setting, and how far its interval reaches down and up; NaN without one."""
+        if task is not None:
+            found = row["recall"][task]
+            low, high = found["interval_95"]
+            return found["right"], max(0.0, found["right"] - low), max(0.0, high - found["right"])
+        found = row["trailing_minus_full"]
+        width = np.nan if found["interval_95"] is None else found["interval_95"]
+        return found["mean"], width, width
 
 
 def _in_words(kind: str) -> str:
@@ -206,7 +212,7 @@ def page(record: Mapping[str, Any], path: Path) -> str:
             cells += [f"{row[what]['mean']:.4f}", with_error(row[f"{what}_minus_full"])]
         for task in tasks:
             found = row["recall"][task]
-            cells += [f"{found['right']['mean']:.3f}", with_error(found["minus_full"])]
+            cells += [f"{found['right']:.3f}", with_error(found["minus_full"])]
         rows.append(cells)
     columns = ["attention", "attended", "loss", "minus full", "trailing", "minus full"]
     columns += [text for task in tasks for text in (f"{task}: right", "minus full")]

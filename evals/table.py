@@ -14,5 +14,6 @@ NAMES = (
     "needle",
     "ruler",
     "sweep",
+    "lm_eval",
 )
 EVALS: dict[str, Eval] = {name: import_module(f"evals.{name}").EVAL for name in NAMES}
