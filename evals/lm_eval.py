@@ -7,12 +7,12 @@ longer stands in every result.
 
 from __future__ import annotations
 
-import html
 import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -39,9 +39,7 @@ def run(job: Job) -> Result:
     """The tasks under each arm."""
     if find_spec(PACKAGE) is None:
         raise ValueError("evals=[lm_eval] needs lm-evaluation-harness: pip install 'moba-train[lm-eval]'")
-    from lm_eval import simple_evaluate  # pyright: ignore[reportMissingImports]
-
-    from evals.lm_eval_model import RunLM
+    from evals.lm_eval_model import RunLM  # needs the package
 
     logging.getLogger(PACKAGE).setLevel(logging.ERROR)
     manager, tasks = _tasks(job)
@@ -56,7 +54,7 @@ def run(job: Job) -> Result:
     details: Mapping[str, Any] = {}
     for arm in arms:
         model = RunLM(job.context, arm, tokenizer, max_length)
-        found = simple_evaluate(
+        found = import_module(PACKAGE).simple_evaluate(
             model=model,
             tasks=tasks,
             num_fewshot=shots,
@@ -76,12 +74,11 @@ def run(job: Job) -> Result:
 
 def _tasks(job: Job) -> tuple[Any, list[str]]:
     """(the harness's TaskManager, names of tasks). ValueError for what there is not."""
-    from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
-
+    manager_of = import_module(f"{PACKAGE}.tasks").TaskManager
     folder = user_path(job.values["tasks_folder"]) if "tasks_folder" in job.values else None
     if folder is not None and not folder.is_dir():
         raise ValueError(f"tasks_folder={job.values['tasks_folder']}: no such folder")
-    own = TaskManager(include_path=str(folder), include_defaults=False) if folder is not None else None
+    own = manager_of(include_path=str(folder), include_defaults=False) if folder is not None else None
     if "tasks" not in job.values:
         if own is None or not own.all_subtasks:
             raise ValueError(
@@ -91,7 +88,7 @@ def _tasks(job: Job) -> tuple[Any, list[str]]:
     asked = [name.strip() for name in job.values["tasks"].strip("[]").split(",")]
     if own is not None and set(asked) <= set(own.all_tasks):
         return own, asked
-    manager = TaskManager(include_path=None if folder is None else str(folder))
+    manager = manager_of(include_path=None if folder is None else str(folder))
     if unknown := [name for name in asked if name not in manager.all_tasks]:
         known = "" if own is None else f"; tasks_folder has {listed(own.all_subtasks)}"
         raise ValueError(f"tasks={listed(unknown)}: lm-evaluation-harness {version('lm-eval')} has no such task{known}")
@@ -124,9 +121,9 @@ def _scores(results: Mapping[str, Mapping[str, Any]]) -> list[Score]:
             if metric.endswith("_stderr") or isinstance(value, str) or key in ("alias", "sample_len"):
                 continue
             stderr = values.get(f"{metric}_stderr,{how}")
-            known = isinstance(stderr, (int, float)) and math.isfinite(stderr)
+            error = float(stderr) if isinstance(stderr, (int, float)) and math.isfinite(stderr) else None
             name = metric if how in ("none", "") else f"{metric} ({how})"
-            found.append(Score(task, name, float(value), float(stderr) if known else None))
+            found.append(Score(task, name, float(value), error))
     return found
 
 
@@ -244,7 +241,7 @@ def page(record: Mapping[str, Any], path: Path) -> str:
     arms = list(record["scores"][0]["arms"])
     rows = [(row["task"], row["metric"], *(_cell(row["arms"][arm]) for arm in arms)) for row in record["scores"]]
     text = f"lm-evaluation-harness {record['lm_eval']}; +-: its standard errors. {record['about_length']}."
-    return html_table(("task", "metric", *arms), rows) + note(html.unescape(text)) + image(path.with_suffix(".png"))
+    return html_table(("task", "metric", *arms), rows) + note(text) + image(path.with_suffix(".png"))
 
 
 EVAL = Eval(
