@@ -184,7 +184,7 @@ def test_processes_share_the_requests(whole, folder, launcher, house, tmp_path):
         ("tasks=[own_choice,nothing]", "tasks=nothing: lm-evaluation-harness 0.4"),
         ("tasks_folder=nowhere", "tasks_folder=nowhere: no such folder"),
         ("num_fewshot=two", "num_fewshot=two: must be a whole number"),
-        ("documents=1", "needs tasks=[...], or a tasks_folder="),
+        ("documents=1", "needs tasks=[...] of lm-evaluation-harness, or a tasks_folder="),
     ],
 )
 def test_mistakes_are_refused_by_name(whole, folder, argument, words, capsys):
