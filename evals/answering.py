@@ -9,7 +9,7 @@ Shapes: N sequences of a batch, V vocabulary rows.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +29,8 @@ ARMS = (OWN, HYBRID, DENSE)
 ABOUT_ARMS = f"{OWN} (prompt and answer with the attention in force), {HYBRID} (the answer with full), {DENSE}"
 BATCH_TOKENS = 1 << 16
 """Prompt tokens that are cached at a time, or one prompt where that is longer."""
+SCORED_TOKENS = 2048
+"""Tokens of answers whose scores over the whole vocabulary are kept at a time."""
 
 
 @dataclass(frozen=True)
@@ -108,15 +110,22 @@ class Reader:
         marks, self._scores = mark
         self._cache.rewind(marks)
 
-    def greedy(self, length: int, plan: Sequence[AttentionSpec], stop: Collection[int] = ()) -> list[list[int]]:
-        """Up to `length` of the likeliest tokens after each text, which end before one of `stop`; the texts stay as
-        they are."""
+    def greedy(
+        self,
+        length: int,
+        plan: Sequence[AttentionSpec],
+        stop: Collection[int] = (),
+        done: Callable[[list[int]], bool] = lambda written: False,
+    ) -> list[list[int]]:
+        """Up to `length` of the likeliest tokens after each text, which end before one of `stop`, or with those of
+        which `done` is true; the texts stay as they are."""
         mark, written, going = self.mark(), [[] for _ in self._scores], [True] * len(self._scores)
         for left in reversed(range(length)):
             tokens = torch.stack(self._scores).argmax(-1).tolist()
             going = [on and token not in stop for on, token in zip(going, tokens)]
             for text, token, on in zip(written, tokens, going):
                 text += [token] * on
+            going = [on and not done(text) for on, text in zip(going, written)]
             if not left or not any(going):
                 break
             self.read([[token] * on for token, on in zip(tokens, going)], plan)
@@ -126,14 +135,30 @@ class Reader:
     def log_likelihood(self, answers: Sequence[Sequence[int]], plan: Sequence[AttentionSpec]) -> list[float]:
         """The log-probability in nats of one answer to each text, all its tokens together; the texts stay as they
         are."""
-        mark, sizes = self.mark(), [len(answer) - 1 for answer in answers]
-        behind = self._forward([answer[:-1] for answer in answers], plan, range(sum(sizes))).split(sizes)
+        return [total for total, _ in self.score(answers, plan)]
+
+    def score(self, answers: Sequence[Sequence[int]], plan: Sequence[AttentionSpec]) -> list[tuple[float, bool]]:
+        """(log_likelihood, whether every token of the answer is the likeliest) of one answer to each text; the texts
+        stay as they are. Long answers are read in parts, so that their scores need not be kept."""
+        mark = self.mark()
+        totals = torch.zeros(len(answers), dtype=torch.float64, device=self._device)
+        greedy = torch.ones(len(answers), dtype=torch.bool, device=self._device)
+        step = max(1, SCORED_TOKENS // len(answers))
+        for start in range(0, max(map(len, answers)), step):
+            parts = [answer[start : start + step] for answer in answers]
+            lasts = [part[-1:] if start + step < len(answer) else [] for part, answer in zip(parts, answers)]
+            sizes = [max(0, len(part) - 1) for part in parts]
+            behind = self._forward([part[:-1] for part in parts], plan, range(sum(sizes))).split(sizes)
+            for i, (first, rest, part) in enumerate(zip(self._scores, behind, parts)):
+                if part:
+                    wanted = torch.tensor(part, device=self._device)
+                    log_probs = torch.cat([first[None], rest]).float().log_softmax(-1)
+                    totals[i] += log_probs.gather(1, wanted[:, None]).sum().double()
+                    greedy[i] &= (log_probs.argmax(-1) == wanted).all()
+            if any(lasts):
+                self.read(lasts, plan)
         self.rewind(mark)
-        totals = []
-        for first, rest, answer in zip(self._scores, behind, answers):
-            log_probs = torch.cat([first[None], rest]).float().log_softmax(-1)
-            totals.append(log_probs.gather(1, torch.tensor(answer, device=self._device)[:, None]).sum())
-        return torch.stack(totals).tolist()
+        return list(zip(totals.tolist(), greedy.tolist()))
 
     @torch.inference_mode()
     def _forward(self, parts: Sequence[Sequence[int]], plan: Sequence[AttentionSpec], rows: Sequence[int]) -> Tensor:

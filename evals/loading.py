@@ -19,6 +19,7 @@ from conf.schema import AttentionConfig, DataConfig, RunConfig, ScheduleConfig, 
 from conf.validate import from_yaml
 from data.tokenizer import load_tokenizer
 from moba.kinds import AttentionSpec, Full, Moba
+from moba.kinds.moba import MEAN
 from train.checkpoint.checkpoint_dir import find
 from train.checkpoint.store import CONFIG, load_weights, read
 from train.engine.optim import resolve_precision
@@ -129,6 +130,14 @@ def attention_plan(text: str, trained: TrainedModel) -> tuple[AttentionSpec, ...
             "choose stage, moba, full or <block size>x<top_k> such as 512x3, 512x3+1 with the first block always seen"
         )
         raise ValueError(f"attention={text!r}: {hint}")
-    spec = Moba(parse_length(block), int(top_k), first_blocks=int(first or 0))
-    sparse = any(s.replaces_full for s in own)
-    return tuple(spec if (s.replaces_full if sparse else s == Full()) else s for s in own)
+    return with_moba(own, parse_length(block), int(top_k), first_blocks=int(first or 0))
+
+
+def with_moba(
+    plan: tuple[AttentionSpec, ...], block_size: int, top_k: int, gate: str = MEAN, first_blocks: int = 0
+) -> tuple[AttentionSpec, ...]:
+    """A plan with this MoBA in the layers that have MoBA; in the full ones, if none has. ValueError for sizes that
+    there are not."""
+    spec = Moba(block_size, top_k, gate, first_blocks)
+    sparse = any(s.replaces_full for s in plan)
+    return tuple(spec if (s.replaces_full if sparse else s == Full()) else s for s in plan)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from conf.numbers import format_length
-from conf.schema import SyntheticConfig
+from conf.schema import DataConfig, SyntheticConfig
 from data.synthetic import SIZES, Sample, SyntheticSource
 from data.tokenizer import load_tokenizer
 from evals.context import Context
@@ -88,7 +88,7 @@ def score(model: Decoder, sample: Sample, device: torch.device | str) -> Tensor:
 
 def run(job: Job) -> Result:
     """The right answers in generated documents of each task that was asked for."""
-    sources = {config.task: _synthetic_source(job, config) for config in _tasks(job)}
+    sources = {config.task: synthetic_source(job, config) for config in _tasks(job)}
     samples = job.integer("samples", 64)
     reports = {}
     for task, source in sources.items():
@@ -115,10 +115,7 @@ def result(reports: Mapping[str, RecallReport]) -> Result:
 
 def _tasks(job: Job) -> list[SyntheticConfig]:
     """Those asked for by name; else what the run was trained or validated on; else all."""
-    data = job.trained.config.data
-    own = {
-        one.synthetic.task: one.synthetic for one in (*data.sources.values(), data.validation) if one and one.synthetic
-    }
+    own = own_tasks(job.trained.config.data)
     if "tasks" not in job.values and own and "seq_len" not in job.values:
         return list(own.values())
     chosen = names(job.values, "tasks", SIZES, default=",".join(own or SIZES))
@@ -128,7 +125,14 @@ def _tasks(job: Job) -> list[SyntheticConfig]:
     return [replace(own.get(name, SyntheticConfig(task=name)), **shape) for name in chosen]
 
 
-def _synthetic_source(job: Job, config: SyntheticConfig) -> SyntheticSource:
+def own_tasks(data: DataConfig) -> dict[str, SyntheticConfig]:
+    """The tasks that a run was trained or validated on, by name."""
+    sources = (*data.sources.values(), data.validation)
+    return {one.synthetic.task: one.synthetic for one in sources if one and one.synthetic}
+
+
+def synthetic_source(job: Job, config: SyntheticConfig) -> SyntheticSource:
+    """Its held-out documents, in the run's vocabulary."""
     vocab_size = load_tokenizer(job.trained.config.data.tokenizer).vocab_size
     return SyntheticSource(config.task, config, vocab_size, held_out=True)
 

@@ -83,8 +83,8 @@ class SwapReport:
                 ("trailing", lambda table: table[:, -1]),
             ):
                 ours, gap = pick(evaluation.document_loss), pick(evaluation.document_loss) - pick(full)
-                row[what] = _mean(ours, self.clusters)
-                row[f"{what}_minus_full"] = _mean(gap, self.clusters)
+                row[what] = document_mean(ours, self.clusters)
+                row[f"{what}_minus_full"] = document_mean(gap, self.clusters)
             rows.append(row)
         return rows
 
@@ -97,7 +97,7 @@ class SwapReport:
             "the gate costs (moba - oracle)": (OWN, "oracle"),
             "the gate is worth (random - moba)": ("random", OWN),
         }
-        return {what: _mean(trailing[a] - trailing[b], self.clusters) for what, (a, b) in pairs.items()}
+        return {what: document_mean(trailing[a] - trailing[b], self.clusters) for what, (a, b) in pairs.items()}
 
     def cells(self) -> list[dict[str, Any]]:
         """One row a pair of prefill and decode attention."""
@@ -109,9 +109,9 @@ class SwapReport:
                     {
                         "prefill": prefill,
                         "decode": decode,
-                        "loss": _mean(self.last_loss_NPD[:, p, d], self.clusters),
-                        "minus_full": _mean(gap, self.clusters),
-                        "kl_from_full": _mean(self.last_kl_NPD[:, p, d], self.clusters),
+                        "loss": document_mean(self.last_loss_NPD[:, p, d], self.clusters),
+                        "minus_full": document_mean(gap, self.clusters),
+                        "kl_from_full": document_mean(self.last_kl_NPD[:, p, d], self.clusters),
                     }
                 )
         return rows
@@ -121,19 +121,19 @@ class SwapReport:
         lines = [f"{'attention':<9}  {'loss':>8}  {'minus full':>20}  {'trailing':>8}  {'minus full':>20}"]
         for row in self.rows():
             cells = [
-                f"{row[what]['mean']:>8.4f}  {_with_error(row[f'{what}_minus_full']):>20}"
+                f"{row[what]['mean']:>8.4f}  {with_error(row[f'{what}_minus_full']):>20}"
                 for what in ("loss", "trailing")
             ]
             lines.append(f"{row['attention']:<9}  " + "  ".join(cells))
         lines.append("trailing loss, document by document:")
-        lines += [f"  {what}: {_with_error(value)}" for what, value in self.costs().items()]
+        lines += [f"  {what}: {with_error(value)}" for what, value in self.costs().items()]
         lines.append(
             f"\nlast {self.last_tokens} tokens\n{'prefill':<9}{'decode':<7}  {'loss':>8}  {'minus full':>20}  {'KL':>9}"
         )
         for cell in self.cells():
             lines.append(
                 f"{cell['prefill']:<9}{cell['decode']:<7}  {cell['loss']['mean']:>8.4f}  "
-                f"{_with_error(cell['minus_full']):>20}  {cell['kl_from_full']['mean']:>9.5f}"
+                f"{with_error(cell['minus_full']):>20}  {cell['kl_from_full']['mean']:>9.5f}"
             )
         return "\n".join(lines)
 
@@ -162,7 +162,7 @@ class SwapReport:
         )
 
 
-def _mean(values_N: np.ndarray, clusters: Sequence[str]) -> dict[str, float | None]:
+def document_mean(values_N: np.ndarray, clusters: Sequence[str]) -> dict[str, float | None]:
     """Mean over documents, its standard error and 95 % half-width, as JSON values."""
     known_N = np.isfinite(values_N)  # a conversation may have no answer there
     found = clustered_mean(np.where(known_N, values_N, 0), known_N, clusters)
@@ -174,7 +174,8 @@ def _mean(values_N: np.ndarray, clusters: Sequence[str]) -> dict[str, float | No
     }
 
 
-def _with_error(value: dict[str, float | None]) -> str:
+def with_error(value: Mapping[str, Any]) -> str:
+    """A difference in words: `+0.0123 +- 0.0045`."""
     return f"{value['mean']:+.4f}" + ("" if value["interval_95"] is None else f" +- {value['interval_95']:.4f}")
 
 

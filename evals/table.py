@@ -13,5 +13,7 @@ NAMES = (
     "recall",
     "needle",
     "ruler",
+    "sweep",
+    "lm_eval",
 )
 EVALS: dict[str, Eval] = {name: import_module(f"evals.{name}").EVAL for name in NAMES}

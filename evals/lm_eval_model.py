@@ -1,0 +1,143 @@
+"""The model of a run as a language model of lm-evaluation-harness (extra lm-eval), over the project's own KV cache.
+
+Requests are encoded as its HFLM encodes them: with the token that begins a document, if the run's tokenizer has one,
+and too long ones cut from the left. Requests that share their context read it once; nothing is padded, so blocks start
+where texts start. Scores are float32 over all rows of the output, as in training.
+
+Every process is told all requests, works on its share of them and is given all answers: to the harness it is alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from lm_eval.api.model import TemplateLM  # pyright: ignore[reportMissingImports]
+from lm_eval.models.utils import (  # pyright: ignore[reportMissingImports]
+    handle_stop_sequences,
+    normalize_gen_kwargs,
+    postprocess_generated_text,
+)
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window  # pyright: ignore[reportMissingImports]
+
+from data.tokenizer import Tokenizer
+from evals.answering import BATCH_TOKENS, Arm, Reader
+from evals.context import Context
+
+
+class RunLM(TemplateLM):
+    """A run's model under one arm."""
+
+    def __init__(self, context: Context, arm: Arm, tokenizer: Tokenizer, max_length: int):
+        """`max_length`: tokens that the model is shown at most."""
+        super().__init__()
+        self._context, self._arm, self._tokens, self.max_length = context, arm, tokenizer, max_length
+        self.lengths: list[int] = []
+        """Tokens of each request, as read."""
+
+    @property
+    def eot_token_id(self) -> int:
+        """The token that ends a document."""
+        return self._tokens.eos_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands before a text that has no context."""
+        return self._tokens.eos_id if self._tokens.bos_id is None else self._tokens.bos_id
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        """Ids, behind the token that begins a document unless that is not wanted."""
+        bos = self._tokens.bos_id
+        head = [] if bos is None or add_special_tokens is False else [bos]
+        return head + self._tokens.encode(string).tolist()
+
+    def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
+        """The log-likelihood of whole texts, in windows of max_length that do not overlap."""
+        windows, owners = [], []
+        for i, (text,) in enumerate(request.args for request in requests):
+            for pair in get_rolling_token_windows(
+                token_list=self.tok_encode(text),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length,
+                context_len=1,
+            ):
+                windows.append((None, *make_disjoint_window(pair)))
+                owners.append(i)
+        totals = [0.0] * len(requests)
+        for i, (total, _) in zip(owners, self._loglikelihood_tokens(windows)):
+            totals[i] += total
+        return totals
+
+    def _loglikelihood_tokens(self, requests, **_: Any) -> list[tuple[float, bool]]:
+        wanted = []
+        for _text, before, answer in requests:
+            if len(answer) > self.max_length:
+                raise ValueError(f"an answer of {len(answer)} tokens does not fit max_length={self.max_length}")
+            before = before[max(0, len(before) + len(answer) - self.max_length - 1) :]
+            wanted.append((tuple(before), tuple(answer)))
+            self.lengths.append(len(before) + len(answer) - 1)
+        by_context: dict[tuple[int, ...], dict[tuple[int, ...], None]] = {}
+        for before, answer in wanted:
+            by_context.setdefault(before, {})[answer] = None
+        contexts = list(by_context)
+        places = {pair: i for i, pair in enumerate((c, a) for c in contexts for a in by_context[c])}
+        found = torch.zeros(len(places), 2, dtype=torch.float64, device=self._context.device)
+        rows = self._context.model.model.embed_tokens.weight.shape[0]
+        for batch in self._batches([len(c) + max(map(len, by_context[c])) for c in contexts], "log-likelihoods"):
+            reader = Reader(self._context.model, len(batch), rows)
+            reader.read([contexts[i] for i in batch], self._arm.prefill)
+            for n in range(max(len(by_context[contexts[i]]) for i in batch)):
+                # A context with fewer answers is asked its last one again.
+                answers = [list(by_context[contexts[i]])[: n + 1][-1] for i in batch]
+                for i, answer, score in zip(batch, answers, reader.score(answers, self._arm.decode)):
+                    found[places[contexts[i], answer]] = torch.tensor(score, dtype=torch.float64)
+        values = self._context.reduce(found).tolist()
+        return [(values[places[pair]][0], values[places[pair]][1] > 0) for pair in wanted]
+
+    def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
+        """Greedy answers, up to their stop sequences."""
+        by_options: dict[str, list[int]] = {}
+        for i, request in enumerate(requests):
+            by_options.setdefault(repr(request.args[1]), []).append(i)
+        texts = [""] * len(requests)
+        for indices in by_options.values():
+            options = normalize_gen_kwargs(requests[indices[0]].args[1])
+            if options.get("do_sample") or options.get("temperature"):
+                raise ValueError(f"a task asks for sampled answers, {options}: only greedy ones are written here")
+            until, length = handle_stop_sequences(options.get("until"), eos=None), options["max_gen_toks"]
+            if length >= self.max_length:
+                raise ValueError(f"answers of {length} tokens leave no room for a context in {self.max_length}")
+            prompts = [self.tok_encode(requests[i].args[0])[-(self.max_length - length) :] for i in indices]
+            self.lengths += [len(prompt) + length for prompt in prompts]
+            for i, written in zip(indices, self._written(prompts, until, length)):
+                text = postprocess_generated_text(self._tokens.decode(written), until, None)
+                texts[i] = text
+        return texts
+
+    def _written(self, prompts: Sequence[list[int]], until: Sequence[str], length: int) -> list[list[int]]:
+        """The tokens written after each prompt."""
+
+        def done(written: list[int]) -> bool:
+            text = self._tokens.decode(written)
+            return any(stop and stop in text for stop in until)
+
+        found = torch.zeros(len(prompts), length, dtype=torch.int64, device=self._context.device)  # token + 1
+        for batch in self._batches([len(prompt) + length for prompt in prompts], "answers"):
+            reader = Reader(self._context.model, len(batch), self._tokens.vocab_size)
+            reader.read([prompts[i] for i in batch], self._arm.prefill)
+            written = reader.greedy(length, self._arm.decode, stop={self._tokens.eos_id}, done=done)
+            for i, tokens in zip(batch, written):
+                found[i, : len(tokens)] = torch.tensor(tokens, dtype=torch.int64) + 1
+        return [[token - 1 for token in row if token] for row in self._context.reduce(found).tolist()]
+
+    def _batches(self, lengths: Sequence[int], what: str) -> Iterator[list[int]]:
+        """Indices of texts of these lengths that this process reads together, long ones first."""
+        batches: list[list[int]] = []
+        for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+            if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= BATCH_TOKENS:
+                batches[-1].append(i)
+            else:
+                batches.append([i])
+        mine = batches[self._context.rank :: self._context.world_size]
+        yield from self._context.watch(mine, what)

@@ -1,0 +1,183 @@
+"""What k is worth: the same weights under many sizes of MoBA, against full attention, document by document.
+
+A setting is a block size, top_k, gate and first_blocks in the layers that have MoBA (in the full ones, if none has).
+Each is measured on the same held-out documents: mean and trailing loss minus those under full attention, with the share
+of the causal pairs that it attends to beside them. For a run trained or validated on recall tasks also the share of
+right answers. Each finished document is kept (evals/ledger.py), so that an interrupted sweep goes on.
+
+Shapes: S settings, full attention first; N documents; B buckets.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from itertools import product
+
+import numpy as np
+import torch
+
+from conf.numbers import format_length, parse_length
+from evals.context import Context
+from evals.ledger import Countdown, Ledger
+from evals.loading import with_moba
+from evals.position_loss import evaluate
+from evals.protocol import Eval, Job, Result, names
+from evals.recall import own_tasks, score, synthetic_source
+from evals.swap import under
+from evals.sweep_report import FULL, Setting, SweepReport, page
+from moba.kinds import GATES, AttentionSpec
+from moba.kinds.moba import MEAN
+from train.record.position_loss import default_num_buckets
+from train.record.throughput import batch_work
+
+Plan = tuple[AttentionSpec, ...]
+TOP_K = "1..8"
+
+
+def run(job: Job) -> Result:
+    """The sweep over the settings that were asked for."""
+    seq_len, own = job.seq_len, job.context.model.attention
+    plans = {FULL: tuple(spec.dense() for spec in own)} | _settings(job, seq_len)
+    documents, samples = job.held_out(), job.integer("samples", 64)
+    tasks = {name: synthetic_source(job, config) for name, config in own_tasks(job.trained.config.data).items()}
+    parts: dict[str, list[tuple[str, Callable[[Context], Sequence[float | None]]]]] = {"loss": []}
+    for document in documents:
+        parts["loss"].append((document[0], lambda context, one=document: _losses(context, one, seq_len)))
+    for name, source in tasks.items():
+        count = min(samples, source.num_documents)
+        parts[name] = [(str(i), lambda context, s=source, i=i: _right(context, s.sample(i))) for i in range(count)]
+    configs = {name: asdict(source.config) for name, source in tasks.items()}
+    ids = [name for name, _ in documents]
+    ledger = Ledger(job, "sweep", {"seq_len": seq_len, "documents": ids, "tasks": configs})
+    job.say(
+        f"sweep: {len(plans) - 1} settings and full attention on {len(documents)} documents of "
+        f"{format_length(seq_len)} tokens{''.join(f', {name}' for name in tasks)}; parts are kept in {ledger.path}"
+    )
+    found = _measure(job, plans, parts, ledger)
+    clusters = [job.context.cluster_of(name) for name in ids]
+    works = {setting: batch_work(plan, (seq_len,)) for setting, plan in plans.items()}
+    report = SweepReport(
+        settings=list(plans),
+        attended_S=np.array([work.attended_pairs / work.causal_pairs for work in works.values()]),
+        losses_SNB=found.pop("loss"),
+        clusters=clusters,
+        right_SN=found,
+        seq_len=seq_len,
+        title=str(job.trained.config.run.name),
+    )
+    return report.result()
+
+
+def _measure(job: Job, plans: Mapping[Setting, Plan], parts, ledger: Ledger) -> dict[str, np.ndarray]:
+    """By part: float64 [S, N, values] of every setting and document, on every rank."""
+    context = job.context
+    mine = {name: list(range(len(own)))[context.rank :: context.world_size] for name, own in parts.items()}
+    countdown = Countdown(job, "sweep", len(plans) * sum(map(len, mine.values())), unit="documents")
+    alone = replace(context, rank=0, world_size=1, reduce=lambda tensor: tensor, bars=False)
+    for setting, plan in plans.items():
+        with under(context.model, plan):
+            for name, indices in mine.items():
+                for i in indices:
+                    key = (*setting, name, i)
+                    if key in ledger:
+                        countdown.skip(1)
+                        continue
+                    ledger.put({key: parts[name][i][1](alone)})
+                    countdown.step(1, 1)
+    found = {}
+    for name, own in parts.items():
+        width = 2 if name != "loss" else default_num_buckets(job.seq_len)
+        values = torch.zeros(len(plans), len(own), width, dtype=torch.float64, device=context.device)
+        for s, setting in enumerate(plans):
+            for i in mine[name]:
+                row = [np.nan if value is None else value for value in ledger[(*setting, name, i)]]
+                values[s, i] = torch.tensor(row, dtype=torch.float64)
+        found[name] = context.reduce(values).cpu().numpy()
+    return found
+
+
+@torch.no_grad()
+def _losses(context: Context, document, seq_len: int) -> list[float | None]:
+    """The document's mean loss in each bucket, None where none of its tokens counts."""
+    row = evaluate(context, [document], seq_len=seq_len).document_loss[0]
+    return [float(value) if np.isfinite(value) else None for value in row]
+
+
+@torch.no_grad()
+def _right(context: Context, sample) -> list[float]:
+    """[right answers, answers] of a recall document."""
+    right_A = score(context.model, sample, context.device)[0]
+    return [float(right_A.sum()), float(len(right_A))]
+
+
+def _settings(job: Job, seq_len: int) -> dict[Setting, Plan]:
+    """Those that were asked for, without what is full attention at this length. ValueError if none is left."""
+    own = job.context.model.attention
+    routing = next((spec.routing for spec in own if spec.routing is not None), None)
+    if "block_sizes" not in job.values and routing is None:
+        raise ValueError(
+            "no layer of the model is MoBA here; name block_sizes=, or an attention such as attention=512x3"
+        )
+    default = str(routing.block_size) if routing else ""
+    blocks = [_length("block_sizes", word) for word in _words(job.values.get("block_sizes", default))]
+    top_ks = whole_numbers(job.values, "top_k", TOP_K, least=1)
+    gates = names(job.values, "gates", GATES, default=routing.gate if routing else MEAN)
+    firsts = whole_numbers(job.values, "first_blocks", str(routing.first_blocks if routing else 0), least=0)
+    plans, dense = {}, 0
+    for block_size, gate, first, top_k in product(blocks, gates, firsts, top_ks):
+        if first and first >= top_k:
+            continue  # they and the query's own block would be more than top_k
+        plan = with_moba(own, block_size, top_k, gate, first)
+        if block_size * top_k >= seq_len:
+            dense += 1
+        else:
+            plans[Setting(block_size, top_k, gate, first)] = plan
+    if not plans:
+        raise ValueError(f"top_k, block_sizes: every setting is full attention at {format_length(seq_len)} tokens")
+    if dense:
+        job.say(f"note: {dense} settings are full attention at {format_length(seq_len)} tokens, and left out")
+    return plans
+
+
+def whole_numbers(values: Mapping[str, str], key: str, default: str, least: int) -> list[int]:
+    """The whole numbers given for a key, such as 3, 1..8 or [1,2,4..6], ascending; ValueError if one is none."""
+    found: set[int] = set()
+    for word in _words(values.get(key, default)):
+        match = re.fullmatch(r"(\d+)(?:\.\.(\d+))?", word)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, -1)
+        if last < first or first < least:
+            raise ValueError(
+                f"{key}={values.get(key, default)}: {word!r} is no number from {least} on, or range as 1..8"
+            )
+        found |= set(range(first, last + 1))
+    return sorted(found)
+
+
+def _words(text: str) -> Sequence[str]:
+    return [word.strip() for word in text.strip("[]").split(",")]
+
+
+def _length(key: str, word: str) -> int:
+    try:
+        return parse_length(word)
+    except ValueError as error:
+        raise ValueError(f"{key}={word}: {error}") from None
+
+
+EVAL = Eval(
+    name="sweep",
+    about="the same weights over block sizes, top_k, gates and first blocks: the loss minus full attention's, document "
+    "by document, against the attended share of the pairs.",
+    run=run,
+    keys={
+        "block_sizes": "such as [128,256] (default: that of the attention in force)",
+        "top_k": f"blocks a query sees, its own included: a number, list or range (default {TOP_K})",
+        "gates": f"of {', '.join(GATES)} (default: that of the attention in force)",
+        "first_blocks": "of a document that are always seen, such as [0,1] (default: as the attention in force)",
+        "samples": "documents of each recall task the run was trained or validated on (default 64)",
+    },
+    heading="What k is worth",
+    page=page,
+)

@@ -1,0 +1,219 @@
+"""What evals/sweep.py finds out, as numbers, text, JSON values and a figure.
+
+Shapes: S settings, full attention first; N documents; B buckets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
+
+from conf.numbers import format_length
+from evals.figures import save
+from evals.page import image
+from evals.page import table as html_table
+from evals.protocol import Result
+from evals.recall_report import RecallReport
+from evals.statistics import clustered_mean, half_width
+from evals.swap import DENSE, document_mean, with_error
+from moba.kinds.moba import MEAN
+
+
+class Setting(NamedTuple):
+    """A size of MoBA, in the order of its key in the ledger."""
+
+    block_size: int
+    top_k: int
+    gate: str
+    first_blocks: int
+
+    def __str__(self) -> str:
+        return DENSE if self == FULL else f"{format_length(self.block_size)}x{self.top_k}{self.kind}"
+
+    @property
+    def kind(self) -> str:
+        """What it has besides its sizes."""
+        first = f"+{self.first_blocks}" if self.first_blocks else ""
+        return first + (f" {self.gate}" if self.gate != MEAN else "")
+
+
+FULL = Setting(0, 0, "", 0)
+TICKS = [mantissa * 10.0**power for power in range(-5, 0) for mantissa in (1, 2, 3, 5, 7)] + [1.0]
+LINES, MARKERS = ("-", "--", ":", "-."), "osv^D"
+DODGE = 1.012
+"""By which lines of one block size stand apart."""
+
+
+@dataclass(frozen=True, eq=False)
+class SweepReport:
+    """What one set of weights scores under each setting."""
+
+    settings: list[Setting]
+    attended_S: np.ndarray
+    """Share of the causal pairs of a document that fills the length, in all layers."""
+    losses_SNB: np.ndarray
+    """Mean loss of each document in each bucket."""
+    clusters: list[str]
+    right_SN: Mapping[str, np.ndarray]
+    """By recall task: [S, N, 2] right answers and answers of its documents."""
+    seq_len: int
+    title: str
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row a setting, as JSON values."""
+        rows = []
+        for s, setting in enumerate(self.settings):
+            row: dict[str, Any] = {"attention": str(setting)}
+            if setting != FULL:
+                row |= setting._asdict()
+            row["attended_share"] = float(self.attended_S[s])
+            mean_SN, trailing_SN = np.nanmean(self.losses_SNB, axis=2), self.losses_SNB[:, :, -1]
+            for what, values_SN in (("loss", mean_SN), ("trailing", trailing_SN)):
+                row[what] = document_mean(values_SN[s], self.clusters)
+                row[f"{what}_minus_full"] = document_mean(values_SN[s] - values_SN[0], self.clusters)
+            row["recall"] = {task: self._right(right_SN2[s], right_SN2[0]) for task, right_SN2 in self.right_SN.items()}
+            rows.append(row)
+        return rows
+
+    @staticmethod
+    def _right(right_N2: np.ndarray, full_N2: np.ndarray) -> dict[str, Any]:
+        """The share of right answers, and its difference from full attention's on the same documents."""
+        clusters = list(range(len(right_N2)))
+        share = clustered_mean(right_N2[:, 0], right_N2[:, 1], clusters)
+        gap = clustered_mean(right_N2[:, 0] - full_N2[:, 0], right_N2[:, 1], clusters)
+        width = float(half_width(gap.se, gap.freedom))
+        return {
+            "right": float(share.mean),
+            "interval_95": list(RecallReport.interval(share)),
+            "minus_full": {"mean": float(gap.mean), "interval_95": width if np.isfinite(width) else None},
+        }
+
+    def table(self) -> str:
+        """A line a setting."""
+        tasks = list(self.right_SN)
+        lines = [
+            f"{'attention':<20}{'attended':>9}{'loss':>9}{'minus full':>20}{'trailing':>10}{'minus full':>20}"
+            + "".join(f"{task:>12}{'minus full':>20}" for task in tasks)
+        ]
+        for row in self.rows():
+            cells = f"{row['attention']:<20}{row['attended_share']:>9.1%}{row['loss']['mean']:>9.4f}"
+            cells += f"{with_error(row['loss_minus_full']):>20}{row['trailing']['mean']:>10.4f}"
+            cells += f"{with_error(row['trailing_minus_full']):>20}"
+            for task in tasks:
+                found = row["recall"][task]
+                cells += f"{found['right']:>12.3f}{with_error(found['minus_full']):>20}"
+            lines.append(cells)
+        return "\n".join(lines)
+
+    def summary(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {
+            "unit": "nats a token; differences from full attention document by document; shares from 0 to 1",
+            "seq_len": self.seq_len,
+            "num_documents": len(self.clusters),
+            "num_clusters": len(set(self.clusters)),
+            "settings": self.rows(),
+        }
+
+    def result(self) -> Result:
+        """The report as files and text."""
+        rows = self.rows()
+        return Result(
+            length=self.seq_len,
+            record=self.summary(),
+            text=self.table(),
+            numbers={f"trailing_minus_full_{row['attention']}": row["trailing_minus_full"]["mean"] for row in rows[1:]},
+            arrays={"document_loss": self.losses_SNB, **{f"right_{task}": x for task, x in self.right_SN.items()}},
+            figures={"": self.draw},
+        )
+
+    def draw(self, path: Path) -> None:
+        """Draws the gap of the trailing loss, and right answers, over the attended share: a colour a block size, a
+        style of line a gate."""
+        rows, tasks = self.rows(), list(self.right_SN)
+        figure = Figure(figsize=(7 * (1 + len(tasks)) + 2, 5), layout="constrained")
+        grid = figure.subplots(1, 1 + len(tasks), squeeze=False)[0]
+        for axes, task in zip(grid, [None, *tasks]):
+            for label, shift, style, own in self._lines():
+                means, below, above = np.array([self._value(rows[s], task) for s in own]).T
+                shares = self.attended_S[own] * shift
+                axes.errorbar(
+                    shares, means, yerr=np.nan_to_num([below, above]), label=label, capsize=2, markersize=4, **style
+                )
+                for s, share, mean in zip(own, shares, means):
+                    axes.annotate(
+                        str(self.settings[s].top_k),
+                        (share, mean),
+                        xytext=(3, 4),
+                        textcoords="offset points",
+                        fontsize=7,
+                        color=style["color"],
+                    )
+            axes.axhline(self._value(rows[0], task)[0], color="0.3", linewidth=1, linestyle=":", label="full attention")
+            axes.set_xscale("log")
+            axes.xaxis.set_major_locator(FixedLocator(TICKS))
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g} %"))
+            axes.xaxis.set_minor_formatter(NullFormatter())
+            axes.set_xlabel("attended share of the causal pairs (numbers: top_k)")
+            axes.set_ylabel("trailing loss minus full attention's (nats a token)" if task is None else "right answers")
+            axes.set_title("Trailing loss" if task is None else f"Recall: {task}", fontsize="medium")
+            axes.grid(alpha=0.3)
+        figure.legend(*grid[0].get_legend_handles_labels(), loc="outside right upper", fontsize="small")
+        figure.suptitle(f"What k is worth: {self.title}, {format_length(self.seq_len)} tokens", fontsize="medium")
+        figure.supxlabel("Bars: 95 %, documents as clusters; losses paired with full attention's", fontsize="x-small")
+        save(figure, path)
+
+    def _lines(self) -> list[tuple[str, float, dict[str, Any], list[int]]]:
+        """(label, factor to the right, style, settings by attended share) of each line."""
+        sizes = sorted({setting.block_size for setting in self.settings[1:]})
+        kinds = list(dict.fromkeys(setting.kind for setting in self.settings[1:]))
+        lines = []
+        for i, size in enumerate(sizes):
+            for j, kind in enumerate(kinds):
+                own = [s for s, one in enumerate(self.settings) if (one.block_size, one.kind) == (size, kind)]
+                if own:
+                    own.sort(key=lambda s: self.attended_S[s])
+                    style = {"color": f"C{i % 10}", "linestyle": LINES[j % 4], "marker": MARKERS[j % 5]}
+                    label = f"blocks of {format_length(size)}{',' if kind else ''}{_in_words(kind)}"
+                    lines.append((label, DODGE ** (j - (len(kinds) - 1) / 2), style, own))
+        return lines
+
+    @staticmethod
+    def _value(row: Mapping[str, Any], task: str | None) -> tuple[float, float, float]:
+        """What is drawn of a setting, and how far its interval reaches down and up; NaN without one."""
+        if task is not None:
+            found = row["recall"][task]
+            low, high = found["interval_95"]
+            return found["right"], max(0.0, found["right"] - low), max(0.0, high - found["right"])
+        found = row["trailing_minus_full"]
+        width = np.nan if found["interval_95"] is None else found["interval_95"]
+        return found["mean"], width, width
+
+
+def _in_words(kind: str) -> str:
+    first, _, gate = kind.partition(" ")
+    words = [f"{first[1:]} first seen" if first else "", f"{gate} gate" if gate else ""]
+    return (" " + ", ".join(filter(None, words))) if kind else ""
+
+
+def page(record: Mapping[str, Any], path: Path) -> str:
+    """The table and the figure."""
+    tasks: Sequence[str] = list(record["settings"][0]["recall"])
+    rows = []
+    for row in record["settings"]:
+        cells = [row["attention"], f"{row['attended_share']:.1%}"]
+        for what in ("loss", "trailing"):
+            cells += [f"{row[what]['mean']:.4f}", with_error(row[f"{what}_minus_full"])]
+        for task in tasks:
+            found = row["recall"][task]
+            cells += [f"{found['right']:.3f}", with_error(found["minus_full"])]
+        rows.append(cells)
+    columns = ["attention", "attended", "loss", "minus full", "trailing", "minus full"]
+    columns += [text for task in tasks for text in (f"{task}: right", "minus full")]
+    return html_table(columns, rows) + image(path.with_suffix(".png"))

@@ -1,0 +1,176 @@
+"""evals/sweep.py: every setting against the plan it stands for, shares against closed forms, going on after a kill."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from conf.schema import DataConfig, ModelConfig, SourceConfig, SyntheticConfig
+from data.packing import Batch
+from evals.context import Context
+from evals.position_loss import evaluate
+from evals.protocol import Job
+from evals.recall import own_tasks, recall, synthetic_source
+from evals.swap import OWN, under
+from evals.sweep import run, whole_numbers
+from evals.sweep_report import page
+from moba.documents import Documents
+from moba.kinds import Full, Moba
+from train.model.decoder import Decoder
+
+LENGTH, COUNT = 64, 5
+FULL, MOBA = Full(), Moba(8, 3)
+TASK = SyntheticConfig(task="mqar", length=64, block_size=8, pairs=4)
+GRID = {"block_sizes": "[8,16]", "top_k": "[1..3,9]", "gates": "[mean,random]", "first_blocks": "[0,1]", "samples": "3"}
+
+
+class Killed(Exception):
+    pass
+
+
+class CountingDecoder(Decoder):
+    """Counts its passes, and is killed in one of them."""
+
+    passes, killed_at = 0, -1
+
+    def forward(self, *arguments, **options):
+        CountingDecoder.passes += 1
+        if self.passes == CountingDecoder.killed_at:
+            raise Killed
+        return super().forward(*arguments, **options)
+
+
+@pytest.fixture(scope="module")
+def model():
+    config = ModelConfig(
+        hidden_size=32, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=8, ffn_size=48, init_std=0.4, loss_tile=64
+    )
+    model = CountingDecoder(config, 384).double()
+    model.init_weights(7)
+    model.set_attention([MOBA, MOBA, FULL])
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def documents():
+    generator = torch.Generator().manual_seed(2)
+    found = []
+    for i in range(COUNT):
+        tokens = torch.randint(0, 250, (LENGTH + 1,), generator=generator)
+        found.append((f"d{i}", Batch(tokens[:-1], tokens[1:], torch.arange(LENGTH), Documents.from_lengths([LENGTH]))))
+    return found
+
+
+def make_job(tmp_path, model, documents, context=None, synthetic=False, **values):
+    """A job on these documents, of a run that knew a recall task if `synthetic`."""
+    tmp_path.mkdir(exist_ok=True)
+    sources = {"main": SourceConfig(synthetic=TASK)} if synthetic else {}
+    config = SimpleNamespace(data=DataConfig(tokenizer="bytes", sources=sources), run=SimpleNamespace(name="toy"))
+    config.eval = SimpleNamespace(seq_len=None, documents=COUNT)
+    stage = SimpleNamespace(seq_len=LENGTH)
+    trained = SimpleNamespace(config=config, stage=stage, tokens=7, checkpoint=tmp_path, device=torch.device("cpu"))
+
+    class ToyJob(Job):
+        def held_out(self, edges=None):
+            return documents
+
+    return ToyJob(context or Context(model, "cpu"), trained, values, tmp_path / "evals")
+
+
+def test_settings_are_the_plans_they_name(model, documents, tmp_path):
+    """Catches a setting that changes other layers or not all of them, differences of other documents, shares of other
+    plans, settings that are full attention or cannot be, and a model that does not get its attention back."""
+    job = make_job(tmp_path, model, documents, synthetic=True, **GRID)
+    before = model.attention
+    record = run(job).record
+    assert model.attention == before
+    rows = {row["attention"]: row for row in record["settings"]}
+    expected = [f"{b}x{k}{f}{g}" for b in (8, 16) for g in ("", " random") for f in ("", "+1") for k in (1, 2, 3)]
+    assert list(rows) == ["full", *(name for name in expected if "x1+1" not in name)], "9 blocks of 8 are all there is"
+    full = evaluate(Context(model, "cpu"), documents, seq_len=LENGTH)
+    with under(model, [FULL] * 3), torch.no_grad():
+        full = evaluate(Context(model, "cpu"), documents, seq_len=LENGTH).document_loss
+        task = recall(Context(model, "cpu"), synthetic_source(job, TASK), samples=3)
+    assert rows["full"]["trailing"]["mean"] == pytest.approx(full[:, -1].mean(), abs=1e-8)
+    for name, spec in (("8x2", Moba(8, 2)), ("16x3+1 random", Moba(16, 3, "random", 1)), ("16x1", Moba(16, 1))):
+        with under(model, [spec, spec, FULL]), torch.no_grad():
+            loss = evaluate(Context(model, "cpu"), documents, seq_len=LENGTH).document_loss
+            ours = recall(Context(model, "cpu"), synthetic_source(job, TASK), samples=3, variants=(OWN,))
+        row, gap = rows[name], (loss - full)[:, -1]
+        assert row["loss"]["mean"] == pytest.approx(loss.mean(), abs=1e-8)
+        assert row["trailing_minus_full"]["mean"] == pytest.approx(gap.mean(), abs=1e-8) and abs(gap.mean()) > 1e-4
+        assert row["trailing_minus_full"]["se"] == pytest.approx(gap.std(ddof=1) / COUNT**0.5, abs=1e-8)
+        right = row["recall"]["mqar"]
+        assert right["right"] == ours.rows()[0]["all"]["accuracy"]
+        assert right["minus_full"]["mean"] == pytest.approx(right["right"] - task.rows()[0]["all"]["accuracy"])
+    # 8x2: a query sees its own block, to itself, and one before, in two layers of three.
+    pairs = sum(p % 8 + 1 + 8 * (p >= 8) for p in range(LENGTH))
+    causal = LENGTH * (LENGTH + 1) // 2
+    assert rows["8x2"]["attended_share"] == pytest.approx((2 * pairs + causal) / (3 * causal))
+    assert rows["full"]["attended_share"] == 1
+
+
+def test_an_interrupted_sweep_goes_on(model, documents, tmp_path):
+    """Catches documents measured twice or left out after a kill, and numbers that depend on it; a wider grid then
+    measures the new settings alone."""
+    grid = {"block_sizes": "8", "top_k": "1..3"}
+    CountingDecoder.passes, CountingDecoder.killed_at = 0, -1
+    whole = run(make_job(tmp_path / "whole", model, documents, **grid)).record
+    assert CountingDecoder.passes == 4 * COUNT
+    CountingDecoder.passes, CountingDecoder.killed_at = 0, 12
+    with pytest.raises(Killed):
+        run(make_job(tmp_path / "again", model, documents, **grid))
+    assert model.attention == (MOBA, MOBA, FULL)
+    CountingDecoder.passes, CountingDecoder.killed_at = 0, -1
+    assert run(make_job(tmp_path / "again", model, documents, **grid)).record == whole
+    assert CountingDecoder.passes == 4 * COUNT - 11
+    CountingDecoder.passes = 0
+    wider = run(make_job(tmp_path / "again", model, documents, **grid | {"top_k": "1..5"})).record
+    assert CountingDecoder.passes == 2 * COUNT and wider["settings"][:4] == whole["settings"]
+
+
+def test_processes_share_the_documents(model, documents, tmp_path):
+    """Catches documents that are counted twice or by nobody: two ranks' shares add up to one's numbers."""
+    one = run(make_job(tmp_path / "one", model, documents, block_sizes="8", synthetic=True))
+    sums = []
+    for rank in range(2):
+        context = Context(model, "cpu", rank=rank, world_size=2, reduce=lambda t: sums.append(t.clone()) or t)
+        run(make_job(tmp_path / "two", model, documents, context, block_sizes="8", synthetic=True))
+    halves = len(sums) // 2
+    for name, (first, second) in zip(("document_loss", "right_mqar"), zip(sums[:halves], sums[halves:])):
+        np.testing.assert_array_equal((first + second).numpy(), one.arrays[name])
+
+
+def test_figure_and_report_show_every_line(model, documents, tmp_path):
+    """Catches a figure that is blank or fails with gates, first blocks and tasks, and a page without its settings."""
+    result = run(make_job(tmp_path, model, documents, synthetic=True, **GRID))
+    path = result.write(tmp_path / "evals", "sweep", commit=None)
+    assert np.asarray(Image.open(path.with_suffix(".png")).convert("L")).std() > 10
+    shown = page(json.loads(path.read_text()), path)
+    assert "16x3+1 random" in shown and "mqar: right" in shown and "data:image/png" in shown
+    assert set(result.numbers) == {f"trailing_minus_full_{row['attention']}" for row in result.record["settings"][1:]}
+
+
+def test_mistakes_are_refused_by_name(model, documents, tmp_path):
+    """Catches ranges that are none, sizes that are full attention, and a model without MoBA that is given no size."""
+    cases = {"top_k=0": "'0' is no number from 1 on", "top_k=3..2": "'3..2' is no number", "top_k=two": "'two' is no"}
+    cases |= {
+        "first_blocks=-1": "'-1' is no number from 0 on",
+        "block_sizes=[8,x]": "block_sizes=x",
+        "gates=[best]": "best",
+    }
+    cases |= {"top_k=8": "every setting is full attention at 64 tokens"}
+    for argument, words in cases.items():
+        key, _, value = argument.partition("=")
+        with pytest.raises(ValueError, match=words.replace("[", r"\[")):
+            run(make_job(tmp_path, model, documents, **{key: value}))
+    with under(model, [FULL] * 3):
+        with pytest.raises(ValueError, match="name block_sizes="):
+            run(make_job(tmp_path, model, documents))
+        rows = run(make_job(tmp_path, model, documents, block_sizes="8", top_k="2")).record["settings"]
+    assert [row["attention"] for row in rows] == ["full", "8x2"] and rows[1]["attended_share"] < 0.4
+    assert whole_numbers({"top_k": "[4,1..3]"}, "top_k", "1", 1) == [1, 2, 3, 4]
+    assert own_tasks(DataConfig()) == {}
