@@ -401,6 +401,9 @@ class CheckpointConfig:
     """Newest checkpoints kept, besides the ends of stages."""
     keep_stage_ends: bool = True
     """Keep the checkpoint at each stage's end."""
+    asynchronous: bool = True
+    """Train on while a checkpoint is written: a copy of it, shared by the processes, is in host memory meanwhile. When
+    the run is stopped, and with `false`, training waits, and only a shard at a time is copied."""
 
 
 @dataclass(frozen=True)

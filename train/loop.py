@@ -10,7 +10,9 @@ Host synchronisations: one a log interval in `_log`, besides those of DeepSpeed'
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -116,6 +118,8 @@ class Trainer:
         self._stage_loss = PositionLoss(first.seq_len, world.device)
         self._interval_loss = PositionLoss(first.seq_len, world.device)
         self._saved: store.Saved | None = None  # until its sums are taken up
+        self._saving: store.Saving | None = None  # until it is known to be complete
+        self._save_wait = self._save_write = 0.0
         self._watch_missing = False
         self._reset_interval()
         self._start()
@@ -131,7 +135,7 @@ class Trainer:
             last = self._enter(self.schedule.lookup(min(self.tokens, self.schedule.total_tokens) - 1))
             ends = self.tokens >= last.end
             self._watch(last, ends)
-            self._save(last, ends, watched=True)
+            self._save(last, ends, watched=True, at_once=True)
         while self.tokens < self.schedule.total_tokens:
             stage = self._enter(self.schedule.lookup(self.tokens))
             batches = self.loader.next_step()
@@ -144,6 +148,8 @@ class Trainer:
                 on_losses=self._count,
             )
             self._after_step(stage, batches, result)
+            if self._saving is not None and self._saving.poll():
+                self._finish_save()
 
             ends = self.tokens >= stage.end
             watch_due = ends or self._due(config.eval.every_tokens, stage)
@@ -154,9 +160,10 @@ class Trainer:
             if watch_due and not result.stop:
                 self._watch(stage, ends)
             if save_due or result.stop:
-                self._save(stage, ends, watched=not (watch_due and result.stop))
+                self._save(stage, ends, watched=not (watch_due and result.stop), at_once=result.stop)
             if result.stop:
                 return False
+        self._finish_save()
         return True
 
     def _enter(self, stage: Stage) -> Stage:
@@ -199,6 +206,8 @@ class Trainer:
             self._interval_sum += result.loss_sum
             self._interval_tokens += result.num_tokens
         self._grad_norm = result.grad_norm
+        if result.skipped:
+            self._finish_save()  # the guard may name it
         self.guard.update(result.skipped, tokens=self.tokens, last_checkpoint=self.last_checkpoint)
 
     def _due(self, every: int, stage: Stage) -> bool:
@@ -212,6 +221,7 @@ class Trainer:
         self._interval_sum = torch.zeros((), dtype=torch.float64, device=self.world.device)
         self._interval_tokens = 0
         self._interval_loss.reset()
+        self._save_wait = self._save_write = 0.0
 
     def _log(self, stage: Stage) -> None:
         """Writes the line of the log interval that ends here."""
@@ -233,6 +243,8 @@ class Trainer:
             lr=self.schedule.learning_rate(self.tokens - stage.batch_tokens),
             skipped_steps=self.guard.total,
             **rates,
+            save_wait_seconds=self._save_wait,
+            save_write_seconds=self._save_write,
             peak_memory_gib=self._peak_memory(),
             eta_seconds=self.throughput.eta_seconds(self.schedule.stages, self.tokens, rates["tokens_per_second"]),
         )
@@ -247,6 +259,7 @@ class Trainer:
 
     def _watch(self, stage: Stage, ends: bool) -> None:
         """Evaluates, and at the end of a stage writes its training losses by position."""
+        self._finish_save()
         with self.throughput.paused():
             self._evaluate(stage)
             if ends:
@@ -297,8 +310,10 @@ class Trainer:
 
     # -------------------- saving and resuming
 
-    def _save(self, stage: Stage, ends: bool, watched: bool) -> None:
-        """Saves a checkpoint here; all ranks together. Not `watched`: what `_watch` does here is still to be done."""
+    def _save(self, stage: Stage, ends: bool, watched: bool, at_once: bool) -> None:
+        """Saves a checkpoint here; all ranks together. Not `watched`: what `_watch` does here is still to be done.
+        `at_once`: it is complete before this returns, whatever checkpoint.asynchronous says."""
+        self._finish_save()
         group = self.world.data_group
         sums = {"stage": self._stage_loss.all_reduce(group), "interval": self._interval_loss.all_reduce(group)}
         state = {
@@ -314,8 +329,9 @@ class Trainer:
         }
         tensors = {name: total.state_dict()["state"] for name, total in sums.items()}
         tensors["interval_sum"] = self.world.sum_over_data(self._interval_sum.clone())
-        with self.throughput.paused():
-            self.last_checkpoint = store.save(
+        at_once = at_once or not self.config.checkpoint.asynchronous
+        with self._waiting_for_save():
+            self._saving = store.start_save(
                 self.run_dir,
                 self.engine,
                 tokens=self.tokens,
@@ -324,7 +340,26 @@ class Trainer:
                 config_yaml=self._config_yaml,
                 stage_end=ends and self.config.checkpoint.keep_stage_ends,
                 keep=self.config.checkpoint.keep,
+                at_once=at_once,
             )
+        if at_once:
+            self._finish_save()
+
+    def _finish_save(self) -> None:
+        """Waits for the save in hand, if there is one; all ranks together. CheckpointError if it failed."""
+        if self._saving is not None:
+            with self._waiting_for_save():
+                self.last_checkpoint = self._saving.wait()
+            self._save_write += self._saving.seconds
+            self._saving = None
+
+    @contextmanager
+    def _waiting_for_save(self) -> Iterator[None]:
+        """Counts the time of a save that training waits for, and keeps it out of the rates."""
+        began = time.perf_counter()
+        with self.throughput.paused():
+            yield
+        self._save_wait += time.perf_counter() - began
 
     def _start(self) -> None:
         """Takes up the newest checkpoint of this run; else the weights of init.source; else starts fresh."""

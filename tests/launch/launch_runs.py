@@ -55,6 +55,7 @@ TINY = [
 ]
 # Columns that tell the time.
 CLOCKS = {"wall_seconds", "seconds", "tokens_per_second", "tflops", "eta_seconds"}
+CLOCKS |= {"save_wait_seconds", "save_write_seconds"}
 LINE = "open metrics.jsonl$"
 SAVE = "checkpoints/.saving_tokens_{:015d}"
 

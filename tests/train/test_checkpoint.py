@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from train.checkpoint import checkpoint_dir, store
+from train.checkpoint import checkpoint_dir, saving, store
 from train.checkpoint.store import CheckpointError, newest, verify
 from train.engine.engine import Slot
 
@@ -84,15 +84,15 @@ def test_a_full_disk_on_one_rank_fails_the_save_on_all_and_harms_nothing(first_r
 
 def test_a_failed_write_without_a_message_is_a_failure(monkeypatch, tmp_path):
     """Catches an error whose text is empty, as OSError()'s is, taken for none: a checkpoint that lacks files."""
-    monkeypatch.setattr(store, "gather_objects", lambda value: [value])
-    monkeypatch.setattr(store, "barrier", lambda: None)
+    monkeypatch.setattr(saving, "gather_objects", lambda value: [value])
+    monkeypatch.setattr(saving, "barrier", lambda: None)
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
 
     def fail() -> None:
         raise OSError
 
     with pytest.raises(CheckpointError, match=r"rank 0: OSError\(\)"):
-        store._attempt(tmp_path / "saving", fail)
+        saving.attempt(tmp_path / "saving", fail)
 
 
 # Content

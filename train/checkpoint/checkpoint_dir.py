@@ -123,18 +123,23 @@ def write_text(path: Path, text: str) -> None:
     _flush(path)
 
 
-def seal(path: Path) -> Entry:
-    """Returns a file's manifest entry, having flushed the file to disk. Raises OSError."""
-    share(path)
+def seal(path: Path, mode: int) -> Entry:
+    """Returns a file's manifest entry, having given it this mode and flushed it to disk. Raises OSError."""
+    path.chmod(mode)
     _flush(path)
     return Entry(path.stat().st_size, _digest(path))
 
 
 def share(path: Path) -> None:
     """Gives a file the mode that the umask allows: safetensors makes its files for the owner alone."""
+    path.chmod(file_mode())
+
+
+def file_mode() -> int:
+    """Returns the mode that the umask allows a new file."""
     umask = os.umask(0)
     os.umask(umask)
-    path.chmod(0o666 & ~umask)
+    return 0o666 & ~umask
 
 
 def commit(temporary: Path, files: dict[str, Entry]) -> Path:

@@ -56,6 +56,8 @@ class _Line:
     mfu: float | None = None
     mfu_dense_equivalent: float | None = None
     peak_memory_gib: float | None = None
+    save_wait_seconds: float | None = None
+    save_write_seconds: float | None = None
     seconds: float | None = None
     eta_seconds: float | None = None
     convention: str | None = None
