@@ -12,6 +12,7 @@ import random
 import resource
 import signal
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -42,17 +43,39 @@ def steps(engine: Any, numbers: range, world: World) -> list[dict[str, Any]]:
     return [one_step(engine, step, world)[0] for step in numbers]
 
 
+def content(tokens: int) -> dict[str, Any]:
+    return {
+        "tokens": tokens,
+        "state": {"step": tokens, "names": ["a", "b"]},
+        "tensors": {"sums": torch.arange(3.0), "counts": torch.tensor([2, 1])},
+        "config_yaml": "run:\n  name: test\n",
+        "stage_end": False,
+        "keep": 2,
+    }
+
+
 def save(directory: Path, engine: Any, tokens: int) -> Path:
-    return store.save(
-        directory,
-        engine,
-        tokens=tokens,
-        state={"step": tokens, "names": ["a", "b"]},
-        tensors={"sums": torch.arange(3.0), "counts": torch.tensor([2, 1])},
-        config_yaml="run:\n  name: test\n",
-        stage_end=False,
-        keep=2,
-    )
+    return store.save(directory, engine, **content(tokens))
+
+
+def save_beside(directory: Path, engine: Any, tokens: int) -> Path:
+    """Saved in a thread, which writes only after weights and moments have been changed and set back."""
+    writes = threading.Event()
+    save_file = store.save_file
+    store.save_file = lambda *args, **options: (writes.wait(), save_file(*args, **options))
+    saving = store.start_save(directory, engine, **content(tokens))
+    with torch.no_grad():
+        held = [engine._share(slot, key) for slot in engine.slots() if slot.size for key in (MASTER, *MOMENTS)]
+        kept = [tensor.clone() for tensor in held]
+        for tensor in held:
+            tensor.fill_(7)
+        assert not saving.poll()
+        writes.set()
+        path = saving.wait()
+        for tensor, before in zip(held, kept):
+            tensor.copy_(before)
+    store.save_file = save_file
+    return path
 
 
 def draws() -> list[float]:
@@ -130,14 +153,15 @@ def full_disk(engine: Any, directory: Path, world: World) -> dict[str, Any]:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     if world.rank == world.world_size - 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
-    message = None
-    try:
-        save(directory, engine, 99)
-    except store.CheckpointError as error:
-        message = str(error)
+    messages = []
+    for attempt in (save, save_beside):
+        try:
+            attempt(directory, engine, 99)
+        except store.CheckpointError as error:
+            messages.append(str(error))
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     return {
-        "messages": gather_objects(message),
+        "messages": [text for mine in gather_objects(messages) for text in mine],
         "left": sorted(path.name for path in (directory / "checkpoints").iterdir()),
         "newest_kept": store.newest(directory) == before,
     }
@@ -153,7 +177,8 @@ def first(directory: Path, world: World) -> dict[str, Any]:
             save(run_dir, engine, 0)
         mine["steps"] = steps(engine, range(SAVE_AT), world)
         seed_rank(5)
-        save(run_dir, engine, SAVE_AT)
+        save(directory / f"at-once-{name}-{world.world_size}", engine, SAVE_AT)
+        save_beside(run_dir, engine, SAVE_AT)
         mine["draws"] = gather_objects(draws())
         mine["steps"] += steps(engine, range(SAVE_AT, LAST), world)
         mine["bad"] = {kind: bad_step(engine, world, kind) for kind in ("nan", "inf", "gradient")}
@@ -206,8 +231,8 @@ if __name__ == "__main__":
     here = init_world("cpu")
     # So that the small model fills several files and several rounds of gathering.
     store.SHARD_BYTES, deepspeed_engine.GATHER_ELEMENTS = 3000, 100
-    content = {"first": first, "second": second}[role](target, here)
+    report = {"first": first, "second": second}[role](target, here)
     if here.is_main:
-        (target / f"{role}-{here.world_size}.json").write_text(json.dumps(content))
+        (target / f"{role}-{here.world_size}.json").write_text(json.dumps(report))
     shutdown()
     leave(0)

@@ -123,9 +123,10 @@ def write_text(path: Path, text: str) -> None:
     _flush(path)
 
 
-def seal(path: Path, mode: int) -> Entry:
-    """Returns a file's manifest entry, having given it this mode and flushed it to disk. Raises OSError."""
-    path.chmod(mode)
+def seal(path: Path, mode: int | None = None) -> Entry:
+    """Returns a file's manifest entry, having given it `mode` (default: `file_mode()`) and flushed it to disk. Raises
+    OSError."""
+    path.chmod(file_mode() if mode is None else mode)
     _flush(path)
     return Entry(path.stat().st_size, _digest(path))
 
@@ -136,7 +137,7 @@ def share(path: Path) -> None:
 
 
 def file_mode() -> int:
-    """Returns the mode that the umask allows a new file."""
+    """Returns the mode that the umask allows a new file. Not for threads: to ask is to change it for a moment."""
     umask = os.umask(0)
     os.umask(umask)
     return 0o666 & ~umask

@@ -122,7 +122,7 @@ def start_save(
     temporary = checkpoint_dir.saving_directory(run_dir, tokens)
     attempt(temporary, lambda: checkpoint_dir.begin(run_dir, tokens) if main else None)
 
-    mode = checkpoint_dir.file_mode()  # asking changes it for a moment, for all threads
+    mode = checkpoint_dir.file_mode()
     held: dict[str, dict[str, torch.Tensor]] = {}  # file -> tensors, copies on the host
     files: list[str] = []
 
