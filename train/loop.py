@@ -38,6 +38,7 @@ from train.record.metrics import FILE_NAME, MetricsLog, stage_columns
 from train.record.position_loss import PositionCurve, PositionLoss
 from train.record.throughput import Throughput, Work
 from train.schedule import Schedule, Stage
+from train.spikes import MAX_ROLLBACKS, SpikeError, Spikes
 from train.step import StepResult, train_step
 
 CURVES = "position_loss"
@@ -112,6 +113,10 @@ class Trainer:
             pin_for=world.device if world.device.type == "cuda" else None,
         )
         self.guard = NonFiniteGuard(config.optim.max_bad_steps)
+        self.spikes = None
+        if config.run.on_spike != "off":
+            self.spikes = Spikes(config.run.spike_deviations, config.run.spike_window, world.device)
+        self._rollbacks = 0  # since a checkpoint was saved
         self.metrics = MetricsLog(self.run_dir / FILE_NAME if world.is_main else None)
         name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else None
         self.throughput = Throughput(config.model, vocab_size, num_devices=world.world_size, device_name=name)
@@ -146,7 +151,12 @@ class Trainer:
                 world=self.world,
                 stop=preemption.requested,
                 on_losses=self._count,
+                spikes=self.spikes,
             )
+            if result.spike and self._go_back(stage, result):
+                if result.stop:
+                    return False
+                continue
             self._after_step(stage, batches, result)
             if self._saving is not None and self._saving.poll():
                 self._finish_save()
@@ -173,6 +183,8 @@ class Trainer:
             return stage
         if stage.reset_optimizer and self.tokens == stage.start:
             self.engine.reset_moments()
+        if self.spikes is not None and self.tokens == stage.start:
+            self.spikes.forget()
         self.model.set_attention(stage.attention)
         self.model.set_rope(stage.rope)
         with self.throughput.paused():
@@ -242,6 +254,7 @@ class Trainer:
             grad_norm=self._grad_norm.item(),
             lr=self.schedule.learning_rate(self.tokens - stage.batch_tokens),
             skipped_steps=self.guard.total,
+            **({} if self.spikes is None else {"spikes": self.spikes.total}),
             **rates,
             save_wait_seconds=self._save_wait,
             save_write_seconds=self._save_write,
@@ -314,6 +327,7 @@ class Trainer:
         """Saves a checkpoint here; all ranks together. Not `watched`: what `_watch` does here is still to be done.
         `at_once`: it is complete before this returns, whatever checkpoint.asynchronous says."""
         self._finish_save()
+        self._rollbacks = 0
         group = self.world.data_group
         sums = {"stage": self._stage_loss.all_reduce(group), "interval": self._interval_loss.all_reduce(group)}
         state = {
@@ -329,6 +343,9 @@ class Trainer:
         }
         tensors = {name: total.state_dict()["state"] for name, total in sums.items()}
         tensors["interval_sum"] = self.world.sum_over_data(self._interval_sum.clone())
+        if self.spikes is not None:
+            spikes = self.spikes.state_dict()
+            state["spikes"], tensors["spikes"] = spikes["total"], spikes["recent"]
         at_once = at_once or not self.config.checkpoint.asynchronous
         with self._waiting_for_save():
             self._saving = store.start_save(
@@ -373,15 +390,66 @@ class Trainer:
             self.observers.evaluate.forget_after(self.tokens)
 
     def _resume(self, path: Path) -> None:
-        store.load_engine(self.engine, path)
-        self._saved = saved = store.read(path)
-        self.tokens, self.step, self.last_checkpoint = saved.tokens, saved.state["step"], path
+        saved = self._take_up(path)
+        self.last_checkpoint = path
         self._watch_missing = not saved.state["watched"]
         for line in self.loader.load_state_dict(saved.state["loader"], allow_changes=self.config.run.allow_changes):
             self.observers.say(f"run.allow_changes=true: {line}")
-        self.guard.load_state_dict(saved.state["guard"])
-        load_rng(path, seed=self.config.run.seed)
         self.observers.say(f"continuing from {path}: {self.tokens:,} of {self.schedule.total_tokens:,} tokens")
+
+    def _take_up(self, path: Path) -> store.Saved:
+        """Takes all that a checkpoint of this run holds but the position in the data; its sums as the stage is
+        entered."""
+        store.load_engine(self.engine, path)
+        self._saved = saved = store.read(path)
+        self.tokens, self.step = saved.tokens, saved.state["step"]
+        self.guard.load_state_dict(saved.state["guard"])
+        if self.spikes is not None and "spikes" in saved.state:  # not if run.on_spike was off until then
+            self.spikes.load_state_dict({"total": saved.state["spikes"], "recent": saved.tensors["spikes"]})
+        load_rng(path, seed=self.config.run.seed)
+        return saved
+
+    def _go_back(self, stage: Stage, result: StepResult) -> bool:
+        """Does what run.on_spike says about the step that was just skipped as a spike: True if the run went back to a
+        checkpoint; SpikeError if it ends here. The data goes on behind the step in any case.
+
+        A process that starts at that checkpoint finds the same spike in the same data, and does the same again. So
+        nothing of this is saved before the next checkpoint.
+        """
+        assert self.spikes is not None
+        self.spikes.total += 1
+        action, total, at = self.config.run.on_spike, self.spikes.total, self.tokens + stage.batch_tokens
+        if action == "skip":
+            return False
+        self._finish_save()
+        loss = self.world.sum_over_data(result.loss_sum.clone()).item() / max(result.num_tokens, 1)
+        norm = result.grad_norm.item()
+        found = f"the step up to {at:,} tokens is a spike (loss {loss:.4f}, gradient norm {norm:.4g})"
+        path = self.last_checkpoint
+        if action == "stop" or self._rollbacks == MAX_ROLLBACKS:
+            often = f", the {MAX_ROLLBACKS + 1}th since the newest checkpoint" if action == "rollback" else ""
+            kept = f"The newest checkpoint is {path}" if path else "There is no checkpoint yet"
+            raise SpikeError(
+                f"{found}{often}: run.on_spike={action} ends the run, and nothing was updated in it. {kept}. The same "
+                "command with run.on_spike=skip (or rollback) and run.allow_changes=true goes past the spike"
+            )
+        if path is None:
+            self.observers.say(f"{found}: skipped, since there is no checkpoint yet to go back to")
+            return False
+        self._rollbacks += 1
+        self.engine.reset_moments()  # a checkpoint of no steps has none
+        self._take_up(path)
+        self.spikes.total = total
+        self.stage = None  # to be entered again
+        self._reset_interval()
+        self.throughput.take()
+        self.metrics.cut_back(self.tokens, restarted=False)
+        if self.observers.evaluate is not None and self.world.is_main:
+            self.observers.evaluate.forget_after(self.tokens)
+        where = {"stage": stage.name, "from_tokens": at, "loss": loss, "grad_norm": norm, "in_a_row": self._rollbacks}
+        self._emit(self.metrics.write("rollback", self.tokens, **where))
+        self.observers.say(f"{found}: going back to {path}, and on with the data behind it")
+        return True
 
     def _take_up_sums(self, stage: Stage) -> None:
         """Goes on with a checkpoint's sums, if it was saved within this stage.

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from engine_runs import ENGINES, LAST, SAVE_AT, build_model, config_of, learning_rate, micro_batches, other_stage
+from engine_runs import BAD, ENGINES, LAST, SAVE_AT, build_model, config_of, learning_rate, micro_batches, other_stage
 from safetensors import safe_open
 
 from train.checkpoint import store
@@ -28,6 +28,7 @@ from train.engine.collectives import all_reduce_sum, any_rank, gather_objects
 from train.engine.engine import MASTER, MOMENTS
 from train.engine.optim import build_engine
 from train.engine.world import World, init_world, leave, shutdown
+from train.spikes import Spikes
 from train.step import StepResult, train_step
 
 
@@ -100,23 +101,35 @@ def same(left: list[torch.Tensor], right: list[torch.Tensor]) -> bool:
 
 
 def bad_step(engine: Any, world: World, kind: str) -> dict[str, Any]:
-    """A step gone wrong on the last rank: the loss nan or inf, or only the gradient nan."""
+    """A step gone wrong on the last rank: the loss nan or inf, or only the gradient nan; or one whose loss or gradient
+    norm is a spike after what was good before."""
+    spikes = None
+    if kind.startswith("spike"):
+        spikes = Spikes(6.0, 4, world.device)
+        for number in (1.0, 1.1):
+            pair = (number, 1e6 * number) if kind == "spike of the loss" else (1e6 * number, 1e-3 * number)
+            spikes.add(*map(torch.tensor, pair))
     seen: list[int] = []
 
     def spoil(module: Any, inputs: Any, losses: torch.Tensor) -> torch.Tensor:
         if kind == "gradient":
             losses.register_hook(lambda grad: grad * torch.nan)
             return losses
+        if kind.startswith("spike"):
+            return losses
         return losses + (torch.nan if kind == "nan" else torch.inf)
 
     before = snapshot(engine), engine.step_count()
     hook = engine.model.register_forward_hook(spoil) if world.rank == world.world_size - 1 else None
-    record, result = one_step(engine, LAST + 1, world, on_losses=lambda losses, batch: seen.append(len(losses)))
+    record, result = one_step(
+        engine, LAST + 1, world, on_losses=lambda losses, batch: seen.append(len(losses)), spikes=spikes
+    )
     if hook:
         hook.remove()
     after = snapshot(engine), engine.step_count()
     return {
         "skipped": gather_objects(result.skipped),
+        "spike": gather_objects(result.spike),
         "untouched": same(before[0], after[0]) and before[1] == after[1],
         "observed": len(seen),
         "loss_is_finite": bool(np.isfinite(record["loss"])),
@@ -181,7 +194,7 @@ def first(directory: Path, world: World) -> dict[str, Any]:
         save_beside(run_dir, engine, SAVE_AT)
         mine["draws"] = gather_objects(draws())
         mine["steps"] += steps(engine, range(SAVE_AT, LAST), world)
-        mine["bad"] = {kind: bad_step(engine, world, kind) for kind in ("nan", "inf", "gradient")}
+        mine["bad"] = {kind: bad_step(engine, world, kind) for kind in BAD}
         record, result, seen = observed_step(engine, world)
         mine["steps"].append(record)
         mine["stop"] = gather_objects(result.stop)

@@ -48,7 +48,9 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(first_runs, seco
 def test_a_save_beside_the_training_holds_what_was_there_when_it_began(first_runs, runs_dir, name, world_size):
     """Catches a copy that shares memory with what the optimizer steps: the files were written while all weights and
     moments had other values, against those that were written at once."""
-    beside, at_once = (runs_dir / run / "checkpoints" / NAME for run in (f"{name}-{world_size}", f"at-once-{name}-{world_size}"))
+    beside, at_once = (
+        runs_dir / run / "checkpoints" / NAME for run in (f"{name}-{world_size}", f"at-once-{name}-{world_size}")
+    )
     files = sorted(path.name for path in at_once.iterdir())
     assert files == sorted(path.name for path in beside.iterdir()) and len(files) > 8
     for file in files:
