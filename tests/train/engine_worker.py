@@ -72,11 +72,12 @@ def save_beside(directory: Path, engine: Any, tokens: int) -> Path:
             tensor.fill_(7)
         assert not saving.poll()
         writes.set()
-        path = saving.wait()
-        for tensor, before in zip(held, kept):
-            tensor.copy_(before)
-    store.save_file = save_file
-    return path
+        try:
+            return saving.wait()
+        finally:
+            store.save_file = save_file
+            for tensor, before in zip(held, kept):
+                tensor.copy_(before)
 
 
 def draws() -> list[float]:

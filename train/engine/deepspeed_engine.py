@@ -69,20 +69,28 @@ class DeepSpeedEngine:
             group["lr"] = lr
         if self.zero_stage == 0:
             return self._step_plain(veto)
-        vetoed: list[bool] = []  # once it was asked
-        if veto is not None:
-
-            def ask() -> bool:
-                if not vetoed:
-                    vetoed.append(veto(as_norm(self._optimizer._global_grad_norm, self._engine.device)))
-                return vetoed[0]
-
-            adamw = self._adamw()
-            assert isinstance(adamw, VetoedAdamW)
-            adamw.veto = ask
-        self._engine.step()
-        skipped = not self._engine.was_step_applied() or any(vetoed)
+        vetoed = self._step_unless(veto)
+        skipped = vetoed or not self._engine.was_step_applied()
         return skipped, as_norm(self._engine.get_global_grad_norm(), self._engine.device)
+
+    def _step_unless(self, veto: Callable[[Tensor], bool] | None) -> bool:
+        """DeepSpeed's step; True if AdamW's part of it was vetoed."""
+        if veto is None:
+            self._engine.step()
+            return False
+        answers: list[bool] = []
+
+        def ask() -> bool:
+            if not answers:
+                answers.append(veto(as_norm(self._optimizer._global_grad_norm, self._engine.device)))
+            return answers[0]
+
+        adamw = self._adamw()
+        assert isinstance(adamw, VetoedAdamW)
+        adamw.veto = ask
+        self._engine.step()
+        adamw.veto = None
+        return any(answers)
 
     def _step_plain(self, veto: Callable[[Tensor], bool] | None) -> tuple[bool, Tensor]:
         """At stage 0, where the optimizer is torch's own and DeepSpeed clips without testing the norm."""
