@@ -3,7 +3,8 @@
 `Trainer.fit` is the run, to be read top to bottom. Everything that decides the trajectory happens in it or in
 `train_step`; what is handed in from outside (evaluation, figures, wandb, the progress bar) only observes. Progress is
 counted in tokens, so the state of a run is: weights and moments (engine), tokens and steps, the loader's position, the
-loss sums by position, and the random state.
+loss sums by position, the level that spikes are told by, and the random state. A save is copied to the host in the
+loop and written beside it (train/checkpoint/saving.py); there is one at most.
 
 Host synchronisations: one a log interval in `_log`, besides those of DeepSpeed's step (train/step.py).
 """

@@ -91,18 +91,18 @@ def train_step(
         seen.append((losses.detach(), batch))
 
     loss_sum = torch.stack([losses.sum(dtype=torch.float64) for losses, _ in seen]).sum()
-    spike, veto = False, None
-    if spikes is not None:
-        loss = world.sum_over_data(loss_sum.clone()) / counts[0].clamp(min=1)
+    loss = None if spikes is None else world.sum_over_data(loss_sum.clone()) / counts[0].clamp(min=1)
+    spike = False
 
-        def veto(norm: torch.Tensor) -> bool:
-            nonlocal spike
-            spike = bool(spikes.is_spike(loss, norm))
-            return spike
+    def is_spike(norm: torch.Tensor) -> bool:
+        nonlocal spike
+        assert spikes is not None and loss is not None
+        spike = bool(spikes.is_spike(loss, norm))
+        return spike
 
     num_tokens, num_stops = counts.tolist()
-    skipped, grad_norm = engine.step(lr, veto)
-    if spikes is not None and not skipped:
+    skipped, grad_norm = engine.step(lr, None if spikes is None else is_spike)
+    if spikes is not None and loss is not None and not skipped:
         spikes.add(loss, grad_norm)
     if on_losses is not None and not skipped:
         for losses, batch in seen:

@@ -145,7 +145,7 @@ def make_plan(
         memory=memory,
         verdict=verdict,
         data=describe_data(config, schedule.stages, sources),
-        outputs=describe_outputs(config),
+        outputs=describe_outputs(config, hardware, num_parameters(config.model, vocab_size)["total"]),
         warnings=(*unfilled(asked_tokens, schedule), *warnings_of(config, schedule, sources)),
         automatic=automatic,
         notice=config.run.notice,
