@@ -52,6 +52,7 @@ OWN_KEYS = {
     "fp16": "deepspeed.precision",
     "torch_autocast": "deepspeed.precision",
 }
+ON_SPIKE = ("off", "skip", "rollback", "stop")
 WANDB_MODES = ("auto", "online", "offline", "disabled")
 
 
@@ -459,6 +460,9 @@ def _check_parallel(config: RunConfig, problems: Problems) -> None:
 def _check_rest(config: RunConfig, problems: Problems) -> None:
     _one_of("run.device", config.run.device, DEVICES, problems)
     _at_least("run.seed", config.run.seed, 0, problems)
+    _one_of("run.on_spike", config.run.on_spike, ON_SPIKE, problems)
+    _at_least("run.spike_deviations", config.run.spike_deviations, 0, problems, open_end=True)
+    _at_least("run.spike_window", config.run.spike_window, 2, problems)
     _at_least("data.seed", config.data.seed, 0, problems)
     _one_of("logging.wandb", config.logging.wandb, WANDB_MODES, problems)
     _one_of("eval.suite", config.eval.suite, EVAL_SUITES, problems)

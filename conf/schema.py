@@ -411,6 +411,9 @@ class CheckpointConfig:
     """Newest checkpoints kept, besides the ends of stages."""
     keep_stage_ends: bool = True
     """Keep the checkpoint at each stage's end."""
+    asynchronous: bool = True
+    """Train on while a checkpoint is written: a copy of it, shared by the processes, is in host memory meanwhile. When
+    the run is stopped, and with `false`, training waits, and only a shard at a time is copied."""
 
 
 @dataclass(frozen=True)
@@ -442,6 +445,14 @@ class RunSection:
     """Bitwise repeatable kernels on GPU, at some cost (CPU runs always repeat)."""
     allow_changes: bool = False
     """Resume even though the configuration would change the trajectory."""
+    on_spike: str = "off"
+    """What is done about a step whose loss or gradient norm is a spike, in which nothing is updated: `skip` (go on),
+    `rollback` (go on from the newest checkpoint with the data behind the spike; skip before the first one), `stop` (end
+    the run); `off`: nothing is looked for."""
+    spike_deviations: float = 6.0
+    """Standard deviations above the mean of the last good steps from which on a step is a spike."""
+    spike_window: int = 128
+    """Good steps that the mean and the deviation are taken of, within a stage; half as many are needed."""
     notice: str | None = None
     """A line of advice printed with the plan."""
 

@@ -56,6 +56,7 @@ from train.record.position_loss import PositionCurve  # noqa: E402
 from train.record.progress import Progress  # noqa: E402
 from train.record.tracking import Tracker  # noqa: E402
 from train.schedule import build_schedule  # noqa: E402
+from train.spikes import SpikeError  # noqa: E402
 
 USAGE = """\
 usage: torchrun [--nproc_per_node=N] launch/train.py +exp=<name> [group=choice ...] [key=value ...]
@@ -70,6 +71,7 @@ MISTAKES = (
     MetricsError,
     NonFiniteError,
     RunLocked,
+    SpikeError,
     store.CheckpointError,
 )
 EXIT_LOST = 1

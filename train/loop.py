@@ -3,14 +3,17 @@
 `Trainer.fit` is the run, to be read top to bottom. Everything that decides the trajectory happens in it or in
 `train_step`; what is handed in from outside (evaluation, figures, wandb, the progress bar) only observes. Progress is
 counted in tokens, so the state of a run is: weights and moments (engine), tokens and steps, the loader's position, the
-loss sums by position, and the random state.
+loss sums by position, the level that spikes are told by, and the random state. A save is copied to the host in the
+loop and written beside it (train/checkpoint/saving.py); there is one at most.
 
 Host synchronisations: one a log interval in `_log`, besides those of DeepSpeed's step (train/step.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -36,6 +39,7 @@ from train.record.metrics import FILE_NAME, MetricsLog, stage_columns
 from train.record.position_loss import PositionCurve, PositionLoss
 from train.record.throughput import Throughput, Work
 from train.schedule import Schedule, Stage
+from train.spikes import MAX_ROLLBACKS, SpikeError, Spikes
 from train.step import StepResult, train_step
 
 CURVES = "position_loss"
@@ -112,12 +116,18 @@ class Trainer:
             pin_for=world.device if world.device.type == "cuda" else None,
         )
         self.guard = NonFiniteGuard(config.optim.max_bad_steps)
+        self.spikes = None
+        if config.run.on_spike != "off":
+            self.spikes = Spikes(config.run.spike_deviations, config.run.spike_window, world.device)
+        self._rollbacks = 0  # since a checkpoint was saved
         self.metrics = MetricsLog(self.run_dir / FILE_NAME if world.is_main else None)
         name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else None
         self.throughput = Throughput(config.model, vocab_size, num_devices=world.world_size, device_name=name)
         self._stage_loss = PositionLoss(first.seq_len, world.device)
         self._interval_loss = PositionLoss(first.seq_len, world.device)
         self._saved: store.Saved | None = None  # until its sums are taken up
+        self._saving: store.Saving | None = None  # until it is known to be complete
+        self._save_wait = self._save_write = 0.0
         self._watch_missing = False
         self._reset_interval()
         self._start()
@@ -133,7 +143,7 @@ class Trainer:
             last = self._enter(self.schedule.lookup(min(self.tokens, self.schedule.total_tokens) - 1))
             ends = self.tokens >= last.end
             self._watch(last, ends)
-            self._save(last, ends, watched=True)
+            self._save(last, ends, watched=True, at_once=True)
         while self.tokens < self.schedule.total_tokens:
             stage = self._enter(self.schedule.lookup(self.tokens))
             batches = self.loader.next_step()
@@ -145,8 +155,15 @@ class Trainer:
                 stop=preemption.requested,
                 on_losses=self._count,
                 on_micro_batch=self.observers.heartbeat,
+                spikes=self.spikes,
             )
+            if result.spike and self._go_back(stage, result):
+                if result.stop:
+                    return False
+                continue
             self._after_step(stage, batches, result)
+            if self._saving is not None and self._saving.poll():
+                self._finish_save()
 
             ends = self.tokens >= stage.end
             watch_due = ends or self._due(config.eval.every_tokens, stage)
@@ -157,9 +174,10 @@ class Trainer:
             if watch_due and not result.stop:
                 self._watch(stage, ends)
             if save_due or result.stop:
-                self._save(stage, ends, watched=not (watch_due and result.stop))
+                self._save(stage, ends, watched=not (watch_due and result.stop), at_once=result.stop)
             if result.stop:
                 return False
+        self._finish_save()
         return True
 
     def _enter(self, stage: Stage) -> Stage:
@@ -169,6 +187,8 @@ class Trainer:
             return stage
         if stage.reset_optimizer and self.tokens == stage.start:
             self.engine.reset_moments()
+        if self.spikes is not None and self.tokens == stage.start:
+            self.spikes.forget()
         self.model.set_attention(stage.attention)
         self.model.set_rope(stage.rope)
         with self.throughput.paused():
@@ -202,6 +222,8 @@ class Trainer:
             self._interval_sum += result.loss_sum
             self._interval_tokens += result.num_tokens
         self._grad_norm = result.grad_norm
+        if result.skipped:
+            self._finish_save()  # the guard may name it
         self.guard.update(result.skipped, tokens=self.tokens, last_checkpoint=self.last_checkpoint)
 
     def _due(self, every: int, stage: Stage) -> bool:
@@ -215,6 +237,7 @@ class Trainer:
         self._interval_sum = torch.zeros((), dtype=torch.float64, device=self.world.device)
         self._interval_tokens = 0
         self._interval_loss.reset()
+        self._save_wait = self._save_write = 0.0
 
     def _log(self, stage: Stage) -> None:
         """Writes the line of the log interval that ends here."""
@@ -235,7 +258,10 @@ class Trainer:
             grad_norm=self._grad_norm.item(),
             lr=self.schedule.learning_rate(self.tokens - stage.batch_tokens),
             skipped_steps=self.guard.total,
+            **({} if self.spikes is None else {"spikes": self.spikes.total}),
             **rates,
+            save_wait_seconds=self._save_wait,
+            save_write_seconds=self._save_write,
             peak_memory_gib=self._peak_memory(),
             eta_seconds=self.throughput.eta_seconds(self.schedule.stages, self.tokens, rates["tokens_per_second"]),
         )
@@ -250,6 +276,7 @@ class Trainer:
 
     def _watch(self, stage: Stage, ends: bool) -> None:
         """Evaluates, and at the end of a stage writes its training losses by position."""
+        self._finish_save()
         with self.throughput.paused():
             self._evaluate(stage)
             if ends:
@@ -300,8 +327,11 @@ class Trainer:
 
     # -------------------- saving and resuming
 
-    def _save(self, stage: Stage, ends: bool, watched: bool) -> None:
-        """Saves a checkpoint here; all ranks together. Not `watched`: what `_watch` does here is still to be done."""
+    def _save(self, stage: Stage, ends: bool, watched: bool, at_once: bool) -> None:
+        """Saves a checkpoint here; all ranks together. Not `watched`: what `_watch` does here is still to be done.
+        `at_once`: it is complete before this returns, whatever checkpoint.asynchronous says."""
+        self._finish_save()
+        self._rollbacks = 0
         group = self.world.data_group
         sums = {"stage": self._stage_loss.all_reduce(group), "interval": self._interval_loss.all_reduce(group)}
         state = {
@@ -317,8 +347,12 @@ class Trainer:
         }
         tensors = {name: total.state_dict()["state"] for name, total in sums.items()}
         tensors["interval_sum"] = self.world.sum_over_data(self._interval_sum.clone())
-        with self.throughput.paused():
-            self.last_checkpoint = store.save(
+        if self.spikes is not None:
+            spikes = self.spikes.state_dict()
+            state["spikes"], tensors["spikes"] = spikes["total"], spikes["recent"]
+        at_once = at_once or not self.config.checkpoint.asynchronous
+        with self._waiting_for_save():
+            self._saving = store.start_save(
                 self.run_dir,
                 self.engine,
                 tokens=self.tokens,
@@ -327,7 +361,26 @@ class Trainer:
                 config_yaml=self._config_yaml,
                 stage_end=ends and self.config.checkpoint.keep_stage_ends,
                 keep=self.config.checkpoint.keep,
+                at_once=at_once,
             )
+        if at_once:
+            self._finish_save()
+
+    def _finish_save(self) -> None:
+        """Waits for the save in hand, if there is one; all ranks together. CheckpointError if it failed."""
+        if self._saving is not None:
+            with self._waiting_for_save():
+                self.last_checkpoint = self._saving.wait()
+            self._save_write += self._saving.seconds
+            self._saving = None
+
+    @contextmanager
+    def _waiting_for_save(self) -> Iterator[None]:
+        """Counts the time of a save that training waits for, and keeps it out of the rates."""
+        began = time.perf_counter()
+        with self.throughput.paused():
+            yield
+        self._save_wait += time.perf_counter() - began
 
     def _start(self) -> None:
         """Takes up the newest checkpoint of this run; else the weights of init.source; else starts fresh."""
@@ -341,15 +394,66 @@ class Trainer:
             self.observers.evaluate.forget_after(self.tokens)
 
     def _resume(self, path: Path) -> None:
-        store.load_engine(self.engine, path)
-        self._saved = saved = store.read(path)
-        self.tokens, self.step, self.last_checkpoint = saved.tokens, saved.state["step"], path
+        saved = self._take_up(path)
+        self.last_checkpoint = path
         self._watch_missing = not saved.state["watched"]
         for line in self.loader.load_state_dict(saved.state["loader"], allow_changes=self.config.run.allow_changes):
             self.observers.say(f"run.allow_changes=true: {line}")
-        self.guard.load_state_dict(saved.state["guard"])
-        load_rng(path, seed=self.config.run.seed)
         self.observers.say(f"continuing from {path}: {self.tokens:,} of {self.schedule.total_tokens:,} tokens")
+
+    def _take_up(self, path: Path) -> store.Saved:
+        """Takes all that a checkpoint of this run holds but the position in the data; its sums as the stage is
+        entered."""
+        store.load_engine(self.engine, path)
+        self._saved = saved = store.read(path)
+        self.tokens, self.step = saved.tokens, saved.state["step"]
+        self.guard.load_state_dict(saved.state["guard"])
+        if self.spikes is not None and "spikes" in saved.state:  # not if run.on_spike was off until then
+            self.spikes.load_state_dict({"total": saved.state["spikes"], "recent": saved.tensors["spikes"]})
+        load_rng(path, seed=self.config.run.seed)
+        return saved
+
+    def _go_back(self, stage: Stage, result: StepResult) -> bool:
+        """Does what run.on_spike says about the step that was just skipped as a spike: True if the run went back to a
+        checkpoint; SpikeError if it ends here. The data goes on behind the step in any case.
+
+        A process that starts at that checkpoint finds the same spike in the same data, and does the same again. So
+        nothing of this is saved before the next checkpoint.
+        """
+        assert self.spikes is not None
+        self.spikes.total += 1
+        action, total, at = self.config.run.on_spike, self.spikes.total, self.tokens + stage.batch_tokens
+        if action == "skip":
+            return False
+        self._finish_save()
+        loss = self.world.sum_over_data(result.loss_sum.clone()).item() / max(result.num_tokens, 1)
+        norm = result.grad_norm.item()
+        found = f"the step up to {at:,} tokens is a spike (loss {loss:.4f}, gradient norm {norm:.4g})"
+        path = self.last_checkpoint
+        if action == "stop" or self._rollbacks == MAX_ROLLBACKS:
+            often = f", the {MAX_ROLLBACKS + 1}th since the newest checkpoint" if action == "rollback" else ""
+            kept = f"The newest checkpoint is {path}" if path else "There is no checkpoint yet"
+            raise SpikeError(
+                f"{found}{often}: run.on_spike={action} ends the run, and nothing was updated in it. {kept}. The same "
+                "command with run.on_spike=skip (or rollback) and run.allow_changes=true goes past the spike"
+            )
+        if path is None:
+            self.observers.say(f"{found}: skipped, since there is no checkpoint yet to go back to")
+            return False
+        self._rollbacks += 1
+        self.engine.reset_moments()  # a checkpoint of no steps has none
+        self._take_up(path)
+        self.spikes.total = total
+        self.stage = None  # to be entered again
+        self._reset_interval()
+        self.throughput.take()
+        self.metrics.cut_back(self.tokens, restarted=False)
+        if self.observers.evaluate is not None and self.world.is_main:
+            self.observers.evaluate.forget_after(self.tokens)
+        where = {"stage": stage.name, "from_tokens": at, "loss": loss, "grad_norm": norm, "in_a_row": self._rollbacks}
+        self._emit(self.metrics.write("rollback", self.tokens, **where))
+        self.observers.say(f"{found}: going back to {path}, and on with the data behind it")
+        return True
 
     def _take_up_sums(self, stage: Stage) -> None:
         """Goes on with a checkpoint's sums, if it was saved within this stage.

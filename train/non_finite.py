@@ -24,9 +24,9 @@ class NonFiniteGuard:
         if self.limit and self.streak >= self.limit:
             kept = f"The last checkpoint is {last_checkpoint}" if last_checkpoint else "There is no checkpoint yet"
             raise NonFiniteError(
-                f"{self.streak} steps in a row had a non-finite loss or gradient, up to {tokens:,} tokens (skipped). "
-                f"{kept}. A lower optim.lr.peak, a longer optim.lr.warmup_tokens or a smaller optim.grad_clip may help "
-                f"(the limit is optim.max_bad_steps={self.limit})"
+                f"{self.streak} steps in a row had a non-finite loss or gradient, or a spike, up to {tokens:,} tokens "
+                f"(skipped). {kept}. A lower optim.lr.peak, a longer optim.lr.warmup_tokens or a smaller "
+                f"optim.grad_clip may help (the limit is optim.max_bad_steps={self.limit})"
             )
 
     def state_dict(self) -> dict[str, int]:

@@ -13,6 +13,10 @@ dropped as if it had never been: no parameter, moment or step count moves. Who t
     stage 1 bf16            DeepSpeed's BF16_Optimizer.step
     stages 1, 2, 3          DeepSpeed's ZeRO optimizers' step, bf16 and fp32, offloaded or not
 
+A spike (train/spikes.py, where run.on_spike asks for it) is dropped in the same way. Its loss is summed over the ranks
+and compared on the device, its norm too, between DeepSpeed's reading of the norm and the optimizer
+(train/engine/adamw.py); the answer is read there, where nothing is left to be waited for but the comparison.
+
 So there is no stage where a non-finite gradient reaches the weights, and no collective or host synchronisation is
 spent on the test of the loss. Host synchronisations: DeepSpeed's step reads the norm once a step (stages 1 and 2 in
 bf16 an overflow flag too), which waits for the backward pass; the one read of our own is placed right before it and
@@ -30,6 +34,7 @@ from data.packing import IGNORED, Batch
 from train.engine.collectives import all_reduce_sum
 from train.engine.engine import Engine
 from train.engine.world import World
+from train.spikes import Spikes
 
 
 @dataclass(frozen=True)
@@ -42,9 +47,12 @@ class StepResult:
     num_tokens: int
     """Valid tokens of the global batch: the mean loss is loss_sum, summed over the data axis, over this."""
     grad_norm: torch.Tensor
-    """Global L2 norm of the gradients before clipping; float32 [], on the device. inf or nan in a skipped step."""
+    """Global L2 norm of the gradients before clipping; float32 [], on the device. inf or nan in a skipped step
+    that is no spike."""
     skipped: bool
-    """True, on all ranks, if the loss or the gradients were not finite and nothing was updated."""
+    """True, on all ranks, if the loss or the gradients were not finite, or a spike, and nothing was updated."""
+    spike: bool
+    """True, on all ranks, if it was skipped as a spike."""
     stop: bool
     """True, on all ranks, if any rank asked to stop."""
 
@@ -58,13 +66,15 @@ def train_step(
     stop: bool = False,
     on_losses: Callable[[torch.Tensor, Batch], None] | None = None,
     on_micro_batch: Callable[[int, int], None] | None = None,
+    spikes: Spikes | None = None,
 ) -> StepResult:
     """Returns the result of one optimizer step on this rank's micro-batches; every rank must bring the same number of
     them, and ranks that share sequences the same ones.
 
     `stop` is this rank's wish to end the run after this step. `on_losses(losses float32 [T], batch)` gets every
     micro-batch's detached per-token losses, on the device, once the step is known to be good; a skipped step is not
-    observed. `on_micro_batch(k, n)` is told when the host is done with micro-batch k of n.
+    observed. `on_micro_batch(k, n)` is told when the host is done with micro-batch k of n. `spikes` judges the step, and
+    takes a good one into account.
     """
     valid = torch.stack([(batch.labels != IGNORED).sum() for batch in batches]).sum()
     counts = all_reduce_sum(torch.stack([valid, valid.new_tensor(int(stop))]).to(world.device))
@@ -84,10 +94,21 @@ def train_step(
         if on_micro_batch is not None:
             on_micro_batch(index + 1, len(batches))
 
-    num_tokens, num_stops = counts.tolist()
-    skipped, grad_norm = engine.step(lr)
     loss_sum = torch.stack([losses.sum(dtype=torch.float64) for losses, _ in seen]).sum()
+    loss = None if spikes is None else world.sum_over_data(loss_sum.clone()) / counts[0].clamp(min=1)
+    spike = False
+
+    def is_spike(norm: torch.Tensor) -> bool:
+        nonlocal spike
+        assert spikes is not None and loss is not None
+        spike = bool(spikes.is_spike(loss, norm))
+        return spike
+
+    num_tokens, num_stops = counts.tolist()
+    skipped, grad_norm = engine.step(lr, None if spikes is None else is_spike)
+    if spikes is not None and loss is not None and not skipped:
+        spikes.add(loss, grad_norm)
     if on_losses is not None and not skipped:
         for losses, batch in seen:
             on_losses(losses, batch)
-    return StepResult(loss_sum, num_tokens, grad_norm, skipped, stop=num_stops > 0)
+    return StepResult(loss_sum, num_tokens, grad_norm, skipped, spike, stop=num_stops > 0)

@@ -55,6 +55,7 @@ TINY = [
 ]
 # Columns that tell the time.
 CLOCKS = {"wall_seconds", "seconds", "tokens_per_second", "tflops", "eta_seconds"}
+CLOCKS |= {"save_wait_seconds", "save_write_seconds"}
 LINE = "open metrics.jsonl$"
 SAVE = "checkpoints/.saving_tokens_{:015d}"
 
@@ -136,7 +137,13 @@ class Launcher:
         return self.start(arguments, **options).wait()
 
     def run_ranks(
-        self, arguments: Sequence[str], num_ranks: int, *, act: Act | None = None, script: Path = SCRIPT
+        self,
+        arguments: Sequence[str],
+        num_ranks: int,
+        *,
+        act: Act | None = None,
+        script: Path = SCRIPT,
+        prepare: Callable[[], None] | None = None,
     ) -> list[Finished]:
         """How each rank of a run of several ended. They see the world as torchrun's workers do; `act` is rank 0's.
 
@@ -150,7 +157,8 @@ class Launcher:
         started = []
         for rank in range(num_ranks):
             world = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            started.append(self.start(arguments, environment=world, act=None if rank else act, script=script))
+            options = {"act": None if rank else act, "script": script, "prepare": prepare}
+            started.append(self.start(arguments, environment=world, **options))
         ended = [started[0].wait()]
         for run in started[1:]:
             if ended[0].code:

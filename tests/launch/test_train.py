@@ -6,6 +6,7 @@ all that may happen to it. What it refuses is in test_train_refusals.py.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import itertools
 import json
@@ -33,6 +34,7 @@ from launch_runs import (
     Act,
     assert_close_course,
     assert_lost,
+    assert_refused,
     assert_same_run,
     assert_tidy,
     course,
@@ -169,6 +171,62 @@ def test_kill_9_from_outside_at_a_random_time(command, house, whole):
     ended = finish_real(start_real(arguments, house.root))
     assert ended.code == 0, (wait, ended)
     assert_same_run(house.runs / "outside", whole)
+
+
+def write_slowly(fail_at: str = "") -> None:
+    """Makes each file of a checkpoint take longer than a step; a full disk where its path contains `fail_at`."""
+    from train.checkpoint import checkpoint_dir
+
+    seal = checkpoint_dir.seal
+
+    def slow(path: Path, mode: int):
+        time.sleep(0.1)
+        if fail_at and fail_at in str(path):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        return seal(path, mode)
+
+    checkpoint_dir.seal = slow
+
+
+def test_kills_while_training_goes_on_beside_a_save_change_nothing(launcher, command, house, whole):
+    """Catches steps that reach a checkpoint being written, and one that is taken up half-written: twenty kills in a
+    row in four saves, each before another of the 21 changes from making the folder to its rename, while steps go on."""
+    run_dir, ahead = house.runs / "beside", []
+    for number in range(20):
+        turn, tokens = number % 5, (1536, 3072, SWITCH, 5120)[number // 5]
+        act = Act(SAVE.format(tokens), 4 * turn + number // 5 + 2)
+        ended = launcher.run(command("beside"), act=act, prepare=write_slowly)
+        assert ended.code == -signal.SIGKILL, (act, ended)
+        saving = [int(path.name[-15:]) for path in (run_dir / "checkpoints").glob(".saving_tokens_*")]
+        ahead += [course(run_dir)[-1]["tokens"] > tokens for tokens in saving]
+    assert sum(ahead) > 5, "steps did go on"
+    ended = launcher.run(command("beside"), prepare=write_slowly)
+    assert ended.code == 0 and "continuing from" in ended.out, ended
+    assert_same_run(run_dir, whole)
+    assert_tidy(run_dir)
+    records = [r for r in read_metrics(run_dir / "metrics.jsonl") if r["kind"] == "train"]
+    assert max(r["save_write_seconds"] for r in records) > 0.5, "nine files of 0.1 s"
+
+
+def test_a_full_disk_beside_the_training_ends_the_run(launcher, command, house, whole):
+    """Catches a failed write that nobody hears of, one that takes the earlier checkpoint with it, and a run that cannot
+    go on from there."""
+    run_dir = house.runs / "full-disk"
+    full = partial(write_slowly, fail_at=f"{SAVE.format(3072)}/position_loss")
+    ended = launcher.run(command("full-disk", "eval.every_tokens=0"), prepare=full)
+    assert_refused(ended, "could not save tokens_000000000003072 in", "rank 0: ", "No space left", "Earlier")
+    assert 3072 < course(run_dir)[-1]["tokens"] <= SWITCH, "steps had gone on, up to the next save"
+    assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == ["latest", "tokens_000000000001536"]
+    ended = launcher.run(command("full-disk"))
+    assert ended.code == 0 and "continuing from" in ended.out, ended
+    assert weights_of(run_dir) == weights_of(whole)
+
+
+def test_saving_at_once_makes_the_same_run(launcher, command, house, whole):
+    """Catches an option that changes the trajectory or the files."""
+    ended = launcher.run(command("at-once", "checkpoint.asynchronous=false"))
+    assert ended.code == 0, ended
+    assert_same_run(house.runs / "at-once", whole)
 
 
 def draw_random_numbers() -> None:

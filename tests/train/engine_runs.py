@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from conf.schema import DeepSpeedConfig, LRConfig, ModelConfig, OptimConfig, RunConfig
+from conf.schema import DeepSpeedConfig, LRConfig, ModelConfig, OptimConfig, RunConfig, RunSection
 from data.packing import IGNORED, Batch
 from moba.documents import Documents
 from moba.kinds import Moba
@@ -22,6 +22,8 @@ ROOT = Path(__file__).resolve().parents[2]
 VOCAB, LENGTH = 61, 48
 SAVE_AT, SWITCH_AT, LAST = 3, 5, 6
 GRAD_CLIP = 0.3
+
+BAD = ("nan", "inf", "gradient", "spike of the loss", "spike of the norm")
 
 # name -> stage, precision, optimizer state in host memory
 ENGINES = {
@@ -57,7 +59,9 @@ def config_of(name: str) -> RunConfig:
         zero_stage=stage, precision=precision, offload_optimizer=offload, extra={"zero_optimization": zero}
     )
     return RunConfig(
-        deepspeed=deepspeed, optim=OptimConfig(lr=LRConfig(peak=1.0), weight_decay=0.1, grad_clip=GRAD_CLIP)
+        run=RunSection(on_spike="skip"),  # the optimizer that takes a veto
+        deepspeed=deepspeed,
+        optim=OptimConfig(lr=LRConfig(peak=1.0), weight_decay=0.1, grad_clip=GRAD_CLIP),
     )
 
 

@@ -12,12 +12,13 @@ import random
 import resource
 import signal
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from engine_runs import ENGINES, LAST, SAVE_AT, build_model, config_of, learning_rate, micro_batches, other_stage
+from engine_runs import BAD, ENGINES, LAST, SAVE_AT, build_model, config_of, learning_rate, micro_batches, other_stage
 from safetensors import safe_open
 
 from train.checkpoint import store
@@ -27,6 +28,7 @@ from train.engine.collectives import all_reduce_sum, any_rank, gather_objects
 from train.engine.engine import MASTER, MOMENTS
 from train.engine.optim import build_engine
 from train.engine.world import World, init_world, leave, shutdown
+from train.spikes import Spikes
 from train.step import StepResult, train_step
 
 
@@ -42,17 +44,40 @@ def steps(engine: Any, numbers: range, world: World) -> list[dict[str, Any]]:
     return [one_step(engine, step, world)[0] for step in numbers]
 
 
+def content(tokens: int) -> dict[str, Any]:
+    return {
+        "tokens": tokens,
+        "state": {"step": tokens, "names": ["a", "b"]},
+        "tensors": {"sums": torch.arange(3.0), "counts": torch.tensor([2, 1])},
+        "config_yaml": "run:\n  name: test\n",
+        "stage_end": False,
+        "keep": 2,
+    }
+
+
 def save(directory: Path, engine: Any, tokens: int) -> Path:
-    return store.save(
-        directory,
-        engine,
-        tokens=tokens,
-        state={"step": tokens, "names": ["a", "b"]},
-        tensors={"sums": torch.arange(3.0), "counts": torch.tensor([2, 1])},
-        config_yaml="run:\n  name: test\n",
-        stage_end=False,
-        keep=2,
-    )
+    return store.save(directory, engine, **content(tokens))
+
+
+def save_beside(directory: Path, engine: Any, tokens: int) -> Path:
+    """Saved in a thread, which writes only after weights and moments have been changed and set back."""
+    writes = threading.Event()
+    save_file = store.save_file
+    store.save_file = lambda *args, **options: (writes.wait(), save_file(*args, **options))
+    saving = store.start_save(directory, engine, **content(tokens))
+    with torch.no_grad():
+        held = [engine._share(slot, key) for slot in engine.slots() if slot.size for key in (MASTER, *MOMENTS)]
+        kept = [tensor.clone() for tensor in held]
+        for tensor in held:
+            tensor.fill_(7)
+        assert not saving.poll()
+        writes.set()
+        try:
+            return saving.wait()
+        finally:
+            store.save_file = save_file
+            for tensor, before in zip(held, kept):
+                tensor.copy_(before)
 
 
 def draws() -> list[float]:
@@ -77,23 +102,35 @@ def same(left: list[torch.Tensor], right: list[torch.Tensor]) -> bool:
 
 
 def bad_step(engine: Any, world: World, kind: str) -> dict[str, Any]:
-    """A step gone wrong on the last rank: the loss nan or inf, or only the gradient nan."""
+    """A step gone wrong on the last rank: the loss nan or inf, or only the gradient nan; or one whose loss or gradient
+    norm is a spike after what was good before."""
+    spikes = None
+    if kind.startswith("spike"):
+        spikes = Spikes(6.0, 4, world.device)
+        for number in (1.0, 1.1):
+            pair = (number, 1e6 * number) if kind == "spike of the loss" else (1e6 * number, 1e-3 * number)
+            spikes.add(*map(torch.tensor, pair))
     seen: list[int] = []
 
     def spoil(module: Any, inputs: Any, losses: torch.Tensor) -> torch.Tensor:
         if kind == "gradient":
             losses.register_hook(lambda grad: grad * torch.nan)
             return losses
+        if kind.startswith("spike"):
+            return losses
         return losses + (torch.nan if kind == "nan" else torch.inf)
 
     before = snapshot(engine), engine.step_count()
     hook = engine.model.register_forward_hook(spoil) if world.rank == world.world_size - 1 else None
-    record, result = one_step(engine, LAST + 1, world, on_losses=lambda losses, batch: seen.append(len(losses)))
+    record, result = one_step(
+        engine, LAST + 1, world, on_losses=lambda losses, batch: seen.append(len(losses)), spikes=spikes
+    )
     if hook:
         hook.remove()
     after = snapshot(engine), engine.step_count()
     return {
         "skipped": gather_objects(result.skipped),
+        "spike": gather_objects(result.spike),
         "untouched": same(before[0], after[0]) and before[1] == after[1],
         "observed": len(seen),
         "loss_is_finite": bool(np.isfinite(record["loss"])),
@@ -130,14 +167,15 @@ def full_disk(engine: Any, directory: Path, world: World) -> dict[str, Any]:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     if world.rank == world.world_size - 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
-    message = None
-    try:
-        save(directory, engine, 99)
-    except store.CheckpointError as error:
-        message = str(error)
+    messages = []
+    for attempt in (save, save_beside):
+        try:
+            attempt(directory, engine, 99)
+        except store.CheckpointError as error:
+            messages.append(str(error))
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     return {
-        "messages": gather_objects(message),
+        "messages": [text for mine in gather_objects(messages) for text in mine],
         "left": sorted(path.name for path in (directory / "checkpoints").iterdir()),
         "newest_kept": store.newest(directory) == before,
     }
@@ -153,10 +191,11 @@ def first(directory: Path, world: World) -> dict[str, Any]:
             save(run_dir, engine, 0)
         mine["steps"] = steps(engine, range(SAVE_AT), world)
         seed_rank(5)
-        save(run_dir, engine, SAVE_AT)
+        save(directory / f"at-once-{name}-{world.world_size}", engine, SAVE_AT)
+        save_beside(run_dir, engine, SAVE_AT)
         mine["draws"] = gather_objects(draws())
         mine["steps"] += steps(engine, range(SAVE_AT, LAST), world)
-        mine["bad"] = {kind: bad_step(engine, world, kind) for kind in ("nan", "inf", "gradient")}
+        mine["bad"] = {kind: bad_step(engine, world, kind) for kind in BAD}
         record, result, seen = observed_step(engine, world)
         mine["steps"].append(record)
         mine["stop"] = gather_objects(result.stop)
@@ -206,8 +245,8 @@ if __name__ == "__main__":
     here = init_world("cpu")
     # So that the small model fills several files and several rounds of gathering.
     store.SHARD_BYTES, deepspeed_engine.GATHER_ELEMENTS = 3000, 100
-    content = {"first": first, "second": second}[role](target, here)
+    report = {"first": first, "second": second}[role](target, here)
     if here.is_main:
-        (target / f"{role}-{here.world_size}.json").write_text(json.dumps(content))
+        (target / f"{role}-{here.world_size}.json").write_text(json.dumps(report))
     shutdown()
     leave(0)

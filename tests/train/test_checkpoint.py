@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from train.checkpoint import checkpoint_dir, store
+from train.checkpoint import checkpoint_dir, saving, store
 from train.checkpoint.store import CheckpointError, newest, verify
 from train.engine.engine import Slot
 
@@ -42,6 +42,19 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(first_runs, seco
     assert resumed["exact"]
     assert resumed["steps"] == uninterrupted
     assert len(set(losses(uninterrupted))) == len(uninterrupted) > 3
+
+
+@pytest.mark.parametrize(("name", "world_size"), CASES)
+def test_a_save_beside_the_training_holds_what_was_there_when_it_began(first_runs, runs_dir, name, world_size):
+    """Catches a copy that shares memory with what the optimizer steps: the files were written while all weights and
+    moments had other values, against those that were written at once."""
+    beside, at_once = (
+        runs_dir / run / "checkpoints" / NAME for run in (f"{name}-{world_size}", f"at-once-{name}-{world_size}")
+    )
+    files = sorted(path.name for path in at_once.iterdir())
+    assert files == sorted(path.name for path in beside.iterdir()) and len(files) > 8
+    for file in files:
+        assert (beside / file).read_bytes() == (at_once / file).read_bytes(), file
 
 
 @pytest.mark.parametrize(("name", "world_size"), CASES)
@@ -77,6 +90,7 @@ def test_random_state_continues_on_each_rank(first_runs, second_runs, world_size
 def test_a_full_disk_on_one_rank_fails_the_save_on_all_and_harms_nothing(first_runs, world_size):
     """Catches a deadlock, a half-written directory left behind, and a damaged predecessor."""
     full = first_runs[world_size]["z1"]["full_disk"]
+    assert len(full["messages"]) == 2 * world_size, "on every rank, at once and beside the training"
     assert all(re.search(rf"rank {world_size - 1}: .*File too large.*Earlier", message) for message in full["messages"])
     assert full["left"] == ["latest", NAME]
     assert full["newest_kept"]
@@ -84,15 +98,15 @@ def test_a_full_disk_on_one_rank_fails_the_save_on_all_and_harms_nothing(first_r
 
 def test_a_failed_write_without_a_message_is_a_failure(monkeypatch, tmp_path):
     """Catches an error whose text is empty, as OSError()'s is, taken for none: a checkpoint that lacks files."""
-    monkeypatch.setattr(store, "gather_objects", lambda value: [value])
-    monkeypatch.setattr(store, "barrier", lambda: None)
+    monkeypatch.setattr(saving, "gather_objects", lambda value: [value])
+    monkeypatch.setattr(saving, "barrier", lambda: None)
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
 
     def fail() -> None:
         raise OSError
 
     with pytest.raises(CheckpointError, match=r"rank 0: OSError\(\)"):
-        store._attempt(tmp_path / "saving", fail)
+        saving.attempt(tmp_path / "saving", fail)
 
 
 # Content

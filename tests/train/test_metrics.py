@@ -128,3 +128,21 @@ def test_other_ranks_write_nothing():
     log.cut_back(100)
     assert log.write("train", 100, loss=math.nan)["loss"] is None
     assert log.stage(stage())["stage"] == "sparse"
+
+
+def test_rollbacks_to_a_checkpoint_are_made_again_by_another_process(tmp_path):
+    """Catches the line of a rollback that is doubled after a resume, or lost as the run goes back once more; and time
+    that is counted twice where the same process goes on."""
+    path = tmp_path / "metrics.jsonl"
+    log = MetricsLog(path)
+    for kind, tokens in (("rollback", 100), ("train", 200), ("train", 300), ("rollback", 200), ("train", 300)):
+        log.write(kind, tokens)
+
+    def left() -> list[tuple[str, int]]:
+        return [(record["kind"], record["tokens"]) for record in read_metrics(path)]
+
+    log.cut_back(200, restarted=False)
+    assert left() == [("rollback", 100), ("train", 200), ("rollback", 200)]
+    assert log.write("train", 300)["wall_seconds"] < 5
+    MetricsLog(path).cut_back(200)
+    assert left() == [("rollback", 100), ("train", 200)]

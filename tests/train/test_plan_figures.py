@@ -300,3 +300,15 @@ def test_time_and_memory_of_a_cpu_are_said_before_it_starts():
     gpu = Hardware(1, gpu_name="NVIDIA H100 80GB HBM3")
     gpu = make_plan(load(["+exp=moba_32k"], gpu), 32768, gpu).time
     assert gpu is not None and gpu.startswith("some ") and "40 % of their peak" in gpu
+
+
+def test_the_size_of_a_checkpoint_is_that_of_its_tensors():
+    """Catches moments that are forgotten, and a share of the host's memory that does not shrink with the processes."""
+    config = config_of()
+    large = replace(config, model=replace(config.model, ffn_size=96000))
+    total = num_parameters(large.model, 384)["total"]
+    megabytes = round(total * (4 + 8) / 2**20)
+    text = " ".join(make_plan(large, 384, Hardware(world_size=4)).text().split())
+    assert f"{megabytes} MB each, written beside the training ({megabytes / 4:.0f} MB of" in text
+    at_once = replace(large, checkpoint=replace(large.checkpoint, asynchronous=False))
+    assert f"{megabytes} MB each evaluation" in " ".join(make_plan(at_once, 384).text().split()).replace(" no ", " ")

@@ -123,18 +123,24 @@ def write_text(path: Path, text: str) -> None:
     _flush(path)
 
 
-def seal(path: Path) -> Entry:
-    """Returns a file's manifest entry, having flushed the file to disk. Raises OSError."""
-    share(path)
+def seal(path: Path, mode: int | None = None) -> Entry:
+    """Returns a file's manifest entry, having given it `mode` (default: `file_mode()`) and flushed it to disk. Raises
+    OSError."""
+    path.chmod(file_mode() if mode is None else mode)
     _flush(path)
     return Entry(path.stat().st_size, _digest(path))
 
 
 def share(path: Path) -> None:
     """Gives a file the mode that the umask allows: safetensors makes its files for the owner alone."""
+    path.chmod(file_mode())
+
+
+def file_mode() -> int:
+    """Returns the mode that the umask allows a new file. Not for threads: to ask is to change it for a moment."""
     umask = os.umask(0)
     os.umask(umask)
-    path.chmod(0o666 & ~umask)
+    return 0o666 & ~umask
 
 
 def commit(temporary: Path, files: dict[str, Entry]) -> Path:

@@ -22,11 +22,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -37,13 +36,24 @@ from torch import nn
 from conf.files import Count, FileName, Object, parse_object, read_json, read_text
 from conf.words import first_line, listed
 from train.checkpoint import checkpoint_dir, rng
-from train.checkpoint.checkpoint_dir import FORMAT_VERSION, STATE, CheckpointError, clean_stale, find, newest, verify
+from train.checkpoint.checkpoint_dir import (
+    FORMAT_VERSION,
+    STATE,
+    CheckpointError,
+    Entry,
+    clean_stale,
+    find,
+    newest,
+    verify,
+)
+from train.checkpoint.saving import Saving, attempt
 from train.engine.collectives import barrier, gather_objects
 from train.engine.engine import MASTER, MOMENTS, Engine, Slot
 
 __all__ = [
     "CheckpointError",
     "Saved",
+    "Saving",
     "TensorFiles",
     "clean_stale",
     "compare_parameters",
@@ -55,6 +65,7 @@ __all__ = [
     "read",
     "read_index",
     "save",
+    "start_save",
     "verify",
     "verify_together",
 ]
@@ -62,7 +73,6 @@ __all__ = [
 SHARD_BYTES = 2**30
 MODEL_INDEX, OPTIMIZER_INDEX = "model.safetensors.index.json", "optimizer.safetensors.index.json"
 CONFIG, TENSORS = "config.yaml", "position_loss.safetensors"
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -83,7 +93,13 @@ class Saved:
 # Saving
 
 
-def save(
+def save(run_dir: Path, engine: Engine, **content: Any) -> Path:
+    """Returns the directory of a new, complete checkpoint: `start_save`, waited for, with one shard at a time in a
+    process's memory."""
+    return start_save(run_dir, engine, at_once=True, **content).wait()
+
+
+def start_save(
     run_dir: Path,
     engine: Engine,
     *,
@@ -93,53 +109,53 @@ def save(
     config_yaml: str,
     stage_end: bool,
     keep: int,
-) -> Path:
-    """Returns the directory of a new, complete checkpoint; a collective for all ranks, between steps.
+    at_once: bool = False,
+) -> Saving:
+    """Returns the save of a new checkpoint; a collective for all ranks, between steps. All of it has been copied to the
+    host by then, this rank's part to this rank's; with `at_once` the shards are written already.
 
-    `state` (JSON-able), `tensors` and `config_yaml` are rank 0's. Afterwards the newest `keep` checkpoints are left,
-    and those saved with `stage_end`. Raises CheckpointError on all ranks, with everything older untouched, if a rank
-    cannot write (a full disk).
+    `state` (JSON-able), `tensors` and `config_yaml` are rank 0's. Once it is complete, the newest `keep` checkpoints
+    are left, and those saved with `stage_end`. Raises CheckpointError on all ranks, here or in the Saving, with
+    everything older untouched, if a rank cannot write (a full disk).
     """
     main = dist.get_rank() == 0
     temporary = checkpoint_dir.saving_directory(run_dir, tokens)
-    _attempt(temporary, lambda: checkpoint_dir.begin(run_dir, tokens) if main else None)
+    attempt(temporary, lambda: checkpoint_dir.begin(run_dir, tokens) if main else None)
 
-    files, index = _write_engine(temporary, engine)
-    meta = _meta(engine, tokens, stage_end) | {"state": state}
+    mode = checkpoint_dir.file_mode()
+    held: dict[str, dict[str, torch.Tensor]] = {}  # file -> tensors, copies on the host
+    files: list[str] = []
 
-    def write_rest() -> None:
-        files.append(rng.file_name(dist.get_rank()))
-        save_file(rng.random_state(), temporary / files[-1])
-        if main:
-            files.extend(_write_shared(temporary, meta, tensors, config_yaml, index))
+    def write_held() -> None:
+        while held:
+            file = next(iter(held))
+            save_file(held.pop(file), temporary / file, metadata={"format": "pt"})
+            files.append(file)
 
-    _attempt(temporary, write_rest)
-    sealed = _attempt(temporary, lambda: {file: checkpoint_dir.seal(temporary / file) for file in files})
-    entries = {file: entry for part in gather_objects(sealed) for file, entry in part.items()}
-    _attempt(temporary, lambda: checkpoint_dir.commit(temporary, entries) if main else None)
+    rounds, index = _layout(engine)
+    for shards, keys in rounds:
+        held |= _gather_round(engine, shards, keys)
+        if at_once:
+            attempt(temporary, write_held)
+    held[rng.file_name(dist.get_rank())] = rng.random_state()
+    texts: dict[str, str] = {}
     if main:
+        held[TENSORS] = {key: value.detach().to("cpu", copy=True).contiguous() for key, value in tensors.items()}
+        meta = _meta(engine, tokens, stage_end) | {"state": state}
+        texts = {STATE: json.dumps(meta, indent=1), CONFIG: config_yaml}
+        texts |= {name: json.dumps(content, indent=1) for name, content in index.items()}
+
+    def write() -> dict[str, Entry]:
+        write_held()
+        for name, text in texts.items():
+            checkpoint_dir.write_text(temporary / name, text)
+        return {file: checkpoint_dir.seal(temporary / file, mode) for file in (*files, *texts)}
+
+    def finish(entries: dict[str, Entry]) -> None:
+        checkpoint_dir.commit(temporary, entries)
         checkpoint_dir.prune(run_dir, keep)
-    return run_dir / "checkpoints" / checkpoint_dir.directory_name(tokens)
 
-
-def _attempt(temporary: Path, action: Callable[[], T]) -> T:
-    """Returns action(). If it could not write, here or on any other rank, all remove `temporary` and raise together."""
-    done: list[T] = []
-    failure = None
-    try:
-        done.append(action())
-    except (OSError, SafetensorError) as error:
-        failure = str(error) or repr(error)  # an error may have no text
-    failures = [f"rank {rank}: {text}" for rank, text in enumerate(gather_objects(failure)) if text]
-    if failures:
-        if dist.get_rank() == 0:
-            checkpoint_dir.discard(temporary)
-        barrier()
-        raise CheckpointError(
-            f"could not save {temporary.name.removeprefix(checkpoint_dir.SAVING)} in {temporary.parent}: "
-            f"{'; '.join(failures)}. Earlier checkpoints are as they were"
-        )
-    return done[0]
+    return Saving(temporary, write, finish)
 
 
 def _meta(engine: Engine, tokens: int, stage_end: bool) -> dict[str, Any]:
@@ -153,18 +169,6 @@ def _meta(engine: Engine, tokens: int, stage_end: bool) -> dict[str, Any]:
         "precision": engine.precision,
         "parameters": {slot.name: list(slot.shape) for slot in engine.slots()},
     }
-
-
-def _write_shared(
-    directory: Path, meta: dict[str, Any], tensors: dict[str, torch.Tensor], config_yaml: str, index: dict[str, Any]
-) -> list[str]:
-    """Returns the names of the files that are not per rank, having written them."""
-    texts = {STATE: json.dumps(meta, indent=1), CONFIG: config_yaml}
-    texts |= {name: json.dumps(content, indent=1) for name, content in index.items()}
-    for name, text in texts.items():
-        checkpoint_dir.write_text(directory / name, text)
-    save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, directory / TENSORS)
-    return [*texts, TENSORS]
 
 
 @dataclass(frozen=True)
@@ -212,36 +216,35 @@ def _plan(slots: list[Slot], kind: str, bytes_each: int, world_size: int) -> lis
     return rounds
 
 
-def _write_engine(temporary: Path, engine: Engine) -> tuple[list[str], dict[str, Any]]:
-    """Returns (files this rank wrote, index file -> its content), having written this rank's shards."""
+def _layout(engine: Engine) -> tuple[list[tuple[list[_Shard], tuple[str, ...]]], dict[str, Any]]:
+    """Returns (rounds of shards, each with what it holds of a parameter; index file -> its content)."""
     slots = engine.slots()
     kinds: dict[str, tuple[str, tuple[str, ...]]] = {MODEL_INDEX: ("model", (MASTER,))}
     if engine.has_moments():
         kinds[OPTIMIZER_INDEX] = ("optimizer", MOMENTS)
-    files: list[str] = []
+    rounds: list[tuple[list[_Shard], tuple[str, ...]]] = []
     index: dict[str, Any] = {}
     for index_file, (kind, keys) in kinds.items():
         bytes_each = 4 * len(keys)
         weight_map: dict[str, str] = {}
         for shards in _plan(slots, kind, bytes_each, dist.get_world_size()):
             weight_map |= {_tensor_name(slot, key): sh.file for sh in shards for slot in sh.slots for key in keys}
-            files += _write_round(temporary, engine, shards, keys)
+            rounds.append((shards, keys))
         total_size = bytes_each * sum(slot.numel for slot in slots)
         index[index_file] = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
-    return files, index
+    return rounds, index
 
 
-def _write_round(temporary: Path, engine: Engine, shards: list[_Shard], keys: tuple[str, ...]) -> list[str]:
-    """Returns the file this rank wrote, if any: one shard is gathered for each rank, then all write at once."""
-    file, mine = None, {}
+def _gather_round(engine: Engine, shards: list[_Shard], keys: tuple[str, ...]) -> dict[str, dict[str, torch.Tensor]]:
+    """Returns the file of this rank, if any, and its tensors: one shard is gathered for each rank."""
+    mine: dict[str, dict[str, torch.Tensor]] = {}
     for shard in shards:
         for slot in shard.slots:
             for key in keys:
                 tensor = engine.gather(slot, key, shard.owner)
                 if tensor is not None:
-                    file, mine[_tensor_name(slot, key)] = shard.file, tensor
-    _attempt(temporary, lambda: save_file(mine, temporary / file, metadata={"format": "pt"}) if file else None)
-    return [file] if file else []
+                    mine.setdefault(shard.file, {})[_tensor_name(slot, key)] = tensor
+    return mine
 
 
 def _tensor_name(slot: Slot, key: str) -> str:

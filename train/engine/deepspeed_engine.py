@@ -25,6 +25,7 @@ from torch import Tensor
 
 from conf.build import ConfigError
 from moba.documents import Documents
+from train.engine.adamw import VetoedAdamW
 from train.engine.engine import MASTER, MOMENTS, Slot, as_norm
 from train.model.decoder import Decoder
 
@@ -63,19 +64,39 @@ class DeepSpeedEngine:
         self._engine.set_gradient_accumulation_boundary(last)
         self._engine.backward(loss, scale_wrt_gas=False)
 
-    def step(self, lr: float) -> tuple[bool, Tensor]:
+    def step(self, lr: float, veto: Callable[[Tensor], bool] | None = None) -> tuple[bool, Tensor]:
         for group in self._optimizer.param_groups:  # every ZeRO optimizer hands them on to the inner one
             group["lr"] = lr
         if self.zero_stage == 0:
-            return self._step_plain()
-        self._engine.step()
-        return not self._engine.was_step_applied(), as_norm(self._engine.get_global_grad_norm(), self._engine.device)
+            return self._step_plain(veto)
+        vetoed = self._step_unless(veto)
+        skipped = vetoed or not self._engine.was_step_applied()
+        return skipped, as_norm(self._engine.get_global_grad_norm(), self._engine.device)
 
-    def _step_plain(self) -> tuple[bool, Tensor]:
+    def _step_unless(self, veto: Callable[[Tensor], bool] | None) -> bool:
+        """DeepSpeed's step; True if AdamW's part of it was vetoed."""
+        if veto is None:
+            self._engine.step()
+            return False
+        answers: list[bool] = []
+
+        def ask() -> bool:
+            if not answers:
+                answers.append(veto(as_norm(self._optimizer._global_grad_norm, self._engine.device)))
+            return answers[0]
+
+        adamw = self._adamw()
+        assert isinstance(adamw, VetoedAdamW)
+        adamw.veto = ask
+        self._engine.step()
+        adamw.veto = None
+        return any(answers)
+
+    def _step_plain(self, veto: Callable[[Tensor], bool] | None) -> tuple[bool, Tensor]:
         """At stage 0, where the optimizer is torch's own and DeepSpeed clips without testing the norm."""
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
         norm = as_norm(norm, self._engine.device)
-        if not norm.isfinite():
+        if not norm.isfinite() or (veto is not None and veto(norm)):
             self._engine.zero_grad()
             return True, norm
         self._engine.step()

@@ -16,6 +16,7 @@ from torch import nn
 
 from conf.build import ConfigError
 from conf.schema import OFFLOADED, DeepSpeedConfig, RunConfig
+from train.engine.adamw import VetoedAdamW
 from train.engine.deepspeed_engine import DeepSpeedEngine
 from train.engine.world import World
 from train.model.decoder import Decoder, DecoderLayer
@@ -108,9 +109,12 @@ def build_engine(model: Decoder, config: RunConfig, world: World) -> DeepSpeedEn
     time, and each rank keeps its share alone. Needs `init_world` first.
     """
     import deepspeed  # after init_world, which decides what it finds
+    from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
     from pydantic import ValidationError  # with which DeepSpeed reads its configuration
 
     optim, settings = config.optim, deepspeed_config(config, world)
+    if VetoedAdamW not in ZERO_SUPPORTED_OPTIMIZERS:  # it looks for the very class, and warns of others
+        ZERO_SUPPORTED_OPTIMIZERS.append(VetoedAdamW)
     # Its bf16 optimizer prints a dozen lines of memory usage while it is built.
     try:
         with contextlib.redirect_stdout(io.StringIO()):
@@ -118,7 +122,7 @@ def build_engine(model: Decoder, config: RunConfig, world: World) -> DeepSpeedEn
                 _draw_shards(model, config, settings, world)
             else:
                 model.to(world.device)
-            optimizer = torch.optim.AdamW(
+            optimizer = (torch.optim.AdamW if config.run.on_spike == "off" else VetoedAdamW)(
                 param_groups(model, optim.weight_decay),
                 lr=optim.lr.peak,
                 betas=(optim.betas[0], optim.betas[1]),
@@ -129,6 +133,13 @@ def build_engine(model: Decoder, config: RunConfig, world: World) -> DeepSpeedEn
                 # Parts of weights are used outside the modules that own them: a layer is gathered whole.
                 deepspeed.utils.set_z3_leaf_modules(model, [DecoderLayer])
             engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+            if config.run.on_spike != "off" and hasattr(engine.optimizer, "backup_optimizer"):
+                raise ConfigError(
+                    [
+                        f"run.on_spike={config.run.on_spike}: not with a part of the optimizer on the host "
+                        "(deepspeed.extra, zero_optimization.offload_optimizer.ratio below 1)"
+                    ]
+                )
     except ValidationError as error:
         wrong = [(".".join(map(str, one["loc"])), one["input"], one["msg"]) for one in error.errors()]
         raise ConfigError(

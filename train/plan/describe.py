@@ -8,7 +8,7 @@ from itertools import pairwise
 import numpy as np
 
 from conf.hardware import Hardware
-from conf.numbers import format_count, format_length, format_tokens
+from conf.numbers import format_count, format_length, format_memory, format_tokens
 from conf.rates import RATES
 from conf.schema import OFFLOADED, LRConfig, RopeConfig, RunConfig, SourceConfig
 from data.mixture import long_share, make_pools, passes
@@ -17,6 +17,7 @@ from moba.backends.choice import choose
 from moba.backends.refusals import BackendUnavailable
 from moba.kinds import AttentionSpec, QueryShape
 from train.model.sizes import head_dim, key_conv_widths, ntk_theta, num_kv_heads, rope_layers
+from train.plan.memory import MASTER_AND_MOMENTS
 from train.schedule import Stage
 
 FEW_LONG = 0.05  # of a stage's tokens
@@ -229,11 +230,16 @@ def _where(source: SourceConfig) -> str:
     return source.path or f"hub data set {source.name}" + (f" ({source.subset})" if source.subset else "")
 
 
-def describe_outputs(config: RunConfig) -> tuple[str, ...]:
-    """When the run is saved and evaluated."""
+def describe_outputs(config: RunConfig, hardware: Hardware, num_parameters: int) -> tuple[str, ...]:
+    """When the run is saved, in how many bytes, and when it is evaluated."""
     stage_ends = " and at stage ends"
     save, test = config.checkpoint.every_tokens, config.eval.every_tokens
-    lines = [f"checkpoints every {format_count(save)} tokens{stage_ends}" if save else "checkpoints at stage ends"]
+    when = f"every {format_count(save)} tokens{stage_ends}" if save else "at stage ends"
+    size = MASTER_AND_MOMENTS * num_parameters
+    lines = [f"checkpoints {when}, {format_memory(size)} each"]
+    if config.checkpoint.asynchronous:
+        share = format_memory(size / hardware.world_size)
+        lines[0] += f", written beside the training ({share} of the host's memory a process meanwhile)"
     if config.data.validation is None:
         lines.append("no evaluation (data.validation is null)")
     else:

@@ -153,7 +153,7 @@ def make_plan(
         verdict=verdict,
         time=_time(config, sum(stage.flops for stage in stages), hardware),
         data=describe_data(config, schedule.stages, sources),
-        outputs=describe_outputs(config),
+        outputs=describe_outputs(config, hardware, num_parameters(config.model, vocab_size)["total"]),
         warnings=(*unfilled(asked_tokens, schedule), *warnings_of(config, schedule, sources)),
         automatic=automatic,
         notice=config.run.notice,

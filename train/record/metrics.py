@@ -5,6 +5,7 @@
     stage   the stage that begins at `tokens`
     train   one log interval, which ends at `tokens`
     eval    one evaluation at `tokens`
+    rollback  a return to the checkpoint at `tokens`, from a spike in the step that ended at `from_tokens`
 Floats are written so that reading them back gives the same bits; what is not finite becomes null.
 """
 
@@ -44,6 +45,8 @@ class _Line:
     documents: Count | None = None
     eval_seq_len: Count | None = None
     skipped_steps: Count | None = None
+    spikes: Count | None = None
+    from_tokens: Count | None = None
     num_devices: Count | None = None
     loss: float | None = None
     trailing_loss: float | None = None
@@ -56,6 +59,8 @@ class _Line:
     mfu: float | None = None
     mfu_dense_equivalent: float | None = None
     peak_memory_gib: float | None = None
+    save_wait_seconds: float | None = None
+    save_write_seconds: float | None = None
     seconds: float | None = None
     eta_seconds: float | None = None
     convention: str | None = None
@@ -81,26 +86,29 @@ class MetricsLog:
         self._wall_before = 0.0
         self._began = time.monotonic()
 
-    def cut_back(self, tokens: int, *, evaluated: bool = True) -> None:
+    def cut_back(self, tokens: int, *, evaluated: bool = True, restarted: bool = True) -> None:
         """Forgets what lies beyond the checkpoint at `tokens` that a run continues from; 0 (no checkpoint) forgets all.
 
-        Not `evaluated`: the evaluation at `tokens` itself is forgotten too, since it will be made again. Kept lines
-        stay byte for byte; a last line that a kill tore is dropped. MetricsError names any other unreadable line, and
-        then nothing was changed.
+        Not `evaluated`: the evaluation at `tokens` itself is forgotten too, since it will be made again. Not
+        `restarted`: the same process goes back, so its returns to this checkpoint stay; another one will make them
+        again. Kept lines stay byte for byte; a last line that a kill tore is dropped. MetricsError names any other
+        unreadable line, and then nothing was changed.
         """
         self._stages.clear()
-        self._wall_before = 0.0
+        if restarted:
+            self._wall_before = 0.0
         if self.path is None or not self.path.exists():
             return
         lines = list(_lines(self.path))
-        last_eval = tokens if evaluated else tokens - 1
+        last = {"eval": tokens if evaluated else tokens - 1, "rollback": tokens - 1 if restarted else tokens}
         kept = [
             (line, record)
             for line, record in lines
-            if tokens > 0 and record["tokens"] <= (last_eval if record["kind"] == "eval" else tokens)
+            if tokens > 0 and record["tokens"] <= last.get(record["kind"], tokens)
         ]
         for _, record in kept:
-            self._wall_before = record.get("wall_seconds", self._wall_before)
+            if restarted:
+                self._wall_before = record.get("wall_seconds", self._wall_before)
             if record["kind"] == "stage":
                 self._stages.add(record["stage"])
         beside = self.path.with_name(self.path.name + ".tmp")
