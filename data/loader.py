@@ -123,6 +123,13 @@ class Loader:
         executor.shutdown(wait=False)
         return batches
 
+    def epochs(self) -> dict[str, float]:
+        """How often the documents of each source were drawn so far, on average; sources without any are left out."""
+        drawn = dict.fromkeys(self._sources, 0)
+        for pool, count in self._position.counts.items():
+            drawn[pool.split(" ")[0]] += count
+        return {name: count / self._sources[name].num_documents for name, count in drawn.items() if count}
+
     def state_dict(self) -> dict:
         """The position in the data behind the last step that was handed out, JSON-able; the same on every rank."""
         return {

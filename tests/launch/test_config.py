@@ -127,7 +127,7 @@ def test_paths_need_no_quotes_of_hydras(value):
 
 def test_real_data_as_the_notice_says():
     """Catches a notice that names overrides which don't work."""
-    notice = load(["+exp=moba_32k"]).run.notice
+    notice = load(["+exp=moba_32k"]).data.notice
     assert "data=files data.path=" in notice and "data=hub data.name=" in notice and "schedule.tokens=" in notice
     files = load(["+exp=moba_32k", "data=files", "data.path=x.jsonl", "schedule.tokens=1B"]).data
     assert [source.path for source in files.sources.values()] == ["x.jsonl"]
