@@ -103,7 +103,8 @@ def constants(record: Mapping[str, Any]) -> dict[str, Any]:
     if record["kind"] == "run":
         return {f"machine/{key}": value for key, value in record.items() if key not in ("kind", AXIS, "wall_seconds")}
     if record["kind"] == "eval":
-        return {f"eval/{key}": record[key] for key in ("documents", "eval_seq_len") if key in record}
+        names = {"documents": "eval/documents", "eval_seq_len": "eval/context_length"}
+        return {name: record[key] for key, name in names.items() if key in record}
     return {}
 
 
