@@ -144,7 +144,9 @@ class Panel:
     regex: str | None = None
     """All series whose name matches."""
     media: tuple[str, ...] = ()
-    """Pictures, instead of series."""
+    """Pictures, instead of series; or:"""
+    table: str | None = None
+    """A curve over context positions."""
     y: str | None = None
     """What the vertical axis says."""
     log_y: bool = False
@@ -167,6 +169,7 @@ PANELS: dict[str, tuple[Panel, ...]] = {
     ),
     "position_loss": (
         Panel("Held-out per-token loss by context position", regex=r"^position_loss/[0-9]+-[0-9]+$", y=_NATS),
+        Panel("Held-out per-token loss by context position, latest evaluation", table="position_loss/curve_eval"),
         Panel(
             "Loss by context position over training, and by stage",
             media=("position_loss/heat_map", "position_loss/by_stage"),
