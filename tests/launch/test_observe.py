@@ -5,7 +5,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import launch.observe
 from conf.schema import EvalConfig, ModelConfig, RunConfig, RunSection, SyntheticConfig
 from data.synthetic import SyntheticSource
 from evals.swap import VARIANTS, under, variant
@@ -42,7 +41,7 @@ def engine():
 def test_suites(engine, suite, tmp_path, monkeypatch):
     """Catches a suite that leaves something out, measures another attention than it says, or does not give the model's
     own back; and files without what was found."""
-    monkeypatch.setattr(launch.observe, "all_reduce_sum", lambda tensor: tensor)
+    monkeypatch.setattr(World, "sum_over_data", lambda world, tensor: tensor)
     source = SyntheticSource("v", SyntheticConfig(length=LENGTH, pairs=4, symbols=16), 16, held_out=True)
     config = RunConfig(run=RunSection(dir=str(tmp_path)), eval=EvalConfig(suite=suite, documents=6))
     stage = SimpleNamespace(seq_len=LENGTH, name="sparse")

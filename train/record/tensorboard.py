@@ -32,7 +32,8 @@ def open_tensorboard(
     folder = Path(run_dir) / FOLDER
     warn(f"TensorBoard: tensorboard --logdir {folder}")
     text = "\n".join(f"    {line}" for line in json.dumps(config, indent=1, default=str).splitlines())
-    writer = SummaryWriter(str(folder), purge_step=tokens + 1 if tokens else None)
+    purge = tokens + 1 if tokens else None
+    writer = SummaryWriter(str(folder), purge_step=purge, filename_suffix=f".{tokens}")
     writer.add_text("config", text, tokens)
     return TensorBoard(writer, warn)
 
