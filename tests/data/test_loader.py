@@ -100,6 +100,19 @@ def two(a, b):
     return {"a": CountingSource("a", a), "b": CountingSource("b", b, base=100)}
 
 
+def test_epochs_count_the_documents_drawn_from_each_source():
+    """Catches long or short documents that are left out, and documents of the step made ahead that are counted."""
+    lengths = [90, 80, 5, 4, 3]
+    run = Ranks(two(lengths, lengths), 0, 1)
+    assert run.loaders[0].epochs() == {}
+    run.set_stage((16, 8), 1, LongDocumentsConfig(0.5, 60))
+    for _ in range(5):
+        run.step()
+    state, epochs = run.state(), run.loaders[0].epochs()
+    assert len(state["counts"]) > 2 and set(epochs) == {"a", "b"}
+    assert sum(epochs.values()) * len(lengths) == pytest.approx(state["draws"])
+
+
 @settings(deadline=None, max_examples=40)
 @given(LENGTHS, LENGTHS, STAGES, STAGES, st.integers(0, 5), st.integers(0, 3))
 def test_every_token_once_an_epoch_also_across_a_change_of_length(a, b, first, second, steps, seed):

@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 import yaml
 
-from conf.validate import ConfigError, freeze, to_dict
+from conf.validate import ConfigError, Hardware, freeze, to_dict
 from launch.config import (
     CONF,
     PATIENCE_SECONDS,
@@ -21,6 +21,7 @@ from launch.config import (
     run_command,
 )
 from train.model.sizes import num_parameters
+from train.plan.plan import make_plan
 
 GROUPS = ("model", "data", "schedule", "optim", "deepspeed", "logging")
 
@@ -123,6 +124,17 @@ def test_new_stages_and_sources_take_a_plus():
 def test_paths_need_no_quotes_of_hydras(value):
     """Catches values that Hydra's grammar refuses or takes for a sweep."""
     assert load(["+exp=moba_32k", "data=files", f"data.path={value}"]).data.sources["main"].path == value
+
+
+@pytest.mark.parametrize("experiment", ["moba_32k", "extend_64k", "sft_hybrid", "quickstart"])
+def test_advice_on_the_shipped_books_is_given_where_they_are_read(experiment):
+    """Catches advice to bring own data in the plan of somebody who did, and none for who did not."""
+    shipped, own = [f"+exp={experiment}"], [f"+exp={experiment}", "data=files", "data.path=x.jsonl"]
+    words = ("shipped books", "embedded corpus")
+    for arguments, wanted in ((shipped, experiment != "quickstart"), (own, False)):
+        notice = make_plan(load(arguments), 32768, Hardware(0)).notice or ""
+        assert any(word in notice for word in words) == wanted, notice
+    assert experiment != "extend_64k" or "comes first" in notice, "what is not about the books stays"
 
 
 def test_real_data_as_the_notice_says():

@@ -28,7 +28,8 @@ TRAIN = {
 EVAL = {
     "kind": "eval", "tokens": 2000, **STAGE, "eval_seq_len": 256, "loss": 1.0, "trailing_loss": 0.5, "trailing_se": 0.1,
     "trailing_freedom": 3.0, "documents": 4, "route/captured": 0.8, "route/oracle_share": 0.9,
-    "route/random_share": 0.1, "route/distance": 3.0, "route/load_entropy": 0.7, "recall_all": 0.5, "trailing_local": 0.75, "seconds": 3.0,
+    "route/random_share": 0.1, "route/distance": 3.0, "route/load_entropy": 0.7, "recall_all": 0.5,
+    "trailing_local": 0.75, "seconds": 3.0,
 }  # fmt: skip
 
 
@@ -60,7 +61,7 @@ def shown(curve):
     dashboard = Dashboard([recorder], STAGES)
     dashboard.record({"kind": "stage", "tokens": 0, **STAGE, "end": 4000, "batch_tokens": 1000})
     dashboard.record(TRAIN, epochs={"books": 0.5})
-    layers = {3: {"captured": 0.9, "distance": 2.0, "load_entropy": math.nan}}
+    layers = {3: {"captured": 0.9, "distance": 2.0, "load_entropy": math.nan}, 4: {"load_entropy": 0.5}}
     dashboard.record(EVAL, routing=layers, samples=[Sample("d", "a", "b", "c")])
     dashboard.curve("eval", curve, 2000)
     dashboard.curve("train/sparse", curve, 2000)
@@ -104,6 +105,7 @@ def test_every_column_has_its_group_name_and_unit(shown):
         "routing/load_entropy": 0.7,
         "routing/mass_recall/layer_03": 0.9,
         "routing/distance_blocks/layer_03": 2.0,
+        "routing/load_entropy/layer_04": 0.5,
         "schedule/stage": 0,
         "schedule/context_length": 256,
         "schedule/batch_tokens": 1000,
