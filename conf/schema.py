@@ -380,8 +380,8 @@ class LoggingConfig:
     tensorboard: bool = False
     """Write the same series for TensorBoard (the extra `tensorboard`)."""
     samples: int = 0
-    """Held-out documents that the model goes on with at each evaluation, for a table of texts; each costs about two
-    evaluations of a document. Not at ZeRO 3 or with parallel.sequence."""
+    """Held-out documents that the model goes on with at each evaluation, for a table of texts; each costs an
+    evaluation of its document and 64 decoding steps. Not at ZeRO 3 or with parallel.sequence."""
     progress: bool = True
     """Progress bar on a terminal."""
     figures: bool = True
