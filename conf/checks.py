@@ -465,6 +465,10 @@ def _check_rest(config: RunConfig, problems: Problems) -> None:
     _at_least("run.spike_window", config.run.spike_window, 2, problems)
     _at_least("data.seed", config.data.seed, 0, problems)
     _one_of("logging.wandb", config.logging.wandb, WANDB_MODES, problems)
+    split = config.deepspeed.zero_stage == 3 or config.parallel.sequence > 1
+    if _at_least("logging.samples", config.logging.samples, 0, problems) and config.logging.samples and split:
+        hint = "needs a process that holds the whole model: deepspeed.zero_stage 0 to 2, parallel.sequence=1; or 0"
+        problems.add("logging.samples", config.logging.samples, hint)
     _one_of("eval.suite", config.eval.suite, EVAL_SUITES, problems)
     _at_least("eval.documents", config.eval.documents, 1, problems)
     if config.eval.seq_len is not None:

@@ -188,6 +188,8 @@ class DataConfig:
     """Processes for tokenising raw text; 0 = in this one."""
     seed: int | None = None
     """Seed of the document order; null = run.seed."""
+    notice: str | None = None
+    """A line of advice printed with the plan while a training source is one that ships with the project."""
 
 
 @dataclass(frozen=True)
@@ -379,6 +381,17 @@ class LoggingConfig:
     """wandb project."""
     entity: str | None = None
     """wandb entity."""
+    group: str | None = None
+    """wandb group, which runs of one kind share; null = the experiment's name."""
+    tags: list[str] = field(default_factory=list)
+    """wandb tags, besides those of the model, the sources and the longest context."""
+    notes: str | None = None
+    """wandb notes; null = the stages in words."""
+    tensorboard: bool = False
+    """Write the same series for TensorBoard (the extra `tensorboard`)."""
+    samples: int = 0
+    """Held-out documents that the model goes on with at each evaluation, for a table of texts; each costs an
+    evaluation of its document and 64 decoding steps. Not at ZeRO 3 or with parallel.sequence."""
     progress: bool = True
     """Progress bar on a terminal."""
     figures: bool = True

@@ -35,6 +35,7 @@ EXEMPT = (
     "model.loss_tile",
     "model.compile",
     "data.cache_dir",
+    "data.notice",
     "data.num_workers",
     "data.validation",
     "data.validation.*",

@@ -47,7 +47,7 @@ PATIENCE_SECONDS = 30.0
 def compose(overrides: list[str]) -> dict[str, Any]:
     """The configuration of these command-line overrides as plain dictionaries, unchecked. ConfigError if there is none.
 
-    run.name is the experiment's name where nothing else set it.
+    run.name and logging.group are the experiment's name where nothing else set them.
     """
     _refuse_unreadable(overrides)
     choices = [text for text in overrides if not _is_value(text)]
@@ -58,6 +58,9 @@ def compose(overrides: list[str]) -> dict[str, Any]:
     run = plain.setdefault("run", {})
     if isinstance(run, dict) and run.get("name") is None:
         run["name"] = experiment
+    logging = plain.setdefault("logging", {})
+    if isinstance(logging, dict) and logging.get("group") is None:
+        logging["group"] = experiment
     return plain
 
 

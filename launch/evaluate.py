@@ -129,7 +129,8 @@ def measure(one: Eval, job: Job, tracker: Tracker | None) -> None:
     stem = f"{one.name}_{tokens:015d}_{format_length(result.length)}_{attention}"
     path = result.write(job.folder, stem, **info)
     if tracker is not None:
-        tracker.log({"kind": one.name, "tokens": tokens, **result.numbers})
+        numbers = {name if "/" in name else f"{one.name}/{name}": value for name, value in result.numbers.items()}
+        tracker.scalars(numbers, tokens)
         for figure in result.figure_paths(job.folder, stem)[:1]:
             tracker.image(f"figures/{one.name}", figure, tokens)
     took, wrote = f"{info['seconds']:.0f} s", f"wrote {path}"
@@ -144,7 +145,8 @@ def _open_tracker(trained: TrainedModel, values: dict[str, str], folder: Path) -
     folder.mkdir(parents=True, exist_ok=True)
     logging = replace(trained.config.logging, wandb=values["wandb"])
     name = f"{trained.config.run.name} evals"
-    return Tracker(folder, logging, name=name, config={"evaluate": values, "run": trained.config.run.name}, fresh=True)
+    about = {"evaluate": values, "run": trained.config.run.name}
+    return Tracker(folder, logging, name=name, config=about, job_type="evaluate", fresh=True)
 
 
 def command() -> NoReturn:

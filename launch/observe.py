@@ -12,6 +12,7 @@ from pathlib import Path
 from conf.schema import RunConfig
 from data.sources import Source
 from data.synthetic import SyntheticSource
+from data.tokenizer import load_tokenizer
 from data.validation import held_out_documents
 from evals.context import Context
 from evals.figures import plot_curves, plot_heatmap, plot_history
@@ -19,10 +20,12 @@ from evals.position_loss import Evaluation, evaluate
 from evals.recall import recall
 from evals.results import Stopwatch
 from evals.swap import OWN, VARIANTS, under, variant
+from launch.samples import continued
 from moba.stats import mean_stats, record_routing
 from train.engine.engine import Engine
 from train.engine.world import World
 from train.loop import CURVES
+from train.record.dashboard import Sample
 from train.record.metrics import FILE_NAME, read_metrics
 from train.record.position_loss import PositionCurve
 from train.schedule import Schedule, Stage
@@ -40,6 +43,12 @@ class HeldOutEvaluator:
         self._length, self._suite = config.eval.seq_len, config.eval.suite
         lengths = {self._length or stage.seq_len for stage in schedule.stages}
         self._documents = {length: held_out_documents(source, length, config.eval.documents) for length in lengths}
+        self._num_samples = config.logging.samples if world.is_main else 0
+        self._tokenizer = load_tokenizer(config.data.tokenizer) if self._num_samples else None
+        self.routing: dict[int, dict[str, float]] = {}
+        """The router's numbers of the last evaluation by layer."""
+        self.samples: list[Sample] = []
+        """Texts of the last evaluation (logging.samples), on rank 0."""
 
     def __call__(self, engine: Engine, stage: Stage, tokens: int) -> tuple[PositionCurve, dict[str, float]]:
         """The curve, scalars of the suite and the seconds it took; rank 0 also writes them into the run directory."""
@@ -48,10 +57,15 @@ class HeldOutEvaluator:
         with record_routing(engine.model) if self._suite != "loss" else nullcontext([]) as routing:
             found = self._evaluate(context, length)
         scalars = {f"route/{name}": value for name, value in mean_stats(routing).items()}
+        routed = [i for i, spec in enumerate(context.model.attention) if spec.routing is not None]
+        self.routing = {i: mean_stats([stats]) for i, stats in zip(routed, routing)}
         if self._suite != "loss" and isinstance(self._source, SyntheticSource):
             scalars |= self._recall(context, self._source, length)
         if self._suite == "swap":
             scalars |= self._swap(context, length)
+        if self._tokenizer is not None:
+            documents = self._documents[length][: self._num_samples]
+            self.samples = [continued(context.model, self._tokenizer, name, batch) for name, batch in documents]
         if self._world.is_main:
             stem = f"eval_{tokens:015d}"
             found.result(stem).write(self._folder, stem, tokens=tokens, stage=stage.name, scalars=scalars)

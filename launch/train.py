@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 ROOT = Path(__file__).resolve().parents[1]
 # Python puts launch/ itself first, where `train` would be this file.
@@ -29,13 +29,14 @@ import yaml  # noqa: E402
 
 from conf.build import ConfigError  # noqa: E402
 from conf.files import FileError, user_path  # noqa: E402
+from conf.numbers import format_count, format_length  # noqa: E402
 from conf.schema import RunConfig  # noqa: E402
 from conf.trajectory import to_dict, trajectory_diff  # noqa: E402
 from conf.validate import from_yaml  # noqa: E402
 from data.errors import DataError  # noqa: E402
 from data.sources import open_sources, open_validation  # noqa: E402
 from data.tokenizer import Tokenizer, load_tokenizer  # noqa: E402
-from launch.config import detect_hardware, load_asked, run_command  # noqa: E402
+from launch.config import EXIT_USER_ERROR, detect_hardware, load_asked, run_command  # noqa: E402
 from launch.inputs import refuse_missing  # noqa: E402
 from launch.observe import FIGURES, HeldOutEvaluator, draw_figures  # noqa: E402
 from launch.stopping import ParentWatch, Peer, PeerWatch, exit_code, stop_reasons  # noqa: E402
@@ -51,11 +52,13 @@ from train.model.sizes import embedding_rows  # noqa: E402
 from train.non_finite import NonFiniteError  # noqa: E402
 from train.plan.automatic import settle  # noqa: E402
 from train.plan.plan import Plan, make_plan  # noqa: E402
-from train.record.metrics import MetricsError  # noqa: E402
+from train.record.dashboard import Dashboard  # noqa: E402
+from train.record.metrics import MetricsError, describe_plan  # noqa: E402
 from train.record.position_loss import PositionCurve  # noqa: E402
 from train.record.progress import Progress  # noqa: E402
+from train.record.tensorboard import open_tensorboard  # noqa: E402
 from train.record.tracking import Tracker  # noqa: E402
-from train.schedule import build_schedule  # noqa: E402
+from train.schedule import Schedule, build_schedule  # noqa: E402
 from train.spikes import SpikeError  # noqa: E402
 
 USAGE = """\
@@ -75,6 +78,11 @@ MISTAKES = (
     store.CheckpointError,
 )
 EXIT_LOST = 1
+# Figures for dashboards, which have charts of their own for the others: name there, and caption.
+SHOWN_FIGURES = {
+    "heat_map": ("heat_map", "Held-out per-token loss by context position over training"),
+    "loss_by_position": ("by_stage", "Per-token loss by context position, by stage"),
+}
 # After this long torchrun has seen which process ended first, and has ended the others; its report names that one.
 TORCHRUN_SECONDS = 2
 # Of the system's errors: no room, no permission, or not the kind of file it has to be.
@@ -199,29 +207,21 @@ def _train(
     known = plan(sources=sources)
     say("\n".join(known.data))
     observers = Observers(say=say)
-    if held_out is not None:
-        observers.evaluate = HeldOutEvaluator(held_out, config, schedule, world)
+    evaluator = None if held_out is None else HeldOutEvaluator(held_out, config, schedule, world)
+    observers.evaluate = evaluator
     config_yaml = yaml.safe_dump(to_dict(config), sort_keys=False)
     # Rank 0's choice on all ranks: their collectives have to fit, whatever GPUs they have.
     settled = replace(settled, model=collectives.broadcast_object(settled.model))
     trainer = Trainer(settled, schedule, sources, tokenizer, world, observers, config_yaml=config_yaml)
-    tracker = None
+    dashboard = None
     if world.is_main:
         (run_dir / "config.yaml").write_text(config_yaml, encoding="utf-8")
         if trainer.tokens == 0:
             _keep_source(config)
         (run_dir / "plan.txt").write_text(known.text() + "\n", encoding="utf-8")
-        assert config.run.name is not None  # filled in
-        tracker = Tracker(
-            run_dir,
-            config.logging,
-            name=config.run.name,
-            config=to_dict(config),
-            stages=[stage.name for stage in schedule.stages],
-            warn=say,
-        )
+        dashboard = _open_dashboard(config, schedule, trainer, say)
         progress = Progress(schedule.total_tokens, tokens=trainer.tokens, bar=config.logging.progress)
-        _watch(observers, config, run_dir, tracker, progress)
+        _watch(observers, config, trainer, evaluator, dashboard, progress)
     watch.flag = preemption = PreemptionFlag(stuck=partial(_say_stuck, config)).install()
     peers = PeerWatch(partial(_leave_lost_run, config)).start()
     try:
@@ -229,6 +229,11 @@ def _train(
         with _mistakes_in_words(config):
             try:
                 finished = trainer.fit(preemption)
+            except NonFiniteError as error:
+                if dashboard is not None:
+                    dashboard.failed(str(error))
+                    dashboard.finish(exit_code=EXIT_USER_ERROR)
+                raise
             finally:
                 if progress is not None:
                     progress.close()
@@ -236,9 +241,9 @@ def _train(
         peers.stop()
         preemption.uninstall()
     reasons = [] if finished else stop_reasons(preemption)
-    if tracker is not None:
+    if dashboard is not None:
         _say_goodbye(finished, reasons, config, trainer)
-        tracker.finish()
+        dashboard.finish()
         assert lock is not None
         lock.release()
     shutdown()
@@ -255,13 +260,48 @@ def _keep_source(config: RunConfig) -> None:
     source_files.keep(config, config.run.folder, source)
 
 
-def _watch(observers: Observers, config: RunConfig, run_dir: Path, tracker: Tracker, progress: Progress) -> None:
-    """Connects console, wandb and figures to the run (rank 0)."""
+def _open_dashboard(config: RunConfig, schedule: Schedule, trainer: Trainer, say: Callable[[str], None]) -> Dashboard:
+    """wandb, and TensorBoard if asked for, with what tells this run from others."""
+    assert config.run.name is not None  # filled in
+    shown = to_dict(config)
+    longest = max(stage.seq_len for stage in schedule.stages)
+    in_words = [
+        f"{stage.name}: {describe_plan(stage.attention)}, context {format_length(stage.seq_len)}, "
+        f"{format_count(stage.tokens)} tokens"
+        for stage in schedule.stages
+    ]
+    tracker = Tracker(
+        config.run.folder,
+        config.logging,
+        name=config.run.name,
+        config={**shown, "stages": [stage.name for stage in schedule.stages]},
+        tags=[config.model.name, *config.data.sources, format_length(longest)],
+        notes="\n".join(in_words),
+        warn=say,
+    )
+    board = None
+    if config.logging.tensorboard:
+        board = open_tensorboard(config.run.folder, config=shown, tokens=trainer.tokens, warn=say)
+    sinks = [tracker] if board is None else [tracker, board]
+    return Dashboard(sinks, schedule.stages, skipped_steps=trainer.guard.total)
+
+
+def _watch(
+    observers: Observers,
+    config: RunConfig,
+    trainer: Trainer,
+    evaluator: HeldOutEvaluator | None,
+    dashboard: Dashboard,
+    progress: Progress,
+) -> None:
+    """Connects console, dashboards and figures to the run (rank 0)."""
 
     def show(record: dict) -> None:
         kind = record["kind"]
+        beside: dict[str, Any] = {}
         if kind == "train":
             progress.update(record)
+            beside = {"epochs": trainer.loader.epochs()}
         elif kind == "stage":
             progress.say(
                 f"stage {record['stage']}: {record['attention']}, length {record['seq_len']}, "
@@ -274,14 +314,17 @@ def _watch(observers: Observers, config: RunConfig, run_dir: Path, tracker: Trac
                 f"held out at {record['tokens']:,} tokens: loss {_figure(record['loss'])}, {trailing} of "
                 f"{record['eval_seq_len']}){_cost(record)}"
             )
-        tracker.log(record)
+            assert evaluator is not None
+            beside = {"routing": evaluator.routing, "samples": evaluator.samples}
+        dashboard.record(record, **beside)
 
     def send_curve(name: str, curve: PositionCurve, tokens: int) -> None:
-        centres = (curve.edges[:-1] + curve.edges[1:]) / 2
-        tracker.curve(f"position_loss/{name}", centres.tolist(), curve.mean.tolist(), tokens)
+        dashboard.curve(name, curve, tokens)
         if config.logging.figures:
-            for figure, path in draw_figures(run_dir).items():
-                tracker.image(f"figures/{figure}", path, tokens)
+            drawn = draw_figures(trainer.run_dir)
+            for figure, (shown, caption) in SHOWN_FIGURES.items():
+                if figure in drawn:
+                    dashboard.image(shown, drawn[figure], tokens, caption)
 
     observers.heartbeat = progress.heartbeat
     observers.record.append(show)

@@ -73,8 +73,8 @@ def train_step(
 
     `stop` is this rank's wish to end the run after this step. `on_losses(losses float32 [T], batch)` gets every
     micro-batch's detached per-token losses, on the device, once the step is known to be good; a skipped step is not
-    observed. `on_micro_batch(k, n)` is told when the host is done with micro-batch k of n. `spikes` judges the step, and
-    takes a good one into account.
+    observed. `on_micro_batch(k, n)` is told when the host is done with micro-batch k of n. `spikes` judges the step,
+    and takes a good one into account.
     """
     valid = torch.stack([(batch.labels != IGNORED).sum() for batch in batches]).sum()
     counts = all_reduce_sum(torch.stack([valid, valid.new_tensor(int(stop))]).to(world.device))

@@ -198,6 +198,7 @@ CASES = [
     ([("deepspeed.extra", {"fp16": {}, "steps_per_print": 1})], ["deepspeed.extra.fp16={}", "deepspeed.precision"]),
     ([("run.device", "gpu")], ["run.device=gpu", "cuda, cpu"]),
     ([("logging.wandb", "yes")], ["logging.wandb=yes", "offline"]),
+    ([("logging.samples", 2), ("deepspeed.zero_stage", 3)], ["logging.samples=2", "zero_stage 0 to 2"]),
     ([("checkpoint.keep", 0)], ["checkpoint.keep=0", "at least 1"]),
     ([("run.on_spike", "retry")], ["run.on_spike=retry", "off, skip, rollback, stop"]),
     ([("run.spike_deviations", 0)], ["run.spike_deviations=0", "above 0"]),

@@ -213,12 +213,14 @@ def _change(event: str, args: tuple, run_dir: str) -> str | None:
     return f"{event} {path[len(run_dir) + 1 :]}"
 
 
-def start_real(arguments: Sequence[str], cwd: Path, num_ranks: int | None = None) -> subprocess.Popen:
+def start_real(
+    arguments: Sequence[str], cwd: Path, num_ranks: int | None = None, script: Path = SCRIPT
+) -> subprocess.Popen:
     """The command as a user starts it, from a folder of their own: plain python, or torchrun with `num_ranks`."""
     ours = ("PYTHONPATH", "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     environment = {key: value for key, value in os.environ.items() if key not in ours}
     environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, str(SCRIPT), *arguments]
+    command = [sys.executable, str(script), *arguments]
     if num_ranks is not None:
         command[1:1] = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_ranks}"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}

@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 import yaml
 
-from conf.validate import ConfigError, freeze, to_dict
+from conf.validate import ConfigError, Hardware, freeze, to_dict
 from launch.config import (
     CONF,
     PATIENCE_SECONDS,
@@ -21,6 +21,7 @@ from launch.config import (
     run_command,
 )
 from train.model.sizes import num_parameters
+from train.plan.plan import make_plan
 
 GROUPS = ("model", "data", "schedule", "optim", "deepspeed", "logging")
 
@@ -125,9 +126,20 @@ def test_paths_need_no_quotes_of_hydras(value):
     assert load(["+exp=moba_32k", "data=files", f"data.path={value}"]).data.sources["main"].path == value
 
 
+@pytest.mark.parametrize("experiment", ["moba_32k", "extend_64k", "sft_hybrid", "quickstart"])
+def test_advice_on_the_shipped_books_is_given_where_they_are_read(experiment):
+    """Catches advice to bring own data in the plan of somebody who did, and none for who did not."""
+    shipped, own = [f"+exp={experiment}"], [f"+exp={experiment}", "data=files", "data.path=x.jsonl"]
+    words = ("shipped books", "embedded corpus")
+    for arguments, wanted in ((shipped, experiment != "quickstart"), (own, False)):
+        notice = make_plan(load(arguments), 32768, Hardware(0)).notice or ""
+        assert any(word in notice for word in words) == wanted, notice
+    assert experiment != "extend_64k" or "comes first" in notice, "what is not about the books stays"
+
+
 def test_real_data_as_the_notice_says():
     """Catches a notice that names overrides which don't work."""
-    notice = load(["+exp=moba_32k"]).run.notice
+    notice = load(["+exp=moba_32k"]).data.notice
     assert "data=files data.path=" in notice and "data=hub data.name=" in notice and "schedule.tokens=" in notice
     files = load(["+exp=moba_32k", "data=files", "data.path=x.jsonl", "schedule.tokens=1B"]).data
     assert [source.path for source in files.sources.values()] == ["x.jsonl"]
@@ -227,12 +239,16 @@ def test_the_extensions_are_a_chain():
     assert [run.schedule.stages[list(run.schedule.stages)[-1]].seq_len // 1024 for run in runs] == [32, 64, 128]
     for before, after in pairwise(runs):
         assert after.init.source == before.run.dir and after.init.optimizer and after.init.data
-        assert (after.model, after.data) == (before.model, before.data)
+        assert after.model == before.model
+        assert replace(after.data, notice=None) == replace(before.data, notice=None)
 
 
 def test_the_three_32k_runs_differ_in_their_stages_only():
     """Catches a control experiment that differs in more than attention."""
-    runs = [to_dict(load([f"+exp={name}", "run.name=x"])) for name in ("moba_32k", "full_32k", "moba_only_32k")]
+    runs = [
+        to_dict(load([f"+exp={name}", "run.name=x", "logging.group=x", "data.notice=x"]))
+        for name in ("moba_32k", "full_32k", "moba_only_32k")
+    ]
     kinds = [[stage["attention"]["kind"] for stage in run["schedule"]["stages"].values()] for run in runs]
     assert kinds == [["moba", "full"], ["full"], ["moba"]]
     for run in runs:

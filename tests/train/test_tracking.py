@@ -1,19 +1,15 @@
 """Tracking: what reaches wandb's offline files is what was logged; nothing that wandb does can stop a run."""
 
 import json
-import struct
-from pathlib import Path
 
 import pytest
 import wandb
 from matplotlib.figure import Figure
-from wandb.proto.wandb_internal_pb2 import Record
+from wandb_files import history, kinds_of, summary_of
 
 from conf.schema import LoggingConfig
+from train.record.dashboard import Sample
 from train.record.tracking import Tracker, run_id
-
-HEADER = 7  # bytes before the first block of a .wandb file, and of each chunk's checksum, length and type
-BLOCK = 32 * 1024
 
 
 @pytest.fixture(autouse=True)
@@ -29,72 +25,30 @@ def no_account(tmp_path, monkeypatch):
     wandb.teardown()
 
 
-def records(path: Path):
-    """The records of a .wandb file: 32 KiB blocks of chunks, whole (1) or first (2), middle (3), last (4) parts."""
-    data = path.read_bytes()[HEADER:]
-    at, parts = 0, b""
-    offset = HEADER  # the file's header counts towards the first block
-    while at + HEADER <= len(data):
-        room = BLOCK - (at + offset) % BLOCK
-        if room < HEADER:
-            at += room
-            continue
-        _, length, kind = struct.unpack("<IHB", data[at : at + HEADER])
-        parts += data[at + HEADER : at + HEADER + length]
-        at += HEADER + length
-        if kind in (1, 4):
-            record = Record()
-            record.ParseFromString(parts)
-            parts = b""
-            yield record
-
-
-def history(run_dir: Path) -> list[dict]:
-    """Rows of all offline runs below a run directory, in order of time."""
-    wandb.teardown()  # the service process writes the last records when it ends
-    rows = []
-    for path in sorted(run_dir.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime_ns):
-        for record in records(path):
-            if record.WhichOneof("record_type") == "history":
-                row = {"/".join(item.nested_key) or item.key: item.value_json for item in record.history.item}
-                rows.append({key: json.loads(value) for key, value in row.items()})
-    return rows
-
-
 def open_tracker(run_dir, mode="auto", **options):
     said = []
-    tracker = Tracker(
-        run_dir,
-        LoggingConfig(wandb=mode),
-        name="test",
-        config={"model": {"hidden_size": 8}},
-        stages=["sparse", "full"],
-        warn=said.append,
-        **options,
-    )
+    config = options.pop("logging", LoggingConfig(wandb=mode))
+    tracker = Tracker(run_dir, config, name="test", config={"model": {"hidden_size": 8}}, warn=said.append, **options)
     return tracker, said
-
-
-def train(tokens, stage="sparse", **values):
-    return {"kind": "train", "tokens": tokens, "stage": stage, "attention": "moba 4x2", **values}
 
 
 def test_offline_run_holds_what_was_logged_and_is_one_run_after_a_resume(tmp_path, capfd):
     """Catches values lost or put at the wrong tokens, a second id after a resume, noise and prompts without a login."""
     tracker, said = open_tracker(tmp_path)
-    tracker.log(train(100, loss=2.5, mfu=None, **{"route/load_entropy": 0.75}))
-    tracker.log({"kind": "eval", "tokens": 100, "stage": "sparse", "loss": 2.25})
-    tracker.log(train(200, stage="full", loss=1.0 / 3))
+    tracker.scalars({"train/loss": 2.5, "routing/load_entropy": 0.75}, 100)
+    tracker.scalars({"eval/loss": 2.25}, 100)
+    tracker.scalars({"train/loss": 1.0 / 3}, 200)
     picture = tmp_path / "heat.png"
     Figure(figsize=(1, 1)).savefig(picture)
-    tracker.image("position/heat_map", picture, 200)
-    tracker.curve("position/eval", [1024, 3072, 5120], [3.0, float("nan"), 2.0], 200)
+    tracker.image("position_loss/heat_map", picture, 200, "Heat map")
+    tracker.curve("position_loss/curve_eval", "A title", [1024, 3072, 5120], [3.0, float("nan"), 2.0], 200)
+    tracker.samples([Sample("book", "It was", " a night", " the best")], 200)
     tracker.finish()
     assert len(said) == 1 and said[0].startswith("wandb: offline run in") and str(tmp_path) in said[0]
     first = run_id(tmp_path)
 
     again, _ = open_tracker(tmp_path)
-    again.log(train(300, stage="full", loss=0.25))
+    again.scalars({"train/loss": 0.25}, 300)
     again.finish()
     assert run_id(tmp_path) == first
     assert {path.name for path in tmp_path.glob("wandb/offline-run-*/*.wandb")} == {f"run-{first}.wandb"}
@@ -103,31 +57,42 @@ def test_offline_run_holds_what_was_logged_and_is_one_run_after_a_resume(tmp_pat
     assert sorted(rows) == [100, 200, 300]
     assert [rows[step]["tokens"] for step in sorted(rows)] == [100, 200, 300]
     assert [rows[step]["train/loss"] for step in sorted(rows)] == [2.5, 1.0 / 3, 0.25]
-    assert [rows[step]["stage"] for step in sorted(rows)] == [0, 1, 1]
-    assert rows[100]["eval/loss"] == 2.25 and rows[100]["route/load_entropy"] == 0.75
-    assert "train/mfu" not in rows[100] and "train/attention" not in rows[100]
+    assert rows[100]["eval/loss"] == 2.25 and rows[100]["routing/load_entropy"] == 0.75
+    assert rows[200]["position_loss/heat_map/caption"] == "Heat map"
     media = [path.name for path in tmp_path.glob("wandb/offline-run-*/files/media/**/*") if path.is_file()]
     assert any(name.endswith(".png") for name in media)
-    tables = list(tmp_path.glob("wandb/offline-run-*/files/media/table/**/*.table.json"))
-    assert [json.loads(table.read_text())["data"] for table in tables] == [[[1024, 3.0], [5120, 2.0]]]
+    tables = [json.loads(path.read_text()) for path in tmp_path.glob("wandb/offline-run-*/files/media/table/**/*.json")]
+    rows = {tuple(table["columns"]): table["data"] for table in tables}
+    assert rows[("context position", "loss")] == [[1024, 3.0], [5120, 2.0]]
+    assert rows[("tokens", *Sample._fields)] == [[200, "book", "It was", " a night", " the best"]]
     out, err = capfd.readouterr()
     assert out == "" and err == "", "wandb itself stays silent"
 
 
-def test_configuration_and_token_axis_are_in_the_run(tmp_path):
-    """Catches plots over steps instead of tokens, and a run that does not say how it was made."""
-    tracker, _ = open_tracker(tmp_path, "offline")
-    tracker.log(train(100, loss=2.5))
+def test_what_tells_a_run_from_others_is_in_it(tmp_path):
+    """Catches plots over steps instead of tokens, constants that become charts of one point, summaries that show the
+    last loss alone, and a run that does not say how it was made or cannot be found among others."""
+    logging = LoggingConfig(wandb="offline", group="quickstart", tags=["mine", "x" * 100])
+    tracker, _ = open_tracker(tmp_path, logging=logging, tags=["tiny", "mine"], notes="in words")
+    tracker.scalars({"train/loss": 2.5, "train/trailing_loss": 2.0}, 100)
+    tracker.scalars({"train/loss": 3.5, "train/trailing_loss": 3.0}, 200)
+    tracker.constants({"machine/device": "cpu", "eval/documents": 8})
+    tracker.alert("Skipped steps", "one")
     tracker.finish()
-    wandb.teardown()
-    (path,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
-    kinds = {}
-    for record in records(path):
-        kinds.setdefault(record.WhichOneof("record_type"), []).append(record)
-    update = {item.key: json.loads(item.value_json) for item in kinds["run"][0].run.config.update}
-    assert update["model"] == {"hidden_size": 8} and update["stages"] == ["sparse", "full"]
-    metrics = [record.metric for record in kinds["metric"]]
-    assert any(metric.glob_name == "*" and metric.step_metric == "tokens" for metric in metrics)
+    kinds = kinds_of(tmp_path)
+    run = kinds["run"][0]
+    update = {item.key: json.loads(item.value_json) for item in run.config.update}
+    assert update["model"] == {"hidden_size": 8}
+    assert (run.display_name, run.run_group, run.job_type, run.notes) == ("test", "quickstart", "train", "in words")
+    assert list(run.tags) == ["tiny", "mine", "x" * 64]
+    assert any(metric.glob_name == "*" and metric.step_metric == "tokens" for metric in kinds["metric"])
+    summary = summary_of(kinds)
+    assert summary["train/loss"] == {"min": 2.5, "last": 3.5} and summary["train/trailing_loss"] == {"last": 3.0}
+    assert summary["eval/documents"] == 8
+    machine = [json.loads(i.value_json) for record in kinds["config"] for i in record.update if i.key == "machine"]
+    assert machine == [{"device": "cpu"}]
+    assert not {"eval/documents", "machine/device"} & {key for row in history(tmp_path) for key in row}
+    assert [(alert.title, alert.text, alert.level) for alert in kinds["alert"]] == [("Skipped steps", "one", "WARN")]
 
 
 @pytest.mark.parametrize(("variable", "expected"), [("", "offline"), ("offline", "offline"), ("disabled", None)])
@@ -136,7 +101,7 @@ def test_wandb_mode_of_the_environment_is_honoured(tmp_path, monkeypatch, variab
     monkeypatch.setenv("WANDB_MODE", variable)
     wandb.teardown()
     tracker, said = open_tracker(tmp_path)
-    tracker.log(train(100, loss=2.5))
+    tracker.scalars({"train/loss": 2.5}, 100)
     tracker.finish()
     assert [expected in line for line in said] == ([True] if expected else [])
     assert len(list(tmp_path.glob("wandb/offline-run-*"))) == (1 if expected else 0)
@@ -156,7 +121,7 @@ def test_an_unreachable_server_does_not_stop_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr("train.record.tracking.INIT_SECONDS", 2.0)
     wandb.teardown()
     tracker, said = open_tracker(tmp_path)
-    tracker.log(train(100, loss=2.5))
+    tracker.scalars({"train/loss": 2.5}, 100)
     tracker.finish()
     assert len(said) == 2 and "online did not start" in said[0] and "offline run" in said[1]
     assert [row["train/loss"] for row in history(tmp_path)] == [2.5]
@@ -170,8 +135,8 @@ def test_a_failure_while_logging_switches_wandb_off_once(tmp_path):
         raise OSError("no space left on device")
 
     real, tracker._run.log = tracker._run, fail
-    tracker.log(train(100, loss=2.5))
-    tracker.log(train(200, loss=2.5))
+    tracker.scalars({"train/loss": 2.5}, 100)
+    tracker.scalars({"train/loss": 2.5}, 200)
     tracker.finish()
     real.finish()
     assert [line for line in said if "off from here on" in line] == said[1:] and len(said) == 2
@@ -181,8 +146,8 @@ def test_a_failure_while_logging_switches_wandb_off_once(tmp_path):
 def test_disabled_imports_and_writes_nothing(tmp_path):
     """Catches files or an id that appear although wandb was switched off."""
     tracker, said = open_tracker(tmp_path, "disabled")
-    tracker.log(train(100, loss=2.5))
-    tracker.curve("position/eval", [1.0], [2.0], 100)
+    tracker.scalars({"train/loss": 2.5}, 100)
+    tracker.curve("position_loss/curve_eval", "title", [1.0], [2.0], 100)
     tracker.image("heat", tmp_path / "missing.png", 100)
     tracker.finish()
     assert said == [] and list(tmp_path.iterdir()) == []

@@ -162,6 +162,11 @@ def _start_deepspeed(kind: str) -> None:
     deepspeed.init_distributed(verbose=False)
 
 
+def one_thread_each() -> None:
+    """Lets processes started from this one compute in one thread each, unless the environment says otherwise."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
 def drop_if_empty(*names: str) -> None:
     """Unsets environment variables that are set to nothing, for libraries that stumble over that."""
     for name in names:

@@ -17,7 +17,7 @@ from conf.files import user_path
 from conf.hardware import Hardware, data_size
 from conf.numbers import format_length, format_memory
 from conf.schema import OFFLOADED, ModelConfig, ParallelConfig, RunConfig
-from data.sources import Source
+from data.sources import Source, is_shipped
 from moba.flops import attended_pairs, attention_flops, causal_pairs
 from train.model.sizes import head_dim, matmul_flops_per_token, num_parameters
 from train.plan.automatic import KEPT, settle
@@ -156,8 +156,15 @@ def make_plan(
         outputs=describe_outputs(config, hardware, num_parameters(config.model, vocab_size)["total"]),
         warnings=(*unfilled(asked_tokens, schedule), *warnings_of(config, schedule, sources)),
         automatic=automatic,
-        notice=config.run.notice,
+        notice=_notice(config),
     )
+
+
+def _notice(config: RunConfig) -> str | None:
+    """Advice to be printed: the run's, and what is to be known of the books that ship with the project, if used."""
+    shipped = any(source.path is not None and is_shipped(source.path) for source in config.data.sources.values())
+    parts = [config.run.notice, config.data.notice if shipped else None]
+    return " ".join(part for part in parts if part) or None
 
 
 def _stage_plan(

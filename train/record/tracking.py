@@ -1,7 +1,8 @@
 """Sends what a run measures to wandb: online if logged in, else into an offline run beside the other outputs.
 
 It never asks a question, never waits long for a network and never stops a run: whatever wandb cannot do ends in one
-line of warning. metrics.jsonl is the record of a run; wandb is a copy of it. Only rank 0 makes a Tracker.
+line of warning. metrics.jsonl is the record of a run; wandb shows it, under the names of series.py and over tokens.
+Only rank 0 makes a Tracker.
 """
 
 from __future__ import annotations
@@ -14,14 +15,19 @@ from typing import Any, Literal
 
 from conf.schema import LoggingConfig
 from train.engine.world import drop_if_empty
+from train.record.dashboard import Sample
+from train.record.series import AXIS, SUMMARIES
 
 ID_FILE = "wandb_id.txt"
 INIT_SECONDS = 20.0
 FINISH_SECONDS = 60.0
+ALERT_SECONDS = 600
+TAG_CHARACTERS = 64  # wandb refuses longer ones
 
 
 class Tracker:
-    """One wandb run, the same one after a resume. With logging.wandb=disabled every method does nothing."""
+    """One wandb run, the same one after a resume: a train.record.dashboard.Sink. With logging.wandb=disabled every
+    method does nothing."""
 
     def __init__(
         self,
@@ -30,62 +36,100 @@ class Tracker:
         *,
         name: str,
         config: Mapping[str, Any],
-        stages: Sequence[str] = (),
+        job_type: str = "train",
+        tags: Sequence[str] = (),
+        notes: str | None = None,
         warn: Callable[[str], None] = print,
         fresh: bool = False,
     ) -> None:
         """Opens the run.
 
         run_dir: where the offline files (`wandb/`) and the run's id are kept. config: plain nested dicts, shown as the
-        run's configuration. stages: names in order; records name a stage and wandb plots its number. warn: gets at most
-        one line for what goes wrong, and one that says where the run can be seen. fresh: a new wandb run, not the
+        run's configuration. tags: besides those of `logging`; notes: where `logging` has none. warn: gets at most one
+        line for what goes wrong, and one that says where the run can be seen. fresh: a new wandb run, not the
         directory's own.
         """
         self._run_dir = Path(run_dir)
         self._warn, self._fresh = warn, fresh
-        self._stages = {stage: index for index, stage in enumerate(stages)}
         self._run: Any = None
         if logging.wandb == "disabled":
             return
-        self._run = self._open(logging, name, {**config, "stages": list(stages)})
-        if self._run is not None:
-            self._run.define_metric("tokens")
-            self._run.define_metric("*", step_metric="tokens")
+        self._shown = {
+            "project": logging.project,
+            "entity": logging.entity,
+            "name": name,
+            "config": dict(config),
+            "job_type": job_type,
+            "group": logging.group,
+            "tags": list(dict.fromkeys(tag[:TAG_CHARACTERS] for tag in (*tags, *logging.tags) if tag)),
+            "notes": logging.notes or notes,
+        }
+        self._run = self._open(logging)
+        self._call(self._define)
 
-    def log(self, record: Mapping[str, Any]) -> None:
-        """Sends the numbers of a metrics record as `<kind>/<name>`, over its tokens; names with a `/` are kept."""
-        kind, tokens = record["kind"], record["tokens"]
-        values: dict[str, Any] = {"tokens": tokens}
-        for key, value in record.items():
-            if key == "stage" and value in self._stages:
-                values["stage"] = self._stages[value]
-            elif key not in ("kind", "tokens") and isinstance(value, (int, float)):
-                values[key if "/" in key else f"{kind}/{key}"] = value
+    def _define(self) -> None:
+        """Tokens as the axis of all series, and what the runs table shows of some."""
+        self._run.define_metric(AXIS, hidden=True)
+        self._run.define_metric("*", step_metric=AXIS)
+        for name, summary in SUMMARIES.items():
+            self._run.define_metric(name, step_metric=AXIS, summary=summary)
+
+    def scalars(self, values: Mapping[str, float], tokens: int) -> None:
+        """Adds a point to each series."""
         # The step is passed always: a resumed offline run would start counting at zero again.
-        self._call(lambda: self._run.log(values, step=tokens))
+        self._call(lambda: self._run.log({AXIS: tokens, **values}, step=tokens))
 
-    def curve(self, name: str, positions: Sequence[float], losses: Sequence[float], tokens: int) -> None:
-        """Sends a loss-by-position curve: positions in visible tokens, losses in nats (NaN is left out)."""
+    def constants(self, values: Mapping[str, Any]) -> None:
+        """Keeps what is no series: `machine/` in the configuration, the rest in the summary."""
+        machine = {name.partition("/")[2]: value for name, value in values.items() if name.startswith("machine/")}
+        rest = {name: value for name, value in values.items() if not name.startswith("machine/")}
+
+        def send() -> None:
+            if machine:
+                self._run.config.update({"machine": machine}, allow_val_change=True)
+            if rest:
+                self._run.summary.update(rest)
+
+        self._call(send)
+
+    def curve(self, name: str, title: str, positions: Sequence[float], losses: Sequence[float], tokens: int) -> None:
+        """Draws losses (nats; NaN is left out) over context positions (visible tokens)."""
 
         def send() -> None:
             import wandb
 
             points: list[Iterable[float]] = [(x, y) for x, y in zip(positions, losses) if y == y]
-            table = wandb.Table(columns=["position", "loss"], data=points)
-            chart = wandb.plot.line(table, "position", "loss", title=f"{name} by position")
-            self._run.log({"tokens": tokens, name: chart}, step=tokens)
+            table = wandb.Table(columns=["context position", "loss"], data=points)
+            chart = wandb.plot.line(table, "context position", "loss", title=title)
+            self._run.log({AXIS: tokens, name: chart}, step=tokens)
 
         self._call(send)
 
-    def image(self, name: str, path: Path | str, tokens: int) -> None:
-        """Sends a picture (PNG), such as the heat map of the loss by position over training."""
+    def image(self, name: str, path: Path | str, tokens: int, caption: str | None = None) -> None:
+        """Sends a picture (PNG), such as the heat map of the loss by context position over training."""
 
         def send() -> None:
             import wandb
 
-            self._run.log({"tokens": tokens, name: wandb.Image(str(path))}, step=tokens)
+            self._run.log({AXIS: tokens, name: wandb.Image(str(path), caption=caption)}, step=tokens)
 
         self._call(send)
+
+    def samples(self, samples: Sequence[Sample], tokens: int) -> None:
+        """Sends texts as a table."""
+
+        def send() -> None:
+            import wandb
+
+            table = wandb.Table(columns=[AXIS, *Sample._fields], data=[[tokens, *sample] for sample in samples])
+            self._run.log({AXIS: tokens, "samples/held_out": table}, step=tokens)
+
+        self._call(send)
+
+    def alert(self, title: str, text: str, *, severe: bool = False) -> None:
+        """Sends a message to the owner, by mail or Slack as wandb is set up to; one of a title in ALERT_SECONDS."""
+        level = "ERROR" if severe else "WARN"
+        self._call(lambda: self._run.alert(title, text, level=level, wait_duration=ALERT_SECONDS))
 
     def finish(self, exit_code: int = 0) -> None:
         """Closes the run; waits at most FINISH_SECONDS for an upload. The rest stays on disk for `wandb sync`."""
@@ -101,9 +145,9 @@ class Tracker:
             self._warn(f"wandb is off from here on, training continues: {error}")
             self._run = None
 
-    def _open(self, logging: LoggingConfig, name: str, config: dict[str, Any]) -> Any:
+    def _open(self, logging: LoggingConfig) -> Any:
         """The open wandb run: as asked for, else offline, else None; each step down with a line that says why."""
-        mode, error = _attempt(lambda: _mode(logging.wandb))
+        mode, error = _attempt(lambda: wandb_mode(logging.wandb))
         if error:
             self._warn(f"wandb is off: {error}")
             return None
@@ -113,7 +157,7 @@ class Tracker:
             self._warn("wandb: not logged in (logging.wandb=online); writing an offline run instead")
             mode = "offline"
         for attempt in dict.fromkeys((mode, "offline")):
-            run, error = _attempt(lambda attempt=attempt: self._init(attempt, logging, name, config))
+            run, error = _attempt(lambda attempt=attempt: self._init(attempt))
             if error is None:
                 kept = f"offline run in {self._run_dir / 'wandb'} (`wandb sync` sends it)"
                 self._warn(f"wandb: {run.url if attempt == 'online' else kept}")
@@ -122,24 +166,19 @@ class Tracker:
             _attempt(_teardown)  # a failed start would keep the run's id occupied
         return None
 
-    def _init(
-        self, mode: Literal["online", "offline"], logging: LoggingConfig, name: str, config: dict[str, Any]
-    ) -> Any:
+    def _init(self, mode: Literal["online", "offline"]) -> Any:
         import wandb
 
         settings = wandb.Settings(
             silent=True, console="off", init_timeout=INIT_SECONDS, finish_timeout=FINISH_SECONDS, disable_code=True
         )
         return wandb.init(
-            project=logging.project,
-            entity=logging.entity,
-            name=name,
             id=None if self._fresh else run_id(self._run_dir),
             resume="allow",
             dir=str(self._run_dir),
             mode=mode,
-            config=config,
             settings=settings,
+            **self._shown,
         )
 
 
@@ -153,7 +192,7 @@ def run_id(run_dir: Path) -> str:
     return text
 
 
-def _mode(asked: str) -> str:
+def wandb_mode(asked: str) -> str:
     """`online`, `offline`, `disabled` or `not logged in`, from what was asked for and wandb's own settings.
 
     Looks at wandb's environment variables, settings and key files, where WANDB_MODE=offline or disabled has the last
