@@ -19,6 +19,8 @@ from moba.kinds import AttentionSpec, Full, Moba
 
 LEVELS = (1 / 4, 1 / 2, 3 / 4, 1, 3 / 2, 2, 3)
 """Multiples of the budget, as a share of the causal pairs, that candidates come close to from below."""
+SLACK = 1 + 1e-12
+"""For sums of floats."""
 LEAST_TOP_K = 3
 """With fewer, the first block and the query's own leave a gate nothing to pick."""
 
@@ -55,14 +57,13 @@ def predicted_cost(kl_L: np.ndarray, error_LC: np.ndarray, reference_L: Sequence
 
 
 def allocate(pairs_C: np.ndarray, cost_LC: np.ndarray, budget: float) -> list[int]:
-    """Each layer's candidate [L], of the least summed cost that was found with at most `budget` pairs in all.
-    ValueError if the cheapest candidates need more."""
+    """Each layer's candidate [L], of the least summed cost that was found with at most `budget` pairs in all, which the
+    smallest candidates must not exceed."""
     num_layers = len(cost_LC)
     hulls = [_hull(pairs_C, cost_C) for cost_C in cost_LC]
     at = [hull[0] for hull in hulls]
     spent = float(sum(pairs_C[c] for c in at))
-    if spent > budget * (1 + 1e-12):
-        raise ValueError(f"at least {spent:.6g} are needed")
+    assert spent <= budget * SLACK, (spent, budget)
     steps = []
     for layer, hull in enumerate(hulls):
         for before, after in itertools.pairwise(hull):
@@ -89,9 +90,8 @@ def allocate(pairs_C: np.ndarray, cost_LC: np.ndarray, budget: float) -> list[in
 
 def best_alike(pairs_C: np.ndarray, cost_LC: np.ndarray, budget: float) -> int:
     """The candidate of least summed cost if all layers have the same, of those within the budget."""
-    fits_C = len(cost_LC) * pairs_C <= budget * (1 + 1e-12)
-    if not fits_C.any():
-        raise ValueError(f"at least {len(cost_LC) * pairs_C.min():.6g} are needed")
+    fits_C = len(cost_LC) * pairs_C <= budget * SLACK
+    assert fits_C.any(), (pairs_C, budget)
     return int(np.where(fits_C, cost_LC.sum(0), np.inf).argmin())
 
 

@@ -4,7 +4,7 @@ it into a plan file.
     python launch/tune_attention.py run=models/SmolLM2-135M data=held_out.parquet budget=0.25 seq_len=2K to=plan.yaml
     python launch/tune_attention.py run=runs/quickstart budget=0.25 block_sizes=32,64
 
-Half of the documents choose, the others say what the plan costs. Interrupted, the same command goes on where it was.
+A quarter of the documents chooses, the others say what the plan costs. Interrupted, the same command goes on.
 The file is read by attention=<file> of launch/evaluate.py and launch/export.py, attn=<file> of launch/generate.py,
 schedule.stages.<name>.attention.plan=<file> of launch/train.py, and moba.transformers.configure(model, plan="<file>").
 """
@@ -35,7 +35,7 @@ KEYS = {
     "run": "run directory (its newest checkpoint), a checkpoint, or, with data=, a Hugging Face directory",
     "budget": "share of the causal pairs that all layers together may attend to, above 0 and below 1, such as 0.25",
     "seq_len": "length of the held-out documents (default: eval.seq_len of the run, else its stage's length)",
-    "documents": "held-out documents at most, half to choose, half to measure (default: eval.documents of the run)",
+    "documents": "held-out documents at most, of which a quarter chooses (default: eval.documents of the run)",
     "data": "held-out documents instead of the run's: embedded, a file, a glob or a directory",
     "id_field": "column of data= that names a document (default: id)",
     "cluster": "regular expression; ids with the same match are one cluster, which stays whole (default: the id)",
