@@ -31,7 +31,7 @@ from conf.schema import (
     SyntheticConfig,
 )
 from conf.words import show
-from moba.kinds import BACKENDS, KINDS, BadOption, Moba, Sliding, stage_kinds
+from moba.kinds import BACKENDS, KINDS, BadOption, Moba, Sliding, all_options, from_entry, stage_kinds
 
 SYNTHETIC_TASKS = ("mqar", "passkey", "multi_key", "multi_query", "straddle", "copy")
 EVAL_SUITES = ("loss", "mini", "swap")
@@ -295,6 +295,9 @@ def _check_attention(
     key: str, attention: AttentionConfig, seq_len: int | None, layers: int, problems: Problems
 ) -> None:
     _one_of(f"{key}.backend", attention.backend, BACKENDS, problems)
+    if attention.plan is not None:
+        _check_attention_plan(key, attention, problems)
+        return
     letters = (attention.pattern or "").upper()
     for kind in KINDS.values():
         used = kind.name == attention.kind or kind.letter in letters
@@ -309,6 +312,23 @@ def _check_attention(
         problems.add(f"{key}.full_last", attention.full_last, f"must lie between 0 and model.num_layers={layers}")
     if attention.pattern is not None:
         _check_attention_pattern(key, attention, attention.pattern, layers, problems)
+
+
+def _check_attention_plan(key: str, attention: AttentionConfig, problems: Problems) -> None:
+    """A plan says all of every layer: nothing else may say it too."""
+    default = AttentionConfig()
+    defaults = {name: getattr(default, name) for name in ("kind", "full_last", "pattern")}
+    given = {name: getattr(attention, name) for name in defaults} | attention.options
+    defaults |= {name: option.default for name, option in all_options().items()}
+    for name, value in given.items():
+        if value != defaults[name]:
+            hint = f"{key}.plan says it of each layer; set {name}={show(defaults[name])}, or leave the plan out"
+            problems.add(f"{key}.{name}", value, hint)
+    specs = [from_entry(entry) for entry in attention.plan]
+    taken = {spec.on(attention.backend).backend for spec in specs}
+    if specs and attention.backend in BACKENDS and attention.backend not in taken:
+        names = sorted({one.name for spec in specs for one in spec.backends})
+        problems.add(f"{key}.backend", attention.backend, f"the layers of {key}.plan take {', '.join(names)} or auto")
 
 
 def _check_attention_pattern(

@@ -204,6 +204,10 @@ class AttentionConfig:
     pattern: str | None = None
     """Instead of full_last: one letter a layer, M (moba; only with kind=moba), F (full) or S (sliding window), repeated
     if shorter than the model. MMMF, SM; and with kind=full SF, its full twin."""
+    plan: Any = None
+    """Instead of all other keys here but backend: what each layer has, as a file of launch/tune_attention.py
+    (moba/kinds/plan_file.py), or its entries themselves, one [kind, block_size, top_k, first_blocks] a layer. Frozen,
+    the entries."""
     backend: str = "auto"
     """Kernels of the layers of this kind: `auto` (the fastest that can), `reference`, `torch`, `flash`, `triton` (MoBA
     alone) or `cudnn` (full attention alone). Other layers take it too where they have it, else `auto`."""

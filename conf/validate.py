@@ -35,6 +35,7 @@ from conf.schema import (
 from conf.trajectory import to_dict, trajectory_diff
 from conf.words import listed, show
 from moba.kinds import KINDS, all_options
+from moba.kinds.plan_file import entries_of, plan_of, read_plan
 
 __all__ = ["ConfigError", "Hardware", "freeze", "from_yaml", "to_dict", "trajectory_diff"]
 
@@ -55,7 +56,7 @@ def freeze(config: DictConfig | Mapping[str, Any], hardware: Hardware | None = N
         run=_fill_run(run_config),
         model=_fill_model(run_config.model),
         data=_fill_documents(data, schedule),
-        schedule=_fill_schedule(schedule, problems),
+        schedule=_fill_schedule(schedule, run_config.model.num_layers, problems),
     )
     run_config = _fill_shares(run_config, problems)
     check(run_config, hardware, problems)
@@ -157,7 +158,7 @@ def _fill_documents(data: DataConfig, schedule: ScheduleConfig) -> DataConfig:
     )
 
 
-def _fill_schedule(schedule: ScheduleConfig, problems: Problems) -> ScheduleConfig:
+def _fill_schedule(schedule: ScheduleConfig, num_layers: int, problems: Problems) -> ScheduleConfig:
     """`schedule` with each stage's length, batch, block size and exact tokens, and the total they make."""
     stages = {}
     for name, stage in schedule.stages.items():
@@ -166,7 +167,9 @@ def _fill_schedule(schedule: ScheduleConfig, problems: Problems) -> ScheduleConf
             stage,
             seq_len=seq_len,
             batch_tokens=stage.batch_tokens if stage.batch_tokens is not None else schedule.batch_tokens,
-            attention=_fill_attention(stage.attention, schedule, seq_len),
+            attention=_fill_attention(stage.attention, schedule, seq_len)
+            if stage.attention.plan is None
+            else _fill_plan(f"schedule.stages.{name}.attention.plan", stage.attention, num_layers, problems),
             long_documents=_fill_long_documents(stage.long_documents, seq_len),
             tokens=_stage_tokens(f"schedule.stages.{name}.tokens", stage.tokens, schedule.tokens, problems),
         )
@@ -201,6 +204,18 @@ def _fill_attention(attention: AttentionConfig, schedule: ScheduleConfig, seq_le
         if kind.is_stage_kind or kind.letter in letters:
             values |= kind.fill_options(values, schedule, seq_len)
     return replace(attention, options=values)
+
+
+def _fill_plan(key: str, attention: AttentionConfig, num_layers: int, problems: Problems) -> AttentionConfig:
+    """`attention` with its plan as entries, those of the file that was named. Options stay open: the plan says them."""
+    values = {name: option.default for name, option in all_options().items()} | attention.options
+    given = attention.plan
+    try:
+        plan = read_plan(given, num_layers) if isinstance(given, str) else plan_of(given, num_layers)
+    except ValueError as error:
+        problems.add(key, given, str(error))
+        return replace(attention, options=values, plan=[])
+    return replace(attention, options=values, plan=entries_of(plan))
 
 
 def _fill_long_documents(long: LongDocumentsConfig | None, seq_len: int | None) -> LongDocumentsConfig | None:

@@ -20,6 +20,7 @@ from conf.validate import from_yaml
 from data.tokenizer import load_tokenizer
 from moba.kinds import AttentionSpec, Full, Moba
 from moba.kinds.moba import MEAN
+from moba.kinds.plan_file import names_a_file, read_plan
 from train.checkpoint.checkpoint_dir import find
 from train.checkpoint.store import CONFIG, load_weights, read
 from train.engine.optim import resolve_precision
@@ -108,12 +109,23 @@ def portable(plan: tuple[AttentionSpec, ...]) -> tuple[AttentionSpec, ...]:
     return tuple(replace(spec, backend="auto") for spec in plan)
 
 
+def attention_label(text: str) -> str:
+    """What `attention_plan` was asked for, as part of a file's name: of a plan file its own name."""
+    return Path(text).stem if names_a_file(text) else text
+
+
 def attention_plan(text: str, trained: TrainedModel) -> tuple[AttentionSpec, ...]:
     """The attention of each layer that `text` names: "stage" (as trained), "moba" (of its stage, or of the last one
     before that had it), "full" in place of MoBA, or "<block size>x<top_k>" for MoBA in the layers that the stage gives
     MoBA (in the full ones, if it gives it to none); "+1" behind it: with the document's first block always seen.
-    Sliding windows, which belong to the model, stay. ValueError for anything else."""
+    Sliding windows, which belong to the model, stay. A file (.yaml, .json) that gives each layer its own
+    (moba/kinds/plan_file.py) is for models without them. ValueError for anything else."""
     own = portable(trained.stage.attention)
+    if names_a_file(text):
+        fixed = [layer for layer, spec in enumerate(own) if not spec.replaces_full and spec != Full()]
+        if fixed:
+            raise ValueError(f"{text}: layer {fixed[0]} has {own[fixed[0]]}, which no plan file can say; use 512x3")
+        return read_plan(text, len(own))
     if text == "stage":
         return own
     if text == SPARSE:
@@ -127,7 +139,8 @@ def attention_plan(text: str, trained: TrainedModel) -> tuple[AttentionSpec, ...
     top_k, plus, first = rest.partition("+")
     if not times or not top_k.isdecimal() or (plus and not first.isdecimal()):
         hint = (
-            "choose stage, moba, full or <block size>x<top_k> such as 512x3, 512x3+1 with the first block always seen"
+            "choose stage, moba, full, <block size>x<top_k> such as 512x3, 512x3+1 with the first block always seen, "
+            "or a plan file (.yaml)"
         )
         raise ValueError(f"attention={text!r}: {hint}")
     return with_moba(own, parse_length(block), int(top_k), first_blocks=int(first or 0))

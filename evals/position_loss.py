@@ -146,7 +146,7 @@ def evaluate(
             table[:, index].index_add_(1, bucket_T, values_3T)
             non_finite += (~good_T).sum()
     table, by_position = (context.reduce(x).cpu().numpy() for x in (table, by_position))
-    names = [(name, _key(batch), batch.tokens.numel()) for name, batch in documents]
+    names = [(name, document_key(batch), batch.tokens.numel()) for name, batch in documents]
     clusters = [context.cluster_of(name) for name, _, _ in names]
     sums_NB, counts_NB = table[0] / FIXED_POINT, table[1]
     is_full_N = np.array([length == seq_len for _, _, length in names])
@@ -186,7 +186,7 @@ def _divide(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
         return sums / counts
 
 
-def _key(batch: Batch) -> str:
+def document_key(batch: Batch) -> str:
     """16 hexadecimal digits that name a document's tokens, the last label included."""
     tokens = torch.cat((batch.tokens, batch.labels[-1:])).numpy()
     return hashlib.sha256(tokens.astype("<i8").tobytes()).hexdigest()[:16]

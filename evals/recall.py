@@ -2,7 +2,8 @@
 
 Scored teacher-forced, in one pass a document: an answer counts if every one of its tokens is the likeliest after the
 right ones before it, which is so exactly if greedy decoding with the same attention would have given it. `far` answers
-are those whose evidence lies `top_k` blocks back or more, where only the gate can reach it; the controls of
+are those whose evidence lies `top_k` blocks back or more and not in a block that is always seen (first_blocks), where
+only the gate can reach it; the controls of
 moba/gates.py say whether it did. A setting tells something about the gate only with many blocks of which few are seen:
 with few, random blocks do just as well.
 
@@ -56,15 +57,20 @@ def recall(
                     sums[:, w, index, : scores_2A.shape[1]] = scores_2A
     correct_WNA, nll_WNA = context.reduce(sums).cpu().numpy()
     distance_NA, blocks_NA = (np.full((count, width), np.nan) for _ in range(2))
+    is_first_NA = np.zeros((count, width), dtype=bool)
     for i, document in enumerate(documents):
         for a, (start, _, needle) in enumerate(document.answers):
             distance_NA[i, a] = start - needle
             # The answer's first token is predicted by the query before it.
-            blocks_NA[i, a] = 0 if routing is None else (start - 1) // routing.block_size - needle // routing.block_size
+            if routing is None:
+                continue
+            block = needle // routing.block_size
+            blocks_NA[i, a] = (start - 1) // routing.block_size - block
+            is_first_NA[i, a] = block < routing.first_blocks
     missing_NA = ~np.isfinite(distance_NA)
     correct_WNA[:, missing_NA] = nll_WNA[:, missing_NA] = np.nan
     blocks_NA = None if routing is None else blocks_NA
-    return RecallReport(source, variants, correct_WNA, nll_WNA, distance_NA, blocks_NA, routing)
+    return RecallReport(source, variants, correct_WNA, nll_WNA, distance_NA, blocks_NA, routing, is_first_NA)
 
 
 def score(model: Decoder, sample: Sample, device: torch.device | str) -> Tensor:

@@ -41,6 +41,8 @@ class RecallReport:
     """[N, A] blocks between them; None if no layer is MoBA."""
     routing: Routing | None
     """The first MoBA layer's."""
+    is_first_NA: np.ndarray | None = None
+    """bool [N, A] evidence in the document's first_blocks, which every query sees; None: nowhere."""
 
     @property
     def gate_matters(self) -> bool | None:
@@ -57,7 +59,15 @@ class RecallReport:
         known = np.isfinite(self.distance_NA)
         if self.blocks_back_NA is None or self.routing is None:
             return known
-        return known & (self.blocks_back_NA >= self.routing.top_k)
+        far_NA = known & (self.blocks_back_NA >= self.routing.top_k)
+        return far_NA if self.is_first_NA is None else far_NA & ~self.is_first_NA
+
+    @property
+    def _far(self) -> str:
+        assert self.routing is not None
+        first = self.routing.first_blocks
+        behind = f", behind the first {first}" if first else ""
+        return f"evidence at least {self.routing.top_k} blocks back{behind}"
 
     def accuracy(self, name: str, chosen_NA: np.ndarray | None = None) -> Estimate:
         """Share of right answers of a variant, documents as clusters; of the `chosen` ones."""
@@ -100,7 +110,7 @@ class RecallReport:
         return {
             "task": asdict(self.source.config),
             "num_documents": len(self.distance_NA),
-            "far": None if self.routing is None else f"evidence at least {self.routing.top_k} blocks back",
+            "far": None if self.routing is None else self._far,
             "gate_matters": self.gate_matters,
             "variants": self.rows(),
         }

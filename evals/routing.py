@@ -62,8 +62,10 @@ def diagnose(context: Context, documents: Sequence[tuple[str, Batch]], *, querie
     routings = [spec.routing for spec in specs if spec.routing is not None]
     if not specs:
         raise ValueError("no layer of the model is MoBA here; choose an attention such as attention=512x3")
-    if any(routing.top_k == 1 for routing in routings):
-        raise ValueError("top_k=1 routes nothing: each query attends to its own block alone")
+    for routing in routings:
+        if routing.top_k - routing.first_blocks == 1:
+            beside = f" and the first {routing.first_blocks}" if routing.first_blocks else " alone"
+            raise ValueError(f"top_k={routing.top_k} routes nothing: each query attends to its own block{beside}")
     if any(spec.is_dense_at(seq_len) for spec in specs):
         reach = max(routing.block_size * routing.top_k for routing in routings)
         raise ValueError(
@@ -125,23 +127,24 @@ class _Sums:
         self, document: int, place: int, spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, documents: Documents
     ) -> None:
         assert spec.routing is not None
-        layout, top_k = documents.layout(spec.routing.block_size), spec.routing.top_k
+        layout = documents.layout(spec.routing.block_size)
         selection = select(spec.routing, q, k, documents=documents)
         found = whole_document(q, k, v, spec, selection, documents)
-        rows = routed_queries(layout, top_k, self.queries)
+        rows = routed_queries(layout, spec.routing.top_k, self.queries)
         parts = []
         for part in rows.split(max(1, MASS_ELEMENTS // (q.shape[1] * k.shape[0]))):
             mass = block_mass(q, k, layout, part)
-            parts.append(sampled_queries(q, k, mass, selection[:, part], layout, part, top_k))
-            self._place(document, place, mass, selection[:, part], layout, part, parts[-1])
+            parts.append(sampled_queries(q, k, mass, selection[:, part], layout, part, spec.routing))
+            first = spec.routing.first_blocks
+            self._place(document, place, mass, selection[:, part], layout, part, parts[-1], first)
         for name in parts[0]:
             found[name] = torch.cat([values[name] for values in parts], dim=1).nanmean(dim=1)
         found["regret"] = found["oracle"] - found["captured"]
         self.heads[:, document, place] = torch.stack([found[name].double() for name in HEAD])
         self._map_picks(place, selection, layout)
 
-    def _place(self, document, place, mass: BlockMass, selection_HCK, layout, rows, shares) -> None:
-        """Where in the document: shares by bucket, distances, the map of probability."""
+    def _place(self, document, place, mass: BlockMass, selection_HCK, layout, rows, shares, first: int) -> None:
+        """Where in the document: shares by bucket, distances (of all but the first blocks), the map of probability."""
         bucket_C = rows * NUM_BUCKETS // self.seq_len
         means_CS = torch.stack([shares[name] for name in SHARES], -1).mean(0).double()
         self.shares[document, place].index_add_(0, bucket_C, means_CS)
@@ -149,8 +152,8 @@ class _Sums:
         own_C1 = layout.query_block_T[rows, None]
         back_CM = (own_C1 - torch.arange(layout.num_blocks, device=rows.device)).clamp(min=1)
         octave_CM = back_CM.double().log2().floor().long().clamp(max=NUM_OCTAVES - 1)
-        picked_HCM = picked_blocks(selection_HCK, layout.num_blocks)
-        for kind, weight_HCM in enumerate((picked_HCM, mass.history_HCM)):
+        picked_HCM, free_CM = picked_blocks(selection_HCK, layout.num_blocks, first), mass.free(first)
+        for kind, weight_HCM in enumerate((picked_HCM, mass.history_HCM * free_CM)):
             self.distance[document, place, kind].index_add_(
                 0, octave_CM.flatten(), weight_HCM.sum(0).flatten().double()
             )
@@ -165,7 +168,7 @@ class _Sums:
         self.maps[place, :, 1].index_add_(1, cell_C, by_cell_HCY)
         self.rows[place, 1].index_add_(0, cell_C, torch.ones_like(cell_C, dtype=torch.float64))
         self.candidates += torch.stack(
-            [mass.candidates_CM.sum().double(), torch.tensor(float(len(rows)), dtype=torch.float64, device=rows.device)]
+            [free_CM.sum().double(), torch.tensor(float(len(rows)), dtype=torch.float64, device=rows.device)]
         )
 
     def _map_picks(self, place: int, selection_HTK: Tensor, layout: BlockLayout) -> None:

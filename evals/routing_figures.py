@@ -115,7 +115,8 @@ def _hits(report: RoutingReport, axes) -> None:
         axes.scatter(snr_LH[i], hit_LH[i], s=14, label=f"layer {layer}" if len(report.layers) <= 8 else None)
     low, high = min(0.0, float(np.nanmin(snr_LH))), max(3.0, float(np.nanmax(snr_LH)))
     grid = np.linspace(low, high, 100)
-    for picks in sorted({spec.routing.top_k - 1 for spec in report.specs if spec.routing is not None}):
+    routings = [spec.routing for spec in report.specs if spec.routing is not None]
+    for picks in sorted({routing.top_k - 1 - routing.first_blocks for routing in routings}):
         label = f"model: {picks} of {report.candidates:.0f} blocks"
         axes.plot(grid, model_hit_rate(grid, report.candidates, picks), color="black", linewidth=1.2, label=label)
     axes.set_ylim(0, 1.02)

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from moba.attention import attend
 from moba.documents import Documents
-from moba.kinds import AttentionSpec
+from moba.kinds import AttentionSpec, Routing
 from moba.routing import BlockLayout, gate_scores, layout_means
-from moba.stats import BlockMass, block_load, captured_share, oracle_share, random_share
+from moba.stats import BlockMass, block_load, captured_share, forced_share, oracle_share, random_share
 
 
 def whole_document(q, k, v, spec: AttentionSpec, selection, documents: Documents) -> dict[str, Tensor]:
@@ -27,7 +27,7 @@ def whole_document(q, k, v, spec: AttentionSpec, selection, documents: Documents
     assert sparse_lse_HT is not None and full_lse_HT is not None
     routed_T = layout.query_block_T >= spec.routing.top_k
     error_THD, full_THD = (sparse_THD.double() - full_THD.double())[routed_T], full_THD.double()[routed_T]
-    load = block_load(selection, layout)
+    load = block_load(selection, layout, spec.routing.first_blocks)
     open_M = load.expected_M > 0
     load_HM = load.picks_HM[:, open_M] / load.expected_M[open_M]
     share_HM = load_HM / load_HM.sum(1, keepdim=True)
@@ -40,15 +40,20 @@ def whole_document(q, k, v, spec: AttentionSpec, selection, documents: Documents
     }
 
 
-def sampled_queries(q, k, mass: BlockMass, selection_HCK, layout: BlockLayout, rows, top_k: int) -> dict[str, Tensor]:
-    """[H, C] values that rest on the sampled queries' masses and scores (of one document, whose queries all route)."""
-    history_HCM, candidates_CM = mass.history_HCM, mass.candidates_CM
+def sampled_queries(
+    q, k, mass: BlockMass, selection_HCK, layout: BlockLayout, rows, routing: Routing
+) -> dict[str, Tensor]:
+    """[H, C] values that rest on the sampled queries' masses and scores (of one document, whose queries all route). The
+    first blocks, which nobody picks, neither compete nor count as hits."""
+    top_k, first = routing.top_k, routing.first_blocks
+    candidates_CM = mass.free(first)
+    history_HCM = mass.history_HCM * candidates_CM
     blocks_M = torch.arange(layout.num_blocks, device=q.device)
-    own_C1, routed = layout.query_block_T[rows, None], top_k - 1
+    own_C1, routed = layout.query_block_T[rows, None], top_k - 1 - first
     best_HC1 = history_HCM.argmax(-1, keepdim=True)
     wanted_HCM = torch.zeros_like(history_HCM, dtype=torch.bool)
     wanted_HCM.scatter_(2, history_HCM.topk(routed, dim=-1).indices, True)
-    picked_HCM = picked_blocks(selection_HCK, layout.num_blocks)
+    picked_HCM = picked_blocks(selection_HCK, layout.num_blocks, first)
     latest_CM = candidates_CM & (blocks_M >= own_C1 - routed)
 
     scores_HCM = gate_scores(q[rows], layout_means(k, layout)).double()
@@ -58,9 +63,9 @@ def sampled_queries(q, k, mass: BlockMass, selection_HCK, layout: BlockLayout, r
     mean_HC, noise_HC = _moments(scores_HCM, others_HCM)
     return {
         "captured": captured_share(mass, selection_HCK, layout, rows),
-        "oracle": oracle_share(mass, top_k),
-        "local": mass.own_HC + (history_HCM * latest_CM).sum(-1),
-        "random": random_share(mass, top_k),
+        "oracle": oracle_share(mass, top_k, first),
+        "local": forced_share(mass, first) + (history_HCM * latest_CM).sum(-1),
+        "random": random_share(mass, top_k, first),
         "own": mass.own_HC,
         "recall": (wanted_HCM & (picked_HCM > 0)).sum(-1) / max(1, routed),
         "hit": picked_HCM.gather(2, best_HC1)[..., 0],
@@ -69,11 +74,12 @@ def sampled_queries(q, k, mass: BlockMass, selection_HCK, layout: BlockLayout, r
     }
 
 
-def picked_blocks(selection_HCK: Tensor, num_blocks: int) -> Tensor:
-    """float64 [H, C, M]: 1 where a history block was picked (of one document, so that blocks are the pack's)."""
+def picked_blocks(selection_HCK: Tensor, num_blocks: int, first_blocks: int = 0) -> Tensor:
+    """float64 [H, C, M]: 1 where a history block behind the first ones was picked (of one document, so that blocks are
+    the pack's)."""
     history = selection_HCK[:, :, :-1].long()
     picked = torch.zeros(*history.shape[:2], num_blocks, dtype=torch.float64, device=history.device)
-    return picked.scatter_add_(2, history.clamp(min=0), (history >= 0).double())
+    return picked.scatter_add_(2, history.clamp(min=0), (history >= first_blocks).double())
 
 
 def _moments(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

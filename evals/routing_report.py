@@ -20,13 +20,13 @@ SHARES = ("captured", "oracle", "local", "random", "own")
 HEAD = {
     "captured_all": "captured share, every routed query, from two log-sum-exps",
     "captured": "captured share, sampled queries (so are the rest of the shares)",
-    "oracle": "share in the own block and the best top_k - 1",
-    "local": "share in the own block and the latest top_k - 1",
-    "random": "share in the own block and top_k - 1 at random, on average",
+    "oracle": "share in the own block, the first ones and the best others within top_k",
+    "local": "share in the own block, the first ones and the latest others within top_k",
+    "random": "share in the own block, the first ones and others at random within top_k, on average",
     "own": "share in the own block",
     "regret": "oracle - captured: what the router loses; sparsity loses 1 - oracle",
-    "recall": "share of the oracle's history blocks that were picked",
-    "hit": "share of queries whose best history block was picked",
+    "recall": "share of the oracle's history blocks behind the first that were picked",
+    "hit": "share of queries whose best history block behind the first was picked",
     "margin": "gap between the last picked and the first dropped score, in standard deviations of the scores",
     "snr": "score of the best block over the mean of the others, in sqrt(2) standard deviations of theirs",
     "output_error": "norm of (sparse - full output) over the norm of the full output",
@@ -52,9 +52,9 @@ class RoutingReport:
     """[P + 1] bucket edges, in tokens."""
     distance_NL2E: np.ndarray
     """[N, L, (picks, mass), E] share of the picks, and of the history's probability, at 2^e to 2^(e + 1) - 1 blocks
-    back."""
+    back; without the first blocks, which nobody picks."""
     maps_LH2YY: np.ndarray
-    """[L, H, (picks, mass), query cell, key cell]: share of queries that picked a block of the cell, and mean
+    """[L, H, (picks, mass), query cell, key cell]: share of queries that attend to a block of the cell, and mean
     probability in the cell; cells are equal parts of the document."""
     candidates: float
     """Mean number of blocks that a sampled query could pick from."""

@@ -27,7 +27,7 @@ from conf.files import user_path  # noqa: E402
 from conf.numbers import format_length  # noqa: E402
 from data.errors import DataError  # noqa: E402
 from evals.context import Context, clusters_by  # noqa: E402
-from evals.loading import TrainedModel, attention_plan, load_trained  # noqa: E402
+from evals.loading import TrainedModel, attention_label, attention_plan, load_trained  # noqa: E402
 from evals.protocol import Eval, Job, names  # noqa: E402
 from evals.results import Stopwatch, provenance  # noqa: E402
 from evals.table import EVALS  # noqa: E402
@@ -40,8 +40,8 @@ from train.record.tracking import Tracker  # noqa: E402
 MODEL_AND_DOCUMENTS = {
     "run": "run directory (its newest checkpoint), a checkpoint, or, with data=, a Hugging Face directory",
     "evals": "which, such as [position_loss,routing] (default: position_loss)",
-    "attention": "stage (as trained, default), moba (the last trained with), full, <block size>x<top_k> (512x3), or "
-    "512x3+1 with the first block always seen",
+    "attention": "stage (as trained, default), moba (the last trained with), full, <block size>x<top_k> (512x3), "
+    "512x3+1 with the first block always seen, or a file of launch/tune_attention.py",
     "seq_len": "length of the held-out documents (default: eval.seq_len of the run, else its stage's length)",
     "documents": "held-out documents at most (default: eval.documents of the run)",
     "data": "held-out documents instead of the run's: embedded, a file, a glob or a directory",
@@ -125,7 +125,7 @@ def measure(one: Eval, job: Job, tracker: Tracker | None) -> None:
     if job.context.rank:
         return
     info |= {"seed": result.seed, "seconds": watch.seconds}
-    attention = job.values.get("attention", "stage") + (f"_{result.suffix}" if result.suffix else "")
+    attention = attention_label(job.values.get("attention", "stage")) + (f"_{result.suffix}" if result.suffix else "")
     stem = f"{one.name}_{tokens:015d}_{format_length(result.length)}_{attention}"
     path = result.write(job.folder, stem, **info)
     if tracker is not None:

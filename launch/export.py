@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,6 +29,8 @@ from data.errors import DataError  # noqa: E402
 from data.sft import ChatEncoder, ChatTemplate, load_template  # noqa: E402
 from data.tokenizer import EMBEDDED, SHIPPED, Tokenizer, load_tokenizer  # noqa: E402
 from launch.cli import UsageError, exits_on, key_values  # noqa: E402
+from moba.kinds import AttentionSpec  # noqa: E402
+from moba.kinds.plan_file import read_plan  # noqa: E402
 from train.checkpoint import checkpoint_dir  # noqa: E402
 from train.checkpoint.store import CONFIG, CheckpointError, Saved, find, read, verify  # noqa: E402
 from train.hf import hf_export, hf_metadata, source_files  # noqa: E402
@@ -39,6 +42,8 @@ KEYS = {
     "to": "directory to write; must not exist, or be empty",
     "eos": "token that ends a text in other software (default: after training on conversations the end of an "
     "assistant's turn, else the tokenizer's)",
+    "attention": "file of launch/tune_attention.py: what each layer has under attn_implementation=moba (default: as "
+    "trained)",
     "dtype": "bf16 or fp32 (default: the precision the run computed in). Checkpoints hold fp32",
 }
 
@@ -57,7 +62,8 @@ def main(argv: list[str] | None = None) -> None:
     saved = read(checkpoint)
     dtype = values["dtype"] if "dtype" in values else saved.meta["precision"]
     config = from_yaml(saved.config_yaml, checkpoint / CONFIG)
-    tokenizer, description = describe(saved, config, dtype)
+    plan = read_plan(values["attention"], config.model.num_layers) if "attention" in values else None
+    tokenizer, description = describe(saved, config, dtype, plan)
     template = chat_template(config, tokenizer)
     eos = ends_of_text(config, tokenizer, template, values.get("eos"))
     own_end = None if eos == [tokenizer.eos_id] else eos  # None: as the tokenizer, or the original, says
@@ -116,8 +122,11 @@ def ends_of_text(
     return list(dict.fromkeys([ChatEncoder(tokenizer, template).end_of_turn(), tokenizer.eos_id]))
 
 
-def describe(saved: Saved, config: RunConfig, dtype: str) -> tuple[Tokenizer, dict]:
-    """`(tokenizer, content of config.json)` of a checkpoint of ours, whose run had this configuration."""
+def describe(
+    saved: Saved, config: RunConfig, dtype: str, plan: Sequence[AttentionSpec] | None = None
+) -> tuple[Tokenizer, dict]:
+    """`(tokenizer, content of config.json)` of a checkpoint of ours, whose run had this configuration. `plan` is what
+    attn_implementation="moba" is to do, None: as trained."""
     tokenizer = load_tokenizer(source_files.tokenizer_name(config, saved.path))
     # A checkpoint at a stage's end belongs to that stage, though the next step would be of the next one.
     schedule = build_schedule(config)
@@ -127,7 +136,7 @@ def describe(saved: Saved, config: RunConfig, dtype: str) -> tuple[Tokenizer, di
         num_embeddings=saved.meta["parameters"]["model.embed_tokens.weight"][0],
         rope=stage.rope,
         attention=stage.attention,
-        plan=last_sparse(schedule.stages[: stage.index + 1]) or stage.attention,
+        plan=plan or last_sparse(schedule.stages[: stage.index + 1]) or stage.attention,
         max_length=max(past.seq_len for past in schedule.stages[: stage.index + 1]),
         dtype=dtype,
         bos_id=tokenizer.bos_id,

@@ -42,8 +42,8 @@ KEYS = {
     "top_k": "draw from this many of the likeliest tokens (default 0: all)",
     "top_p": "draw from the likeliest tokens that hold this probability together (default 0.95)",
     "seed": "of the random numbers (default 0); every prompt starts anew from it",
-    "attn": "stage (as trained), moba (the last trained with), full, <block size>x<top_k> (512x3) or 512x3+1 "
-    "with the first block always seen",
+    "attn": "stage (as trained), moba (the last trained with), full, <block size>x<top_k> (512x3), 512x3+1 with the "
+    "first block always seen, or a file of launch/tune_attention.py",
     "attn_prefill": "the same for reading the prompt alone (default: attn, else stage)",
     "attn_decode": "the same for writing alone (default: attn, else full)",
     "device": "auto (default), cpu or cuda",

@@ -32,6 +32,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from os import PathLike
 
 import torch
 import torch.nn.functional as F
@@ -50,6 +51,7 @@ from moba.hf_refusals import (
     watch_what_is_made,
 )
 from moba.kinds import AttentionSpec, Full, Moba, from_entry
+from moba.kinds.plan_file import read_plan
 from moba.kv_cache import DECODE_DENSE, DECODE_MODES
 
 NAME = Moba.name
@@ -72,16 +74,16 @@ def configure(
     top_k: int | None = None,
     first_blocks: int = 0,
     full_last: int = 0,
-    plan: Sequence[AttentionSpec | Sequence] | None = None,
+    plan: Sequence[AttentionSpec | Sequence] | str | PathLike | None = None,
     decode: str = DECODE_DENSE,
 ) -> None:
     """Switches a loaded transformers model to MoBA; no weight is touched, and `save_pretrained` writes it down.
 
     Either `block_size` and `top_k` (which counts the query's own block) for all layers but the last `full_last`, which
     keep full attention, or `plan`: one AttentionSpec or (kind, block_size, top_k) a layer, MoBA's also with
-    first_blocks behind. `first_blocks` of the top_k are always the first of the text: 0 as in the paper; 1 keeps the
-    attention sink of a model that was not trained with MoBA. `decode`: "full" or "moba". May be called again. Raises
-    ValueError for anything that does not fit.
+    first_blocks behind, or the path of a file that says so (moba/kinds/plan_file.py). `first_blocks` of the top_k are
+    always the first of the text: 0 as in the paper; 1 keeps the attention sink of a model that was not trained with
+    MoBA. `decode`: "full" or "moba". May be called again. Raises ValueError for anything that does not fit.
     """
     config = model.config.get_text_config()
     num_layers = getattr(config, "decoder_layers", None) or config.num_hidden_layers
@@ -96,6 +98,8 @@ def configure(
         name, value = ("full_last", full_last) if full_last else ("first_blocks", first_blocks)
         raise ValueError(f"{name}={value} with plan: the plan says it of each layer")
     assert plan is not None
+    if isinstance(plan, str | PathLike):
+        plan = read_plan(plan, num_layers)
     entries = [e.entry() if isinstance(e, AttentionSpec) else list(e) for e in plan]
     settings = {"plan": entries, "decode": decode}
     if len(entries) != num_layers:

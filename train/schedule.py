@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from conf.rates import RATES
 from conf.schema import AttentionConfig, LongDocumentsConfig, LRConfig, RopeConfig, RunConfig
-from moba.kinds import KINDS, AttentionSpec, Full
+from moba.kinds import KINDS, AttentionSpec, Full, from_entry
 from train.model.sizes import layer_letters
 
 
@@ -100,7 +100,9 @@ def lr_at(lr: LRConfig, tokens: float, span: int) -> float:
 
 
 def layer_plan(attention: AttentionConfig, num_layers: int) -> tuple[AttentionSpec, ...]:
-    """The spec of each layer. `attention` is frozen: its options are filled."""
+    """The spec of each layer. `attention` is frozen: its options are filled, or its plan says all."""
+    if attention.plan is not None:
+        return tuple(from_entry(entry).on(attention.backend) for entry in attention.plan)
 
     def spec(kind: type[AttentionSpec]) -> AttentionSpec:
         return kind.from_options(attention.options, attention.backend)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 if TYPE_CHECKING:
@@ -201,8 +201,11 @@ class AttentionSpec(ABC):
     def from_options(cls, values: Mapping[str, Any], backend: str) -> AttentionSpec:
         """The kind of frozen options; another backend than its own becomes "auto"."""
         names = [f.name for f in fields(cls) if f.name in cls.options]
-        sizes = {name: values[name] for name in names if values.get(name) is not None}
-        return cls(**sizes, backend=backend if backend in [one.name for one in cls.backends] else AUTO)
+        return cls(**{name: values[name] for name in names if values.get(name) is not None}).on(backend)
+
+    def on(self, backend: str) -> AttentionSpec:
+        """The same on this backend where it is one of the kind's, else on "auto"."""
+        return replace(self, backend=backend if backend in [one.name for one in self.backends] else AUTO)
 
     @property
     def export_problem(self) -> str | None:

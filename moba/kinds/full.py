@@ -62,6 +62,6 @@ class Full(AttentionSpec):
 
     @classmethod
     def from_entry(cls, sizes: Sequence[Any]) -> Full:
-        if len(sizes) != 2:
+        if list(sizes) != [None, None]:
             raise ValueError("needs [full, null, null]")
         return cls()

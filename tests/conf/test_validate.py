@@ -13,6 +13,8 @@ from conf import checks
 from conf.hardware import Hardware
 from conf.schema import RunConfig
 from conf.validate import ConfigError, freeze, to_dict, trajectory_diff
+from moba.kinds import Full
+from train.schedule import build_schedule
 
 STAGES = "schedule.stages"
 CPU = Hardware(num_gpus=0)
@@ -444,3 +446,51 @@ def test_defaults_are_a_valid_type():
     problems = Problems()
     assert build(RunConfig, to_dict(RunConfig()), problems) == RunConfig()
     assert problems.lines == []
+
+
+PLAN = f"{STAGES}.sparse.attention.plan"
+ENTRIES = [["moba", 64, 4, 1], ["full", None, None], ["moba", 128, 3], ["moba", 64, 4]]
+
+
+def planned(plan: object, *more: tuple[str, object]) -> dict:
+    """`valid` with a plan instead of the sparse stage's block size."""
+    return changed((f"{STAGES}.sparse.attention", {"plan": plan}), *more)
+
+
+def test_a_plan_file_says_all_of_every_layer(tmp_path):
+    """Catches a plan that is read again on resume, where the file may be another one by then, sizes of the schedule in
+    its place, a change of it that a resumed run does not notice, and a backend that is lost."""
+    path = tmp_path / "plan.yaml"
+    path.write_text(yaml.safe_dump({"plan": ENTRIES}))
+    config = freeze(planned(str(path), (f"{STAGES}.sparse.attention.backend", "torch"), ("schedule.block_size", "256")))
+    assert config.schedule.stages["sparse"].attention.plan == ENTRIES
+    plan = build_schedule(config).stages[0].attention
+    assert [spec.entry() for spec in plan] == ENTRIES and {spec.backend for spec in plan} == {"torch"}
+    path.unlink()
+    assert freeze(to_dict(config)) == config
+    other = freeze(planned([*ENTRIES[:3], ["full", None, None]], ("schedule.block_size", "256")))
+    assert [line.partition(":")[0] for line in trajectory_diff(config, other)] == [PLAN]
+    assert (
+        build_schedule(freeze(planned(ENTRIES, (f"{STAGES}.sparse.attention.backend", "triton"))))
+        .stages[0]
+        .attention[1]
+        == Full()
+    )
+
+
+def test_mistakes_in_a_plan(tmp_path):
+    """Catches a key beside a plan that is silently ignored, and a plan of another model."""
+    path = tmp_path / "plan.yaml"
+    path.write_text(yaml.safe_dump({"plan": ENTRIES[:3]}))
+    (line,) = problems_of(planned(str(path)))
+    assert line == f"{PLAN}={path}: {path}: plan has 3 entries for a model of 4 layers"
+    (line,) = problems_of(planned([*ENTRIES[:3], ["moba", 8, 1, 1]]))
+    assert line.startswith(f"{PLAN}=[") and "plan[3]=['moba', 8, 1, 1]: first_blocks=1" in line
+    (line,) = problems_of(planned("nowhere.yaml"))
+    assert line.startswith(f"{PLAN}=nowhere.yaml: nowhere.yaml: No such file")
+    beside = {"kind": "full", "full_last": 1, "pattern": "M", "block_size": 64, "top_k": 3, "first_blocks": 1}
+    found = problems_of(planned(ENTRIES, *((f"{STAGES}.sparse.attention.{k}", v) for k, v in beside.items())))
+    for key, value in beside.items():
+        assert any(f"attention.{key}={value}: {PLAN} says it of each layer; set {key}=" in line for line in found), key
+    (line,) = problems_of(planned(ENTRIES[:1] * 4, (f"{STAGES}.sparse.attention.backend", "cudnn")))
+    assert "backend=cudnn" in line and "take flash, reference, torch, triton or auto" in line

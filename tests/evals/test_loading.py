@@ -153,6 +153,24 @@ def test_attention_by_name(run_dir):
             attention_plan(text, sparse)
 
 
+def test_attention_from_a_file(run_dir, tmp_path, capsys):
+    """Catches a plan file that reaches only some of the layers, or names its results by its path."""
+    path = tmp_path / "tuned.yaml"
+    path.write_text("plan: [[full, null, null], [moba, 16, 3, 1]]")
+    trained = load_trained(run_dir)
+    assert attention_plan(str(path), trained) == (FULL, Moba(16, 3, first_blocks=1))
+    slide = replace(trained, stage=replace(trained.stage, attention=(Sliding(8), FULL)))
+    with pytest.raises(ValueError, match="layer 0 has sliding 8, which no plan file"):
+        attention_plan(str(path), slide)
+    main([f"run={run_dir}", f"attention={path}", "device=cpu", f"to={tmp_path}"])
+    record = json.loads((tmp_path / "position_loss_000000000003072_128_tuned.json").read_text())
+    assert record["attention"] == "full (layer 0), moba 16x3 (first 1) (layer 1)"
+    path.write_text("plan: [[full, null, null]]")
+    with pytest.raises(SystemExit):
+        main([f"run={run_dir}", f"attention={path}"])
+    assert f"{path}: plan has 1 entries for a model of 2 layers" in capsys.readouterr().err
+
+
 def test_evaluate_writes_what_the_model_scores(run_dir, capsys):
     """Catches a command that measures other weights, documents, lengths or attention than it says."""
     main([f"run={run_dir}", "evals=[position_loss]", "device=cpu", "attention=16x2"])

@@ -87,6 +87,20 @@ def test_report_counts_answers_by_distance_and_variant(model):
         assert 0 < len(far_right) < len(right) < 72
 
 
+def test_evidence_in_the_first_blocks_is_not_far(model):
+    """Catches answers credited to the gate though their evidence is always seen, or near ones that are taken out."""
+    source = make_source("mqar", 1, pairs=3, min_pairs=1, repeats=2)
+    with under(model, [Moba(8, 3, first_blocks=1)] * 2):
+        report = recall(Context(model, "cpu"), source, samples=12)
+    seen = 0
+    for i in range(12):
+        for a, (start, _, needle) in enumerate(source.sample(i).answers):
+            back, is_first = (start - 1) // 8 - needle // 8, needle < 8
+            assert report.far_NA[i, a] == (back >= 3 and not is_first)
+            seen += back >= 3 and is_first
+    assert seen and report.far_NA.any() and "behind the first 1" in report.summary()["far"]
+
+
 def test_local_blocks_cannot_reach_far_evidence():
     """Catches a distance in blocks that is off by one: under `local` no far answer depends on its evidence, so
     exchanging the value moves no score; under `oracle` with all blocks in reach it does."""

@@ -14,6 +14,7 @@ from evals.context import Context
 from evals.routing import diagnose
 from evals.routing_numbers import model_hit_rate
 from evals.routing_report import HEAD
+from evals.swap import under
 from moba.documents import Documents
 from moba.gates import select
 from moba.kinds import Full, Moba, Routing
@@ -50,7 +51,7 @@ def make_documents(count):
     return documents
 
 
-def expected(model, batch):
+def expected(model, batch, first=0):
     """The HEAD values of the MoBA layer for one document, [H] each, from dense attention and loops over queries."""
     seen = []
     module = model.model.layers[1].self_attn
@@ -59,7 +60,7 @@ def expected(model, batch):
         model.logits(batch.tokens, batch.positions, batch.documents)
     module.observer = None
     ((q, k, v),) = seen
-    selection = select(Routing(SIZE, TOP_K, "mean"), q, k, documents=batch.documents)
+    selection = select(Routing(SIZE, TOP_K, "mean", first), q, k, documents=batch.documents)
     values = {name: [] for name in HEAD}
     for h in range(HEADS):
         kh, vh, rows, errors, norms, picks = k[:, h // 2], v[:, h // 2], {name: [] for name in HEAD}, 0, 0, np.zeros(12)
@@ -67,56 +68,65 @@ def expected(model, batch):
         for t in range(LENGTH):
             own = t // SIZE
             chosen = [b for b in selection[h, t, :-1].tolist() if b >= 0]
-            np.add.at(picks, chosen, 1)
+            free = [b for b in chosen if b >= first]
+            np.add.at(picks, free, 1)
             if own < TOP_K:
                 continue
             p = torch.softmax(kh[: t + 1] @ q[t, h] * 8**-0.5, 0)
             mass = [p[b * SIZE : (b + 1) * SIZE].sum().item() for b in range(own + 1)]
-            best = sorted(range(own), key=lambda b: -mass[b])[: TOP_K - 1]
-            scores = (means[:own] @ q[t, h]).numpy()
+            ranked, room = sorted(range(first, own), key=lambda b: -mass[b]), TOP_K - 1 - first
+            best, always = ranked[:room], mass[own] + sum(mass[:first])
+            scores = (means[first:own] @ q[t, h]).numpy()
             keys = [s for s in range(t + 1) if s // SIZE in [*chosen, own]]
             sparse = torch.softmax(kh[keys] @ q[t, h] * 8**-0.5, 0) @ vh[keys]
             full = p @ vh[: t + 1]
             errors, norms = errors + ((sparse - full) ** 2).sum().item(), norms + (full**2).sum().item()
-            captured, oracle = mass[own] + sum(mass[b] for b in chosen), mass[own] + sum(mass[b] for b in best)
-            others = np.delete(scores, best[0])
+            captured, oracle = mass[own] + sum(mass[b] for b in chosen), always + sum(mass[b] for b in best)
+            others = np.delete(scores, ranked[0] - first)
             ordered = np.sort(scores)[::-1]
             found = {
                 "captured_all": captured,
                 "captured": captured,
                 "oracle": oracle,
-                "local": mass[own] + sum(mass[own - TOP_K + 1 : own]),
-                "random": mass[own] + (1 - mass[own]) * (TOP_K - 1) / own,
+                "local": always + sum(mass[own - room : own]),
+                "random": always + (1 - always) * room / (own - first),
                 "own": mass[own],
                 "regret": oracle - captured,
-                "recall": len(set(best) & set(chosen)) / (TOP_K - 1),
-                "hit": float(best[0] in chosen),
-                "margin": (ordered[TOP_K - 2] - ordered[TOP_K - 1]) / scores.std(ddof=1),
-                "snr": (scores[best[0]] - others.mean()) / (2**0.5 * others.std(ddof=1)),
+                "recall": len(set(best) & set(free)) / room,
+                "hit": float(ranked[0] in free),
+                "margin": (ordered[room - 1] - ordered[room]) / scores.std(ddof=1),
+                "snr": (scores[ranked[0] - first] - others.mean()) / (2**0.5 * others.std(ddof=1))
+                if len(others) > 1
+                else np.nan,
             }
             for name, value in found.items():
                 rows[name].append(value)
         even = np.array(
-            [sum(min(1, (TOP_K - 1) / (t // SIZE)) for t in range(LENGTH) if t // SIZE > b) for b in range(12)]
+            [
+                sum(min(1, (TOP_K - 1 - first) / (t // SIZE - first)) for t in range(LENGTH) if t // SIZE > b)
+                for b in range(first, 11)
+            ]
         )
-        load = picks[:11] / even[:11]
+        load = picks[first:11] / even
         share = load / load.sum()
         rows["output_error"] = [(errors / norms) ** 0.5]
-        rows["load_entropy"] = [-(share[share > 0] * np.log(share[share > 0])).sum() / np.log(11)]
+        rows["load_entropy"] = [-(share[share > 0] * np.log(share[share > 0])).sum() / np.log(11 - first)]
         rows["max_load"], rows["dead_share"] = [load.max()], [(load == 0).mean()]
         for name in HEAD:
-            values[name].append(np.mean(rows[name]))
+            values[name].append(np.nanmean(rows[name]))
     return {name: np.array(value) for name, value in values.items()}
 
 
-def test_every_number_of_every_head_equals_the_dense_computation(model):
-    """Catches masses of another head, queries that drop nothing among the means, and each formula. All routed queries
-    are sampled, so that the sampled means are exact too."""
+@pytest.mark.parametrize("first", [0, 1])
+def test_every_number_of_every_head_equals_the_dense_computation(model, first):
+    """Catches masses of another head, queries that drop nothing among the means, each formula, and first blocks that
+    count as picked, or as wanted. All routed queries are sampled, so that the sampled means are exact too."""
     documents = make_documents(2)
-    report = diagnose(Context(model, "cpu"), documents, queries=LENGTH)
+    with under(model, [Full(), Moba(SIZE, TOP_K, first_blocks=first)]):
+        report = diagnose(Context(model, "cpu"), documents, queries=LENGTH)
     assert report.layers == [1]
     for i, (_, batch) in enumerate(documents):
-        for name, value in expected(model, batch).items():
+        for name, value in expected(model, batch, first).items():
             np.testing.assert_allclose(report.heads_NLH[name][i, 0], value, rtol=1e-6, atol=1e-12, err_msg=name)
     assert (report.heads_NLH["regret"] > 1e-3).any() and report.heads_NLH["captured"].max() < 0.99
     picks, mass = report.maps_LH2YY[0, :, 0], report.maps_LH2YY[0, :, 1]
@@ -127,6 +137,7 @@ def test_every_number_of_every_head_equals_the_dense_computation(model):
     by_position = report.by_position().mean
     assert np.isnan(by_position[:4]).all() and np.isfinite(by_position[4:]).all()
     assert (by_position[4:, 1] >= by_position[4:, 0]).all()
+    assert report.candidates == np.mean([t // SIZE - first for t in range(TOP_K * SIZE, LENGTH)])
 
 
 def test_ranks_together_equal_one(model):

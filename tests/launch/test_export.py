@@ -165,6 +165,18 @@ def test_the_config_says_what_the_run_did(folder):
     assert (llama["bos_token_id"], llama["eos_token_id"]) == (256, 257)
 
 
+def test_a_plan_file_takes_the_place_of_the_runs_attention(folder, tmp_path):
+    """Catches a plan that does not reach config.json, and one of another model."""
+    path = tmp_path / "plan.yaml"
+    path.write_text("plan: [[moba, 32, 3, 1], [full, null, null], [moba, 32, 2]]")
+    export.main([f"run={folder / 'run' / 'llama'}", f"to={tmp_path / 'out'}", f"attention={path}"])
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written["moba"] == {"plan": [["moba", 32, 3, 1], ["full", None, None], ["moba", 32, 2]]}
+    path.write_text("plan: [[moba, 32, 3, 1]]")
+    with pytest.raises(SystemExit):
+        export.main([f"run={folder / 'run' / 'llama'}", f"to={tmp_path / 'other'}", f"attention={path}"])
+
+
 @pytest.mark.parametrize("name", RUNS)
 def test_an_export_can_be_imported_again(folder, name):
     """Catches a config.json that our own reader takes for another model."""

@@ -168,6 +168,7 @@ def test_says_when_the_text_outgrows_the_model(run, capsys):
         (["prompt=a", "max_new_tokens=0"], "max_new_tokens=0"),
         (["prompt=a", "attn_decode=sparse"], "sparse"),
         (["prompt_file=nowhere.txt"], "nowhere.txt"),
+        (["prompt=a", "attn=nowhere.yaml"], "nowhere.yaml: No such file"),
         (["promt=a"], "did you mean|do you mean"),
     ],
 )

@@ -11,7 +11,7 @@ from moba.gates import select
 from moba.kinds import GATES, Full, Moba, Routing, from_entry
 from moba.kv_cache import KVCache, SequenceCache, decode_moba
 from moba.reference import reference_attention, reference_selection
-from moba.stats import routing_stats
+from moba.stats import block_load, routing_stats
 
 
 def by_hand(pack: Pack, rest) -> torch.Tensor:
@@ -143,15 +143,20 @@ def test_the_newest_token_equals_the_definition(length):
 
 
 def test_diagnostics_see_the_first_blocks():
-    """Catches statistics of another selection than the one that is attended to."""
+    """Catches statistics of another selection than the one that is attended to, and blocks that nobody picked among the
+    picks."""
     q, k, _ = Pack([400], 8, 3).tensors()
     documents = documents_of(q, k)
     selections = [select(Routing(8, 3, "mean", first), q, k, documents=documents) for first in (0, 1)]
-    plain, forced = (routing_stats(selection, documents.layout(8)) for selection in selections)
-    assert plain["first_share"] < 0.2
-    # One pick of two, but in the second block, where there is one block to pick: 8 of the 8 + 2 * 384 picks.
-    assert forced["first_share"] == pytest.approx((8 + 384) / (8 + 2 * 384))
+    plain, forced = (routing_stats(selections[first], documents.layout(8), first) for first in (0, 1))
+    assert 0 < plain["first_share"] < 0.2 and forced["first_share"] == 0
+    # From the third block on one pick each, behind the first block, which all but the first block's queries attend to.
+    assert block_load(selections[1], documents.layout(8), 1).picks_HM.sum(1).tolist() == [384.0] * q.shape[1]
     assert forced["history_blocks"] == plain["history_blocks"]
+    # "local" picks the block before, and nothing else.
+    window = select(Routing(8, 3, "local", 1), q, k, documents=documents)
+    stats = routing_stats(window, documents.layout(8), 1)
+    assert stats["previous_share"] == 1 and stats["distance"] == 1
 
 
 def test_what_cannot_be_is_refused():

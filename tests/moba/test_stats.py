@@ -78,6 +78,47 @@ def test_random_selection_counted_in_python():
     assert even["load_entropy"] > 0.98 > skewed["load_entropy"] and even["max_load"] < 2 < skewed["max_load"]
 
 
+@settings(deadline=None, max_examples=20)
+@given(packs(extra=None, first=True))
+def test_first_blocks_are_no_picks_and_cost_their_part_of_the_budget(pack):
+    """Catches forced blocks counted as picks or as load, expected loads of an even router that may pick them, an oracle
+    that spends their budget again, random blocks among them: all against loops over queries and blocks."""
+    q, k, _ = pack.tensors()
+    bounds, first, size = pack.options["cu_seqlens"], pack.first_blocks, pack.block_size
+    if len(q) == 0:
+        return
+    layout = layout_of(len(q), size, bounds)
+    selection = route(q, k, **{name: value for name, value in pack.options.items() if name != "cu_seqlens_k"})
+    load = block_load(selection, layout, first)
+    rows = torch.arange(len(q))
+    mass = block_mass(q, k, layout, rows)
+    oracle, drawn = (share(mass, pack.top_k, first) for share in (oracle_share, random_share))
+    room, group = pack.top_k - 1 - first, pack.heads[0] // pack.heads[1]
+    picks, expected = torch.zeros_like(load.picks_HM), torch.zeros_like(load.expected_M)
+    start_block = 0
+    for a, b in zip(bounds.tolist(), bounds.tolist()[1:]):
+        for t in range(a, b):
+            own = (t - a) // size
+            others = list(range(first, own))
+            for block in others:
+                expected[start_block + block] += min(1, room / len(others))
+            for h in range(pack.heads[0]):
+                for block in selection[h, t, :-1].tolist():
+                    if block >= first:
+                        picks[h, start_block + block] += 1
+                p = torch.softmax(k[a : t + 1, h // group] @ q[t, h] * q.shape[2] ** -0.5, 0)
+                of_block = [p[i * size : (i + 1) * size].sum() for i in range(own + 1)]
+                always = of_block[own] + sum(of_block[: min(first, own)])
+                best = sorted((of_block[i] for i in others), reverse=True)[:room]
+                torch.testing.assert_close(oracle[h, t], always + sum(best))
+                rate = min(1, room / max(1, len(others)))
+                torch.testing.assert_close(drawn[h, t], always + rate * sum(of_block[i] for i in others))
+        start_block += -(-(b - a) // size)
+    assert torch.equal(load.picks_HM, picks)
+    torch.testing.assert_close(load.expected_M, expected)
+    assert load.picks_HM.sum().item() == pytest.approx(pack.heads[0] * load.expected_M.sum().item(), rel=1e-5)
+
+
 def test_no_history_is_nan_and_not_an_error():
     """Catches a crash where no query can pick: documents within a block, or top_k=1."""
     q = torch.randn(6, 2, 8)

@@ -661,3 +661,16 @@ def test_cuda_equals_cpu():
     expected = in_chunks(model, ids, [40, 34, 1], mask, positions)
     logits = in_chunks(model.cuda(), ids.cuda(), [40, 34, 1], mask.cuda(), positions.cuda()).cpu()
     torch.testing.assert_close(logits[mask == 1], expected[mask == 1], rtol=1e-3, atol=1e-3)
+
+
+def test_a_plan_file_says_what_each_layer_has(tmp_path):
+    """Catches a path that is taken for a list of letters, and a file of another model."""
+    path = tmp_path / "plan.yaml"
+    path.write_text("plan: [[moba, 8, 3, 1], [full, null, null], [moba, 4, 3]]")
+    for given in (path, str(path)):
+        model = hf_model(attention="sdpa")
+        configure(model, plan=given)
+        assert model.config.moba["plan"] == [["moba", 8, 3, 1], ["full", None, None], ["moba", 4, 3]]
+    path.write_text("plan: [[moba, 8, 3, 1]]")
+    with pytest.raises(ValueError, match=r"plan\.yaml: plan has 1 entries for a model of 3 layers"):
+        configure(hf_model(attention="sdpa"), plan=path)

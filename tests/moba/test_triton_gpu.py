@@ -62,14 +62,14 @@ def dense(q, k, v, d_out, selection, layout):
     return [out, scores.logsumexp(-1), *torch.autograd.grad(out, (q, k, v), d_out.double())]
 
 
-def check(num_tokens, heads, head_dim, block_size, top_k, documents=None, dtype=torch.bfloat16, seed=0):
+def check(num_tokens, heads, head_dim, block_size, top_k, documents=None, dtype=torch.bfloat16, seed=0, first_blocks=0):
     """Asserts relative errors below 1 % (bfloat16 rounding is 0.2-0.4 %), and equal bits when repeated."""
     q, k, v, d_out = tensors(num_tokens, heads, head_dim, dtype, seed)
-    options = {"block_size": block_size, "top_k": top_k, "cu_seqlens": bounds(documents)}
+    options = {"block_size": block_size, "top_k": top_k, "cu_seqlens": bounds(documents), "first_blocks": first_blocks}
     got = run(q, k, v, d_out, **options)
     assert all(torch.equal(a, b) for a, b in zip(got, run(q, k, v, d_out, **options))), "not repeatable"
     layout = documents_of(q, k, options["cu_seqlens"]).kernel_layout(block_size)
-    selection = select_blocks(q, k, layout, block_size, top_k)
+    selection = select_blocks(q, k, layout, block_size, top_k, first_blocks)
     want = dense(q, k, v, d_out, selection, layout)
     for name, a, b in zip(("out", "lse", "dq", "dk", "dv"), got, want):
         error = ((a.double() - b).norm() / b.norm()).item()
@@ -98,6 +98,27 @@ def check(num_tokens, heads, head_dim, block_size, top_k, documents=None, dtype=
 def test_matches_dense_attention(case):
     """Every head size, both kernel families, packs, float16 and k from 1 to 64."""
     check(*case)
+
+
+@pytest.mark.parametrize("first_blocks", [1, 2])
+@pytest.mark.parametrize(
+    "case",
+    [
+        (1500, (8, 2), 128, 128, 4),
+        (1800, (4, 2), 64, 64, 5, [0, 5, 5, 700, 1000, 1001, 1500, 1800]),
+        (2300, (8, 2), 128, 512, 3),
+    ],
+    ids=str,
+)
+def test_first_blocks_are_always_seen(case, first_blocks):
+    """Catches a list of the first block, in which all later queries of its document are, that is cut or read twice, in
+    both kernel families, forward and backward; and first blocks of the pack instead of the document."""
+    check(*case, first_blocks=first_blocks)
+    num_tokens, heads, head_dim, block_size, top_k, *documents = case
+    q, k, v, d_out = tensors(num_tokens, heads, head_dim)
+    options = {"block_size": block_size, "top_k": top_k, "cu_seqlens": bounds(*documents or [None])}
+    plain = run(q, k, v, d_out, **options)[0]
+    assert (run(q, k, v, d_out, **options, first_blocks=first_blocks)[0] - plain).abs().max() > 0.1, "was vacuous"
 
 
 def test_small_workspace_changes_nothing(monkeypatch):
