@@ -123,17 +123,6 @@ class Loader:
         executor.shutdown(wait=False)
         return batches
 
-    def epochs(self) -> dict[str, float]:
-        """How often the documents of each source were trained on so far, on average over documents, a part of one as a
-        part; sources of which nothing was drawn are left out."""
-        read = dict.fromkeys(self._sources, 0.0)
-        for pool, count in self._position.counts.items():
-            read[pool.split(" ")[0]] += count
-        drawn = [name for name, count in read.items() if count]
-        for piece in self._position.pieces:
-            read[piece.source] -= piece.length / max(int(self._sources[piece.source].lengths[piece.document]) - 1, 1)
-        return {name: read[name] / self._sources[name].num_documents for name in drawn}
-
     def state_dict(self) -> dict:
         """The position in the data behind the last step that was handed out, JSON-able; the same on every rank."""
         return {

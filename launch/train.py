@@ -34,7 +34,7 @@ from conf.schema import RunConfig  # noqa: E402
 from conf.trajectory import to_dict, trajectory_diff  # noqa: E402
 from conf.validate import from_yaml  # noqa: E402
 from data.errors import DataError  # noqa: E402
-from data.sources import open_sources, open_validation  # noqa: E402
+from data.sources import Source, open_sources, open_validation  # noqa: E402
 from data.tokenizer import Tokenizer, load_tokenizer  # noqa: E402
 from launch.config import EXIT_USER_ERROR, detect_hardware, load_asked, run_command  # noqa: E402
 from launch.inputs import refuse_missing  # noqa: E402
@@ -219,7 +219,7 @@ def _train(
         if trainer.tokens == 0:
             _keep_source(config)
         (run_dir / "plan.txt").write_text(known.text() + "\n", encoding="utf-8")
-        dashboard = _open_dashboard(config, schedule, trainer, say)
+        dashboard = _open_dashboard(config, schedule, sources, trainer, say)
         progress = Progress(schedule.total_tokens, tokens=trainer.tokens, bar=config.logging.progress)
         _watch(observers, config, trainer, evaluator, dashboard, progress)
     watch.flag = preemption = PreemptionFlag(stuck=partial(_say_stuck, config)).install()
@@ -260,7 +260,9 @@ def _keep_source(config: RunConfig) -> None:
     source_files.keep(config, config.run.folder, source)
 
 
-def _open_dashboard(config: RunConfig, schedule: Schedule, trainer: Trainer, say: Callable[[str], None]) -> Dashboard:
+def _open_dashboard(
+    config: RunConfig, schedule: Schedule, sources: dict[str, Source], trainer: Trainer, say: Callable[[str], None]
+) -> Dashboard:
     """wandb, and TensorBoard if asked for, with what tells this run from others."""
     assert config.run.name is not None  # filled in
     shown = to_dict(config)
@@ -283,7 +285,8 @@ def _open_dashboard(config: RunConfig, schedule: Schedule, trainer: Trainer, say
     if config.logging.tensorboard:
         board = open_tensorboard(config.run.folder, config=shown, tokens=trainer.tokens, warn=say)
     sinks = [tracker] if board is None else [tracker, board]
-    return Dashboard(sinks, schedule.stages, skipped_steps=trainer.guard.total)
+    sizes = {name: source.num_tokens for name, source in sources.items()}
+    return Dashboard(sinks, schedule.stages, source_tokens=sizes, skipped_steps=trainer.guard.total)
 
 
 def _watch(
@@ -301,7 +304,6 @@ def _watch(
         beside: dict[str, Any] = {}
         if kind == "train":
             progress.update(record)
-            beside = {"epochs": trainer.loader.epochs()}
         elif kind == "stage":
             progress.say(
                 f"stage {record['stage']}: {record['attention']}, length {record['seq_len']}, "

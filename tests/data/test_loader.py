@@ -100,21 +100,6 @@ def two(a, b):
     return {"a": CountingSource("a", a), "b": CountingSource("b", b, base=100)}
 
 
-@pytest.mark.parametrize("long", [None, LongDocumentsConfig(0.5, 60)])
-def test_epochs_are_the_tokens_trained_on(long):
-    """Catches documents that were drawn and lie open, which look like tens of steps; pools of a source that are left
-    out; and the step made ahead. Documents of a source are of one length here, so both averages are one."""
-    run = Ranks(two([81] * 6, [21] * 6), 0, 1)
-    assert run.loaders[0].epochs() == {}
-    run.set_stage((16, 8), 1, long)
-    trained = {"a": 0, "b": 0}
-    for _ in range(7):
-        for batch in run.step()[0]:
-            for window in batch.windows:
-                trained[window.source] += window.length
-    assert run.loaders[0].epochs() == pytest.approx({"a": trained["a"] / 480, "b": trained["b"] / 120})
-
-
 @settings(deadline=None, max_examples=40)
 @given(LENGTHS, LENGTHS, STAGES, STAGES, st.integers(0, 5), st.integers(0, 3))
 def test_every_token_once_an_epoch_also_across_a_change_of_length(a, b, first, second, steps, seed):

@@ -15,8 +15,8 @@ from train.record.dashboard import Dashboard, Sample
 from train.record.position_loss import PositionLoss
 
 STAGES = [
-    SimpleNamespace(batch_tokens=1000, mix={"books": 0.75, "code": 0.25}),
-    SimpleNamespace(batch_tokens=4000, mix={"books": 1.0}),
+    SimpleNamespace(start=0, end=4000, batch_tokens=1000, mix={"books": 0.75, "code": 0.25}),
+    SimpleNamespace(start=4000, end=8000, batch_tokens=4000, mix={"books": 1.0}),
 ]
 STAGE = {"stage": "sparse", "stage_index": 0, "seq_len": 256, "attention": "moba 16x3"}
 TRAIN = {
@@ -58,9 +58,9 @@ def curve():
 @pytest.fixture
 def shown(curve):
     recorder = Recorder()
-    dashboard = Dashboard([recorder], STAGES)
+    dashboard = Dashboard([recorder], STAGES, source_tokens={"books": 3000, "code": 1000})
     dashboard.record({"kind": "stage", "tokens": 0, **STAGE, "end": 4000, "batch_tokens": 1000})
-    dashboard.record(TRAIN, epochs={"books": 0.5})
+    dashboard.record(TRAIN)
     layers = {3: {"captured": 0.9, "distance": 2.0, "load_entropy": math.nan}, 4: {"load_entropy": 0.5}}
     dashboard.record(EVAL, routing=layers, samples=[Sample("d", "a", "b", "c")])
     dashboard.curve("eval", curve, 2000)
@@ -92,6 +92,7 @@ def test_every_column_has_its_group_name_and_unit(shown):
         "data/share/books": 0.75,
         "data/share/code": 0.25,
         "data/epochs/books": 0.5,
+        "data/epochs/code": 0.5,
         "eval/loss": 1.0,
         "eval/perplexity": math.exp(1.0),
         "eval/trailing_loss": 0.5,
@@ -120,6 +121,13 @@ def test_a_bucket_is_a_series_and_constants_are_none(shown, curve):
     assert ("constants", {"eval/documents": 4, "eval/context_length": 256}) in shown.calls
     names = [call[0] for call in shown.calls]
     assert names.count("curve") == 2 and names.count("image") == names.count("samples") == 1
+
+
+def test_epochs_follow_the_mixture_of_each_stage():
+    """Catches a later stage's mixture that is applied to the tokens before it."""
+    sizes = {"books": 1000, "code": 1000, "unread": 1000}
+    found = series.epochs(6000, STAGES, sizes)
+    assert found == {"data/epochs/books": 3 + 2, "data/epochs/code": 1}
 
 
 def test_many_buckets_are_joined_by_their_tokens(curve):

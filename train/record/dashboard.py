@@ -53,22 +53,31 @@ class Sink(Protocol):
 class Dashboard:
     """Names what a run measures, and hands it to every sink."""
 
-    def __init__(self, sinks: Sequence[Sink], stages: Sequence[Any] = (), *, skipped_steps: int = 0) -> None:
-        """stages: train.schedule.Stage, in order. skipped_steps: before this start, nobody is told of these again."""
+    def __init__(
+        self,
+        sinks: Sequence[Sink],
+        stages: Sequence[Any] = (),
+        *,
+        source_tokens: Mapping[str, int] | None = None,
+        skipped_steps: int = 0,
+    ) -> None:
+        """stages: train.schedule.Stage, in order. source_tokens: size of each source, for epochs. skipped_steps: before
+        this start, nobody is told of these again."""
         self._sinks, self._stages, self._skipped = list(sinks), list(stages), skipped_steps
+        self._source_tokens = source_tokens or {}
 
     def record(
         self,
         record: Mapping[str, Any],
         *,
-        epochs: Mapping[str, float] | None = None,
         routing: Mapping[int, Mapping[str, float]] | None = None,
         samples: Sequence[Sample] = (),
     ) -> None:
-        """Shows a line of metrics.jsonl, and what was measured with it: epochs by source, router's numbers by layer."""
+        """Shows a line of metrics.jsonl, and what was measured with it: the router's numbers by layer, texts."""
         tokens, constants = record["tokens"], series.constants(record)
         values = series.scalars(record, self._stages) | series.routing_by_layer(routing or {})
-        values |= {f"data/epochs/{name}": value for name, value in (epochs or {}).items()}
+        if record["kind"] == "train":
+            values |= series.epochs(tokens, self._stages, self._source_tokens)
         for sink in self._sinks:
             if constants:
                 sink.constants(constants)

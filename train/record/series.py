@@ -98,6 +98,16 @@ def _derived(record: Mapping[str, Any], stages: Sequence[Any]) -> dict[str, floa
     return found
 
 
+def epochs(tokens: int, stages: Sequence[Any], source_tokens: Mapping[str, int]) -> dict[str, float]:
+    """`data/epochs/<source>` after so many tokens, as the plan counts them: by the stages' mixtures and the sources'
+    sizes. (Documents drawn would say more than is trained on: long ones are open side by side.)"""
+    read = {
+        name: sum(max(min(tokens, stage.end) - stage.start, 0) * stage.mix.get(name, 0.0) for stage in stages)
+        for name in source_tokens
+    }
+    return {f"data/epochs/{name}": read[name] / max(source_tokens[name], 1) for name in read if read[name]}
+
+
 def constants(record: Mapping[str, Any]) -> dict[str, Any]:
     """What a line says that would be a chart of one level: the machine and conventions, the size of an evaluation."""
     if record["kind"] == "run":
