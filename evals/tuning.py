@@ -136,6 +136,7 @@ def tune(job: Job, candidates: Sequence[Moba], budget: float) -> Tuning:
         regret=_paired(regret_N2[:, 0], clusters),
         kl=float(found_N23[:, 0, 1].mean()),
         alike_regret=_paired(regret_N2[:, 1], clusters),
+        alike_kl=float(found_N23[:, 1, 1].mean()),
         minus_alike=_paired(regret_N2[:, 0] - regret_N2[:, 1], clusters),
         num_documents=(len(choosing), len(others)),
     )

@@ -63,6 +63,7 @@ class Tuning:
     regret: Paired
     kl: float
     alike_regret: Paired
+    alike_kl: float
     minus_alike: Paired
     num_documents: tuple[int, int]
     """Those that chose, and those that did not."""
@@ -91,8 +92,10 @@ class Tuning:
                 f"{self.pairs:.3f} of the causal pairs at {at} (budget {self.budget:g}); taken: {self.how}",
                 f"kl on the {chose} documents that chose, all layers at once: {found}; "
                 f"expected of the plan's single layers {self.expected_L.sum():.4f}",
-                f"loss on {rest} other documents: full {self.full_loss:.4f}; plan minus full {self.regret}; "
-                f"all layers {self.alike} minus full {self.alike_regret}; plan minus that {self.minus_alike}",
+                f"loss on {rest} other documents: full {self.full_loss:.4f}",
+                f"  plan minus full {self.regret} (kl {self.kl:.4f})",
+                f"  all layers {self.alike} minus full {self.alike_regret} (kl {self.alike_kl:.4f})",
+                f"  plan minus all layers alike {self.minus_alike}",
             ]
         )
 
@@ -121,6 +124,7 @@ class Tuning:
             "kl": round(self.kl, 6),
             "alike": str(self.alike),
             "alike_minus_dense": self.alike_regret.record(),
+            "alike_kl": round(self.alike_kl, 6),
             "plan_minus_alike": self.minus_alike.record(),
             "kl_where_chosen": {name: round(kl, 6) for name, kl in self.chosen_kl.items()},
             "layers": layers,

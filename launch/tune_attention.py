@@ -39,7 +39,7 @@ KEYS = {
     "data": "held-out documents instead of the run's: embedded, a file, a glob or a directory",
     "id_field": "column of data= that names a document (default: id)",
     "cluster": "regular expression; ids with the same match are one cluster, which stays whole (default: the id)",
-    "block_sizes": "that layers may have (default: 1/32, 1/16 and 1/8 of the length)",
+    "block_sizes": "that layers may have (default: 1/64, 1/32 and 1/16 of the length)",
     "first_blocks": "that layers may have (default 0,1)",
     "device": "auto (default), cpu or cuda",
     "to": "the plan file to write (default: evals/attention_<length>_<budget>.yaml in the run directory)",
@@ -69,7 +69,8 @@ def main(argv: list[str] | None = None) -> None:
     default = folder / f"attention_{format_length(length)}_{budget:g}.yaml"
     to = user_path(values["to"]) if "to" in values else default
     source = provenance(trained, watch)
-    told = {name: source[name] for name in ("run", "checkpoint", "tokens", "commit", "date", "device", "seconds")}
+    names = ("run", "checkpoint", "tokens", "commit", "date", "device", "seconds")
+    told = {name: source[name] for name in names if source[name] is not None}
     write_plan(to, found.plan, told | found.record())
     print(f"{source['seconds']:.0f} s, wrote {to}")
 
@@ -86,7 +87,7 @@ def _budget(text: str) -> float:
 
 def _block_sizes(values: dict[str, str], length: int) -> list[int]:
     if "block_sizes" not in values:
-        return sorted({max(1, length // parts) for parts in (32, 16, 8)})
+        return sorted({max(1, length // parts) for parts in (64, 32, 16)})
     sizes = [parse_length(text) for text in values["block_sizes"].strip("[]").split(",")]
     if any(size < 1 for size in sizes):
         raise UsageError(f"block_sizes={values['block_sizes']}: each must be at least 1")

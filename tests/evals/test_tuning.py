@@ -168,7 +168,7 @@ def test_a_tuning_says_what_whole_passes_say(job, capsys):
         assert found.regret_L[layer].mean == pytest.approx(alone, abs=1e-6)
     assert np.isfinite(found.regret.width) and np.isfinite(found.regret_L[0].width), "three clusters, and two"
     assert job.context.model.attention == (Full(),) * LAYERS, "given back"
-    assert len(found.table().splitlines()) == LAYERS + 4
+    assert len(found.table().splitlines()) == LAYERS + 7
 
 
 def test_divergence_is_the_regret_of_text_from_the_dense_model(job):
