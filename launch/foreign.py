@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import fields, is_dataclass
 from typing import Any, get_type_hints
 
+from conf.build import collected
 from conf.schema import RunConfig
 
 # Other programs' word -> what to write instead.
@@ -83,9 +84,12 @@ def meant_by(name: str) -> str | None:
 def leaves(cls: type, path: str = "") -> list[str]:
     """Every key of a configuration below `cls` that needs no name of the user's: schedule.tokens, optim.lr.peak."""
     hints: dict[str, Any] = get_type_hints(cls)
-    keys = []
+    collector, options = collected(cls)
+    keys = [path + name for name in options]
     for field in fields(cls):
         hint = hints[field.name]
+        if field.name == collector:
+            continue
         if isinstance(hint, type) and is_dataclass(hint):
             keys += leaves(hint, f"{path}{field.name}.")
         else:

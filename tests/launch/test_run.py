@@ -29,7 +29,10 @@ def test_a_mistake_stands_alone(command, house):
 def test_a_stop_and_a_lost_process_end_with_their_own_codes(command, house):
     """Catches a run that cannot be stopped or goes on with another number of processes, torchrun's traceback, a 0 where
     a run is not finished, and a lost process that nobody names."""
-    arguments = ["--gpus=2", *command("launched", "checkpoint.every_tokens=1K", "schedule.tokens=60K")]
+    arguments = [
+        "--gpus=2",
+        *command("launched", "checkpoint.every_tokens=1K", "schedule.tokens=60K", "checkpoint.asynchronous=false"),
+    ]
     process = start(arguments, house.root)
     wait_until(lambda: has_lines(house.runs / "launched", 2), process)
     process.send_signal(signal.SIGTERM)

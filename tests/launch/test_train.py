@@ -312,31 +312,31 @@ def test_ranks_may_come_and_go(launcher, command, house, whole):
     SIGTERM. Each part has the uninterrupted run's losses. Also a survivor, rank 0 or not, that leaves a traceback, says
     nothing, or hangs."""
     run_dir = house.runs / "two-one"
-    process = start_real(command("two-one"), house.root, num_ranks=2)
+    process = start_real(command("two-one", "checkpoint.asynchronous=false"), house.root, num_ranks=2)
     wait_until(lambda: has_lines(run_dir, 4), process)
     os.kill(rank_0(run_dir), signal.SIGKILL)
     assert_lost(finish_real(process))
     assert read_metrics(run_dir / "metrics.jsonl")[0]["num_devices"] == 2
-    ended = launcher.run(command("two-one"))
+    ended = launcher.run(command("two-one", "checkpoint.asynchronous=false"))
     assert ended.code == 0 and "continuing from" in ended.out, ended
     assert_close_course(run_dir, whole)
 
-    ended = launcher.run(command("one-two"), act=Act(LINE, 9))
+    ended = launcher.run(command("one-two", "checkpoint.asynchronous=false"), act=Act(LINE, 9))
     assert ended.code == -signal.SIGKILL, ended
     run_dir = house.runs / "one-two"
     before = len(train_losses(run_dir))
-    process = start_real(command("one-two"), house.root, num_ranks=2)
+    process = start_real(command("one-two", "checkpoint.asynchronous=false"), house.root, num_ranks=2)
     wait_until(lambda: has_lines(run_dir, before + 1), process)
     next(rank for rank in psutil.Process(process.pid).children() if rank.pid != rank_0(run_dir)).kill()
     assert_lost(finish_real(process))
     before = len(train_losses(run_dir))
-    process = start_real(command("one-two"), house.root, num_ranks=2)
+    process = start_real(command("one-two", "checkpoint.asynchronous=false"), house.root, num_ranks=2)
     wait_until(lambda: has_lines(run_dir, before + 1), process)
     process.send_signal(signal.SIGTERM)
     ended = finish_real(process)
     assert "continuing from" in ended.out and "The same command again goes on from there" in ended.out, ended
     assert ended.code > 0 and ended.out.count("stopped by SIGTERM at") == 1 and "finished:" not in ended.out, ended
-    for ended in launcher.run_ranks(command("one-two"), 2):
+    for ended in launcher.run_ranks(command("one-two", "checkpoint.asynchronous=false"), 2):
         assert ended.code == 0, ended
     assert_close_course(run_dir, whole)
 
@@ -361,7 +361,7 @@ def test_a_sequence_may_be_shared_by_any_number(launcher, command, house, whole)
     """Catches losses, sums or data positions that depend on how many processes share a sequence: one of four (2 x 2) is
     killed, two that share a sequence go on and are killed, one alone goes on to the end, evaluations included."""
     for act, num_ranks, sequence in ((Act(LINE, 9), 4, 2), (Act(LINE, 8), 2, 2), (None, 1, 1)):
-        arguments = command("shared", f"parallel.sequence={sequence}")
+        arguments = command("shared", f"parallel.sequence={sequence}", "checkpoint.asynchronous=false")
         ended = launcher.run_ranks(arguments, num_ranks, act=act) if num_ranks > 1 else [launcher.run(arguments)]
         assert ended[0].code == (0 if act is None else -signal.SIGKILL), ended[0]
         if num_ranks < 4:

@@ -36,6 +36,7 @@ def test_series_by_group(groups):
     assert set(groups["eval"]) == losses | {"trailing_se"}
     # mfu and memory are a GPU's
     speed = {"tokens_per_second", "tflops", "step_seconds", "eta_hours", "evaluation_seconds"}
+    speed |= {"save_wait_seconds", "save_write_seconds"}
     assert set(groups["perf"]) - {"idle_share"} == speed
     assert set(groups["data"]) == {"supervised_tokens", "supervised_share", "epochs/main"}
     assert set(groups["schedule"]) == {"stage", "context_length", "batch_tokens", "attended_share"}

@@ -29,10 +29,10 @@ def test_a_patterned_run_goes_on_where_it_was_killed(launcher, command, house, c
     whole, resumed = house.runs / "patterns", house.runs / "patterns-killed"
     ended = launcher.run(command("patterns", *LAYOUT))
     assert ended.code == 0 and "sliding 24 (layer 0), moba 16x3 (layer 1)" in ended.out, ended
-    killed = launcher.run(command("patterns-killed", *LAYOUT), act=Act(LINE, count=6))
+    killed = launcher.run(command("patterns-killed", *LAYOUT, "checkpoint.asynchronous=false"), act=Act(LINE, count=6))
     assert killed.code == -9 and newest(resumed).name == "tokens_000000000001536", killed
     assert 0 < len(train_losses(resumed)) < len(train_losses(whole)) == 7
-    ended = launcher.run(command("patterns-killed", *LAYOUT))
+    ended = launcher.run(command("patterns-killed", *LAYOUT, "checkpoint.asynchronous=false"))
     assert ended.code == 0 and "000001536: 1,536 of 4,608 tokens" in ended.out, ended
     assert course(resumed) == course(whole) and weights_of(resumed) == weights_of(whole)
     plans = {"sparse": "sliding 24 (layer 0), moba 16x3 (layer 1)", "full": "sliding 24 (layer 0), full (layer 1)"}

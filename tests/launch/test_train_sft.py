@@ -70,7 +70,8 @@ def test_runs_on_conversations(launcher, arguments, house):
     """Catches a loss that is not the mean over the learnt tokens of the whole step, on one rank or two; masks or packs
     that change when a killed run goes on; cut conversations that nobody hears of; and an export whose tokenizer writes
     conversations in another way than they were learnt in."""
-    run = partial(launcher.run, arguments("sft"))
+    # Saved at once, so that a checkpoint is there when the line behind it is written.
+    run = partial(launcher.run, [*arguments("sft"), "checkpoint.asynchronous=false"])
     killed = run(act=Act(LINE, 6))
     assert killed.code == -signal.SIGKILL, killed
     ended = run()

@@ -34,6 +34,8 @@ _NAMES: dict[str, dict[str, str | None]] = {
         "mfu_dense_equivalent": "perf/mfu_dense_equivalent",
         "idle_share": "perf/idle_share",
         "peak_memory_gib": "perf/peak_memory_gib",
+        "save_wait_seconds": "perf/save_wait_seconds",
+        "save_write_seconds": "perf/save_write_seconds",
         "learnt_tokens": "data/supervised_tokens",
         "attended_share": "schedule/attended_share",
         "eta_seconds": None,
@@ -43,6 +45,7 @@ _NAMES: dict[str, dict[str, str | None]] = {
     "eval": {"seconds": "perf/evaluation_seconds", "documents": None, "eval_seq_len": None, "trailing_freedom": None},
     "stage": {"end": None},
     "run": {},
+    "rollback": {"loss": "train/spike_loss", "grad_norm": "train/spike_gradient_norm", "in_a_row": None},
 }
 _ROUTING = {
     "captured": "mass_recall",
