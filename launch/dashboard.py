@@ -10,6 +10,7 @@ import importlib.util
 import json
 import sys
 from dataclasses import asdict
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ def publish(name: str, project: str, entity: str | None) -> list[str]:
 
 def workspace(name: str, project: str, entity: str | None) -> Any:
     """The wandb workspace, not saved: a section a group."""
-    import wandb_workspaces.workspaces as ws  # pyright: ignore[reportMissingImports] - an extra
+    ws: Any = import_module("wandb_workspaces.workspaces")
 
     sections = [
         ws.Section(name=section, panels=[_chart(panel) for panel in panels], is_open=section in ("train", "eval"))
@@ -80,7 +81,7 @@ def workspace(name: str, project: str, entity: str | None) -> Any:
 
 def report(name: str, project: str, entity: str | None) -> Any:
     """The wandb report, not saved: a heading and a grid a group, over all training runs of the project."""
-    import wandb_workspaces.reports.v2 as wr  # pyright: ignore[reportMissingImports] - an extra
+    wr: Any = import_module("wandb_workspaces.reports.v2")
 
     blocks: list[Any] = [wr.TableOfContents()]
     for section, panels in PANELS.items():
@@ -90,7 +91,7 @@ def report(name: str, project: str, entity: str | None) -> Any:
 
 
 def _chart(panel: Panel) -> Any:
-    import wandb_workspaces.reports.v2 as wr  # pyright: ignore[reportMissingImports] - an extra
+    wr: Any = import_module("wandb_workspaces.reports.v2")
 
     if panel.media:
         return wr.MediaBrowser(title=panel.title, media_keys=list(panel.media), num_columns=len(panel.media))
