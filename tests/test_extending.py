@@ -32,6 +32,8 @@ overrides = ["+exp=quickstart", f"{at}.kind=strided", f"{at}.stride=2", *length,
 overrides += ["eval.documents=2", "logging=quiet"]
 from launch import train
 train.main(overrides)
+# As the command ends: threads of the process group may meet an interpreter in ruins otherwise, and abort.
+train.leave(0)
 """
 
 LOOK = """
@@ -108,7 +110,7 @@ SMALL = [
 ]
 TRAIN = """
 from launch import config, train
-sys.exit(config.run_command(train.main, sys.argv[1:], ""))
+train.leave(config.run_command(train.main, sys.argv[1:], ""))
 """
 EVALUATE = """
 from launch import evaluate
