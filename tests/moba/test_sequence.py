@@ -143,8 +143,11 @@ def test_what_the_router_does_is_measured_over_all_heads():
     documents, total = Documents.from_lengths([40, 24]), 64
     x, angles = torch.randn(total, 6, dtype=torch.float64), torch.rand(2, total, 4, dtype=torch.float64)
 
+    # Made one after another: threads would draw from one generator.
+    layers = [make_layer(Moba(4, 2), (5, 1), 0, False, True) for _ in range(3)]
+
     def measured(axis=None):
-        layer = make_layer(Moba(4, 2), (5, 1), 0, False, True)
+        layer = layers[0 if axis is None else axis.rank]
         layer.axis = axis
         own = (lambda t: t) if axis is None else axis.own
         with record_routing(layer) as recorded, torch.no_grad():
