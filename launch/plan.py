@@ -67,10 +67,10 @@ def split_machine(arguments: list[str]) -> tuple[list[str], Hardware]:
     if num_gpus is not None or memory is not None:
         count = int(num_gpus or 1)
         # Triton comes with torch on Linux GPU machines; whether this one has it says nothing about that one.
-        hardware = replace(hardware, num_gpus=count, world_size=count, local_world_size=count, has_triton=True)
-        hardware = replace(hardware, host_memory=None)
+        counts = {"num_gpus": count, "world_size": count, "local_world_size": count}
+        hardware = replace(hardware, **counts, has_triton=True, host_memory=None)
     if memory is not None:
-        hardware = replace(hardware, gpu_memory=memory, gpu_name=None, host_memory=None)
+        hardware = replace(hardware, gpu_memory=memory, gpu_name=None)
     return overrides, hardware
 
 

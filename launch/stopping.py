@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -69,19 +68,13 @@ class Peer(NamedTuple):
     """A process of the run."""
 
     rank: int
-    host: str
     pid: int
     began: str
-    """When it was started, as the system counts: another one may have the same pid later."""
-
-    @classmethod
-    def this(cls) -> Peer:
-        """This process."""
-        return cls(dist.get_rank(), socket.gethostname(), os.getpid(), _state_of(os.getpid())[1])
+    """When it was started, as the system counts: another one may have the same pid later, or elsewhere."""
 
     @property
     def is_gone(self) -> bool:
-        """Whether it has ended, as far as can be seen from its own host."""
+        """Whether it has ended, or is on another host."""
         state, began = _state_of(self.pid)
         return state in ("", "Z", "X") or began != self.began
 
@@ -98,6 +91,13 @@ def _state_of(pid: int) -> tuple[str, str]:
     return words[0], words[19]
 
 
+def peers_here() -> list[Peer]:
+    """The other processes of the run that can be seen from this one: those of its host, whatever hosts are called. A
+    collective."""
+    own = Peer(dist.get_rank(), os.getpid(), _state_of(os.getpid())[1])
+    return [peer for peer in gather_objects(own) if peer != own and not peer.is_gone]
+
+
 class PeerWatch:
     """Ends this process when another one of this host has ended in the middle of the run.
 
@@ -109,21 +109,16 @@ class PeerWatch:
         """lost(peer) is called from a thread, `seconds` after a peer was seen to be gone; it has to end the process."""
         self._lost, self._seconds, self._stopped = lost, seconds, threading.Event()
 
-    def start(self, peers: Iterable[Peer] | None = None) -> PeerWatch:
-        """Returns self, watching these; by default the processes of the run on this host, whom all have to ask
-        together."""
-        own = Peer.this() if peers is None else None
-        watched = (
-            [peer for peer in gather_objects(own) if peer.host == own.host] if own is not None else list(peers or ())
-        )
-        threading.Thread(target=self._watch, args=([peer for peer in watched if peer != own],), daemon=True).start()
+    def start(self, peers: Sequence[Peer]) -> PeerWatch:
+        """Returns self, watching these."""
+        threading.Thread(target=self._watch, args=(peers,), daemon=True).start()
         return self
 
     def stop(self) -> None:
         """From now on they may end."""
         self._stopped.set()
 
-    def _watch(self, peers: list[Peer]) -> None:
+    def _watch(self, peers: Sequence[Peer]) -> None:
         while peers and not self._stopped.wait(LOOK_SECONDS):
             gone = next((peer for peer in peers if peer.is_gone), None)
             if gone is not None and not self._stopped.wait(self._seconds):

@@ -39,7 +39,7 @@ from data.tokenizer import Tokenizer, load_tokenizer  # noqa: E402
 from launch.config import EXIT_USER_ERROR, detect_hardware, load_asked, run_command  # noqa: E402
 from launch.inputs import refuse_missing  # noqa: E402
 from launch.observe import FIGURES, HeldOutEvaluator, draw_figures  # noqa: E402
-from launch.stopping import ParentWatch, Peer, PeerWatch, exit_code, stop_reasons  # noqa: E402
+from launch.stopping import ParentWatch, Peer, PeerWatch, exit_code, peers_here, stop_reasons  # noqa: E402
 from moba.attention import BackendUnavailable  # noqa: E402
 from train.checkpoint import checkpoint_dir, store  # noqa: E402
 from train.checkpoint.run_lock import RunLocked, lock_run  # noqa: E402
@@ -223,7 +223,7 @@ def _train(
         progress = Progress(schedule.total_tokens, tokens=trainer.tokens, bar=config.logging.progress)
         _watch(observers, config, trainer, evaluator, dashboard, progress)
     watch.flag = preemption = PreemptionFlag(stuck=partial(_say_stuck, config)).install()
-    peers = PeerWatch(partial(_leave_lost_run, config)).start()
+    peers = PeerWatch(partial(_leave_lost_run, config)).start(peers_here())
     try:
         # In here as well: torchrun's SIGTERM must not end a process that is about to say that another one is lost.
         with _mistakes_in_words(config):

@@ -19,7 +19,7 @@ def lost(peer):
     os._exit(1)
 
 pid = int(sys.argv[1])
-watch = PeerWatch(lost, seconds=0.2).start([Peer(3, "here", pid, launch.stopping._state_of(pid)[1])])
+watch = PeerWatch(lost, seconds=0.2).start([Peer(3, pid, launch.stopping._state_of(pid)[1])])
 print("watching", flush=True)
 if sys.argv[2] == "stopped":
     watch.stop()
@@ -57,7 +57,7 @@ def test_peers_may_end_when_the_run_has_ended():
 def test_another_process_with_the_same_number_is_another():
     """Catches a pid that was given to somebody else."""
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"])
-    peer = Peer(0, "here", child.pid, _state_of(child.pid)[1])
+    peer = Peer(0, child.pid, _state_of(child.pid)[1])
     assert not peer.is_gone and peer._replace(began="1").is_gone
     child.kill()
     child.wait()

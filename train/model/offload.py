@@ -17,8 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-TILE_TOKENS = 16384
-"""Tokens whose MLP is computed at a time."""
+from train.model.sizes import TILE_TOKENS
 
 _recomputing = False
 
@@ -131,13 +130,13 @@ def _as_recomputation() -> Iterator[None]:
         _recomputing = False
 
 
-def tiled(function: Callable[..., Tensor], x_TC: Tensor, *weights: Tensor, tile: int | None = None) -> Tensor:
+def tiled(function: Callable[..., Tensor], x_TC: Tensor, *weights: Tensor) -> Tensor:
     """function(x, *weights), which treats every row on its own, a tile of rows at a time in both passes.
 
     Nothing but x and the weights is kept. Gradients of the weights are summed over tiles in float32 (float64 for
     float64).
     """
-    return _Tiled.apply(x_TC, function, tile or TILE_TOKENS, *weights)
+    return _Tiled.apply(x_TC, function, TILE_TOKENS, *weights)
 
 
 class _Tiled(torch.autograd.Function):

@@ -9,10 +9,10 @@ from conf.build import ConfigError
 from conf.schema import ModelConfig
 
 VOCAB_MULTIPLE = 128
-
-
 HEAD_GROUPS = 4
 """Groups in which a layer that keeps nothing on the GPU works through its heads (train/model/offload.py)."""
+TILE_TOKENS = 16384
+"""Tokens whose MLP such a layer computes at a time."""
 
 
 def padded_vocab_size(tokenizer_size: int) -> int:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from conf.schema import AUTO, OFFLOAD_HEADS, OFFLOADED, DeepSpeedConfig, ModelConfig, RunConfig
 from moba.kinds import AttentionSpec
-from train.model.sizes import HEAD_GROUPS, head_dim, key_conv_widths, num_kv_heads, num_parameters
+from train.model.sizes import HEAD_GROUPS, TILE_TOKENS, head_dim, key_conv_widths, num_kv_heads, num_parameters
 from train.schedule import Stage
 
 VERDICT_SHARE = 0.92
@@ -20,7 +20,6 @@ MASTER_AND_MOMENTS = 12
 MOMENTS = 8
 OFFLOADED_OPTIMIZER = 22  # bytes a parameter on the host, measured (benchmarks/results/longest_context_h100)
 WORKSPACE_BYTES = 5 << 28  # as moba/backends/triton_attention.py has it
-TILE_TOKENS = 16384  # as train/model/offload.py has it
 
 
 @dataclass(frozen=True)
