@@ -10,6 +10,7 @@ import errno
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -119,8 +120,9 @@ def main(overrides: list[str]) -> None:
 
 
 @contextmanager
-def _mistakes_in_words(config: RunConfig) -> Iterator[None]:
-    """Turns what a user can put right into a ConfigError."""
+def _mistakes_in_words(config: RunConfig, peers: PeerWatch | None = None) -> Iterator[None]:
+    """Turns what a user can put right into a ConfigError; ends the process where a collective failed because another
+    process is gone, which `peers` can name."""
     try:
         yield
     except MISTAKES as error:
@@ -128,7 +130,7 @@ def _mistakes_in_words(config: RunConfig) -> Iterator[None]:
     except RuntimeError as error:
         if not signals.lost_peer(error):
             raise
-        _leave_lost_run(config)
+        _leave_lost_run(config, None if peers is None else peers.gone())
     except OSError as error:
         if error.errno not in FILE_ERRORS:
             raise
@@ -138,7 +140,7 @@ def _mistakes_in_words(config: RunConfig) -> Iterator[None]:
 
 def _leave_lost_run(config: RunConfig, peer: Peer | None = None) -> NoReturn:
     """Ends this process: another one is gone, and nothing that all take part in can be done any more."""
-    if peer is None:
+    if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's comes at this moment, and nothing would be said
     which = "another process" if peer is None else f"the process of rank {peer.rank} (pid {peer.pid})"
     _report_once(
@@ -223,10 +225,10 @@ def _train(
         progress = Progress(schedule.total_tokens, tokens=trainer.tokens, bar=config.logging.progress)
         _watch(observers, config, trainer, evaluator, dashboard, progress)
     watch.flag = preemption = PreemptionFlag(stuck=partial(_say_stuck, config)).install()
-    peers = PeerWatch(partial(_leave_lost_run, config)).start(peers_here())
+    peers = PeerWatch(peers_here(), partial(_leave_lost_run, config)).start()
     try:
         # In here as well: torchrun's SIGTERM must not end a process that is about to say that another one is lost.
-        with _mistakes_in_words(config):
+        with _mistakes_in_words(config, peers):
             try:
                 finished = trainer.fit(preemption)
             except NonFiniteError as error:

@@ -314,8 +314,8 @@ def test_ranks_may_come_and_go(launcher, command, house, whole):
     run_dir = house.runs / "two-one"
     process = start_real(command("two-one", "checkpoint.asynchronous=false"), house.root, num_ranks=2)
     wait_until(lambda: has_lines(run_dir, 4), process)
-    os.kill(rank_0(run_dir), signal.SIGKILL)
-    assert_lost(finish_real(process))
+    os.kill(victim := rank_0(run_dir), signal.SIGKILL)
+    assert_lost(finish_real(process), victim)
     assert read_metrics(run_dir / "metrics.jsonl")[0]["num_devices"] == 2
     ended = launcher.run(command("two-one", "checkpoint.asynchronous=false"))
     assert ended.code == 0 and "continuing from" in ended.out, ended
@@ -327,8 +327,9 @@ def test_ranks_may_come_and_go(launcher, command, house, whole):
     before = len(train_losses(run_dir))
     process = start_real(command("one-two", "checkpoint.asynchronous=false"), house.root, num_ranks=2)
     wait_until(lambda: has_lines(run_dir, before + 1), process)
-    next(rank for rank in psutil.Process(process.pid).children() if rank.pid != rank_0(run_dir)).kill()
-    assert_lost(finish_real(process))
+    other = next(rank for rank in psutil.Process(process.pid).children() if rank.pid != rank_0(run_dir))
+    other.kill()
+    assert_lost(finish_real(process), other.pid)
     before = len(train_losses(run_dir))
     process = start_real(command("one-two", "checkpoint.asynchronous=false"), house.root, num_ranks=2)
     wait_until(lambda: has_lines(run_dir, before + 1), process)
