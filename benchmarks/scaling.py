@@ -280,11 +280,11 @@ def kill(study: Study, setup: Setup) -> dict:
         ends = {}
         for name, fifths, victim in (("rank", 1.5, lost_rank), ("torchrun", 2.5, lost_torchrun)):
             with started(["launch/train.py"], arguments, setup.gpus, folder) as process:
-                wait(process, folder, lambda: _reached(folder, batch, fifths * fifth) and newest(folder) is not None)
+                wait(process, folder, lambda at=fifths * fifth: _reached(folder, batch, at) and newest(folder))
                 ends[name] = _killed(process, folder, victim)
         for gpus, last in ((1, int(3.5 * fifth)), (setup.gpus, study.loss_steps)):
             with started(["launch/train.py"], arguments, gpus, folder) as process:
-                wait(process, folder, lambda: _reached(folder, batch, last))
+                wait(process, folder, lambda at=last: _reached(folder, batch, at))
         shutil.rmtree(folder / "checkpoints")
         lines = read_metrics(folder / FILE_NAME)
         by_tokens = {r["tokens"]: r["loss"] for r in lines if r["kind"] == "train"}  # the last word on each step

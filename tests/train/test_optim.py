@@ -1,5 +1,6 @@
 """Parameter groups and the configuration handed to DeepSpeed; what they do is tested in test_step.py."""
 
+import os
 from dataclasses import replace
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from engine_runs import build_model
 
 from conf.schema import DeepSpeedConfig, RunConfig
-from train.engine.optim import deepspeed_config, param_groups, resolve_precision
+from train.engine.optim import _use_cores, deepspeed_config, param_groups, resolve_precision
 from train.engine.world import World
 
 CPU = World(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
@@ -61,3 +62,19 @@ def test_extra_is_merged_last_and_deep():
     assert merged["zero_optimization"]["reduce_bucket_size"] == 7
     assert merged["zero_optimization"]["offload_optimizer"] == {"device": "cpu", "pin_memory": False}
     assert merged["gradient_clipping"] == 0.5
+
+
+def test_an_optimizer_on_the_host_has_its_share_of_the_cores(monkeypatch):
+    """Catches the one thread that torchrun leaves each of several processes, and processes that take all cores each."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8), raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        _use_cores()
+        assert torch.get_num_threads() == 4
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "16")
+        _use_cores()
+        assert torch.get_num_threads() == 4, "threads that somebody asked for are kept"
+    finally:
+        torch.set_num_threads(before)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from conf.build import ConfigError
 from conf.schema import OFFLOADED, DeepSpeedConfig, RunConfig
 from train.engine.adamw import VetoedAdamW
 from train.engine.deepspeed_engine import DeepSpeedEngine
-from train.engine.world import World
+from train.engine.world import World, launch_environment
 from train.model.decoder import Decoder, DecoderLayer
 
 
@@ -113,6 +114,8 @@ def build_engine(model: Decoder, config: RunConfig, world: World) -> DeepSpeedEn
     from pydantic import ValidationError  # with which DeepSpeed reads its configuration
 
     optim, settings = config.optim, deepspeed_config(config, world)
+    if config.deepspeed.offload_optimizer and world.device.type == "cuda":
+        _use_cores()
     if VetoedAdamW not in ZERO_SUPPORTED_OPTIMIZERS:  # it looks for the very class, and warns of others
         ZERO_SUPPORTED_OPTIMIZERS.append(VetoedAdamW)
     # Its bf16 optimizer prints a dozen lines of memory usage while it is built.
@@ -146,6 +149,13 @@ def build_engine(model: Decoder, config: RunConfig, world: World) -> DeepSpeedEn
             [f"deepspeed.extra: DeepSpeed does not take {k}={v}: {why}" for k, v, why in wrong]
         ) from error
     return DeepSpeedEngine(engine)
+
+
+def _use_cores() -> None:
+    """Gives an optimizer on the host this process's share of the cores: torchrun leaves each of several processes one
+    thread (OMP_NUM_THREADS=1), with which billions of weights take most of a step."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(max(torch.get_num_threads(), cores // launch_environment().local_world_size))
 
 
 def _draw_shards(model: Decoder, config: RunConfig, settings: dict[str, Any], world: World) -> None:
