@@ -9,12 +9,14 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
-from evals.figures import interval, length_axis, save
+from evals.figures import interval, length_axis
 from evals.routing_numbers import model_hit_rate
 from evals.routing_report import SHARES, RoutingReport
+from evals.style import color, look, marker, save
 
 HEAT_MAPS = {
     "captured_all": "captured share",
@@ -24,6 +26,7 @@ HEAT_MAPS = {
     "load_entropy": "entropy of the load",
     "snr": "signal to noise",
 }
+PARTS = (color(0), color(5), color(1), "0.85")
 LABELS = {
     "captured": "picked by the gate",
     "oracle": "best blocks",
@@ -31,10 +34,6 @@ LABELS = {
     "random": "random",
     "own": "own block alone",
 }
-
-
-STYLE = {"marker": "o", "markersize": 3, "capsize": 2}
-LINES = {"oracle": "--"}  # the gate may come close
 
 
 def figures(report: RoutingReport, title: str = "") -> dict[str, Callable[[Path], None]]:
@@ -85,7 +84,7 @@ def _by_position(report: RoutingReport, axes) -> None:
     for i, name in enumerate(SHARES):
         width = interval(found.se[:, i], found.freedom[:, i])
         axes.errorbar(
-            centres, found.mean[:, i], yerr=width, label=LABELS[name], **STYLE, linestyle=LINES.get(name, "-")
+            centres, found.mean[:, i], yerr=width, label=LABELS[name], capsize=2, **look(i, 2), elinewidth=0.9
         )
     length_axis(axes.xaxis, int(report.edges[-1]))
     axes.set_ylim(0, 1.02)
@@ -99,7 +98,7 @@ def _by_distance(report: RoutingReport, axes) -> None:
     last = int(np.flatnonzero(mean_2E.sum(0) > 0).max())
     octaves = np.arange(last + 1)
     for i, (label, offset) in enumerate((("picks", -0.2), ("full attention's probability", 0.2))):
-        axes.bar(octaves + offset, mean_2E[i, : last + 1], width=0.4, label=label)
+        axes.bar(octaves + offset, mean_2E[i, : last + 1], width=0.4, color=color(i), label=label)
     names = [f"{2**e}" if e == 0 else f"{2**e}-{2 ** (e + 1) - 1}" for e in octaves]
     axes.set_xticks(octaves, names, fontsize="x-small")
     axes.set_ylim(0, 1.2 * mean_2E.max())  # room for the legend
@@ -112,7 +111,10 @@ def _hits(report: RoutingReport, axes) -> None:
     """Each head's hits over its signal to noise; the model's curve for its picks and the mean number of candidates."""
     snr_LH, hit_LH = report.head("snr").mean, report.head("hit").mean
     for i, layer in enumerate(report.layers):
-        axes.scatter(snr_LH[i], hit_LH[i], s=14, label=f"layer {layer}" if len(report.layers) <= 8 else None)
+        few = len(report.layers) <= 8
+        shade = color(i) if few else colormaps["viridis"](i / (len(report.layers) - 1))
+        shape = marker(i) if few else "o"
+        axes.scatter(snr_LH[i], hit_LH[i], s=14, color=shade, marker=shape, label=f"layer {layer}" if few else None)
     low, high = min(0.0, float(np.nanmin(snr_LH))), max(3.0, float(np.nanmax(snr_LH)))
     grid = np.linspace(low, high, 100)
     routings = [spec.routing for spec in report.specs if spec.routing is not None]
@@ -129,8 +131,9 @@ def _by_layer(report: RoutingReport, axes) -> None:
     bottom = np.zeros(len(report.layers))
     own, captured, oracle = (np.nanmean(report.head(name).mean, axis=1) for name in ("own", "captured", "oracle"))
     parts = (("own block", own), ("picked by the gate", captured - own), ("lost by the gate", oracle - captured))
-    for label, height in (*parts, ("lost to sparsity", 1 - oracle)):
-        axes.bar(range(len(report.layers)), height, bottom=bottom, label=label)
+    for i, (label, height) in enumerate((*parts, ("lost to sparsity", 1 - oracle))):
+        looks = {"color": PARTS[i], "edgecolor": "white", "linewidth": 0.4}
+        axes.bar(range(len(report.layers)), height, bottom=bottom, label=label, **looks)
         bottom = bottom + height
     step = -(-len(report.layers) // 16)  # more labels would run into each other
     axes.set_xticks(range(0, len(report.layers), step), report.layers[::step])
