@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from benchmarks.study import origin  # noqa: E402
+from benchmarks.common import origin  # noqa: E402
 from conf.numbers import format_length, parse_length  # noqa: E402
 from evals.results import write_json  # noqa: E402
 from launch.cli import UsageError, exits_on, key_values  # noqa: E402

@@ -29,10 +29,19 @@ sys.path.insert(0, str(ROOT))
 import psutil  # noqa: E402
 import torch  # noqa: E402
 
-from benchmarks.scaling_runs import Failed, failure_reason, started, train_lines  # noqa: E402
+from benchmarks.common import (  # noqa: E402
+    Failed,
+    failure_reason,
+    origin,
+    read_json,
+    speeds,
+    split,
+    started,
+    steps_logged,
+    train_lines,
+)
 from benchmarks.scaling_tables import communication  # noqa: E402
 from benchmarks.step_profile import QUIET, write_documents  # noqa: E402
-from benchmarks.study import origin, read_json, speeds, split, steps_logged  # noqa: E402
 from conf.numbers import format_length, parse_length  # noqa: E402
 from data.tokenizer import load_tokenizer  # noqa: E402
 from evals.results import write_json  # noqa: E402

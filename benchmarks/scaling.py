@@ -40,9 +40,19 @@ sys.path.insert(0, str(ROOT))
 import psutil  # noqa: E402
 import torch  # noqa: E402
 
-from benchmarks.scaling_runs import ENDED_SECONDS, kept, plain, started, train_lines, wait  # noqa: E402
+from benchmarks.common import (  # noqa: E402
+    ENDED_SECONDS,
+    kept,
+    origin,
+    plain,
+    speeds,
+    split,
+    started,
+    steps_logged,
+    train_lines,
+    wait,
+)
 from benchmarks.scaling_tables import add_efficiency, communication, publish  # noqa: E402
-from benchmarks.study import origin, speeds, split, steps_logged  # noqa: E402
 from conf.numbers import format_length, parse_length  # noqa: E402
 from launch.cli import UsageError, exits_on, key_values  # noqa: E402
 from launch.config import detect_hardware, load  # noqa: E402

@@ -36,11 +36,10 @@ sys.path.insert(0, str(ROOT))
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
+from benchmarks.common import failure_reason, origin, read_json, speeds, split, train_lines  # noqa: E402
 from benchmarks.kernel_kinds import idle_share, longest_kernels, milliseconds_by_kind  # noqa: E402
 from benchmarks.profiled_train import START_FILE  # noqa: E402
-from benchmarks.scaling_runs import failure_reason, train_lines  # noqa: E402
 from benchmarks.step_tables import publish  # noqa: E402
-from benchmarks.study import origin, read_json, speeds, split  # noqa: E402
 from conf.build import ConfigError  # noqa: E402
 from conf.numbers import parse_length  # noqa: E402
 from conf.schema import RunConfig  # noqa: E402
