@@ -216,8 +216,8 @@ STUDIES: dict[str, Study] = {
         "MoBA switched on in a model that was not trained with it",
         "",
         {
-            name: Arm(None, evals=tuple(line.replace("{}", name) for line in UNTRAINED))
-            for name in ("full", "128x8", "512x3")
+            name: Arm(None, evals=tuple(line.replace("{}", name.split()[-1]) for line in UNTRAINED))
+            for name in ("full", "MoBA 128x8", "MoBA 512x3")
         },
         panels=("difference",),
         reference="full",

@@ -223,7 +223,7 @@ def _panels(with_gap: bool) -> tuple[Figure, Any, Any]:
 def _gap_axis(axes: Any, labels: list[str]) -> None:
     axes.axhline(0.0, color="black", linewidth=0.8)
     what = labels[0] if len(labels) == 2 else "run"
-    axes.set_ylabel(f"gap: {what} - {labels[-1]}")
+    axes.set_ylabel(f"{what} minus {labels[-1]} (nats per token)")
     axes.grid(alpha=0.3)
 
 

@@ -38,7 +38,7 @@ LABELS = {
 
 def figures(report: RoutingReport, title: str = "") -> dict[str, Callable[[Path], None]]:
     """The figures as a Result has them: `_heads`, `_curves` and `_maps`."""
-    drawn = {"_heads": _draw_heads, "_curves": _draw_curves, "_maps": _draw_maps}
+    drawn = {"_heads": _draw_heads, "_curves": draw_curves, "_maps": _draw_maps}
     return {ending: partial(draw, report, title=title) for ending, draw in drawn.items()}
 
 
@@ -64,7 +64,8 @@ def _draw_heads(report: RoutingReport, path: Path, title: str) -> None:
     save(figure, path)
 
 
-def _draw_curves(report: RoutingReport, path: Path, title: str) -> None:
+def draw_curves(report: RoutingReport, path: Path, title: str) -> None:
+    """Shares by position and distance, hits against the model, and where the probability goes by layer."""
     figure = Figure(figsize=(11, 8), layout="constrained")
     (position, distance), (hits, layers) = figure.subplots(2, 2)
     _by_position(report, position)
@@ -72,6 +73,19 @@ def _draw_curves(report: RoutingReport, path: Path, title: str) -> None:
     _hits(report, hits)
     _by_layer(report, layers)
     for axes in (position, distance, hits, layers):
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="x-small", ncols=2)
+    figure.suptitle(title, fontsize="medium")
+    save(figure, path)
+
+
+def draw_layers(report: RoutingReport, path: Path, title: str) -> None:
+    """The lower half of the curves, for which the means of each head are enough."""
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    hits, layers = figure.subplots(1, 2)
+    _hits(report, hits)
+    _by_layer(report, layers)
+    for axes in (hits, layers):
         axes.grid(alpha=0.3)
         axes.legend(fontsize="x-small", ncols=2)
     figure.suptitle(title, fontsize="medium")
@@ -124,7 +138,8 @@ def _hits(report: RoutingReport, axes) -> None:
     axes.set_ylim(0, 1.02)
     axes.set_xlabel("signal to noise of the best block's score")
     axes.set_ylabel("best block picked")
-    axes.set_title("Hits of each head against FlashMoBA's model", fontsize="small")
+    shades = "" if len(report.layers) <= 8 else " (dark: first layers, bright: last)"
+    axes.set_title(f"Hits of each head against FlashMoBA's model{shades}", fontsize="small")
 
 
 def _by_layer(report: RoutingReport, axes) -> None:
@@ -138,6 +153,7 @@ def _by_layer(report: RoutingReport, axes) -> None:
     step = -(-len(report.layers) // 16)  # more labels would run into each other
     axes.set_xticks(range(0, len(report.layers), step), report.layers[::step])
     axes.set_ylim(0, 1.35)  # room for the legend
+    axes.set_yticks(np.linspace(0, 1, 6))
     axes.set_xlabel("layer")
     axes.set_ylabel("share of full attention")
     axes.set_title("Where the probability goes (mean over heads)", fontsize="small")
