@@ -105,7 +105,7 @@ COMMON_SHAPES = {
 
 
 def _chat(row: Mapping[str, Any], columns: Mapping[str, Any]) -> Any:
-    """A column with all messages, or one a turn; or what other projects have."""
+    """A column with all messages, or one per turn; or what other projects have."""
     messages, prompt, response = (columns[name] for name in ("messages_field", "prompt_field", "response_field"))
     if row.get(messages) is not None:
         return row[messages]

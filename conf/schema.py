@@ -63,12 +63,12 @@ class ModelConfig:
     """The model's own RoPE scaling in Hugging Face's `rope_scaling` format (llama3, linear, yarn, dynamic); null =
     none."""
     rope_pattern: str | None = None
-    """One letter a layer, R (RoPE) or N (NoPE: no positional encoding), repeated if shorter than the model; null = RoPE
-    everywhere."""
+    """One letter per layer, R (RoPE) or N (NoPE: no positional encoding), repeated if shorter than the model; null =
+    RoPE everywhere."""
     key_conv: int = 0
     """Width in tokens (3 or 5) of a causal convolution over each channel of the keys; 0 = none (docs/design.md)."""
     key_conv_pattern: str | None = None
-    """With key_conv: one letter a layer, K (convolution) or - (none), repeated if shorter than the model; null = in
+    """With key_conv: one letter per layer, K (convolution) or - (none), repeated if shorter than the model; null = in
     every layer."""
     pretrained_length: int | None = None
     """Longest context of the model that the weights come from; null = none. Handed on by launch/export.py; where a
@@ -148,7 +148,7 @@ class SourceConfig:
     max_tokens: Any = field(default=None, metadata=TOKENS)
     """Stop reading after this many tokens; null = all of it."""
     exclude_ids: str | None = None
-    """Text file with one document id a line to leave out (a held-out set)."""
+    """Text file with one document id per line to leave out (a held-out set)."""
 
     @property
     def is_chat(self) -> bool:
@@ -202,8 +202,8 @@ class AttentionConfig:
     full_last: int = 0
     """With kind=moba: the last n layers use full attention (layer-wise hybrid)."""
     pattern: str | None = None
-    """Instead of full_last: one letter a layer, M (moba; only with kind=moba), F (full) or S (sliding window), repeated
-    if shorter than the model. MMMF, SM; and with kind=full SF, its full twin."""
+    """Instead of full_last: one letter per layer, M (moba; only with kind=moba), F (full) or S (sliding window),
+    repeated if shorter than the model. MMMF, SM; and with kind=full SF, its full twin."""
     plan: Any = None
     """Instead of all other keys here but backend: what each layer has, as a file of launch/tune_attention.py
     (moba/kinds/plan_file.py), or its entries themselves, one [kind, block_size, top_k, first_blocks] a layer. Frozen,
@@ -321,7 +321,7 @@ class ScheduleConfig:
     """Tokens a rank processes at a time, a multiple of seq_len; null = one sequence. More ranks or a smaller value mean
     fewer or more gradient-accumulation steps, never another batch."""
     block_size: Any = field(default=512, metadata=LENGTH)
-    """Tokens a block, of stages that set neither block_size nor num_blocks."""
+    """Tokens per block, of stages that set neither block_size nor num_blocks."""
     top_k: int = 3
     """Blocks a query attends to, its own included, of stages that set none."""
     window: Any = field(default=None, metadata=LENGTH)

@@ -117,7 +117,7 @@ class Loader:
         assert self._stage is not None, "set_stage comes first"
         ahead, self._ahead = self._ahead, None
         batches, self._position = self._make_step(self._position) if ahead is None else ahead.result()
-        # An executor a step: its thread ends with the step, so that none is left to be closed.
+        # An executor per step: its thread ends with the step, so that none is left to be closed.
         executor = ThreadPoolExecutor(1, thread_name_prefix="loader")
         self._ahead = executor.submit(self._make_step, self._position)
         executor.shutdown(wait=False)

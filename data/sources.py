@@ -406,9 +406,9 @@ def _selection(name: str, source: SourceConfig, shards: TokenShards, *, prefix: 
         path = user_path(source.exclude_ids)
         if not path.is_file():
             raise DataError(
-                f"source {name!r}: exclude_ids={source.exclude_ids!r}: no such file (one document id a line)"
+                f"source {name!r}: exclude_ids={source.exclude_ids!r}: no such file (one document id per line)"
             )
-        excluded = set(read_text(path, error=DataError, remedy="It takes one document id a line").split("\n")) - {""}
+        excluded = set(read_text(path, error=DataError, remedy="It takes one document id per line").split("\n")) - {""}
         hit = np.array([i in excluded for i in shards.ids])
         log(f"source {name!r}: {int(hit.sum())} documents left out by the {len(excluded)} ids of {path}")
         keep &= ~hit

@@ -41,7 +41,7 @@ KEYS = {
     "subset": "configuration of a hub data set",
     "split": "split of a hub data set (default train)",
     "streaming": "true: read a hub data set as a stream instead of downloading it first; needs max_tokens",
-    "shard_mb": f"millions of characters a shard, the unit of restarts and workers (default {SHARD_CHARS // 10**6})",
+    "shard_mb": f"millions of characters per shard, the unit of restarts and workers (default {SHARD_CHARS // 10**6})",
 }
 
 

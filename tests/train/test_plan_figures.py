@@ -126,8 +126,8 @@ def test_text_says_what_an_extension_changes():
     for words in (
         "theta 10000, the model's own llama3 x8, then linear x4",
         "then ntk x4 (theta 4.876e+04)",
-        "1 sequence a step; rate of its own, constant, peak 1e-05, warm-up 409 tokens; fresh optimizer moments",
-        "4 sequences a step; rate as the run's; optimizer moments kept",
+        "1 sequence per step; rate of its own, constant, peak 1e-05, warm-up 409 tokens; fresh optimizer moments",
+        "4 sequences per step; rate as the run's; optimizer moments kept",
         "long: 0.0% of the tokens come from documents that reach 1K. Warning",
         "full: 3.0% of the tokens come from documents that reach 256. Warning",
         # 0.6 * 8192 tokens of a document of 300
@@ -190,7 +190,8 @@ def memory_of(stage: int, world_size: int, bf16: bool = True, **engine):
 
 
 def test_memory_of_model_states():
-    """Catches what ZeRO splits and what it doesn't (2 + 4 + 12 bytes a parameter in bf16, 4 + 4 + 8 in plain fp32)."""
+    """Catches what ZeRO splits and what it doesn't (2 + 4 + 12 bytes per parameter in bf16, 4 + 4 + 8 in plain
+    fp32)."""
     model, one = memory_of(3, 1)
     size = num_parameters(model, 32768)["total"]
     assert (one.weights, one.optimizer) == (2 * size, 12 * size)
@@ -234,13 +235,13 @@ def verdict(seq_len: str, memory: int, num_gpus: int = 1, **sections) -> str:
 
 def test_verdicts():
     """Catches a run that is declared fit, advice that is in force already, and sequences nothing can fit."""
-    assert verdict("8K", 1000 * GB) == "fits 1000.0 GB a GPU"
+    assert verdict("8K", 1000 * GB) == "fits 1000.0 GB per GPU"
     assert "GPU; model.activation_checkpointing=mlp would" in verdict("32K", 240 * GB)
     assert "GPU; model.activation_checkpointing=true would" in verdict("32K", 190 * GB)
     text = verdict("8K", 80 * GB, model={"activation_checkpointing": True}, deepspeed={"zero_stage": 3})
-    assert text == "does not fit 80.0 GB a GPU; on 2 GPUs would"
+    assert text == "does not fit 80.0 GB per GPU; on 2 GPUs would"
     advice = "parallel.sequence=8 deepspeed=zero3 model.activation_checkpointing=offload on 8 GPUs would"
-    assert verdict("4M", 80 * GB) == f"does not fit 80.0 GB a GPU; {advice}"
+    assert verdict("4M", 80 * GB) == f"does not fit 80.0 GB per GPU; {advice}"
     assert verdict("64M", 80 * GB).endswith("over as many GPUs as there are heads too")
     unknown = make_plan(config_of(), 384, Hardware(num_gpus=1)).verdict
     assert "gpu_memory=80GB" in unknown
@@ -250,7 +251,7 @@ def test_verdict_follows_its_own_advice():
     """Catches advice that does not help."""
     split = {"deepspeed": {"zero_stage": 3}, "parallel": {"sequence": 8}}
     split["model"] = {"activation_checkpointing": "offload"}
-    assert verdict("4M", 80 * GB, num_gpus=8, **split) == "fits 80.0 GB a GPU"
+    assert verdict("4M", 80 * GB, num_gpus=8, **split) == "fits 80.0 GB per GPU"
     for memory, mode in ((240 * GB, "mlp"), (190 * GB, True)):
         assert f"model.activation_checkpointing={str(mode).lower()}" in verdict("32K", memory)
         assert verdict("32K", memory, model={"activation_checkpointing": mode}).startswith("fits")

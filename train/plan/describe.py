@@ -32,7 +32,7 @@ def describe_layers(attention: tuple[AttentionSpec, ...]) -> str:
 
 
 def describe_kernels(config: RunConfig, stages: Sequence[Stage], hardware: Hardware, bf16: bool) -> tuple[str, ...]:
-    """What will compute each kind of attention, and why nothing faster: one entry a kind and backend."""
+    """What will compute each kind of attention, and why nothing faster: one entry per kind and backend."""
     model, found = config.model, {}
     for stage in stages:
         shape = QueryShape(

@@ -383,7 +383,7 @@ def _memory_parts(memory: Memory) -> str:
 
 
 def _stage_table(stages: tuple[StagePlan, ...]) -> list[str]:
-    rows = [("stage", "tokens", "steps", "length", "tokens a step", "micro-batches", "attended", "rate")]
+    rows = [("stage", "tokens", "steps", "length", "tokens per step", "micro-batches", "attended", "rate")]
     for stage in stages:
         rows.append(
             (

@@ -55,7 +55,7 @@ def _stage_warnings(stage: Stage) -> list[str]:
         )
     if stage.num_steps < FEW_STEPS:
         plural = "" if stage.num_steps == 1 else "s"
-        batch = f"{format_length(stage.batch_tokens)} tokens a step"
+        batch = f"{format_length(stage.batch_tokens)} tokens per step"
         lines.append(f"{stage.name}: {stage.num_steps} step{plural} alone, at {batch}")
     return lines
 
