@@ -29,7 +29,7 @@ class Format(NamedTuple):
     """document(row, columns): the text of a row, None for one without; or with `is_chat` a list of messages, each a
     mapping with a role and a content. columns: option -> value, of all the format's. Raises BadRow."""
     is_chat: bool = False
-    """Documents are conversations, of which the assistant's turns alone are learnt (data/sft.py)."""
+    """Documents are conversations, of which the assistant's turns alone are supervised (data/sft.py)."""
     options: Mapping[str, Option] = {}
     """Keys of a source (data.sources.<name>.<option>): mostly the columns it reads. Two formats may share one."""
     required: tuple[str, ...] = ()

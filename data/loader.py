@@ -192,14 +192,14 @@ class Loader:
             return [self._batch(windows) for windows in micros], behind
 
     def _batch(self, windows: list[Window]) -> Batch:
-        batch = make_batch(windows, self._fetch, self._learnt)
+        batch = make_batch(windows, self._fetch, self._supervised)
         return batch if self._pin_for is None else batch.pin()
 
     def _fetch(self, window: Window):
         return self._sources[window.source].window(window.document, window.start, window.length)
 
-    def _learnt(self, window: Window):
-        return self._sources[window.source].learnt(window.document, window.start, window.length)
+    def _supervised(self, window: Window):
+        return self._sources[window.source].supervised(window.document, window.start, window.length)
 
 
 def check_batch(seq_len: int, batch_tokens: int, micro_tokens: int, world_size: int) -> None:

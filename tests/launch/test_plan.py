@@ -51,7 +51,7 @@ def test_the_command(tmp_path):
     assert result.returncode == 0, result.stderr
     for words in (
         "Plan of moba_32k",
-        "sparse  180,092,928  687    32K     256K           4              28.9%",
+        "sparse  180,092,928  687    32K     256K             4              28.9%",
         "attention moba 2048x3 (layers 0-11); RoPE theta 10000",
         "attention full (layers 0-11)",
         "2 GPUs",

@@ -36,7 +36,7 @@ _NAMES: dict[str, dict[str, str | None]] = {
         "peak_memory_gib": "perf/peak_memory_gib",
         "save_wait_seconds": "perf/save_wait_seconds",
         "save_write_seconds": "perf/save_write_seconds",
-        "learnt_tokens": "data/supervised_tokens",
+        "supervised_tokens": "data/supervised_tokens",
         "attended_share": "schedule/attended_share",
         "eta_seconds": None,
         "seconds": None,
@@ -91,8 +91,8 @@ def _derived(record: Mapping[str, Any], stages: Sequence[Any]) -> dict[str, floa
         found["perf/eta_hours"] = record["eta_seconds"] / 3600
     if not rate:
         return found
-    if record.get("seconds") and record.get("learnt_tokens") is not None:
-        found["data/supervised_share"] = record["learnt_tokens"] / (rate * record["seconds"])
+    if record.get("seconds") and record.get("supervised_tokens") is not None:
+        found["data/supervised_share"] = record["supervised_tokens"] / (rate * record["seconds"])
     if stages:
         stage = stages[record["stage_index"]]
         found |= {"perf/step_seconds": stage.batch_tokens / rate, "schedule/batch_tokens": stage.batch_tokens}
