@@ -87,6 +87,12 @@ def launch_environment() -> Launched:
     return Launched(*(int(os.environ.get(key, default)) for key, default in defaults.items()))
 
 
+def own_cores() -> int:
+    """This process's share of the cores that its host lets it use; at least 1."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // launch_environment().local_world_size)
+
+
 def init_world(device: str = "auto", sequence_size: int = 1) -> World:
     """Returns this process's World, with torch.distributed (nccl on CUDA, gloo on CPU) and DeepSpeed's communication
     ready.
