@@ -70,7 +70,7 @@ def _series(axes, scaling: Scaling, series: str, axis: str, x: int, i: int) -> N
 
 
 def plot_layers(scaling: Scaling, path: Path) -> None:
-    """Losses over the number of layers that are full at the end, a line a size: fewest at the left, all at the
+    """Losses over the number of layers that are full at the end, a line per size: fewest at the left, all at the
     right."""
     figure = Figure(figsize=(10, 4.5), layout="constrained")
     grid = figure.subplots(1, 2)

@@ -65,7 +65,7 @@ class SweepReport:
     title: str
 
     def rows(self) -> list[dict[str, Any]]:
-        """One row a setting, as JSON values."""
+        """One row per setting, as JSON values."""
         rows = []
         for s, setting in enumerate(self.settings):
             row: dict[str, Any] = {"attention": str(setting)}
@@ -94,7 +94,7 @@ class SweepReport:
         }
 
     def table(self) -> str:
-        """A line a setting."""
+        """A line per setting."""
         tasks = list(self.right_SN)
         lines = [
             f"{'attention':<20}{'attended':>9}{'loss':>9}{'minus full':>20}{'trailing':>10}{'minus full':>20}"
@@ -113,7 +113,7 @@ class SweepReport:
     def summary(self) -> dict[str, Any]:
         """Plain JSON values."""
         return {
-            "unit": "nats a token; differences from full attention document by document; shares from 0 to 1",
+            "unit": "nats per token; differences from full attention document by document; shares from 0 to 1",
             "seq_len": self.seq_len,
             "num_documents": len(self.clusters),
             "num_clusters": len(set(self.clusters)),
@@ -133,7 +133,7 @@ class SweepReport:
         )
 
     def draw(self, path: Path) -> None:
-        """Draws the gap of the trailing loss, and right answers, over the attended share: a colour a block size, a
+        """Draws the gap of the trailing loss, and right answers, over the attended share: a colour per block size, a
         style of line a gate."""
         rows, tasks = self.rows(), list(self.right_SN)
         figure = Figure(figsize=(7 * (1 + len(tasks)) + 2, 5), layout="constrained")

@@ -252,8 +252,8 @@ TABLES = {
 @pytest.mark.parametrize("name, head", TABLES, ids=lambda text: text.strip("| "))
 def test_a_table_has_the_numbers_of_its_results(name, head):
     """Catches a number that was changed in the text, and results that were replaced without it."""
-    expected = list(TABLES[name, head]())
-    assert table(name, head) == expected and len(expected) > 1
+    expected = list(TABLES[name, head]())  # but for the first column, which has words
+    assert [row[1:] for row in table(name, head)] == [row[1:] for row in expected] and len(expected) > 1
 
 
 def test_the_table_of_long_contexts_has_the_numbers_of_its_results():
@@ -290,17 +290,17 @@ def ratio(row: str) -> float:
 def sentences():
     """(page, what it has to say)"""
     last = {arm: gap("recipes_h100", 2, "", arm=arm).split(" ")[0] for arm in ("moba", "moba, then full")}
-    yield "README.md", f"MoBA alone ends {last['moba']} nats behind full attention"
-    yield "README.md", f"full attention for the last tenth {last['moba, then full']}, without a spike"
+    yield "README.md", f"MoBA alone is {last['moba']} nats behind full attention"
+    yield "README.md", f"the gap is {last['moba, then full']}, without a loss spike"
     end = {"arm": "moba", "tokens": 20185088, "attention": "full"}
-    yield "README.md", f"With 20M tokens that is {gap('continual_h100', 2, '', **end).split(' ')[0]}"
+    yield "README.md", f"With 20M tokens it is {gap('continual_h100', 2, '', **end).split(' ')[0]}"
     at = ("8K 128x8", "32K 128x8", "64K 512x3", "512K 128x8")
     short, middle, blocks, long = map(ratio, at)
     yield "README.md", f"{short:.1f} times as fast at 8K with blocks of 128, top 8, and {middle:.1f} times at 32K"
     yield "README.md", f"{blocks:.0f} times at 64K with 512x3; {long:.0f} times at 512K with 128x8"
     gates = {row[0]: row[1].split(" ")[0].strip("+") for row in gate_rows()}
     first = gates["mean, first block always selected (`first_blocks=1`)"]
-    yield "README.md", f"loses {float(gates['mean (MoBA)']):.2f} nats on the last eighth with the paper's gate"
+    yield "README.md", f"loses {float(gates['mean (MoBA)']):.2f} nats on the last eighth"
     yield "README.md", f"and {float(first):.2f} with `attention.first_blocks=1`"
     yield (
         "docs/findings.md",
@@ -311,8 +311,11 @@ def sentences():
     yield "README.md", f"MoBA is {own} above full attention, random blocks {random}"
     rows = kept(f"{LONG['two']}_1m/results.json")["rows"]
     one, two = (r["tokens_per_second"] for r in rows[:2])
-    yield "README.md", f"1.5B at 128K makes {hundreds(two)} tokens/s, {two / one:.1f} times the {hundreds(one)} of one"
-    yield "README.md", f"1.5B trains at 1M with {rows[2]['peak_memory_gib']:.0f} GiB of each GPU"
+    yield (
+        "README.md",
+        f"1.5B at 128K reaches {hundreds(two)} tokens/s, {two / one:.1f} times the {hundreds(one)} of one",
+    )
+    yield "README.md", f"1.5B trains at 1M with {rows[2]['peak_memory_gib']:.0f} GiB per GPU"
     firsts = [-one["first"] for one in kept("docs/results/recipes_h100/results.json")["switches"]]
     yield (
         "docs/evals.md",
@@ -326,8 +329,8 @@ def sentences():
         f"It captures {share['captured']}, against {share['local']} in the latest blocks and {share['random']}",
     )
     sparse = gap("continual_h100", 3, "", arm="moba", tokens=18087936, attention="moba 512x3")
-    yield "docs/bring-your-model.md", f"Training brings it to {sparse} above the twin after 18M tokens"
-    yield "docs/bring-your-model.md", f"with full attention to {gap('continual_h100', 3, '', **end)} (95 %"
+    yield "docs/bring-your-model.md", f"the model is {sparse} above the full-attention run"
+    yield "docs/bring-your-model.md", f"with full attention {gap('continual_h100', 3, '', **end)} (95 %"
 
 
 @pytest.mark.parametrize("name, text", list(sentences()), ids=lambda text: text[:60])

@@ -8,8 +8,8 @@ import torch
 from engine_runs import build_model
 
 from conf.schema import DeepSpeedConfig, RunConfig
-from train.engine.optim import _use_cores, deepspeed_config, param_groups, resolve_precision
-from train.engine.world import World
+from train.engine.optim import deepspeed_config, param_groups, resolve_precision
+from train.engine.world import World, own_cores
 
 CPU = World(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
 CUDA = World(rank=0, world_size=1, local_rank=0, device=torch.device("cuda", 0))
@@ -64,17 +64,9 @@ def test_extra_is_merged_last_and_deep():
     assert merged["gradient_clipping"] == 0.5
 
 
-def test_an_optimizer_on_the_host_has_its_share_of_the_cores(monkeypatch):
-    """Catches the one thread that torchrun leaves each of several processes, and processes that take all cores each."""
+def test_processes_of_a_host_share_its_cores(monkeypatch):
+    """Catches one thread for billions of weights, and processes that take all cores each."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8), raising=False)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        _use_cores()
-        assert torch.get_num_threads() == 4
-        monkeypatch.setenv("LOCAL_WORLD_SIZE", "16")
-        _use_cores()
-        assert torch.get_num_threads() == 4, "threads that somebody asked for are kept"
-    finally:
-        torch.set_num_threads(before)
+    for processes, cores in ((1, 8), (2, 4), (16, 1)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+        assert own_cores() == cores
