@@ -19,11 +19,16 @@ import psutil
 import torch
 
 from evals.results import commit, write_json
+from launch.cli import UsageError
 from train.record.metrics import FILE_NAME, read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 PLACES = ("to=", "runs=", "data.cache_dir=", "commit=")
 GROUPS = ("model", "data", "optim", "deepspeed", "logging")
+SET_HERE = ("schedule.seq_len", "schedule.batch_tokens", "schedule.tokens", "model", "deepspeed", "run.dir", "+exp")
+QUIET = ("data.validation=null", "logging.wandb=disabled", "logging.figures=false", "logging.progress=false")
+QUIET += ("logging.every_tokens=0", "checkpoint.every_tokens=0")
+"""Overrides of runs whose steps are measured one by one."""
 SPEEDS = ("tokens_per_second", "tflops", "mfu", "mfu_dense_equivalent", "attended_share")
 STALL_SECONDS, ENDED_SECONDS = 900, 120
 OUT_OF_MEMORY = "out of memory"
@@ -41,6 +46,20 @@ def split(arguments: Sequence[str], own: Iterable[str] = ()) -> tuple[list[str],
         [a for a, override in zip(arguments, is_override) if override],
         [a for a, override in zip(arguments, is_override) if not override],
     )
+
+
+def whole_numbers(values: Mapping[str, str], key: str, default: str, least: int = 1) -> tuple[int, ...]:
+    """The whole numbers given for a key, ascending. UsageError for others."""
+    text = values.get(key, default)
+    if not re.fullmatch(r"\d+(,\d+)*", text) or min(numbers := sorted({int(n) for n in text.split(",")})) < least:
+        raise UsageError(f"{key}={text}: whole numbers of at least {least}, separated by commas")
+    return tuple(numbers)
+
+
+def refuse_own(overrides: Sequence[str], keys: Iterable[str]) -> None:
+    """UsageError for overrides of what a benchmark of these keys sets itself."""
+    if taken := [text for text in overrides if text.partition("=")[0] in SET_HERE]:
+        raise UsageError(f"{', '.join(taken)}: the study sets this itself; its keys are {', '.join(keys)}")
 
 
 def origin(arguments: Sequence[str], label: str | None) -> dict[str, str | None]:

@@ -132,10 +132,9 @@ def trailing(figure: SubFigure, record: Record) -> None:
     axes = one(figure, "Trailing loss, document by document", f"minus {rows[0]['reference']} (nats per token)")
     for i, name in enumerate(arms(rows)):
         own = [row for row in rows if row["arm"] == name]
-        widths = [row["interval_95"][-1] for row in own]
-        axes.errorbar(
-            range(len(own)), [row["difference"][-1] for row in own], yerr=widths, capsize=4, label=name, **look(i)
-        )
+        gaps, widths = ([row[key][-1] for row in own] for key in ("difference", "interval_95"))
+        known = [np.nan if width is None else width for width in widths]
+        axes.errorbar(range(len(own)), gaps, yerr=known, capsize=4, label=name, **look(i))
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set_xticks(range(len(own)), [format_length(row["seq_len"]) for row in own])
     axes.set_xlabel("length in training and evaluation (bars: 95 %)")
@@ -182,12 +181,9 @@ def recall(figure: SubFigure, record: Record) -> None:
     for v, variant in enumerate(variants):
         for a, name in enumerate(names):
             seeds = [row["right"][variant]["far"] for row in record["measured"] if row["arm"] == name]
-            place, style = (
-                a + 0.14 * (v - (len(variants) - 1) / 2),
-                {"color": color(v), "label": variant if a == 0 else None},
-            )
+            place, label = a + 0.14 * (v - (len(variants) - 1) / 2), variant if a == 0 else None
             axes.plot([place] * 2, [min(seeds), max(seeds)], color=color(v), linewidth=1)
-            axes.plot(place, statistics.fmean(seeds), marker(v), markersize=6, **style)
+            axes.plot(place, statistics.fmean(seeds), marker(v), markersize=6, color=color(v), label=label)
     axes.set_xticks(range(len(names)), [name.replace(", ", ",\n") for name in names], fontsize="small")
     axes.set_xlabel("trained with (lines: least to most of the seeds)")
     axes.set_ylim(0, 1.02)
@@ -200,22 +196,9 @@ def gates(figure: SubFigure, record: Record) -> None:
     rows = sorted(record["measured"][0]["settings"][1:], key=lambda row: -row["minus_full"]["mean"])
     for i, row in enumerate(rows):
         gap = row["minus_full"]
-        axes.errorbar(
-            gap["mean"],
-            i,
-            xerr=gap["interval_95"],
-            fmt=marker(row["first_blocks"]),
-            color=color(row["first_blocks"]),
-            capsize=3,
-        )
-        axes.annotate(
-            f"{gap['mean']:+.3f}",
-            (gap["mean"], i),
-            xytext=(0, 7),
-            textcoords="offset points",
-            ha="center",
-            fontsize="small",
-        )
+        style = {"fmt": marker(row["first_blocks"]), "color": color(row["first_blocks"]), "capsize": 3}
+        axes.errorbar(gap["mean"], i, xerr=gap["interval_95"], **style)
+        axes.text(gap["mean"], i + 0.12, f"{gap['mean']:+.3f}", ha="center", va="bottom", fontsize="small")
     axes.set_yticks(
         range(len(rows)), [GATES[row["gate"]] + ("\nand the first" if row["first_blocks"] else "") for row in rows]
     )

@@ -110,6 +110,8 @@ def main() -> None:
     chosen = values.get("arms", ";".join(study.arms)).split(";")
     if unknown := [arm for arm in chosen if arm not in study.arms]:
         raise UsageError(f"arms={';'.join(unknown)}: there are {'; '.join(study.arms)}")
+    if study.reference and study.reference not in chosen:
+        raise UsageError(f"arms={';'.join(chosen)}: the others are held against {study.reference!r}; add it")
     seeds = [int(seed) for seed in values["seeds"].split(",")] if "seeds" in values else list(range(study.seeds))
     check(command, chosen)
     rounds, jobs = tasks_of(study, chosen, seeds), int(values.get("jobs", 1))
@@ -221,7 +223,7 @@ def collect(command: Command, tasks: Sequence[Task], found: Sequence[Measured]) 
     if study.reference:
         losses = [(name, seed, line, path) for name, seed, line, path in found if line.startswith("position_loss")]
         record["differences"] = list(differences(losses, study.reference))
-    if study.switch:
+    if study.switch and {*study.switch} <= {name for name, _ in metrics}:
         record["switches"] = [
             after_switch(metrics, study.switch, seed) for seed in dict.fromkeys(seed for _, seed in metrics)
         ]

@@ -52,13 +52,18 @@ def test_every_declared_arm_composes_and_every_evaluation_is_known(name, tmp_pat
 
 def test_a_missing_argument_and_unequal_tokens_are_named(tmp_path, monkeypatch, capsys):
     """Catches a brace that goes to a run as it stands, and arms of unlike budgets that are compared."""
-    for words in (["recipes"], ["nothing", "to=x"], ["mqar", f"to={tmp_path}", "arms=best"]):
+    for words in (
+        ["recipes"],
+        ["nothing", "to=x"],
+        ["mqar", f"to={tmp_path}", "arms=best"],
+        ["recipes", f"to={tmp_path}", "arms=moba"],
+    ):
         monkeypatch.setattr(sys, "argv", ["study.py", *words, *([f"to={tmp_path}"] if len(words) == 1 else [])])
         with pytest.raises(SystemExit) as ended:
             study.main()
         assert ended.value.code == 2
     error = capsys.readouterr().err
-    assert "model=... is missing" in error and "recipes" in error and "arms=best" in error
+    assert "model=... is missing" in error and "recipes" in error and "arms=best" in error and "'full'; add it" in error
     arms = {"a": Arm("schedule.stages.sparse.tokens=50%"), "b": Arm("~schedule.stages.full")}
     with pytest.raises(ValueError, match=r"not equal tokens: a .*, b "):
         study.check(study.Command(Study("", TINY, arms, ()), {}, (), tmp_path), list(arms))
