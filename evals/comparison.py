@@ -17,7 +17,7 @@ from conf.numbers import format_count
 from evals.figures import Boundaries, interval, length_axis, mark_dense, mark_stages, token_axis
 from evals.paired import difference
 from evals.position_loss import Evaluation
-from evals.style import LOSS, POSITION, color, look, marker, save
+from evals.style import LOSS, POSITION, add_legend, color, look, marker, save
 
 Records = Sequence[Mapping[str, Any]]
 MOST_BANDS = 2  # more would be seen as one
@@ -119,8 +119,7 @@ def plot_positions(runs: Mapping[str, Evaluation], path: Path | str, dense_up_to
         if max(extents) > min(extents):  # with few documents the band would flatten everything
             below.set_ylim(min(extents), max(extents))
         below.axvline(dense_up_to or np.nan, color="0.4", linestyle=":", linewidth=1.2)
-        if below.get_legend_handles_labels()[0]:
-            below.legend(fontsize="small")
+        add_legend(below)
     length_axis((below or axes).xaxis, longest)
     (below or axes).set_xlabel(POSITION)
     axes.set_ylabel(LOSS)
@@ -222,13 +221,12 @@ def _panels(with_gap: bool) -> tuple[Figure, Any, Any]:
 
 def _gap_axis(axes: Any, labels: list[str]) -> None:
     axes.axhline(0.0, color="black", linewidth=0.8)
-    what = labels[0] if len(labels) == 2 else "run"
-    axes.set_ylabel(f"{what} minus {labels[-1]} (nats per token)")
+    axes.set_title(f"minus {labels[-1]}", fontsize="medium")
+    axes.set_ylabel("difference (nats per token)")
     axes.grid(alpha=0.3)
 
 
 def _finish(figure: Figure, axes: Any, path: Path | str) -> None:
     axes.grid(alpha=0.3)
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize="small")
+    add_legend(axes)
     save(figure, path)

@@ -184,19 +184,22 @@ def token_axis(axes) -> None:
 
 def mark_stages(axes, boundaries: Boundaries) -> None:
     """A dashed line with the stage's name where each stage starts, as far as the axis reaches."""
-    right = axes.get_xlim()[1]
+    left, right = axes.get_xlim()
     for tokens, name in boundaries:
         if tokens > right:  # of another run: its name, outside the axes, would be given their room
             continue
         if tokens > 0:
             axes.axvline(tokens, color="black", linestyle="--", linewidth=1)
+        before = tokens > left + 0.6 * (right - left)  # a name must not run over the right edge
         axes.annotate(
             name,
             (tokens, 1),
             xycoords=("data", "axes fraction"),
-            xytext=(4, -4),
+            xytext=(-4 if before else 4, -4),
             textcoords="offset points",
+            ha="right" if before else "left",
             va="top",
+            in_layout=False,
             fontsize="small",
             zorder=5,
             bbox={"facecolor": "white", "alpha": 0.7, "linewidth": 0, "pad": 1},

@@ -11,6 +11,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
@@ -21,6 +22,7 @@ MARKERS = "osD^vPX*"
 LINES = ("-", "--", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)))
 LOSS = "loss (nats per token)"
 POSITION = "context position (tokens)"
+LONGEST_INSIDE = 40  # characters of a label
 SHORTEST = 24  # a text of fewer characters is not broken
 
 
@@ -40,6 +42,18 @@ def look(i: int, number: int = 1) -> dict[str, Any]:
     width = 1.3 + 0.7 * max(0, min(number, 5) - 1 - i)
     style = {"color": color(i), "marker": marker(i), "markersize": 3.5, "linewidth": width}
     return style | {"linestyle": LINES[i % len(LINES)]}
+
+
+def add_legend(axes: Axes) -> None:
+    """A legend, if anything has a label: inside, or beside the panel where names are too long to leave room for it."""
+    labels = axes.get_legend_handles_labels()[1]
+    if labels and max(map(len, labels)) <= LONGEST_INSIDE:
+        axes.legend(fontsize="small")
+    elif labels:
+        short = [textwrap.fill(label, LONGEST_INSIDE) for label in labels]
+        axes.legend(
+            axes.get_legend_handles_labels()[0], short, fontsize="x-small", loc="upper left", bbox_to_anchor=(1, 1)
+        )
 
 
 def save(figure: Figure, path: Path | str) -> None:

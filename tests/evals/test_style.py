@@ -8,7 +8,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
-from evals.style import LINES, MARKERS, PALETTE, look, save
+from evals.figures import mark_stages
+from evals.style import LINES, MARKERS, PALETTE, add_legend, look, save
 
 # Linear RGB as somebody without one kind of cone sees it: Vienot, Brettel and Mollon 1999 (protan, deutan).
 BLIND = {
@@ -59,3 +60,18 @@ def test_titles_stay_inside_the_figure(tmp_path):
         assert extent.x0 >= 0 and extent.x1 <= figure.bbox.width, text.get_text()
         assert " ".join(text.get_text().split()) == words
     assert "\n" not in axes[0].get_title() and (tmp_path / "new" / "figure.png").stat().st_size > 1000
+
+
+def test_names_of_stages_and_long_legends_leave_room_for_the_curves():
+    """Catches the name of a late stage that runs over the right edge or squeezes the panel, and a legend of long names
+    that hides the curves."""
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot([0, 100], [0, 1], label="a run of a name that is as long as users make them, seed 0")
+    mark_stages(axes, [(0, "sparse"), (95, "a run of a name that is as long as users: full")])
+    add_legend(axes)
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    figure.draw(renderer)
+    assert all(text.get_window_extent(renderer).x1 <= axes.bbox.x1 for text in axes.texts)
+    assert axes.get_legend().get_window_extent(renderer).x0 >= axes.bbox.x1
+    assert axes.bbox.width > 0.4 * figure.bbox.width
