@@ -186,9 +186,7 @@ def test_a_full_disk_costs_nothing_that_was_saved(launcher, command, house, whol
     size = (run_dir / "metrics.jsonl").stat().st_size
     assert size > (run_dir / "config.yaml").stat().st_size, "otherwise that would fail first"
     ended = launcher.run(command(interrupted), prepare=partial(limit_file_size, size))
-    assert_refused(
-        ended, "1 problem:", "File too large", str(run_dir), "Saved checkpoints are unchanged"
-    )
+    assert_refused(ended, "1 problem:", "File too large", str(run_dir), "Saved checkpoints are unchanged")
     assert launcher.run(command(interrupted)).code == 0
     assert_same_run(run_dir, whole)
 
