@@ -69,11 +69,13 @@ class _Rotation(torch.autograd.Function):
 def _rotate(x_THD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
     half = x_THD.shape[-1] // 2
     first, second = x_THD[..., :half], x_THD[..., half:]
-    sin_T1D = sin_TD[:, None, :half]
-    out_THD = x_THD * cos_TD[:, None]
-    out_THD[..., :half].addcmul_(second, sin_T1D, value=-1)
-    out_THD[..., half:].addcmul_(first, sin_T1D)
-    return out_THD.to(x_THD.dtype)
+    cos_T1D, sin_T1D = cos_TD[:, None], sin_TD[:, None, :half]
+    # Not in place: torch 2.11 compiles writes to views inside an autograd function without their gradient, in float32.
+    turned = (
+        torch.addcmul(first * cos_T1D[..., :half], second, sin_T1D, value=-1),
+        torch.addcmul(second * cos_T1D[..., half:], first, sin_T1D),
+    )
+    return torch.cat([part.to(x_THD.dtype) for part in turned], -1)
 
 
 class MoBAAttention(nn.Module):
