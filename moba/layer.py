@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from moba.attention import attend
 from moba.documents import Documents
-from moba.key_conv import KeyConvolution
+from moba.key_conv import KeyConvolution, in_dtype
 from moba.kinds import AttentionSpec, Full
 from moba.kv_cache import KVCache, LayerCache
 from moba.sequence import SequenceAxis
@@ -69,13 +69,11 @@ class _Rotation(torch.autograd.Function):
 def _rotate(x_THD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
     half = x_THD.shape[-1] // 2
     first, second = x_THD[..., :half], x_THD[..., half:]
-    cos_T1D, sin_T1D = cos_TD[:, None], sin_TD[:, None, :half]
-    # Not in place: torch 2.11 compiles writes to views inside an autograd function without their gradient, in float32.
-    turned = (
-        torch.addcmul(first * cos_T1D[..., :half], second, sin_T1D, value=-1),
-        torch.addcmul(second * cos_T1D[..., half:], first, sin_T1D),
-    )
-    return torch.cat([part.to(x_THD.dtype) for part in turned], -1)
+    sin_T1D = sin_TD[:, None, :half]
+    out_THD = x_THD * cos_TD[:, None]
+    out_THD[..., :half].addcmul_(second, sin_T1D, value=-1)
+    out_THD[..., half:].addcmul_(first, sin_T1D)
+    return in_dtype(out_THD, x_THD.dtype)
 
 
 class MoBAAttention(nn.Module):
