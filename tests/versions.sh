@@ -24,7 +24,8 @@ PYTHON
 declare -A pins=([lowest]="$lowest" [highest]="")
 
 failed=0
-for name in ${*:-lowest highest}; do
+[ $# -gt 0 ] || set -- lowest highest
+for name in "$@"; do
   python3 -m venv "$work/$name"
   # shellcheck disable=SC2086  # a list
   "$work/$name/bin/pip" install --quiet -e . ${pins[$name]} pytest pytest-timeout hypothesis psutil
