@@ -17,7 +17,7 @@ lowest=$(python3 - <<'PYTHON'
 import re, tomllib
 
 declared = tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"]
-bounds = dict(re.match(r"([\w-]+)>=(\d+\.\d+)", line).groups() for line in declared)
+bounds = dict(re.match(r"([\w-]+)>=(\d+(?:\.\d+)?)", line).groups() for line in declared)
 print(*(f"{name}=={bounds[name]}.*" for name in ("torch", "transformers")), "numpy<2.4")
 PYTHON
 )
