@@ -9,13 +9,15 @@ Shapes: N sequences of a batch, V vocabulary rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+import hashlib
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from conf.numbers import format_length, parse_length
+from evals.loading import attention_label, attention_plan
 from evals.protocol import Job, names
 from evals.swap import DENSE, OWN, under
 from moba.documents import Documents
@@ -26,6 +28,7 @@ from train.model.generation import CHUNK_TOKENS
 
 HYBRID = "hybrid"
 ARMS = (OWN, HYBRID, DENSE)
+ABOUT_BESIDE = "more arms, prompt and answer with this attention, each as attention= takes it: 128x16+1,plan.yaml"
 ABOUT_ARMS = f"{OWN} (prompt and answer with the attention in force), {HYBRID} (the answer with full), {DENSE}"
 BATCH_TOKENS = 1 << 16
 """Prompt tokens that are cached at a time, or one prompt where that is longer."""
@@ -43,10 +46,18 @@ class Arm:
     decode: tuple[AttentionSpec, ...]
     """Of each layer, for the answer."""
 
+    @property
+    def key(self) -> str:
+        """Its name in a ledger, whose file tells the attention in force alone: a plan's file may come to hold another
+        plan."""
+        plan = hashlib.sha256(repr(self.prefill).encode()).hexdigest()[:8]
+        return self.name if self.name in ARMS else f"{self.name} {plan}"
+
 
 def chosen_arms(job: Job, default: str) -> dict[tuple[AttentionSpec, ...], list[Arm]]:
-    """The arms that were asked for by arms=, by the plan that reads the prompt; those that share it read it once. A
-    plan with nothing to replace has the arm `full` alone. ValueError for a name that is none."""
+    """The arms that were asked for by arms=, and one for each attention of beside=, by the plan that reads the prompt;
+    those that share it read it once. A plan with nothing to replace has the arm `full` alone of the first. ValueError
+    for a name that is none."""
     asked = names(job.values, "arms", ARMS, default)
     own = job.context.model.attention
     dense = tuple(spec.dense() for spec in own)
@@ -59,7 +70,20 @@ def chosen_arms(job: Job, default: str) -> dict[tuple[AttentionSpec, ...], list[
     for name in ARMS:
         if name in asked:
             groups.setdefault(plans[name][0], []).append(Arm(name, *plans[name]))
+    for word in filter(None, (word.strip() for word in job.values.get("beside", "").strip("[]").split(","))):
+        plan = attention_plan(word, job.trained)
+        groups.setdefault(plan, []).append(Arm(attention_label(word), plan, plan))
     return groups
+
+
+def in_order(groups: Mapping[tuple[AttentionSpec, ...], Sequence[Arm]]) -> list[Arm]:
+    """All arms: ARMS in their order, then the others as they were given. ValueError if two have the same name."""
+    found = [arm for group in groups.values() for arm in group]
+    if len({arm.name for arm in found}) < len(found):
+        raise ValueError(
+            f"beside: {', '.join(arm.name for arm in found)}: two have the same name; rename a plan's file"
+        )
+    return sorted(found, key=lambda arm: ARMS.index(arm.name) if arm.name in ARMS else len(ARMS))
 
 
 def chosen_lengths(job: Job, default: Sequence[str]) -> list[int]:

@@ -14,7 +14,16 @@ import torch
 
 from conf.numbers import format_length
 from data.tokenizer import Tokenizer, load_tokenizer
-from evals.answering import ABOUT_ARMS, BATCH_TOKENS, HYBRID, Reader, chosen_arms, chosen_lengths
+from evals.answering import (
+    ABOUT_ARMS,
+    ABOUT_BESIDE,
+    BATCH_TOKENS,
+    HYBRID,
+    Reader,
+    chosen_arms,
+    chosen_lengths,
+    in_order,
+)
 from evals.ledger import Countdown, Ledger
 from evals.protocol import Eval, Job, Result, names
 from evals.ruler_data import SEED, Ruler, RulerSample, cleaned
@@ -33,7 +42,7 @@ def run(job: Job) -> Result:
     groups, lengths, number = chosen_arms(job, HYBRID), chosen_lengths(job, LENGTHS), job.integer("samples", 500)
     if number > MOST_SAMPLES:
         raise ValueError(f"samples={number}: RULER's question sets have enough for {MOST_SAMPLES} at most")
-    arms = [arm.name for group in groups.values() for arm in group]
+    arms = in_order(groups)
     tokenizer = load_tokenizer(job.trained.config.data.tokenizer)
     samples = _samples(job, ruler, tasks, tokenizer, lengths, number)
     settings = {
@@ -44,7 +53,7 @@ def run(job: Job) -> Result:
     ledger = Ledger(job, "ruler", settings)
     job.say(
         f"ruler: {len(tasks)} tasks, {number} samples each, at {', '.join(map(format_length, lengths))} tokens, under "
-        f"{', '.join(arms)}; parts are kept in {ledger.path}"
+        f"{', '.join(arm.name for arm in arms)}; parts are kept in {ledger.path}"
     )
     mine = list(_units(samples))[context.rank :: context.world_size]
     work = len(groups) * sum(length * len(indices) for _, length, indices in mine)
@@ -53,7 +62,7 @@ def run(job: Job) -> Result:
     for name, length, indices in mine:
         task, asked = ruler.tasks[name], samples[name, length]
         for plan, group in groups.items():
-            missing = [i for i in indices if not all((arm.name, name, length, i) in ledger for arm in group)]
+            missing = [i for i in indices if not all((arm.key, name, length, i) in ledger for arm in group)]
             countdown.skip(length * (len(indices) - len(missing)))
             if not missing:
                 continue
@@ -63,18 +72,18 @@ def run(job: Job) -> Result:
                 found = {}
                 for arm in group:
                     written = reader.greedy(task.tokens_to_generate, arm.decode, stop={tokenizer.eos_id})
-                    found |= {(arm.name, name, length, i): tokenizer.decode(ids) for i, ids in zip(missing, written)}
+                    found |= {(arm.key, name, length, i): tokenizer.decode(ids) for i, ids in zip(missing, written)}
             ledger.put(found)
             countdown.step(length * len(missing), len(found))
         for a, arm in enumerate(arms):
-            texts = [cleaned(ledger[arm, name, length, i]) for i in indices]
+            texts = [cleaned(ledger[arm.key, name, length, i]) for i in indices]
             scores = task.scores(texts, [asked[i].answers for i in indices])
             sums[a, tasks.index(name), lengths.index(length), indices] = torch.tensor(scores).to(sums)
     counts = [[len(samples[name, length]) for length in lengths] for name in tasks]
     report = RulerReport(
         tasks=tasks,
         all_tasks=list(ruler.tasks),
-        arms=arms,
+        arms=[arm.name for arm in arms],
         lengths=lengths,
         scores_ATLN=context.reduce(sums).cpu().numpy(),
         counts_TL=counts,
@@ -121,6 +130,7 @@ EVAL = Eval(
         "lengths": f"tokens of a prompt with its answer (default: of {','.join(LENGTHS)} up to the run's own)",
         "samples": "of each task and length (default 500)",
         "arms": f"of {ABOUT_ARMS} (default: {HYBRID})",
+        "beside": ABOUT_BESIDE,
     },
     heading="RULER",
     page=page,

@@ -19,7 +19,8 @@ from evals.loading import TrainedModel
 from evals.plan_search import allocate, best_alike, candidates, pairs_share, predicted_cost
 from evals.protocol import Job
 from evals.swap import under
-from evals.tuning import ALIKE, PER_LAYER, distances, split, tune
+from evals.tuning import ALIKE, KL, PER_LAYER, RIGHT, chosen_objective, distances, split, tune
+from evals.tuning_report import BOTH, LOSS, RETRIEVAL
 from launch import tune_attention
 from moba.attention import attend
 from moba.documents import Documents
@@ -129,9 +130,9 @@ def test_distances_are_those_of_attention(length, monkeypatch):
     count = length // 8
     documents = Documents.from_lengths([count], [length])
     full, full_lse = attend(q[-count:], k, v, Full(), documents, return_lse=True)
-    whole = distances(q, k, v, CHOICE)
+    whole = distances(q, k, v, CHOICE, count)
     monkeypatch.setattr(tuning, "MASS_ELEMENTS", 1 << 14)
-    torch.testing.assert_close(distances(q, k, v, CHOICE), whole)
+    torch.testing.assert_close(distances(q, k, v, CHOICE, count), whole)
     for spec, (error, captured) in zip(CHOICE, whole.T.tolist()):
         out, lse = attend(q[-count:], k, v, spec, documents, return_lse=True)
         expected = (out - full).square().sum() / full.square().sum()
@@ -145,11 +146,12 @@ def test_a_tuning_says_what_whole_passes_say(job, capsys):
     that does not need them, and a plan beyond its budget."""
     found = tune(job, CHOICE, 0.3)
     assert found.pairs <= 0.3 and found.how in (ALIKE, PER_LAYER)
-    assert found.kl_L[IDLE] == 0 and found.expected_L[IDLE] == 0
-    assert min(found.kl_L[i] for i in range(LAYERS) if i != IDLE) > 1e-4
+    (kl_L,), (judged,) = found.kl_L.values(), found.judged.values()
+    assert kl_L[IDLE] == 0 and found.expected_L[IDLE] == 0
+    assert min(kl_L[i] for i in range(LAYERS) if i != IDLE) > 1e-4
     if found.how == PER_LAYER:
         assert pairs_share(found.plan[IDLE], LENGTH) == min(pairs_share(spec, LENGTH) for spec in CHOICE)
-    choosing, others = split(job)
+    choosing, others = split(job)[LOSS]
     assert {piece.cluster for piece in choosing} == {"book0", "book4"} and len(choosing) == 4
     assert {piece.cluster for piece in others} == {"book1", "book2", "book3"} and len(others) == 6
 
@@ -160,13 +162,13 @@ def test_a_tuning_says_what_whole_passes_say(job, capsys):
 
     dense = [Full()] * LAYERS
     regret = np.mean([(losses(p, found.plan) - losses(p, dense)).mean().item() for p in others])
-    assert found.regret.mean == pytest.approx(regret, abs=1e-6) and abs(regret) > 1e-4
-    assert found.full_loss == pytest.approx(np.mean([losses(p, dense).mean().item() for p in others]), abs=1e-5)
+    assert judged.regret.mean == pytest.approx(regret, abs=1e-6) and abs(regret) > 1e-4
+    assert judged.full_loss == pytest.approx(np.mean([losses(p, dense).mean().item() for p in others]), abs=1e-5)
     for layer in range(LAYERS):
         plan = [*dense[:layer], found.reference[layer], *dense[layer + 1 :]]
         alone = np.mean([(losses(p, plan) - losses(p, dense)).mean().item() for p in choosing])
         assert found.regret_L[layer].mean == pytest.approx(alone, abs=1e-6)
-    assert np.isfinite(found.regret.width) and np.isfinite(found.regret_L[0].width), "three clusters, and two"
+    assert np.isfinite(judged.regret.width) and np.isfinite(found.regret_L[0].width), "three clusters, and two"
     assert job.context.model.attention == (Full(),) * LAYERS, "given back"
     assert len(found.table().splitlines()) == LAYERS + 7
 
@@ -175,7 +177,7 @@ def test_divergence_is_the_regret_of_text_from_the_dense_model(job):
     """Catches a divergence the other way round, or of other tokens: as the mean over the vocabulary of the losses'
     difference, weighted by full attention's probabilities."""
     found = tune(job, CHOICE, 0.3)
-    (piece, *_), _ = split(job)
+    (piece, *_), _ = split(job)[LOSS]
     meter = tuning._Meter(job, (Full(),) * LAYERS, LENGTH)
     meter.expect(1, 0)
     batch, logs = piece.batch, []
@@ -185,7 +187,7 @@ def test_divergence_is_the_regret_of_text_from_the_dense_model(job):
         logs.append(scores.double().log_softmax(-1))
     expected = sum(logs[0][:, i].exp() * (logs[0][:, i] - logs[1][:, i]) for i in range(384)).mean().item()
     (row,) = meter.costs([piece], [found.plan])
-    assert row[0, 1] == pytest.approx(expected, rel=1e-3) and expected > 1e-3
+    assert row[0, KL] == pytest.approx(expected, rel=1e-3) and expected > 1e-3
 
 
 def test_interrupted_it_goes_on_where_it_was(job, monkeypatch):
