@@ -22,7 +22,7 @@ from lm_eval.models.utils import (  # pyright: ignore[reportMissingImports]
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window  # pyright: ignore[reportMissingImports]
 
 from data.tokenizer import Tokenizer
-from evals.answering import BATCH_TOKENS, Arm, Reader
+from evals.answering import Arm, Reader, batch_tokens
 from evals.context import Context
 
 
@@ -33,6 +33,7 @@ class RunLM(TemplateLM):
         """`max_length`: tokens that the model is shown at most."""
         super().__init__()
         self._context, self._arm, self._tokens, self.max_length = context, arm, tokenizer, max_length
+        self._batch_tokens = batch_tokens(context)
         self.lengths: list[int] = []
         """Tokens of each request, as read."""
 
@@ -135,7 +136,7 @@ class RunLM(TemplateLM):
         """Indices of texts of these lengths that this process reads together, long ones first."""
         batches: list[list[int]] = []
         for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-            if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= BATCH_TOKENS:
+            if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= self._batch_tokens:
                 batches[-1].append(i)
             else:
                 batches.append([i])

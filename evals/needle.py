@@ -20,9 +20,9 @@ from evals.answering import (
     ABOUT_ARMS,
     ABOUT_BESIDE,
     ARMS,
-    BATCH_TOKENS,
     Arm,
     Reader,
+    batch_tokens,
     chosen_arms,
     chosen_lengths,
     in_order,
@@ -55,7 +55,7 @@ def run(job: Job) -> Result:
     arms = in_order(groups)
     tokenizer = load_tokenizer(job.trained.config.data.tokenizer)
     ledger = Ledger(job, "needle", {"seed": SEED, "tokenizer": tokenizer.fingerprint})
-    units = _units(grid)
+    units = _units(grid, batch_tokens(job.context))
     for form in grid.forms:
         make_sample(form, tokenizer, min(grid.lengths), SEED, 0)  # says now if that is too short
     cells = len(grid.forms) * len(grid.lengths) * len(grid.depths)
@@ -145,12 +145,12 @@ def _answers(
     return [((text.startswith(s.answer), bool(b)), text) for s, text, b in zip(samples, texts, best)]
 
 
-def _units(grid: Grid) -> list[tuple[str, int, list[int]]]:
-    """(form, length, samples) that are read together, for processes to share."""
+def _units(grid: Grid, tokens: int) -> list[tuple[str, int, list[int]]]:
+    """(form, length, samples) that are read together, of so many tokens, for processes to share."""
     units = []
     for form in grid.forms:
         for length in grid.lengths:
-            size = max(1, BATCH_TOKENS // length)
+            size = max(1, tokens // length)
             units += [
                 (form, length, list(range(start, min(start + size, grid.samples))))
                 for start in range(0, grid.samples, size)

@@ -17,9 +17,9 @@ from data.tokenizer import Tokenizer, load_tokenizer
 from evals.answering import (
     ABOUT_ARMS,
     ABOUT_BESIDE,
-    BATCH_TOKENS,
     HYBRID,
     Reader,
+    batch_tokens,
     chosen_arms,
     chosen_lengths,
     in_order,
@@ -55,7 +55,7 @@ def run(job: Job) -> Result:
         f"ruler: {len(tasks)} tasks, {number} samples each, at {', '.join(map(format_length, lengths))} tokens, under "
         f"{', '.join(arm.name for arm in arms)}; parts are kept in {ledger.path}"
     )
-    mine = list(_units(samples))[context.rank :: context.world_size]
+    mine = list(_units(samples, batch_tokens(context)))[context.rank :: context.world_size]
     work = len(groups) * sum(length * len(indices) for _, length, indices in mine)
     countdown = Countdown(job, "ruler", work, unit="answers")
     sums = torch.zeros(len(arms), len(tasks), len(lengths), number, dtype=torch.float64, device=context.device)
@@ -109,10 +109,10 @@ def _samples(
     return {(name, length): ruler.samples(name, tokenizer, length, number, folder) for name, length in wanted}
 
 
-def _units(samples: dict[tuple[str, int], list[RulerSample]]) -> Iterator[tuple[str, int, list[int]]]:
-    """(task, length, samples) that are read together."""
+def _units(samples: dict[tuple[str, int], list[RulerSample]], tokens: int) -> Iterator[tuple[str, int, list[int]]]:
+    """(task, length, samples) that are read together, of so many tokens."""
     for (name, length), asked in samples.items():
-        size = max(1, BATCH_TOKENS // length)
+        size = max(1, tokens // length)
         for start in range(0, len(asked), size):
             yield name, length, list(range(start, min(start + size, len(asked))))
 

@@ -140,7 +140,7 @@ def test_an_interrupted_grid_goes_on(tmp_path):
 
 def test_two_processes_share_the_cells(tmp_path, monkeypatch):
     """Catches cells that no process measures, or two count."""
-    monkeypatch.setattr(needle, "BATCH_TOKENS", 1024)
+    monkeypatch.setattr(needle, "batch_tokens", lambda _: 1024)
     parts, arguments = [], {"lengths": "[1K,1536]", "forms": "key_value", "arms": "full"}
     for rank in (0, 1):
         job = make_job(tmp_path, Copier(lookup), **arguments)
