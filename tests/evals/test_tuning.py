@@ -13,13 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conf.validate import freeze
+from data.tokenizer import load_tokenizer
 from evals import tuning
 from evals.context import Context
 from evals.loading import TrainedModel
 from evals.plan_search import allocate, best_alike, candidates, pairs_share, predicted_cost
 from evals.protocol import Job
 from evals.swap import under
-from evals.tuning import ALIKE, KL, PER_LAYER, RIGHT, chosen_objective, distances, split, tune
+from evals.tuning import ALIKE, KL, PER_LAYER, chosen_objective, distances, split, tune
 from evals.tuning_report import BOTH, LOSS, RETRIEVAL
 from launch import tune_attention
 from moba.attention import attend
@@ -171,6 +172,52 @@ def test_a_tuning_says_what_whole_passes_say(job, capsys):
     assert np.isfinite(judged.regret.width) and np.isfinite(found.regret_L[0].width), "three clusters, and two"
     assert job.context.model.attention == (Full(),) * LAYERS, "given back"
     assert len(found.table().splitlines()) == LAYERS + 7
+
+
+def test_a_plan_for_both_is_judged_by_both(job, tmp_path):
+    """Catches probes of other documents than those that choose, predictions of other tokens than the answer's, costs of
+    one part counted for the other, and right answers that are not: against whole passes over each probe."""
+    rows = [
+        {"id": f"book{i // 2}-{i}", "text": "".join(chr(97 + (i * j * j) % 23) for j in range(1200))} for i in range(8)
+    ]
+    (tmp_path / "long.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    values = {"data": str(tmp_path / "long.jsonl"), "seq_len": "1K"}
+    job = replace(job, values=values)
+    assert chosen_objective(job) == BOTH
+    choice = candidates(1024, 0.3, [32, 64], [0, 1])
+    found = tune(job, choice, 0.3)
+    parts = split(job, BOTH)
+    assert list(found.judged) == list(parts) == [LOSS, RETRIEVAL]
+    assert {p.cluster for p in parts[RETRIEVAL].choosing} == {p.cluster for p in parts[LOSS].choosing} == {"book0"}
+    assert [len(part) for part in parts[RETRIEVAL]] == [2 * len(part) for part in parts[LOSS]] == [4, 12]
+    tokenizer = load_tokenizer("bytes")
+    full, own, right = [], [], []
+    for piece in parts[RETRIEVAL].others:
+        batch, rows_R = piece.batch, piece.rows_R
+        said = tokenizer.decode(batch.tokens.tolist() + batch.labels[-1:].tolist())
+        answer = tokenizer.decode(batch.labels[rows_R].tolist())
+        assert said.endswith(answer) and answer.strip().isdigit() and said.count(f"{answer}. Remember it.") == 1
+        for plan, losses in (([Full()] * LAYERS, full), (found.plan, own)):
+            with torch.no_grad(), under(job.context.model, plan):
+                scores = job.context.model.logits(batch.tokens, batch.positions, batch.documents, rows=rows_R)
+            losses.append(torch.nn.functional.cross_entropy(scores, batch.labels[rows_R]).item())
+        right.append((scores.argmax(-1) == batch.labels[rows_R]).all().item())
+    judged = found.judged[RETRIEVAL]
+    assert judged.regret.mean == pytest.approx(np.mean(own) - np.mean(full), abs=1e-5) and judged.number == 12
+    assert judged.right.mean == np.mean(right) and judged.full_loss == pytest.approx(np.mean(full), abs=1e-4)
+    alone = tune(replace(job, values=values | {"objective": "loss"}), choice, 0.3)
+    assert list(alone.judged) == [LOSS]
+    np.testing.assert_array_equal(alone.kl_L[LOSS], found.kl_L[LOSS])
+    assert "answers right: full" in found.table() and found.record()["retrieval"]["number"] == 12
+
+
+def test_probes_need_room(job):
+    """Catches sentences that do not fit, found out in the middle."""
+    assert chosen_objective(job) == LOSS
+    with pytest.raises(ValueError, match="objective=both: probes take seq_len=1K or more"):
+        chosen_objective(replace(job, values={"objective": "both"}))
+    with pytest.raises(ValueError, match="objective=needle: choose from loss, retrieval, both"):
+        chosen_objective(replace(job, values={"objective": "needle", "seq_len": "2K"}))
 
 
 def test_divergence_is_the_regret_of_text_from_the_dense_model(job):
