@@ -10,7 +10,7 @@ Shapes: N sequences of a batch, V vocabulary rows.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -58,10 +58,9 @@ class Arm:
         return self.name if self.name in ARMS else f"{self.name} {plan}"
 
 
-def chosen_arms(job: Job, default: str) -> dict[tuple[AttentionSpec, ...], list[Arm]]:
-    """The arms that were asked for by arms=, and one for each attention of beside=, by the plan that reads the prompt;
-    those that share it read it once. A plan with nothing to replace has the arm `full` alone of the first. ValueError
-    for a name that is none."""
+def chosen_arms(job: Job, default: str) -> list[Arm]:
+    """The arms that were asked for by arms=, in the order of ARMS, and one for each attention of beside=. A plan with
+    nothing to replace has the arm `full` alone of the first. ValueError for a name that is none, or is there twice."""
     asked = names(job.values, "arms", ARMS, default)
     own = job.context.model.attention
     dense = tuple(spec.dense() for spec in own)
@@ -70,24 +69,22 @@ def chosen_arms(job: Job, default: str) -> dict[tuple[AttentionSpec, ...], list[
         if "arms" in job.values and asked != [DENSE]:
             raise ValueError(f"arms={job.values['arms']}: no layer is sparse here; choose attention such as 512x3")
         asked = [DENSE]
-    groups: dict[tuple[AttentionSpec, ...], list[Arm]] = {}
-    for name in ARMS:
-        if name in asked:
-            groups.setdefault(plans[name][0], []).append(Arm(name, *plans[name]))
+    arms = [Arm(name, *plans[name]) for name in ARMS if name in asked]
     for word in filter(None, (word.strip() for word in job.values.get("beside", "").strip("[]").split(","))):
         plan = attention_plan(word, job.trained)
-        groups.setdefault(plan, []).append(Arm(attention_label(word), plan, plan))
+        arms.append(Arm(attention_label(word), plan, plan))
+    found = [arm.name for arm in arms]
+    if len(set(found)) < len(found):
+        raise ValueError(f"beside: {', '.join(found)}: two have the same name; rename a plan's file")
+    return arms
+
+
+def by_prompt(arms: Sequence[Arm]) -> dict[tuple[AttentionSpec, ...], list[Arm]]:
+    """The arms by the plan that reads the prompt: those that share it read it once."""
+    groups: dict[tuple[AttentionSpec, ...], list[Arm]] = {}
+    for arm in arms:
+        groups.setdefault(arm.prefill, []).append(arm)
     return groups
-
-
-def in_order(groups: Mapping[tuple[AttentionSpec, ...], Sequence[Arm]]) -> list[Arm]:
-    """All arms: ARMS in their order, then the others as they were given. ValueError if two have the same name."""
-    found = [arm for group in groups.values() for arm in group]
-    if len({arm.name for arm in found}) < len(found):
-        raise ValueError(
-            f"beside: {', '.join(arm.name for arm in found)}: two have the same name; rename a plan's file"
-        )
-    return sorted(found, key=lambda arm: ARMS.index(arm.name) if arm.name in ARMS else len(ARMS))
 
 
 def chosen_lengths(job: Job, default: Sequence[str]) -> list[int]:

@@ -25,7 +25,7 @@ from conf.files import user_path
 from conf.numbers import format_length, parse_length
 from conf.words import listed
 from data.tokenizer import load_tokenizer
-from evals.answering import ABOUT_ARMS, ABOUT_BESIDE, chosen_arms, in_order
+from evals.answering import ABOUT_ARMS, ABOUT_BESIDE, chosen_arms
 from evals.figures import save
 from evals.page import image, note
 from evals.page import table as html_table
@@ -43,7 +43,7 @@ def run(job: Job) -> Result:
 
     logging.getLogger(PACKAGE).setLevel(logging.ERROR)
     manager, tasks = _tasks(job)
-    arms = in_order(chosen_arms(job, OWN))
+    arms = chosen_arms(job, OWN)
     tokenizer = load_tokenizer(job.trained.config.data.tokenizer)
     max_length = parse_length(job.values["max_length"]) if "max_length" in job.values else job.trained.stage.seq_len
     samples = job.integer("samples", 1) if "samples" in job.values else None

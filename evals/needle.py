@@ -23,9 +23,9 @@ from evals.answering import (
     Arm,
     Reader,
     batch_tokens,
+    by_prompt,
     chosen_arms,
     chosen_lengths,
-    in_order,
 )
 from evals.context import Context
 from evals.ledger import Countdown, Ledger
@@ -51,8 +51,8 @@ class Grid:
 def run(job: Job) -> Result:
     """The grid of a model under each arm."""
     grid = _grid(job)
-    groups = chosen_arms(job, ",".join(ARMS))
-    arms = in_order(groups)
+    arms = chosen_arms(job, ",".join(ARMS))
+    groups = by_prompt(arms)
     tokenizer = load_tokenizer(job.trained.config.data.tokenizer)
     ledger = Ledger(job, "needle", {"seed": SEED, "tokenizer": tokenizer.fingerprint})
     units = _units(grid, batch_tokens(job.context))

@@ -20,9 +20,9 @@ from evals.answering import (
     HYBRID,
     Reader,
     batch_tokens,
+    by_prompt,
     chosen_arms,
     chosen_lengths,
-    in_order,
 )
 from evals.ledger import Countdown, Ledger
 from evals.protocol import Eval, Job, Result, names
@@ -39,10 +39,10 @@ def run(job: Job) -> Result:
     """The scores of a model under each arm."""
     ruler, context = Ruler(), job.context
     tasks = names(job.values, "tasks", ruler.tasks, default=",".join(ruler.tasks))
-    groups, lengths, number = chosen_arms(job, HYBRID), chosen_lengths(job, LENGTHS), job.integer("samples", 500)
+    arms, lengths, number = chosen_arms(job, HYBRID), chosen_lengths(job, LENGTHS), job.integer("samples", 500)
     if number > MOST_SAMPLES:
         raise ValueError(f"samples={number}: RULER's question sets have enough for {MOST_SAMPLES} at most")
-    arms = in_order(groups)
+    groups = by_prompt(arms)
     tokenizer = load_tokenizer(job.trained.config.data.tokenizer)
     samples = _samples(job, ruler, tasks, tokenizer, lengths, number)
     settings = {
