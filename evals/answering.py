@@ -54,7 +54,7 @@ class Arm:
     def key(self) -> str:
         """Its name in a ledger, whose file tells the attention in force alone: a plan's file may come to hold another
         plan."""
-        plan = hashlib.sha256(repr(self.prefill).encode()).hexdigest()[:8]
+        plan = hashlib.sha256(repr((self.prefill, self.decode)).encode()).hexdigest()[:8]
         return self.name if self.name in ARMS else f"{self.name} {plan}"
 
 

@@ -27,6 +27,7 @@ from conf.words import listed
 from data.tokenizer import load_tokenizer
 from evals.answering import ABOUT_ARMS, ABOUT_BESIDE, chosen_arms
 from evals.figures import save
+from evals.ledger import Ledger
 from evals.page import image, note
 from evals.page import table as html_table
 from evals.protocol import Eval, Job, Result
@@ -49,11 +50,12 @@ def run(job: Job) -> Result:
     samples = job.integer("samples", 1) if "samples" in job.values else None
     shots = _shots(job)
     job.say(f"lm_eval: {listed(tasks)}, up to {format_length(max_length)} tokens, under {listed(a.name for a in arms)}")
+    ledger = Ledger(job, "lm_eval", {"tokenizer": tokenizer.fingerprint})
     scores: dict[str, list[Score]] = {}
     lengths: list[int] = []
     details: Mapping[str, Any] = {}
     for arm in arms:
-        model = RunLM(job.context, arm, tokenizer, max_length)
+        model = RunLM(job.context, arm, tokenizer, max_length, ledger)
         found = import_module(PACKAGE).simple_evaluate(
             model=model,
             tasks=tasks,

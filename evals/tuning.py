@@ -3,8 +3,10 @@
 On a quarter of the documents (by clusters): how far each candidate's output is from full attention's, layer
 by layer, in one pass of the dense model; and what the loss says with one layer sparse at a time, as the candidate that
 comes closest within the budget. Both together predict every candidate's cost in every layer (evals/plan_search.py). The
-best plan layer by layer, and the best with all layers alike, are then measured whole, and the better one is taken. What
-it costs is measured on the other documents.
+best plan layer by layer, and the best with all layers alike, are then measured whole. What layers cost together is not
+what they cost alone (a number is looked up by several, one after the other): from the better of the two one layer at a
+time is made full, and what that gives back deals the budget out once more. The best of the three is taken. What it
+costs is measured on the other documents.
 
 Two costs: `regret`, the loss minus full attention's on the same tokens, and `kl`, the divergence of the predictions
 from full attention's, which is the regret that text drawn from the dense model would have. Single layers move the loss
@@ -49,7 +51,7 @@ CHOOSERS = 4
 """One cluster of documents in so many chooses: it is measured half as often as there are layers, the others thrice."""
 MOST_ROWS = 512
 """Tokens a document whose predictions are compared, and queries whose attention is: the last piece, thinned out."""
-ALIKE, PER_LAYER = "all layers alike", "per layer"
+ALIKE, PER_LAYER, REFINED = "all layers alike", "per layer", "per layer, refined"
 REGRET, KL, FULL_LOSS, RIGHT, FULL_RIGHT = range(5)
 
 
@@ -164,28 +166,43 @@ def tune(job: Job, candidates: Sequence[Moba], budget: float) -> Tuning:
         kl_L = {name: found[..., KL].mean(0) for name, found in costs.items()}
         cost_LC = sum((predicted_cost(kl_L[name], error[name], reference_L) for name in parts), np.zeros(()))
 
-        chosen = allocate(pairs_C, cost_LC, total)
         same = best_alike(pairs_C, cost_LC, total)
-        plans = {PER_LAYER: tuple(specs[c] for c in chosen), ALIKE: (specs[same],) * num_layers}
-        whole = [meter.costs(choosing, list(plans.values()))[..., KL].mean(0) for choosing, _ in parts.values()]
-        chosen_kl = {name: float(kl) for name, kl in zip(plans, sum(whole))}
-        how = min(plans, key=lambda name: chosen_kl[name])
-        taken = chosen if how == PER_LAYER else [same] * num_layers
-        judged = {name: meter.costs(others, [plans[how], plans[ALIKE]]) for name, (_, others) in parts.items()}
+        at = {PER_LAYER: allocate(pairs_C, cost_LC, total), ALIKE: [same] * num_layers}
+        expected = dict.fromkeys(at, cost_LC)
+
+        def whole(plans: Sequence[Plan], base: Plan | None = None) -> dict[str, np.ndarray]:
+            """By part: the divergence of whole plans, mean over what chooses."""
+            return {name: meter.costs(own.choosing, plans, base)[..., KL].mean(0) for name, own in parts.items()}
+
+        def plan_of(name: str) -> Plan:
+            return tuple(specs[c] for c in at[name])
+
+        chosen_kl = dict(zip(at, sum(whole([plan_of(name) for name in at]).values()).tolist()))
+        start = min(at, key=lambda name: chosen_kl[name])
+        opened = [(*plan_of(start)[:i], Full(), *plan_of(start)[i + 1 :]) for i in range(num_layers)]
+        left = whole([plan_of(start), *opened], plan_of(start))
+        in_place = (predicted_cost(kl[0] - kl[1:], error[name], at[start]) for name, kl in left.items())
+        is_sparse_L1 = np.array(at[start])[:, None] < len(candidates)
+        expected[REFINED] = np.where(is_sparse_L1, sum(in_place, np.zeros(())), cost_LC)
+        at[REFINED] = allocate(pairs_C, expected[REFINED], total)
+        chosen_kl[REFINED] = float(sum(whole([plan_of(REFINED)]).values())[0])
+        how = min(at, key=lambda name: chosen_kl[name])
+        taken, plans = at[how], [plan_of(how), plan_of(ALIKE)]
+        judged = {name: meter.costs(own.others, plans) for name, own in parts.items()}
 
     layers, first = range(num_layers), next(iter(parts))
     return Tuning(
         seq_len=length,
         budget=budget,
         objective=objective,
-        plan=plans[how],
+        plan=plans[0],
         alike=specs[same],
         how=how,
         reference=tuple(specs[c] for c in reference_L),
         regret_L=[_paired(costs[first][:, i, REGRET], [p.cluster for p in parts[first].choosing]) for i in layers],
         kl_L=kl_L,
         captured_L={name: found[layers, taken] for name, found in captured.items()},
-        expected_L=cost_LC[layers, taken],
+        expected_L=expected[how][layers, taken],
         chosen_kl=chosen_kl,
         num_chose=len(parts[first].choosing),
         judged={name: _judged(found, parts[name].others) for name, found in judged.items()},
@@ -225,9 +242,9 @@ class _Meter:
         job.say(f"parts are kept in {self.ledger.path}: the same command again goes on from there")
 
     def expect(self, choosing: int, others: int) -> None:
-        """How much there is to do, in passes over a document or probe: single layers take half a pass, since what lies
-        below the sparse one is known."""
-        work = choosing * (1 + 1 + len(self.dense) / 2 + 3) + others * 3
+        """How much there is to do, in passes over a document or probe: a change of one layer takes half a pass, since
+        what lies below it is known."""
+        work = choosing * (1 + 1 + len(self.dense) / 2 + 3 + 1 + len(self.dense) / 2 + 2) + others * 3
         self.countdown = Countdown(self.job, "tune_attention", work, unit="measurements")
 
     @torch.inference_mode()
@@ -254,27 +271,33 @@ class _Meter:
         return error_LC, captured_LC
 
     @torch.inference_mode()
-    def costs(self, pieces: Sequence[Piece], plans: Sequence[Plan]) -> np.ndarray:
+    def costs(self, pieces: Sequence[Piece], plans: Sequence[Plan], base: Plan | None = None) -> np.ndarray:
         """[N, plans, 5] of whole plans: REGRET, KL and FULL_LOSS in nats a token, RIGHT and FULL_RIGHT: 1 where all
-        tokens are the likeliest."""
+        tokens are the likeliest. `base`: the plan that they are changes of (default: full attention), which saves
+        work and alters nothing."""
         found = np.zeros((len(pieces), len(plans), 5))
-        work = [1 - self._first(plan) / len(plan) for plan in plans]
+        base = self.dense if base is None else base
+        work = [1 - self._first(plan, base) / len(plan) for plan in plans]
         for n, piece in enumerate(pieces):
             keys = [("plan", piece.key, _digest(plan)) for plan in plans]
             missing = [i for i, key in enumerate(keys) if key not in self.ledger]
             self.countdown.skip((not missing) + sum(work[i] for i in range(len(plans)) if i not in missing))
             if missing:
-                self._measure(piece, {keys[i]: plans[i] for i in missing})
+                self._measure(piece, {keys[i]: plans[i] for i in missing}, base)
             found[n] = [self.ledger[key] for key in keys]
         return found
 
-    def _measure(self, piece: Piece, plans: Mapping[tuple, Plan]) -> None:
+    def _measure(self, piece: Piece, plans: Mapping[tuple, Plan], base: Plan) -> None:
         batch, rows_R = piece.batch.to(self.device), piece.rows_R.to(self.device)
         inputs = self._inputs(batch)
         full_R, full_RV = self._predictions(batch, rows_R, inputs[-1])
         self.countdown.step(1, 1)
+        if base != self.dense:
+            with under(self.model, base):
+                inputs = self._inputs(batch)
+            self.countdown.step(1, 1)
         for key, plan in plans.items():
-            first = self._first(plan)
+            first = self._first(plan, base)
             with under(self.model, plan):
                 hidden_TC = self._inputs(batch, inputs[first], first)[-1]
             own_R, own_RV = self._predictions(batch, rows_R, hidden_TC)
@@ -284,9 +307,10 @@ class _Meter:
             self.ledger.put({key: torch.stack([(own_R - full_R).mean(), kl, full_R.mean(), *right]).tolist()})
             self.countdown.step(1 - first / len(plan), 1)
 
-    def _first(self, plan: Plan) -> int:
-        """The first layer that is not as in the dense model."""
-        return next((i for i, (ours, full) in enumerate(zip(plan, self.dense)) if ours != full), len(plan) - 1)
+    @staticmethod
+    def _first(plan: Plan, base: Plan) -> int:
+        """The first layer that is not as in `base`."""
+        return next((i for i, (ours, other) in enumerate(zip(plan, base)) if ours != other), len(plan) - 1)
 
     def _inputs(self, batch: Batch, x_TC: Tensor | None = None, first: int = 0) -> list[Tensor]:
         """What the layers from `first` on get, [T, C] each, and last what the last one gives; x_TC is what `first`

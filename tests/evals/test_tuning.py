@@ -20,7 +20,7 @@ from evals.loading import TrainedModel
 from evals.plan_search import allocate, best_alike, candidates, pairs_share, predicted_cost
 from evals.protocol import Job
 from evals.swap import under
-from evals.tuning import ALIKE, KL, PER_LAYER, chosen_objective, distances, split, tune
+from evals.tuning import ALIKE, KL, PER_LAYER, REFINED, chosen_objective, distances, split, tune
 from evals.tuning_report import BOTH, LOSS, RETRIEVAL
 from launch import tune_attention
 from moba.attention import attend
@@ -219,6 +219,23 @@ def test_probes_need_room(job):
         chosen_objective(replace(job, values={"objective": "both"}))
     with pytest.raises(ValueError, match="objective=needle: choose from loss, retrieval, both"):
         chosen_objective(replace(job, values={"objective": "needle", "seq_len": "2K"}))
+
+
+def test_refining_starts_from_what_was_best(job):
+    """Catches changes of a plan that are measured over other layers than its own, and a refined plan that is taken
+    though it is no better: what saves work alters nothing, and the least divergence on the documents that chose wins."""
+    found = tune(job, CHOICE, 0.3)
+    assert list(found.chosen_kl) == [PER_LAYER, ALIKE, REFINED]
+    assert found.chosen_kl[found.how] == min(found.chosen_kl.values()) and found.pairs <= 0.3
+    base = (CHOICE[0], CHOICE[3], CHOICE[5])
+    changed = [(*base[:i], Full(), *base[i + 1 :]) for i in range(LAYERS)]
+    costs = []
+    for folder, start in (("with", base), ("without", None)):
+        meter = tuning._Meter(replace(job, folder=job.folder / folder), (Full(),) * LAYERS, LENGTH)
+        meter.expect(1, 0)
+        costs.append(meter.costs(split(job)[LOSS].choosing[:1], changed, start))
+    np.testing.assert_allclose(costs[0], costs[1], atol=1e-6)
+    assert np.ptp(costs[0][0, :, KL]) > 1e-4
 
 
 def test_divergence_is_the_regret_of_text_from_the_dense_model(job):
