@@ -359,9 +359,9 @@ def _add_bad_options(key: str, seq_len: int | None, found: Iterable[BadOption], 
 
 
 def _check_letters(key: str, pattern: str, letters: str, known: str, layers: int, problems: Problems) -> None:
-    """A pattern of one letter a layer, out of `letters`, which `known` explains."""
+    """A pattern of one letter per layer, out of `letters`, which `known` explains."""
     if not pattern or set(pattern.upper()) - set(letters):
-        problems.add(key, pattern, f"one letter a layer, {known}")
+        problems.add(key, pattern, f"one letter per layer, {known}")
     elif len(pattern) > layers:
         problems.add(key, pattern, f"has {len(pattern)} letters for model.num_layers={layers}")
 

@@ -3,7 +3,7 @@ written.
 
     00000.bin     the tokens of its documents, one after another, little-endian uint16 or uint32
     00000.idx     int64 [documents + 1]: where each document starts in 00000.bin, in tokens
-    00000.mask    conversations only: one byte a token, 1 where it is learnt (data/sft.py)
+    00000.mask    conversations only: one byte a token, 1 where it is supervised (data/sft.py)
     00000.json    counts, checksums and the documents' ids; written last, so that it marks the shard as finished
     meta.json     format version, tokenizer, the list of shards, fingerprint; written when all shards are finished
 
@@ -54,7 +54,7 @@ def write_shard(
     masks: Sequence[np.ndarray] | None = None,
 ) -> dict:
     """Write one shard; returns its record (also kept as NNNNN.json). documents: token arrays with BOS/EOS, all one
-    dtype. masks: bool arrays of the same lengths, True where a token is learnt; None = everywhere."""
+    dtype. masks: bool arrays of the same lengths, True where a token is supervised; None = everywhere."""
     stem = f"{number:05d}"
     tokens = np.concatenate(documents)
     offsets = np.concatenate([[0], np.cumsum([len(d) for d in documents])]).astype("<i8")
@@ -195,7 +195,7 @@ class TokenShards:
     """Random access to a finished directory of token shards.
 
     lengths: int64 [num_documents], tokens of each document with BOS and EOS. fingerprint: 16 hex digits of the content.
-    has_masks: the documents are conversations, of which only a part is learnt.
+    has_masks: the documents are conversations, of which only a part is supervised.
     Raises DataError if a file is missing or of the wrong size, an index is damaged, or (check_tokens) a token file is.
     """
 
@@ -231,8 +231,8 @@ class TokenShards:
         """Tokens [start, stop) of a document, a view into the memory map."""
         return self._view(document, start, stop, "bin", self.dtype)
 
-    def learnt(self, document: int, start: int, stop: int) -> np.ndarray:
-        """Which of tokens [start, stop) of a conversation are learnt: bool [stop - start]. Only with has_masks."""
+    def supervised(self, document: int, start: int, stop: int) -> np.ndarray:
+        """Which of tokens [start, stop) of a conversation are supervised: bool [stop - start]. Only with has_masks."""
         return self._view(document, start, stop, "mask", np.dtype(bool))
 
     def _view(self, document: int, start: int, stop: int, kind: str, dtype: np.dtype) -> np.ndarray:

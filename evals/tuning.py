@@ -46,7 +46,7 @@ from train.model.decoder import Decoder
 CHOOSERS = 4
 """One cluster of documents in so many chooses: it is measured half as often as there are layers, the others thrice."""
 MOST_ROWS = 512
-"""Tokens a document whose predictions are compared, and queries whose attention is: the last piece, thinned out."""
+"""Tokens per document whose predictions are compared, and queries whose attention is: the last piece, thinned out."""
 ALIKE, PER_LAYER = "all layers alike", "per layer"
 
 
@@ -184,7 +184,7 @@ class _Meter:
 
     @torch.inference_mode()
     def costs(self, pieces: Sequence[Piece], plans: Sequence[Plan]) -> np.ndarray:
-        """[N, plans, (regret, kl, full attention's loss)] of whole plans, nats a token."""
+        """[N, plans, (regret, kl, full attention's loss)] of whole plans, nats per token."""
         found = np.zeros((len(pieces), len(plans), 3))
         work = [1 - self._first(plan) / len(plan) for plan in plans]
         for n, piece in enumerate(pieces):

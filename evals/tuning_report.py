@@ -74,7 +74,7 @@ class Tuning:
         return float(np.mean([pairs_share(spec, self.seq_len) for spec in self.plan]))
 
     def table(self) -> str:
-        """One line a layer, and what the plan costs."""
+        """One line per layer, and what the plan costs."""
         width = max(len(str(spec)) for spec in (*self.plan, *self.reference))
         head = f"{'layer':>5}  {'attention':<{width}}  {'pairs':>6}  {'captured':>8}  {'expected':>8}"
         lines = [f"{head}    {'sparse alone, as':<{width}}  {'regret':>17}  {'kl':>8}"]
@@ -118,7 +118,7 @@ class Tuning:
             "taken": self.how,
             "documents_that_chose": self.num_documents[0],
             "other_documents": self.num_documents[1],
-            "loss_of": f"last 1/{TRAILING} of other documents, nats a token",
+            "loss_of": f"last 1/{TRAILING} of other documents, nats per token",
             "dense_loss": round(self.full_loss, 6),
             "plan_minus_dense": self.regret.record(),
             "kl": round(self.kl, 6),

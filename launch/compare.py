@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> None:
     plot_positions(sides, folder / f"{stem}.png")
     record = {"commit": commit(), "run": str(paths[0]), "reference": str(paths[1]), **found.summary(gap)}
     path = write_json(folder / f"{stem}.json", record)
-    print(f"{first} minus {second}, nats a token\n{table(found, gap)}\nwrote {path}")
+    print(f"{first} minus {second}, nats per token\n{table(found, gap)}\nwrote {path}")
 
 
 def _label(path: Path, paths: list[Path]) -> str:
@@ -79,7 +79,7 @@ def _evaluation(path: Path) -> Evaluation:
 
 
 def table(found: Difference, gap: float | None = None) -> str:
-    """The differences as text, one line a bucket, and what they rest on."""
+    """The differences as text, one line per bucket, and what they rest on."""
     lines = [f"{'position':>15}  {'difference':>10}  {'95 %':>8}  {'sd':>7}  clusters"]
     intervals = found.interval()
     for b, (low, high) in enumerate(zip(found.edges, found.edges[1:])):

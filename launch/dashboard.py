@@ -68,7 +68,7 @@ def publish(name: str, project: str, entity: str | None) -> list[str]:
 
 
 def workspace(name: str, project: str, entity: str | None) -> Any:
-    """The wandb workspace, not saved: a section a group."""
+    """The wandb workspace, not saved: a section per group."""
     ws: Any = import_module("wandb_workspaces.workspaces")
 
     sections = [

@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
     choice = candidates(length, budget, _block_sizes(values, length), _first_blocks(values))
     if not choice:
         raise UsageError(
-            f"block_sizes: none leaves 3 blocks a query within budget={budget:g} at {format_length(length)}"
+            f"block_sizes: none leaves 3 blocks per query within budget={budget:g} at {format_length(length)}"
         )
     watch = Stopwatch()
     found = tune(job, choice, budget)

@@ -1,4 +1,4 @@
-"""Documents: where the documents of a pack begin and end, and all that attention derives from it, made once a pack.
+"""Documents: where the documents of a pack begin and end, and all that attention derives from it, made once per pack.
 
 Bounds lie on the device; lengths and their maxima lie on the host, so that nobody has to ask the device for them. The
 block layout of a block size, which every layer of that size needs in both passes, is made when it is first asked for

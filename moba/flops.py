@@ -23,7 +23,7 @@ def causal_pairs(lengths: Sequence[int]) -> int:
 
 
 def attention_flops(pairs: int, num_heads: int, head_dim: int, backward: bool = True) -> int:
-    """FLOPs of attention over `pairs` pairs a head, in all heads.
+    """FLOPs of attention over `pairs` pairs per head, in all heads.
 
     Convention: 2 FLOPs a multiply-add and two products (QK^T and PV) make 4 * pairs * num_heads * head_dim for the
     forward pass; the backward pass counts twice that (its four products; recomputed scores do not count). Softmax,

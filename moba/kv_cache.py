@@ -143,7 +143,7 @@ class LayerCache:
         if documents.number != len(self.sequences):
             raise ValueError(
                 f"the batch has {documents.number} sequences but the cache was made for {len(self.sequences)}: "
-                "give every cached sequence an entry, an empty one if it gets no tokens"
+                "give every cached sequence per entry, an empty one if it gets no tokens"
             )
         return list(accumulate(documents.host_lengths()[0], initial=0))
 

@@ -153,7 +153,7 @@ class MoBAAttention(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """q [T, H, D] and k, v [T, G, D], convolved, normed and rotated.
 
-        Without a cache a function of tensors with a row a token alone (`offset_T` is of `offsets`), so it can be
+        Without a cache a function of tensors with a row per token alone (`offset_T` is of `offsets`), so it can be
         compiled. With a cache the convolution goes on from the keys that it has seen, and over several processes from
         those of the slice before: both need the documents.
         """

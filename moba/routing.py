@@ -38,7 +38,7 @@ class BlockLayout:
 
     Blocks are numbered through the pack, document by document. The tensors have room for `num_blocks` = S // B + N of
     them, the most there can be: the true number is a value on the device. Unused slots, at the end, have start = end
-    = S and document = N. Documents makes it once a pack; it holds for all layers with the same block size.
+    = S and document = N. Documents makes it once per pack; it holds for all layers with the same block size.
     """
 
     block_size: int

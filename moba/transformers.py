@@ -5,7 +5,7 @@
     moba.transformers.configure(model, block_size=4096, top_k=12, full_last=3)
 
 Importing this module registers it. A checkpoint whose config.json has `"moba": {"plan": [[kind, block_size, top_k], one
-entry a layer]}` needs no `configure`: `from_pretrained(..., attn_implementation="moba")` is enough.
+entry per layer]}` needs no `configure`: `from_pretrained(..., attn_implementation="moba")` is enough.
 
 Generation reads the prompt with MoBA and decodes, by default, with full attention, as the paper evaluates (section
 3.3). `decode="moba"` routes new tokens like any others; block means are then recomputed from the cached keys at every
@@ -23,7 +23,7 @@ output_attentions, sliding windows shorter than the text, 4-D masks and masks of
 static and paged caches, score caps and sinks, position_ids that start anew where transformers does not look for
 packing. docs/transformers.md lists the families of models. Not for torch.compile.
 
-Shapes: B rows, Q new tokens and S keys a row, T tokens in all, H query heads, G key/value heads, D head size (Dv of
+Shapes: B rows, Q new tokens and S keys per row, T tokens in all, H query heads, G key/value heads, D head size (Dv of
 values).
 """
 
@@ -88,7 +88,7 @@ def configure(
     config = model.config.get_text_config()
     num_layers = getattr(config, "decoder_layers", None) or config.num_hidden_layers
     if (plan is None) == (block_size is None and top_k is None):
-        raise ValueError("give block_size and top_k, or plan with one entry a layer")
+        raise ValueError("give block_size and top_k, or plan with one entry per layer")
     if plan is None:
         if not 0 <= full_last <= num_layers:
             raise ValueError(f"full_last={full_last}: the model has {num_layers} layers")
@@ -128,7 +128,7 @@ _PROMPT: ContextVar[int | None] = ContextVar("prompt", default=None)
 def prompt(tokens: int) -> Iterator[None]:
     """Context in which the first `tokens` columns of each text, padding included, are prompt and later ones decoded.
 
-    So decode="full" means the same however a text is cut: a prompt in chunks, several new tokens a step (speculative
+    So decode="full" means the same however a text is cut: a prompt in chunks, several new tokens per step (speculative
     decoding), everything again at each step (use_cache=False).
 
         with moba.transformers.prompt(ids.shape[1]):
@@ -196,7 +196,7 @@ def attention_forward(
     if read in (0, num_queries):
         return _attend(query, key, value, layout, spec if read else dense, scaling), None
     if layout.is_packed:
-        raise ValueError(f"prompt({first}) within packed documents: give it one text a row, or leave prompt() out")
+        raise ValueError(f"prompt({first}) within packed documents: give it one text per row, or leave prompt() out")
     whole_BS = layout.real_BS
     if whole_BS is None:
         head = TokenLayout(rows_alone(num_rows, read, first, query.device))
@@ -240,7 +240,7 @@ def _layer_spec(settings: dict | None, layer: int | None) -> AttentionSpec:
     if not isinstance(settings, dict) or "plan" not in settings:
         raise ValueError(
             f"config.moba={settings!r} has no plan: call moba.transformers.configure(model, block_size=..., top_k=...)"
-            ', or put {"plan": [[kind, block_size, top_k], ...]} with one entry a layer into the config'
+            ', or put {"plan": [[kind, block_size, top_k], ...]} with one entry per layer into the config'
         )
     unknown = sorted(settings.keys() - set(SETTINGS))
     if unknown:

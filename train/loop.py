@@ -253,7 +253,7 @@ class Trainer:
             step=self.step,
             **stage_columns(stage),
             loss=loss_sum / self._interval_tokens if self._interval_tokens else float("nan"),
-            learnt_tokens=self._interval_tokens,
+            supervised_tokens=self._interval_tokens,
             trailing_loss=trailing.value,
             grad_norm=self._grad_norm.item(),
             lr=self.schedule.learning_rate(self.tokens - stage.batch_tokens),

@@ -37,7 +37,7 @@ class Moba(AttentionSpec):
     options = {
         "block_size": Option(
             int,
-            "Tokens a block; null = seq_len / num_blocks, or schedule.block_size where num_blocks is null too.",
+            "Tokens per block; null = seq_len / num_blocks, or schedule.block_size where num_blocks is null too.",
             is_length=True,
         ),
         "num_blocks": Option(int, "Blocks a full-length context is cut into, instead of block_size."),

@@ -251,6 +251,6 @@ def test_the_plan_warns_of_what_cannot_be_meant():
     stages = ["schedule.stages.sparse.tokens=50%", "schedule.stages.full.tokens=10%", "schedule.block_size=100"]
     config = load(["+exp=quickstart", "optim.lr.peak=1e4", *stages])
     warnings = " ".join(make_plan(config, 512, Hardware(), asked_tokens=300_000).warnings)
-    assert "optim.lr.peak=10000" in warnings and "39% is left over" in warnings
+    assert "optim.lr.peak=10000" in warnings and "39% is not used" in warnings
     assert "blocks of 100 do not divide the length of 2K" in warnings and "64 or 128" in warnings
     assert make_plan(load(["+exp=quickstart"]), 512, Hardware(), asked_tokens=300_000).warnings == ()

@@ -308,7 +308,7 @@ def test_compiled_layers_equal_eager_and_are_compiled_once(monkeypatch):
 
 
 def test_the_mlp_is_recomputed_inside_what_is_compiled(monkeypatch):
-    """Catches recomputation that breaks the graph, compiles once a layer, or changes a gradient; and one around the
+    """Catches recomputation that breaks the graph, compiles once per layer, or changes a gradient; and one around the
     compiled function, whose backward pass would compute the MLP's last product again, which nobody reads: the graph
     has three products of the MLP and o_proj forward, and two more than their eight backward."""
     from torch._dynamo.backends.common import aot_autograd

@@ -2,7 +2,7 @@
 
 AdamW is torch's (fused on CUDA), so nothing is compiled; the learning rate is set by the caller before each step, so
 there is no scheduler in the engine; and the accumulation boundary is set by the caller too (train/step.py), so the
-number of micro-batches a step may change between stages without touching the engine.
+number of micro-batches per step may change between stages without touching the engine.
 """
 
 from __future__ import annotations

@@ -95,7 +95,7 @@ class Dashboard:
         self._skipped = max(self._skipped, skipped)
 
     def curve(self, name: str, curve: PositionCurve, tokens: int) -> None:
-        """Shows a curve by context position: `eval`, a series a bucket besides, or `train/<stage>`."""
+        """Shows a curve by context position: `eval`, a series per bucket besides, or `train/<stage>`."""
         centres = ((curve.edges[:-1] + curve.edges[1:]) / 2).tolist()
         values = series.buckets(curve) if name == "eval" else {}
         what = "Held-out" if name == "eval" else f"Training ({name.rpartition('/')[2]})"

@@ -1,4 +1,4 @@
-"""What a run writes down while it trains: metrics.jsonl, one strict JSON object a line, cut back exactly on resume.
+"""What a run writes down while it trains: metrics.jsonl, one strict JSON object per line, cut back exactly on resume.
 
 `kind` says what a line is:
     run     device, number of devices and FLOP convention, each time the run is started
