@@ -42,7 +42,7 @@ def simultaneous_factor(sums_NX: np.ndarray, counts_NX: np.ndarray, clusters: li
 
 
 def relative_t(sums_NX: np.ndarray, counts_NX: np.ndarray, clusters: Sequence[str | int]) -> np.ndarray:
-    """|t| of each bucket in draws that resemble the clusters, over its own 95 % quantile: float64 [DRAWS or more, X]."""
+    """|t| of each bucket in draws that resemble the clusters, over its own 95 % quantile: float64 [draws, X]."""
     s_CX, c_CX = clustered_sums(sums_NX, counts_NX, clusters)
     r_CX = s_CX - s_CX.sum(axis=0) / c_CX.sum(axis=0) * c_CX
     share_CX = c_CX / c_CX.sum(axis=0)
