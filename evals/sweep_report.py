@@ -172,7 +172,7 @@ class SweepReport:
             axes.xaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g} %"))
             axes.xaxis.set_minor_formatter(NullFormatter())
             axes.set_xlabel("attended share of the causal pairs (numbers: top_k)")
-            axes.set_ylabel("trailing loss minus full attention's (nats per token)" if task is None else "right answers")
+            axes.set_ylabel("trailing loss minus full (nats per token)" if task is None else "right answers")
             axes.set_title("Trailing loss" if task is None else f"Retrieval: {task}", fontsize="medium")
             axes.grid(alpha=0.3)
         figure.legend(*grid[0].get_legend_handles_labels(), loc="outside right upper", fontsize="small")
