@@ -9,6 +9,7 @@ import platform
 import re
 import shutil
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -120,6 +121,39 @@ def speeds(train: Sequence[Mapping]) -> dict[str, float | None]:
 
 
 # -------------------- runs
+
+
+def launch(script: str, arguments: Sequence[str], run: Path, quiet: bool = False) -> None:
+    """Runs a script of launch/ to its end. ValueError if it fails, with the last of what it said where that went to a
+    file."""
+    print(f"== {run.name}: {script} {' '.join(a for a in arguments if 'attention' in a)}", flush=True)
+    began, path = time.monotonic(), run.with_name(f"{run.name}.log")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    words = [sys.executable, str(ROOT / "launch" / script), *arguments]
+    if not quiet:
+        code, tail = subprocess.run(words).returncode, ""
+    else:
+        with path.open("ab") as file:
+            code = subprocess.run(words, stdout=file, stderr=subprocess.STDOUT).returncode
+        tail = "\n".join(["", *path.read_text(errors="replace").splitlines()[-5:]])
+    if code != 0:
+        raise ValueError(f"{run.name}: {script} failed with exit status {code}{tail}")
+    print(f"   {run.name}: {script} done, {time.monotonic() - began:.0f} s", flush=True)
+
+
+def train(folder: Path, overrides: Sequence[str], seed: int) -> Path:
+    """The run directory, once launch/train.py has finished there with these overrides; it goes on with a run that was
+    interrupted, and sees by itself that one is finished."""
+    launch("train.py", [*overrides, f"run.dir={folder}", f"run.seed={seed}"], folder)
+    return folder
+
+
+def evaluate(run: Path, name: str, *arguments: str) -> Path:
+    """The .json that launch/evaluate.py writes for one eval of a run, made if it is not there."""
+    to = run / "evals" / name
+    if not list(to.glob("*.json")):
+        launch("evaluate.py", [f"run={run}", f"evals=[{name}]", *arguments, f"to={to}"], run)
+    return min(to.glob("*.json"))
 
 
 class Failed(Exception):

@@ -228,11 +228,8 @@ def table(record: Record) -> list[str]:
     if answers:
         lines += ["", *markdown(["trained with", *answers[0]["right"]], _answers(answers))]
     for row in record["measured"]:
-        cells = [
-            (s["attention"], cell(s.get("attended_share"), "{:.1%}"), f"{s['last_eighth']:.4f}", _gap(s["minus_full"]))
-            for s in row.get("settings", ())
-        ]
-        lines += ["", *markdown(["attention", "attended", "last eighth", "minus full (95 %)"], cells)] if cells else []
+        heads = ["attention", "attended", "last eighth", "minus full (95 %)", "right answers"]
+        lines += ["", *markdown(heads, map(_setting, row["settings"]))] if "settings" in row else []
     for heads, rows in ((HELD_OUT, _held_out(record["runs"])), (SPEEDS, _speeds(record["runs"]))):
         lines += ["", *markdown(heads, found)] if (found := list(rows)) else []
     for switch in record.get("switches", ()):
@@ -240,6 +237,12 @@ def table(record: Record) -> list[str]:
         at = f"Switch, seed {switch['seed']}, at {switch['tokens']:,} tokens"
         lines += ["", f"{at}: against `{switch['against']}` on the same batches {gaps}."]
     return lines
+
+
+def _setting(row: Record) -> list[str]:
+    right = ", ".join(f"{task} {cell(share, '{:.0%}')}" for task, share in row["right"].items())
+    loss = [f"{row['last_eighth']:.4f}", _gap(row["minus_full"])]
+    return [row["attention"], cell(row.get("attended_share"), "{:.1%}"), *loss, right]
 
 
 def _gap(value: Record) -> str:

@@ -230,7 +230,7 @@ STUDIES: dict[str, Study] = {
                 None,
                 evals=(
                     "sweep block_sizes=128 top_k=16 gates=[mean,local,random,oracle] first_blocks=[0,1] seq_len=8K "
-                    "data={validation}",
+                    "probes=[pass_key,key_value] data={validation}",
                 ),
             )
         },

@@ -15,9 +15,7 @@ from __future__ import annotations
 
 import re
 import shlex
-import subprocess
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
 
-from benchmarks.common import origin, read_json, speeds, split, write  # noqa: E402
+from benchmarks.common import launch, origin, read_json, speeds, split, write  # noqa: E402
 from benchmarks.panels import draw, table  # noqa: E402
 from benchmarks.studies import STUDIES, Arm, Study  # noqa: E402
 from evals.paired import difference  # noqa: E402
@@ -191,24 +189,6 @@ def one(command: Command, name: str, seed: int, quiet: bool) -> Iterator[Measure
             yield name, seed, line, next(iter(sorted(to.glob("*.json"))))
 
 
-def launch(script: str, arguments: Sequence[str], run: Path, quiet: bool) -> None:
-    """Runs a script of launch/ to its end. ValueError if it fails, with the last of what it said where that went to a
-    file."""
-    print(f"== {run.name}: {script} {' '.join(a for a in arguments if 'attention' in a)}", flush=True)
-    began, path = time.monotonic(), run.with_name(f"{run.name}.log")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    words = [sys.executable, str(ROOT / "launch" / script), *arguments]
-    if not quiet:
-        code, tail = subprocess.run(words).returncode, ""
-    else:
-        with path.open("ab") as file:
-            code = subprocess.run(words, stdout=file, stderr=subprocess.STDOUT).returncode
-        tail = "\n".join(["", *path.read_text(errors="replace").splitlines()[-5:]])
-    if code != 0:
-        raise ValueError(f"{run.name}: {script} failed with exit status {code}{tail}")
-    print(f"   {run.name}: {script} done, {time.monotonic() - began:.0f} s", flush=True)
-
-
 # -------------------- results
 
 
@@ -265,13 +245,15 @@ def of_recall(path: Path) -> dict:
 
 
 def of_sweep(path: Path) -> dict:
-    """Of an evaluation: each setting's loss in the last eighth of the documents, minus full attention's."""
+    """Of an evaluation: each setting's loss in the last eighth of the documents, minus full attention's, and the share
+    of right answers of each probe."""
     record, loss_SNB = read_json(path), np.load(path.with_suffix(".npz"))["document_loss"]
     last_SN = loss_SNB[:, :, -(loss_SNB.shape[2] // 8) :].mean(-1)
     clusters = list(range(last_SN.shape[1]))
     settings = [
         {key: row[key] for key in ("attention", "gate", "first_blocks", "attended_share") if key in row}
         | {"last_eighth": float(own.mean()), "minus_full": document_mean(own - last_SN[0], clusters)}
+        | {"right": {task: found["right"] for task, found in row["recall"].items()}}
         for row, own in zip(record["settings"], last_SN)
     ]
     kept = ("tokens", "seq_len", "num_documents", "num_clusters")

@@ -217,7 +217,8 @@ def gate_rows():
     for key, name in names.items():
         own = found[key]["minus_full"]
         text = f"{own['mean']:+.3f} +- {own['interval_95']:.3f}"
-        yield [name, f"0 ({found[key]['last_eighth']:.3f})" if key == (None, None) else text]
+        right = ["not measured" if x is None else f"{x:.0%}".replace("%", " %") for x in found[key]["right"].values()]
+        yield [name, f"0 ({found[key]['last_eighth']:.3f})" if key == (None, None) else text, *right]
 
 
 LONG = {"two": "benchmarks/results/longest_context/h200_two", "one": "benchmarks/results/longest_context/h100_one"}
@@ -243,7 +244,7 @@ TABLES = {
     ("docs/bring-your-model.md", "| length | attention"): untrained_rows,
     ("docs/bring-your-model.md", "| model | attention"): continued_rows,
     ("docs/bring-your-model.md", "| | attention"): at_4k_rows,
-    ("docs/recipes.md", "| | base times 4"): extended_cpu_rows,
+    ("docs/recipes.md", "| | RoPE base times 4"): extended_cpu_rows,
     ("docs/recipes.md", "| length, blocks"): extended_rows,
     ("docs/findings.md", "| gate | trailing"): gate_rows,
 }
@@ -304,7 +305,9 @@ def sentences():
     yield "README.md", f"and {float(first):.2f} with `attention.first_blocks=1`"
     yield (
         "docs/findings.md",
-        f"One forced block closes {1 - float(first) / float(gates['mean (MoBA)']):.0%}".replace("%", " %"),
+        f"Always selecting the first block closes {1 - float(first) / float(gates['mean (MoBA)']):.0%}".replace(
+            "%", " %"
+        ),
     )
     swap = {r["attention"]: r["trailing_minus_full"] for r in kept("docs/results/quickstart/swap.json")["variants"]}
     own, random = (f"{swap[key]['mean']:.3f} +- {swap[key]['interval_95']:.3f}" for key in ("moba", "random"))
@@ -319,15 +322,13 @@ def sentences():
     firsts = [-one["first"] for one in kept("docs/results/recipes_h100/results.json")["switches"]]
     yield (
         "docs/evals.md",
-        f"the first step after it lies {min(firsts):.2f} to {max(firsts):.2f} below MoBA on the same batch",
+        f"the first step after it is {min(firsts):.2f} to {max(firsts):.2f} below MoBA on the same batch",
     )
     overall = kept("docs/results/routing_h100/routing.json")["overall"]
     share = {key: f"{overall[key]['mean']:.0%}".replace("%", " %") for key in ("oracle", "captured", "local", "random")}
-    yield "docs/evals.md", f"though these blocks hold but {share['oracle']} of full attention's probability"
-    yield (
-        "docs/evals.md",
-        f"It captures {share['captured']}, against {share['local']} in the latest blocks and {share['random']}",
-    )
+    yield "docs/evals.md", f"although these blocks hold only {share['oracle']} of full attention's probability"
+    yield "docs/evals.md", f"captures {share['captured']}, compared with {share['local']} in the most recent blocks"
+    yield "docs/evals.md", f"blocks and {share['random']} in random ones"
     sparse = gap("continual_h100", 3, "", arm="moba", tokens=18087936, attention="moba 512x3")
     yield "docs/bring-your-model.md", f"the model is {sparse} above the full-attention run"
     yield "docs/bring-your-model.md", f"with full attention {gap('continual_h100', 3, '', **end)} (95 %"

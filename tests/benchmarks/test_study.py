@@ -74,7 +74,8 @@ def test_a_small_study_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
     """Catches arms that train alike, a run or evaluation that is made twice, differences with the wrong sign or
     partner, a stage that is not evaluated, and a figure that cannot be drawn from the results alone."""
     small = Study(
-        "A small one", TINY, {"moba": Arm(""), "full": Arm(FULL, evals=("position_loss",))}, ("difference", "trailing", "speed"),
+        "A small one", TINY, {"moba": Arm(""), "full": Arm(FULL, evals=("position_loss",))},
+        panels=("difference", "trailing", "speed"),
         evals=("position_loss", "position_loss attention=16x1"), every_stage=True, reference="full",
     )  # fmt: skip
     monkeypatch.setitem(STUDIES, "small", small)
