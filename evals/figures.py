@@ -125,7 +125,8 @@ def plot_history(
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
     for i, (label, (tokens, values)) in enumerate(series.items()):
-        style = look(i, len(series)) | ({} if len(tokens) < 40 else {"marker": None})
+        style = look(i, len(series))
+        style["marker"] = style["marker"] if len(tokens) < 40 else None
         axes.plot(tokens, values, label=label, **style)
     values = np.concatenate([np.asarray(values, dtype=float) for _, values in series.values()])
     values = values[np.isfinite(values)]

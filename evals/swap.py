@@ -173,8 +173,8 @@ def load_evaluations(path: Path) -> dict[str, Evaluation]:
     position of documents that reach the length, without what is known of single positions."""
     with np.load(path.with_suffix(".npz")) as arrays:
         edges, own = arrays["edges"], {key: arrays[f"document_loss_{key}"] for key in VARIANTS}
-        about = [arrays[f"document_{name}"].tolist() for name in ("ids", "keys", "clusters")]
-    return {name: Evaluation.of_documents(edges, *about, loss_NB) for name, loss_NB in own.items()}
+        ids, keys, clusters = (arrays[f"document_{name}"].tolist() for name in ("ids", "keys", "clusters"))
+    return {name: Evaluation.of_documents(edges, ids, keys, clusters, loss_NB) for name, loss_NB in own.items()}
 
 
 def document_mean(values_N: np.ndarray, clusters: Sequence[str]) -> dict[str, float | None]:
