@@ -4,7 +4,8 @@ it into a plan file.
     python launch/tune_attention.py run=models/SmolLM2-135M data=held_out.parquet budget=0.25 seq_len=2K to=plan.yaml
     python launch/tune_attention.py run=runs/quickstart budget=0.25 block_sizes=32,64
 
-A quarter of the documents chooses, the others say what the plan costs. Interrupted, the same command goes on.
+A quarter of the documents chooses, the others say what the plan costs: in loss, and in answers that stand far back.
+Interrupted, the same command goes on.
 The file is read by attention=<file> of launch/evaluate.py and launch/export.py, attn=<file> of launch/generate.py,
 schedule.stages.<name>.attention.plan=<file> of launch/train.py, and moba.transformers.configure(model, plan="<file>").
 """
@@ -43,6 +44,8 @@ KEYS = {
     "block_sizes": "block sizes to choose from (default: 1/64, 1/32 and 1/16 of the length)",
     "first_blocks": "numbers of first blocks to choose from (default 0,1)",
     "device": "auto (default), cpu or cuda",
+    "objective": "what the plan is to keep: loss (the last predictions of documents), retrieval (numbers said far back "
+    "in them and asked for at the end), or both (default; below 1K tokens loss)",
     "to": "the plan file to write (default: evals/attention_<length>_<budget>.yaml in the run directory)",
 }
 

@@ -208,6 +208,12 @@ def one_document(num_queries: int, num_keys: int, device: torch.device) -> Docum
     return Documents.from_lengths([num_queries], [num_keys], device=device)
 
 
+@functools.lru_cache(maxsize=16)
+def last_tokens(lengths: tuple[int, ...], lengths_k: tuple[int, ...], device: torch.device) -> Documents:
+    """The last tokens of some documents, so many of so many each; layers that ask for the same share them."""
+    return Documents.from_lengths(lengths, lengths_k, device=device)
+
+
 def _bounds_of(lengths: Sequence[int], device: torch.device | str) -> Tensor:
     with torch.inference_mode(False):
         return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(device, non_blocking=True)

@@ -168,12 +168,13 @@ class AttentionSpec(ABC):
         """(output [T, H, D], log-sum-exp [H, T]) by a backend that did not refuse; the second may be None unless
         `return_lse`."""
 
-    def decode(self, q: Tensor, sequence: SequenceCache, dense: bool) -> Tensor:
-        """The attention [1, H, D] of the newest token of a cached sequence; `dense`: of all it replaces."""
+    def decode(self, q: Tensor, sequences: Sequence[SequenceCache], documents: Documents, dense: bool) -> Tensor:
+        """The attention [N, H, D] of the newest token of N cached sequences, which `documents` says are the last of all
+        that is cached; `dense`: of all it replaces."""
         from moba.attention import attend
+        from moba.kv_cache import joined
 
-        kind = self.dense() if dense else self
-        return attend(q, sequence.k, sequence.v, kind, sequence.documents(1))[0]
+        return attend(q, *joined(sequences), self.dense() if dense else self, documents)[0]
 
     # -------------------- in configurations and checkpoints
 

@@ -125,12 +125,12 @@ class Moba(AttentionSpec):
 
         return moba_flash(q, k, v, documents, **options, deterministic=deterministic)
 
-    def decode(self, q, sequence, dense):
+    def decode(self, q, sequences, documents, dense):
         if dense or self.gate != MEAN:
-            return super().decode(q, sequence, dense)
+            return super().decode(q, sequences, documents, dense)
         from moba.kv_cache import decode_moba
 
-        return decode_moba(q, sequence, self.block_size, self.top_k, self.first_blocks)
+        return decode_moba(q, sequences, documents, self.block_size, self.top_k, self.first_blocks)
 
     @classmethod
     def check_options(cls, values: Mapping[str, Any], seq_len: int | None, used: bool) -> Iterator[BadOption]:
