@@ -30,7 +30,7 @@ DECODE_OWN, DECODE_DENSE = DECODE_MODES = (Moba.name, Full.name)
 """How tokens behind the prompt attend: by their layer's own kind, or to everything that this kind replaces."""
 MIN_CAPACITY = 256
 JOINED_TOKENS = 64
-"""Up to so many new tokens a sequence are attended for all sequences at once, which costs a copy of their keys and
+"""Up to so many new tokens per sequence are attended for all sequences at once, which costs a copy of their keys and
 values, and saves as many launches as there are sequences."""
 
 

@@ -41,7 +41,7 @@ class Moba(AttentionSpec):
             is_length=True,
         ),
         "num_blocks": Option(int, "Blocks a full-length context is cut into, instead of block_size."),
-        "top_k": Option(int, "Blocks a query attends to, its own included; null = schedule.top_k."),
+        "top_k": Option(int, "Blocks a query attends to, including its own; null = schedule.top_k."),
         "gate": Option(
             str,
             "What picks the blocks of MoBA layers: `mean` (MoBA), or a control for comparison: `local` (the latest), "
