@@ -223,7 +223,7 @@ def test_probes_need_room(job):
 
 def test_refining_starts_from_what_was_best(job):
     """Catches changes of a plan that are measured over other layers than its own, and a refined plan that is taken
-    though it is no better: what saves work alters nothing, and the least divergence on the documents that chose wins."""
+    though it is no better: what saves work alters nothing, and the least divergence where it was chosen wins."""
     found = tune(job, CHOICE, 0.3)
     assert list(found.chosen_kl) == [PER_LAYER, ALIKE, REFINED]
     assert found.chosen_kl[found.how] == min(found.chosen_kl.values()) and found.pairs <= 0.3
