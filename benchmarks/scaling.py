@@ -9,8 +9,9 @@ The second tries it on a CPU with a tiny model, in ten minutes or so; what it me
 throughput  tokens/s, efficiency, MFU, peak memory and communication of each model, attention, ZeRO stage and number of
             GPUs; what fails is listed with its reason.
 losses      the first model with the same batch on one process and on the most: are the losses the same?
-kill        the first model and attention: one process is killed with SIGKILL on the way. How long until all have
-            ended, what is said, and does the next start give the losses of a run that was not disturbed?
+kill        the first model and attention: one process is killed with SIGKILL on the way, then torchrun itself. How long
+            until all have ended, what is said, and does the run, continued on one process and then on all again, have
+            the losses of one that was not disturbed?
 longest     the longest context that trains on the most GPUs, one sequence a GPU, by doubling seq_len.
 
 Runs are stopped when their steps are done, before they save a model. A measurement that was made is kept in `runs`, so
@@ -29,7 +30,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -45,6 +46,7 @@ from benchmarks.study import origin, speeds, split, steps_logged  # noqa: E402
 from conf.numbers import format_length, parse_length  # noqa: E402
 from launch.cli import UsageError, exits_on, key_values  # noqa: E402
 from launch.config import detect_hardware, load  # noqa: E402
+from train.checkpoint.checkpoint_dir import newest  # noqa: E402
 from train.record.metrics import FILE_NAME, read_metrics  # noqa: E402
 
 KEYS = {
@@ -257,40 +259,63 @@ def losses(study: Study, setup: Setup) -> dict:
 
 
 def kill(study: Study, setup: Setup) -> dict:
-    """What follows when one process is killed, and how the losses of the next start compare."""
+    """What follows when one process and then torchrun itself is killed, and how the losses of a run that was continued
+    after each, the second time on one process and then on all again, compare with those of an undisturbed run."""
     whole = _curve(study, setup, setup.gpus)
     if "failed" in whole:
         return whole
     batch = study.seq_len * setup.gpus
-    save_each = study.loss_steps * 2 // 5
+    fifth = study.loss_steps // 5
     arguments = study.arguments(setup, study.loss_steps, batch, study.seq_len)
-    arguments += [f"checkpoint.every_tokens={save_each * batch}", "checkpoint.keep=1"]
+    arguments += [f"checkpoint.every_tokens={fifth * batch}", "checkpoint.keep=2"]
 
     def make(folder: Path) -> dict:
-        with started(["launch/train.py"], arguments, setup.gpus, folder) as process:
-            wait(process, folder, lambda: steps_logged(folder) >= save_each + study.loss_steps // 5)
-            ranks = process.children()
+        def lost_rank(process: psutil.Popen, ranks: list[psutil.Process]) -> psutil.Process:
             rank_0 = int((folder / ".lock").read_text(encoding="utf-8").split()[1])
-            victim = next(rank for rank in ranks if rank.pid != rank_0)
-            log = folder.with_name(f"{folder.name}.log")
-            size, began = log.stat().st_size, time.monotonic()
-            victim.kill()
-            _, alive = psutil.wait_procs([process, *ranks], timeout=ENDED_SECONDS)
-            seconds = time.monotonic() - began
-            said = log.read_bytes()[size:].decode(errors="replace").splitlines()
-        with started(["launch/train.py"], arguments, setup.gpus, folder) as process:
-            wait(process, folder, lambda: steps_logged(folder) >= study.loss_steps)
+            return next(rank for rank in ranks if rank.pid != rank_0)
+
+        def lost_torchrun(process: psutil.Popen, ranks: list[psutil.Process]) -> psutil.Process:
+            return process
+
+        ends = {}
+        for name, fifths, victim in (("rank", 1.5, lost_rank), ("torchrun", 2.5, lost_torchrun)):
+            with started(["launch/train.py"], arguments, setup.gpus, folder) as process:
+                wait(process, folder, lambda at=fifths * fifth: _reached(folder, batch, at) and newest(folder))
+                ends[name] = _killed(process, folder, victim)
+        for gpus, last in ((1, int(3.5 * fifth)), (setup.gpus, study.loss_steps)):
+            with started(["launch/train.py"], arguments, gpus, folder) as process:
+                wait(process, folder, lambda at=last: _reached(folder, batch, at))
         shutil.rmtree(folder / "checkpoints")
-        starts = [r["tokens"] for r in read_metrics(folder / FILE_NAME) if r["kind"] == "run"]
+        lines = read_metrics(folder / FILE_NAME)
+        by_tokens = {r["tokens"]: r["loss"] for r in lines if r["kind"] == "train"}  # the last word on each step
+        course = [by_tokens[tokens] for tokens in sorted(by_tokens)][: study.loss_steps]
         return {
-            "seconds_until_all_ended": None if alive else round(seconds, 1),
-            "message": next((text for line in said if (text := plain(line)).startswith("error: ")), None),
-            "lines_said": len(said),
-            "continued_from_step": starts[-1] // batch,
-            **_compared(study, {"losses": [r["loss"] for r in train_lines(folder)[: study.loss_steps]]}, whole),
+            **{f"{name}_{key}": value for name, end in ends.items() for key, value in end.items()},
+            "started_from_steps": [r["tokens"] // batch for r in lines if r["kind"] == "run"],
+            **_compared(study, {"losses": course}, whole),
         }
 
     return kept(study.runs / "kill" / setup.name, arguments, make)
+
+
+def _killed(process: psutil.Popen, folder: Path, victim: Callable) -> dict:
+    """What follows when the process that victim(torchrun, workers) names gets SIGKILL."""
+    ranks = process.children()
+    log = folder.with_name(f"{folder.name}.log")
+    size, began = log.stat().st_size, time.monotonic()
+    victim(process, ranks).kill()
+    _, alive = psutil.wait_procs([process, *ranks], timeout=ENDED_SECONDS)
+    seconds = time.monotonic() - began
+    for one in alive:
+        one.kill()
+    said = log.read_bytes()[size:].decode(errors="replace").splitlines()
+    ours = [text for line in said if (text := plain(line)).startswith(("error: ", "stopped", "waiting: "))]
+    return {"seconds": None if alive else round(seconds, 1), "said": ours, "lines": len(said)}
+
+
+def _reached(folder: Path, batch: int, step: float) -> bool:
+    """Whether a run's newest step is that or a later one."""
+    return steps_logged(folder) > 0 and train_lines(folder)[-1]["tokens"] >= step * batch
 
 
 def longest(study: Study, setup: Setup) -> dict:

@@ -62,7 +62,7 @@ def started(script: list[str], arguments: list[str], num_processes: int, folder:
         psutil.wait_procs(family, timeout=ENDED_SECONDS)
 
 
-def wait(process: psutil.Popen, folder: Path, done: Callable[[], bool]) -> None:
+def wait(process: psutil.Popen, folder: Path, done: Callable[[], object]) -> None:
     """Returns once `done`. Failed if the run ends before, or logs no step for STALL_SECONDS."""
     steps, since = 0, time.monotonic()
     while not done():

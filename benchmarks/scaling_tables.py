@@ -31,10 +31,13 @@ COLUMNS = {
         "same": "same",
     },
     "kill": {
-        "seconds_until_all_ended": "seconds until all ended",
-        "message": "message",
-        "lines_said": "lines said in all",
-        "continued_from_step": "went on from step",
+        "rank_seconds": "a rank killed: seconds until all ended",
+        "rank_said": "said",
+        "rank_lines": "lines in all",
+        "torchrun_seconds": "torchrun killed: seconds until all ended",
+        "torchrun_said": "said",
+        "torchrun_lines": "lines in all",
+        "started_from_steps": "started from steps",
         "largest_relative_difference": "largest relative difference",
         "tolerance": "tolerance",
         "same": "same",
@@ -117,6 +120,8 @@ def _cell(key: str, value, row: Mapping) -> str:
         return f"{value:.1%}{beside}"
     if isinstance(value, float):
         return f"{value:,.0f}" if value > 1000 else f"{value:.3g}"
+    if isinstance(value, list):
+        value = "; ".join(str(one) for one in value) or "-"
     return str(value).replace("|", "/")
 
 

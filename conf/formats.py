@@ -29,7 +29,7 @@ class Format(NamedTuple):
     """document(row, columns): the text of a row, None for one without; or with `is_chat` a list of messages, each a
     mapping with a role and a content. columns: option -> value, of all the format's. Raises BadRow."""
     is_chat: bool = False
-    """Documents are conversations, of which the assistant's turns alone are learnt (data/sft.py)."""
+    """Documents are conversations, of which the assistant's turns alone are supervised (data/sft.py)."""
     options: Mapping[str, Option] = {}
     """Keys of a source (data.sources.<name>.<option>): mostly the columns it reads. Two formats may share one."""
     required: tuple[str, ...] = ()
@@ -105,7 +105,7 @@ COMMON_SHAPES = {
 
 
 def _chat(row: Mapping[str, Any], columns: Mapping[str, Any]) -> Any:
-    """A column with all messages, or one a turn; or what other projects have."""
+    """A column with all messages, or one per turn; or what other projects have."""
     messages, prompt, response = (columns[name] for name in ("messages_field", "prompt_field", "response_field"))
     if row.get(messages) is not None:
         return row[messages]

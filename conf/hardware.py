@@ -21,7 +21,7 @@ class Hardware:
     num_gpus: int = 0
     """CUDA devices of this host."""
     world_size: int = 1
-    """Processes of the run, one a GPU."""
+    """Processes of the run, one per GPU."""
     local_world_size: int = 1
     """Processes of the run on this host."""
     gpu_name: str | None = None
@@ -77,7 +77,7 @@ def check_device(config: RunConfig, hardware: Hardware, problems: Problems) -> N
         problems.add(
             "nproc_per_node",
             hardware.local_world_size,
-            f"this host has {hardware.num_gpus} GPUs, one a process; use --nproc_per_node={hardware.num_gpus}",
+            f"this host has {hardware.num_gpus} GPUs, one per process; use --nproc_per_node={hardware.num_gpus}",
         )
     if config.deepspeed.precision == "bf16" and not hardware.has_bf16:
         problems.add(

@@ -1,9 +1,9 @@
-"""What a run is: every key a user can set, with its type, default, meaning and unit.
+"""The configuration of a run: every key a user can set, with its type, default, meaning and unit.
 
 These dataclasses type the YAML files beside them and the command line. `conf.validate.freeze` turns a composed
-configuration into a RunConfig whose quantities ("32K", "1.5B", "90%") have become ints and whose nulls that mean "as
-given elsewhere" are filled in; everything below `launch/` sees only that. Lengths, block sizes and batches read K as
-1024; token budgets and cadences read K as 1000 (conf/numbers.py).
+configuration into a RunConfig, in which quantities ("32K", "1.5B", "90%") are ints and nulls that stand for another
+key's value are filled in; everything below `launch/` sees only that. Lengths, block sizes and batches read K as 1024;
+token budgets and cadences read K as 1000 (conf/numbers.py).
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from conf.rates import all_rate_options
 from moba.kinds import Moba, all_options
 
 AUTO = "auto"
+"""Chosen for the machine by train/plan/automatic.py, or by the kinds' backends."""
 OFFLOAD = "offload"
 OFFLOAD_HEADS = "offload_heads"
 OFFLOADED = (OFFLOAD, OFFLOAD_HEADS)
-"""As fits the machine: what train/plan/automatic.py or the kinds' backends choose."""
 
-# Quantities are typed by hand in many ways (32768, "32K", 2.7e10, "27B"); `freeze` parses them by their metadata.
+# Users may write quantities as 32768, "32K", 2.7e10 or "27B"; `freeze` parses them according to this metadata.
 LENGTH = {"unit": "length"}  # binary K, becomes int
 TOKENS = {"unit": "tokens"}  # decimal K, becomes int
 SHARE = {"unit": "tokens or share"}  # "27B" or "90%": becomes int tokens
-OFF = {"null": 0}  # of a cadence: null is as good as 0
+OFF = {"null": 0}  # null means 0
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class ModelConfig:
     """The decoder. Llama-style; the options cover Llama-, Qwen- and SmolLM-shaped checkpoints."""
 
     name: str = "tiny"
-    """Label, for plots and the plan."""
+    """Name shown in figures and in the plan."""
     hidden_size: int = 128
     """Width of the residual stream."""
     num_layers: int = 4
@@ -63,63 +63,65 @@ class ModelConfig:
     """The model's own RoPE scaling in Hugging Face's `rope_scaling` format (llama3, linear, yarn, dynamic); null =
     none."""
     rope_pattern: str | None = None
-    """One letter a layer, R (RoPE) or N (NoPE: no positional encoding), repeated if shorter than the model; null = RoPE
-    everywhere."""
+    """One letter per layer, R (RoPE) or N (NoPE: no positional encoding), repeated if shorter than the model; null =
+    RoPE everywhere."""
     key_conv: int = 0
     """Width in tokens (3 or 5) of a causal convolution over each channel of the keys; 0 = none (docs/design.md)."""
     key_conv_pattern: str | None = None
-    """With key_conv: one letter a layer, K (convolution) or - (none), repeated if shorter than the model; null = in
+    """With key_conv: one letter per layer, K (convolution) or - (none), repeated if shorter than the model; null = in
     every layer."""
     pretrained_length: int | None = None
-    """Longest context of the model that the weights come from; null = none. Handed on by launch/export.py; where a
-    dynamic RoPE scaling begins."""
+    """Longest context of the pretrained model that the weights come from; null = not pretrained. Written by
+    launch/export.py; the length beyond which a dynamic RoPE scaling takes effect."""
     init_std: float = 0.02
     """Standard deviation of the initial weights; output projections use init_std / sqrt(2 * num_layers)."""
     activation_checkpointing: Any = AUTO
-    """What of a layer is computed again in the backward pass instead of being kept: nothing (false); `mlp`, the MLP and
-    the norm before it, at the cost of two of a layer's seven products, so that attention is computed once; all (true);
-    all with the layers' inputs in host memory and the MLP by tiles (`offload`); or that and attention by groups of
-    heads, which is then computed three times (`offload_heads`, for the longest contexts). `auto`: the first of these
-    that the plan estimates to fit the GPU; on a CPU nothing (train/plan/automatic.py)."""
+    """Which activations are recomputed in the backward pass instead of being stored: `false`, none; `mlp`, those of the
+    MLP and the norm before it (two of a layer's seven matrix products); `true`, those of whole layers; `offload`, like
+    true, with the layers' inputs in host memory and the MLP computed by tiles; `offload_heads`, like offload, with
+    attention by groups of heads, computed three times (for the longest contexts). `auto`: the first of these that the
+    plan estimates to fit the GPU; `false` on a CPU (train/plan/automatic.py)."""
     loss_tile: Any = field(default="2K", metadata=LENGTH)
-    """Tokens whose logits exist at a time in the cross-entropy."""
+    """Tokens per tile of the cross-entropy: logits exist for one tile at a time."""
     compile: Any = AUTO
-    """torch.compile what stands before and after attention in each layer: true, false, or `auto`, which is true on GPUs
-    but with ZeRO 3, run.deterministic or no triton (train/plan/automatic.py). Needs triton on a GPU, a C++ compiler on
-    a CPU; not with ZeRO 3. The first steps, and the first of another length, take longer."""
+    """Use torch.compile for the parts of each layer before and after attention: true, false, or `auto`: true on GPUs,
+    unless ZeRO 3 or run.deterministic is set or triton is missing (train/plan/automatic.py). Needs triton on a GPU, a
+    C++ compiler on a CPU; not supported with ZeRO 3. The first steps, and the first with another length, take
+    longer."""
 
 
 @dataclass(frozen=True)
 class SyntheticConfig:
-    """A generated recall task (data/synthetic.py): token numbers with something to look up; only answers are learnt."""
+    """A generated recall task (data/synthetic.py): token ids with something to look up; only answers are supervised."""
 
     task: str = "mqar"
     """`mqar`, `passkey`, `multi_key`, `multi_query`, `straddle` or `copy`."""
     length: Any = field(default=None, metadata=LENGTH)
-    """Inputs of a document, which is never cut: at most a stage's seq_len; null = schedule.seq_len."""
+    """Tokens of a document, which is never cut: at most a stage's seq_len; null = schedule.seq_len."""
     pairs: int = 8
-    """mqar, multi_query: pairs in a document, at most; as many questions."""
+    """mqar, multi_query: largest number of key-value pairs, and of questions, in a document."""
     min_pairs: int | None = None
-    """mqar, multi_query: pairs at least (few are learnt first); null = pairs."""
+    """mqar, multi_query: smallest number of pairs (documents with few are easier to learn); null = pairs."""
     repeats: int = 1
-    """mqar, multi_query: questions for each pair. Several make the task quicker to learn."""
+    """mqar, multi_query: questions per pair. With several the task is learned faster."""
     key_tokens: int | None = None
-    """Tokens of a key, or of the start of a copy; null = the task's."""
+    """Tokens of a key, or of the start of a copy; null = the default of the task."""
     value_tokens: int | None = None
-    """Tokens of a value, or of a copy; null = the task's."""
+    """Tokens of a value, or of a copy; null = the default of the task."""
     block_size: Any = field(default=None, metadata=LENGTH)
-    """straddle: the blocks whose boundary lies between key and value; null = schedule.block_size."""
+    """straddle: block size; a block boundary lies between key and value. null = schedule.block_size."""
     symbols: int = 256
-    """Token numbers in use, from 0: half of them keys, a quarter values, a quarter filler. At most the tokenizer's."""
+    """Number of token ids in use, from 0: half of them keys, a quarter values, a quarter filler. At most the vocabulary
+    size of the tokenizer."""
     num_documents: int = 1_000_000
-    """Documents of an epoch."""
+    """Documents per epoch."""
     seed: int = 0
-    """Of the documents. Held-out ones are others than training's of the same seed."""
+    """Seed of the documents. Held-out documents differ from training documents of the same seed."""
 
 
 @dataclass(frozen=True)
 class SourceConfig:
-    """One collection of documents. Beside these keys stand the options of the formats (text: text_field; chat:
+    """One collection of documents. The options of its format are keys of this section too (text: text_field; chat:
     messages_field, prompt_field, response_field; conf/formats.py)."""
 
     path: str | None = None
@@ -134,25 +136,26 @@ class SourceConfig:
     split: str = "train"
     """Split of the hub data set."""
     streaming: bool = False
-    """Read the hub data set as a stream, up to max_tokens, instead of downloading it whole (max_tokens: null then means
-    the run's budget)."""
+    """Stream the hub data set, up to max_tokens, instead of downloading all of it (max_tokens: null then means the
+    token budget of the run)."""
     format: str = "text"
-    """`text`, or `chat`: conversations, of which the assistant's turns alone are learnt (data/sft.py); or another of
-    conf/formats.py."""
+    """`text`; `chat`: conversations, of which only the assistant's turns are supervised (data/sft.py); or another
+    format of conf/formats.py."""
     options: dict[str, Any] = field(default_factory=dict, metadata={"collects": all_format_options})
-    """What is said of the formats' options, each written beside these keys; frozen, all of them."""
+    """Not written by users: collects the options of the format that are set in this section; once frozen, all of
+    them."""
     id_field: str | None = "id"
-    """Column that names a document; null or absent = its running number."""
+    """Column with the id of a document; null or absent = the document's number."""
     weight: float = 1.0
-    """Share of training tokens drawn from this source (normalised over the sources)."""
+    """Share of the training tokens that come from this source (normalised over the sources)."""
     max_tokens: Any = field(default=None, metadata=TOKENS)
     """Stop reading after this many tokens; null = all of it."""
     exclude_ids: str | None = None
-    """Text file with one document id a line to leave out (a held-out set)."""
+    """Text file with the ids of documents to leave out, one per line (a held-out set)."""
 
     @property
     def is_chat(self) -> bool:
-        """Its documents are conversations."""
+        """Whether the documents are conversations."""
         return FORMATS[self.format].is_chat
 
     @property
@@ -178,63 +181,67 @@ class DataConfig:
     sources: dict[str, SourceConfig] = field(default_factory=dict)
     """Named training sources."""
     validation: SourceConfig | None = None
-    """Held-out documents for the per-position loss; null = no evaluation."""
+    """Held-out documents for the loss by context position; null = no evaluation."""
     cache_dir: str = "~/.cache/moba-train"
     """Where tokenised copies of raw text are kept (token shards, keyed by content and tokenizer)."""
     interleave: int = 16
-    """Documents longer than the context that are read side by side, so that a step's sequences come from different
-    ones."""
+    """Number of documents longer than the context that are read side by side, so that the sequences of a step come from
+    different documents."""
     num_workers: int = 0
-    """Processes for tokenising raw text; 0 = in this one."""
+    """Worker processes for tokenising raw text; 0 = the main process does it."""
     seed: int | None = None
     """Seed of the document order; null = run.seed."""
     notice: str | None = None
-    """A line of advice printed with the plan while a training source is one that ships with the project."""
+    """Advice printed with the plan if a training source ships with the project."""
 
 
 @dataclass(frozen=True)
 class AttentionConfig:
-    """The attention of a stage, and of which layers. Beside these keys stand the options of the kinds of attention
-    (block_size, num_blocks, top_k, gate, window: moba/kinds/)."""
+    """The attention of a stage, by layer. The options of the kinds of attention (block_size, num_blocks, top_k, gate,
+    first_blocks, window: moba/kinds/) are keys of this section too."""
 
     kind: str = Moba.name
-    """`moba` or `full`, or another kind of moba/kinds/ that a stage can have."""
+    """`moba`, `full`, or another kind of attention of moba/kinds/."""
     full_last: int = 0
     """With kind=moba: the last n layers use full attention (layer-wise hybrid)."""
     pattern: str | None = None
-    """Instead of full_last: one letter a layer, M (moba; only with kind=moba), F (full) or S (sliding window), repeated
-    if shorter than the model. MMMF, SM; and with kind=full SF, its full twin."""
+    """Instead of full_last: one letter per layer, M (moba; only with kind=moba), F (full) or S (sliding window),
+    repeated if shorter than the model, such as MMMF or SM, or with kind=full SF."""
     plan: Any = None
-    """Instead of all other keys here but backend: what each layer has, as a file of launch/tune_attention.py
-    (moba/kinds/plan_file.py), or its entries themselves, one [kind, block_size, top_k, first_blocks] a layer. Frozen,
-    the entries."""
+    """Instead of all other keys of this section except backend: the attention of each layer, as a file written by
+    launch/tune_attention.py (moba/kinds/plan_file.py) or as a list of entries, one [kind, block_size, top_k,
+    first_blocks] per layer. Once frozen, the entries."""
     backend: str = "auto"
-    """Kernels of the layers of this kind: `auto` (the fastest that can), `reference`, `torch`, `flash`, `triton` (MoBA
-    alone) or `cudnn` (full attention alone). Other layers take it too where they have it, else `auto`."""
+    """Kernels of the layers of this kind: `auto` (the fastest that supports the shapes and the device), `reference`,
+    `torch`, `flash`, `triton` (MoBA only) or `cudnn` (full attention only). Layers of another kind use it too if they
+    have it, else `auto`."""
     options: dict[str, Any] = field(default_factory=dict, metadata={"collects": all_options})
-    """What is said of the kinds' options, each written beside the keys above; frozen, all of them."""
+    """Not written by users: collects the options of the kinds that are set in this section; once frozen, all of
+    them."""
 
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """What a stage changes about rotary position embedding, on top of the model's own."""
+    """The rotary position embedding of a stage, on top of that of the model."""
 
     theta: float | None = None
     """RoPE base; null = model.rope_theta. The model's own scaling is then computed from this base."""
     scaling: str = "none"
-    """What is put on top of the model's own scaling: `none`, `linear` (position interpolation: positions divided by
-    factor), `ntk` (the base times factor**(head_dim / (head_dim - 2))), `yarn` or `llama3` (with Llama 3.1's band:
-    waves that turn once or less within original_length are slowed by factor, those of four turns or more kept)."""
+    """Scaling applied after the model's own: `none`, `linear` (position interpolation: positions divided by
+    factor), `ntk` (the base times factor**(head_dim / (head_dim - 2))), `yarn` or `llama3` (as in Llama 3.1:
+    frequencies with at most one turn within original_length are divided by factor, those with four turns or more are
+    kept)."""
     factor: float = 1.0
-    """Extension factor of the scaling, counted from the model as it is: a later stage repeats or raises it."""
+    """Extension factor of the scaling, relative to the model's own RoPE, not to the previous stage: a later stage
+    repeats or raises it."""
     original_length: Any = field(default=None, metadata=LENGTH)
-    """yarn and llama3, which need it: the length the model was trained at before."""
+    """Required by yarn and llama3: the context length the model was trained at before."""
 
 
 @dataclass(frozen=True)
 class StageLRConfig:
-    """A stage's own learning rate, over the stage's tokens: it warms up again. What is null is as in optim.lr;
-    once frozen nothing is, and it is an LRConfig."""
+    """A learning-rate schedule over the tokens of one stage, with its own warm-up. null keys are taken from optim.lr;
+    once frozen, all are filled in and this is an LRConfig."""
 
     kind: str | None = None
     """null = optim.lr.kind."""
@@ -243,37 +250,38 @@ class StageLRConfig:
     min_ratio: float | None = None
     """null = optim.lr.min_ratio."""
     warmup_tokens: Any = field(default=None, metadata=SHARE)
-    """Tokens of linear warm-up, or a share of the stage's ("5%"); null = as optim.lr.warmup_tokens is written."""
+    """Tokens of linear warm-up, or a share of the stage's tokens ("5%"); null = optim.lr.warmup_tokens as written there
+    (a share then is a share of the stage)."""
     options: dict[str, Any] = field(default_factory=dict, metadata={"collects": all_rate_options})
-    """What is said of the kinds' options, each written beside the keys above; those left out are as in optim.lr.
-    Frozen, all of them."""
+    """Not written by users: collects the options of the kind that are set in this section; those left out are taken
+    from optim.lr. Once frozen, all of them."""
 
 
 @dataclass(frozen=True)
 class LRConfig(StageLRConfig):
-    """Learning rate as a function of tokens. Beside these keys stand the options of the kinds (wsd: decay_tokens;
+    """Learning rate as a function of tokens. The options of its kind are keys of this section too (wsd: decay_tokens;
     conf/rates.py)."""
 
     kind: str = "cosine"
-    """`cosine`, `wsd` (constant, then linear decay over decay_tokens), `linear` or `constant`, or another of
+    """`cosine`, `wsd` (constant, then linear decay over decay_tokens), `linear`, `constant`, or another kind of
     conf/rates.py, each after a linear warm-up."""
     peak: float = 3e-4
     """Highest learning rate."""
     min_ratio: float = 0.1
     """Final learning rate / peak."""
     warmup_tokens: Any = field(default="1%", metadata=SHARE)
-    """Tokens of linear warm-up from 0 ("1%" of the tokens this schedule spans, or "20M")."""
+    """Tokens of linear warm-up from 0: a number ("20M"), or a share of the tokens that this schedule spans ("1%")."""
 
 
 @dataclass(frozen=True)
 class LongDocumentsConfig:
-    """How much of a stage's tokens comes from long documents, by drawing them more or less often."""
+    """The share of a stage's tokens that comes from long documents, which are drawn more or less often to reach it."""
 
     share: float = 0.5
-    """Share of the tokens of each source of the mix, 0 to 1, that comes from its documents of at least `length`; a
-    source without any gives what it has."""
+    """Share, from 0 to 1, of the tokens of each source of the mix that comes from documents of at least `length`; a
+    source without any uses the documents it has."""
     length: Any = field(default=None, metadata=LENGTH)
-    """Tokens from which on a document counts as long; null = the stage's seq_len."""
+    """Smallest number of tokens of a long document; null = the stage's seq_len."""
 
 
 @dataclass(frozen=True)
@@ -285,7 +293,8 @@ class StageConfig:
     seq_len: Any = field(default=None, metadata=LENGTH)
     """Context length; null = schedule.seq_len."""
     batch_tokens: Any = field(default=None, metadata=LENGTH)
-    """Tokens an optimizer step over all ranks, binary K, a multiple of seq_len; null = schedule.batch_tokens."""
+    """Tokens per optimizer step over all ranks (global batch), binary K, a multiple of seq_len; null =
+    schedule.batch_tokens."""
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     """Attention of this stage."""
     rope: RopeConfig = field(default_factory=RopeConfig)
@@ -293,10 +302,10 @@ class StageConfig:
     mix: dict[str, float] | None = None
     """Source name -> share of tokens (normalised; a source left out gets none); null = the sources' own weights."""
     long_documents: LongDocumentsConfig | None = None
-    """A share of the tokens from long documents; null = as they come, documents of any length alike."""
+    """A share of the tokens from long documents; null = documents are drawn regardless of length."""
     lr: StageLRConfig | None = None
-    """A learning-rate schedule of this stage's own; null = the run's (optim.lr), which spans all stages without their
-    own. `{}` is optim.lr again from its warm-up."""
+    """A separate learning-rate schedule for this stage; null = optim.lr, which spans all stages that do not set `lr`.
+    `{}` restarts optim.lr from its warm-up for this stage."""
     reset_optimizer: bool = False
     """Begin the stage with fresh AdamW moments and step count instead of those of the stage before."""
 
@@ -312,20 +321,21 @@ class ScheduleConfig:
     """The staged schedule, in tokens."""
 
     tokens: Any = field(default=None, metadata=TOKENS)
-    """Budget of the run, which shares of stages refer to; null = the sum of the stages. Once frozen it is that sum."""
+    """Token budget of the run, which the shares of stages refer to; null = the sum of the stages. Once frozen, that
+    sum."""
     seq_len: Any = field(default="2K", metadata=LENGTH)
-    """Context length of stages that set none."""
+    """Context length of stages that do not set one."""
     batch_tokens: Any = field(default="16K", metadata=LENGTH)
-    """Tokens an optimizer step over all ranks, of stages that set none."""
+    """Tokens per optimizer step over all ranks, of stages that do not set it."""
     micro_tokens: Any = field(default=None, metadata=LENGTH)
-    """Tokens a rank processes at a time, a multiple of seq_len; null = one sequence. More ranks or a smaller value mean
-    fewer or more gradient-accumulation steps, never another batch."""
+    """Micro-batch: tokens a rank processes at a time, a multiple of seq_len; null = one sequence. It changes the number
+    of gradient-accumulation steps, not the global batch."""
     block_size: Any = field(default=512, metadata=LENGTH)
-    """Tokens a block, of stages that set neither block_size nor num_blocks."""
+    """Tokens per MoBA block, of stages that set neither block_size nor num_blocks."""
     top_k: int = 3
-    """Blocks a query attends to, its own included, of stages that set none."""
+    """Blocks a query attends to, including its own, of stages that do not set it."""
     window: Any = field(default=None, metadata=LENGTH)
-    """Tokens that a query sees in sliding-window layers, its own included, of stages that have some and set none."""
+    """Tokens a query attends to in sliding-window layers, including itself, of stages that do not set it."""
     stages: dict[str, StageConfig] = field(default_factory=dict)
     """Named stages, in order."""
 
@@ -350,7 +360,7 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class DeepSpeedConfig:
-    """The engine."""
+    """DeepSpeed."""
 
     zero_stage: int = 1
     """ZeRO stage 0-3."""
@@ -361,12 +371,13 @@ class DeepSpeedConfig:
     offload_params: bool = False
     """Keep parameters in host memory (ZeRO 3)."""
     extra: dict[str, Any] = field(default_factory=dict)
-    """Raw DeepSpeed configuration merged last (communication sizes and the like)."""
+    """Raw DeepSpeed configuration, merged last (for example bucket sizes)."""
 
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """How processes share the work. Those along the data axis have sequences of their own."""
+    """How processes share the work: groups of `sequence` processes share sequences; different groups train on different
+    sequences."""
 
     sequence: int = 1
     """Processes that share each sequence, by attention heads (at most model.num_heads): activations of a sequence are
@@ -378,44 +389,45 @@ class LoggingConfig:
     """What is written while training."""
 
     every_tokens: Any = field(default="0", metadata=TOKENS | OFF)
-    """A metrics line each so many tokens; 0 = every step."""
+    """Write a line of metrics every so many tokens; 0 = every step."""
     wandb: str = "auto"
-    """`auto` (online if logged in, else offline), `online`, `offline` or `disabled`. Never asks."""
+    """`auto` (online if logged in, else offline), `online`, `offline` or `disabled`. Never prompts for a login."""
     project: str = "moba-train"
     """wandb project."""
     entity: str | None = None
     """wandb entity."""
     group: str | None = None
-    """wandb group, which runs of one kind share; null = the experiment's name."""
+    """wandb group; null = the experiment's name."""
     tags: list[str] = field(default_factory=list)
-    """wandb tags, besides those of the model, the sources and the longest context."""
+    """wandb tags, in addition to the model, the sources and the longest context."""
     notes: str | None = None
-    """wandb notes; null = the stages in words."""
+    """wandb notes; null = a description of the stages."""
     tensorboard: bool = False
-    """Write the same series for TensorBoard (the extra `tensorboard`)."""
+    """Also write the series for TensorBoard (needs the extra `tensorboard`)."""
     samples: int = 0
-    """Held-out documents that the model goes on with at each evaluation, for a table of texts; each costs an
-    evaluation of its document and 64 decoding steps. Not at ZeRO 3 or with parallel.sequence."""
+    """Number of held-out documents that the model continues at each evaluation, shown as a table; each costs the
+    evaluation of one document and 64 decoding steps. Not with ZeRO 3 or parallel.sequence."""
     progress: bool = True
-    """Progress bar on a terminal."""
+    """Show a progress bar on a terminal."""
     figures: bool = True
     """Write figures into the run directory."""
 
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Measuring on held-out documents during training."""
+    """Evaluation on held-out documents during training."""
 
     suite: str = "mini"
-    """What is measured: `loss` (by position), `mini` (also the router on the first document, and the right answers
-    where the held-out documents are a recall task), or `swap` (also the loss under every gate of evals/swap.py, at five
-    times the time)."""
+    """What is measured: `loss` (by context position); `mini` (also the router's statistics on the first document, and
+    the share of right answers if the held-out documents are a recall task); `swap` (also the loss under every gate of
+    evals/swap.py, which takes five times as long)."""
     every_tokens: Any = field(default="20%", metadata=SHARE | OFF)
-    """Evaluate each so many tokens ("20%" of the run) and at each stage's end; 0 = only at stage ends."""
+    """Evaluate every so many tokens ("20%" of the run) and at the end of each stage; 0 = only at the end of each
+    stage."""
     documents: int = 16
-    """Held-out documents of full length to use at most."""
+    """Largest number of held-out documents, all of full length."""
     seq_len: Any = field(default=None, metadata=LENGTH)
-    """Length of the evaluation; null = the stage's."""
+    """Context length of the evaluation; null = that of the stage."""
 
 
 @dataclass(frozen=True)
@@ -423,26 +435,27 @@ class CheckpointConfig:
     """When the run is saved."""
 
     every_tokens: Any = field(default="10%", metadata=SHARE | OFF)
-    """Save each so many tokens, and at each stage's end, and on SIGTERM or Ctrl-C; 0 = only those."""
+    """Save every so many tokens, at the end of each stage, and on SIGTERM, SIGUSR1 or Ctrl-C; 0 = none at token
+    counts."""
     keep: int = 2
-    """Newest checkpoints kept, besides the ends of stages."""
+    """Number of newest checkpoints to keep, in addition to those at the end of a stage."""
     keep_stage_ends: bool = True
-    """Keep the checkpoint at each stage's end."""
+    """Keep the checkpoint at the end of each stage."""
     asynchronous: bool = True
-    """Train on while a checkpoint is written: a copy of it, shared by the processes, is in host memory meanwhile. When
-    the run is stopped, and with `false`, training waits, and only a shard at a time is copied."""
+    """Write checkpoints in the background while training continues, from a copy in host memory (divided among the
+    processes). With `false`, and when the run is stopped, training waits, and one shard at a time is copied."""
 
 
 @dataclass(frozen=True)
 class InitConfig:
-    """Where the weights start."""
+    """What the weights start from."""
 
     source: str | None = None
     """Run directory, checkpoint directory, Hugging Face directory or hub id; null = random weights."""
     optimizer: bool = False
-    """Also take the optimizer's moments (same shapes; runs of this project only)."""
+    """Also load the optimizer's moments (same shapes; runs of this project only)."""
     data: bool = False
-    """Also take the loader's position and the random state."""
+    """Also load the position in the data and the random state."""
 
 
 @dataclass(frozen=True)
@@ -452,26 +465,27 @@ class RunSection:
     name: str | None = None
     """Name in wandb and in plots; null = the experiment's name, or `run` without one."""
     dir: str | None = None
-    """Run directory; null = runs/<name> under the current directory. The same command again continues from its newest
+    """Run directory; null = runs/<name> under the current directory. The same command again resumes from its newest
     checkpoint."""
     seed: int = 0
-    """Seed of the weights and of everything random."""
+    """Random seed, of the weights and everything else."""
     device: str = "auto"
     """`auto`, `cuda` or `cpu`."""
     deterministic: bool = False
-    """Bitwise repeatable kernels on GPU, at some cost (CPU runs always repeat)."""
+    """Use bitwise reproducible kernels on GPUs, which are slower (CPU runs are always reproducible)."""
     allow_changes: bool = False
-    """Resume even though the configuration would change the trajectory."""
+    """Resume even if the configuration has changed in a way that changes the losses."""
     on_spike: str = "off"
-    """What is done about a step whose loss or gradient norm is a spike, in which nothing is updated: `skip` (go on),
-    `rollback` (go on from the newest checkpoint with the data behind the spike; skip before the first one), `stop` (end
-    the run); `off`: nothing is looked for."""
+    """What to do about a step whose loss or gradient norm is a spike; its update is never applied: `skip` (continue),
+    `rollback` (continue from the newest checkpoint with the data after the spike; skip if there is no checkpoint yet),
+    `stop` (end the run); `off`: do not look for spikes."""
     spike_deviations: float = 6.0
-    """Standard deviations above the mean of the last good steps from which on a step is a spike."""
+    """A step is a spike if it is more than this many standard deviations above the mean of the last good steps."""
     spike_window: int = 128
-    """Good steps that the mean and the deviation are taken of, within a stage; half as many are needed."""
+    """Number of good steps, within a stage, from which the mean and the deviation are computed; at least half as many
+    are needed."""
     notice: str | None = None
-    """A line of advice printed with the plan."""
+    """Advice printed with the plan."""
 
     @property
     def folder(self) -> Path:

@@ -1,8 +1,8 @@
-"""What a row says of a conversation: its messages, which of them are to be learnt, the tools it may call.
+"""What a row says of a conversation: its messages, which of them are to be supervised, the tools it may call.
 
 Message keys beside role and content: `weight` (0 or 1) and `train` (true or false) say whether an assistant's turn is
-learnt; reasoning_content, tool_calls, tool_call_id and name go to the chat template, and so do the row's `tools`. What
-the template has no place for, and any other key, is left out, counted and said.
+supervised; reasoning_content, tool_calls, tool_call_id and name go to the chat template, and so do the row's `tools`.
+What the template has no place for, and any other key, is left out, counted and said.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from data.errors import DataError
 
 FOR_TEMPLATES = ("reasoning_content", "tool_calls", "tool_call_id", "name")
 FLAGS = ("weight", "train")
-LEARN = "learn"  # in the JSON of a message: false where a turn of the assistant is not learnt
+LEARN = "learn"  # in the JSON of a message: false where a turn of the assistant is not supervised
 
 
 def document_of(row: Mapping[str, Any], config: SourceConfig, where: str, key: str) -> Any:
@@ -41,7 +41,7 @@ class ConversationReader:
         self._shapes: Counter[str] = Counter()
 
     def read(self, row: Mapping[str, Any], where: str) -> str | None:
-        """The row's conversation as JSON text, or None for one that nothing is learnt of. Raises DataError."""
+        """The row's conversation as JSON text, or None for one that nothing is supervised of. Raises DataError."""
         messages = [self._message(one, where) for one in self._messages(row, where)]
         if not any(one["role"] == "assistant" and one.get(LEARN, True) for one in messages):
             self._left_out["conversations without an assistant's turn to learn"] += 1
@@ -85,7 +85,7 @@ class ConversationReader:
             elif key != "tool_calls":
                 why = "the chat template has no place for it" if key in FOR_TEMPLATES else "no key of a message here"
                 self._left_out[f"times {cut(key, 40)!r} of a message: {why}"] += 1
-        if not _is_learnt(message, where):
+        if not _is_supervised(message, where):
             kept[LEARN] = False
         return kept
 
@@ -107,12 +107,12 @@ class ConversationReader:
 _EXPECTED = "a conversation is a list of messages with a role and a content, both text"
 
 
-def _is_learnt(message: Mapping[str, Any], where: str) -> bool:
+def _is_supervised(message: Mapping[str, Any], where: str) -> bool:
     """What `weight` and `train` say."""
     flags = []
     for key, value in ((key, message[key]) for key in FLAGS if key in message):
         if value not in (0, 1):
-            raise DataError(f"{where}: {key}={show(value)}: a turn is learnt (1, true) or not (0, false)")
+            raise DataError(f"{where}: {key}={show(value)}: a turn is supervised (1, true) or not (0, false)")
         flags.append(bool(value))
     return all(flags)
 

@@ -1,4 +1,4 @@
-"""Rows of .jsonl and .json files, compressed or not: one JSON object a line, or a list of objects.
+"""Rows of .jsonl and .json files, compressed or not: one JSON object per line, or a list of objects.
 
 Read line by line with Python's own parser, so that a damaged line is named by its number, rows may differ in their
 keys, and nesting of any depth is an error of one line.

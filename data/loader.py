@@ -117,7 +117,7 @@ class Loader:
         assert self._stage is not None, "set_stage comes first"
         ahead, self._ahead = self._ahead, None
         batches, self._position = self._make_step(self._position) if ahead is None else ahead.result()
-        # An executor a step: its thread ends with the step, so that none is left to be closed.
+        # An executor per step: its thread ends with the step, so that none is left to be closed.
         executor = ThreadPoolExecutor(1, thread_name_prefix="loader")
         self._ahead = executor.submit(self._make_step, self._position)
         executor.shutdown(wait=False)
@@ -192,14 +192,14 @@ class Loader:
             return [self._batch(windows) for windows in micros], behind
 
     def _batch(self, windows: list[Window]) -> Batch:
-        batch = make_batch(windows, self._fetch, self._learnt)
+        batch = make_batch(windows, self._fetch, self._supervised)
         return batch if self._pin_for is None else batch.pin()
 
     def _fetch(self, window: Window):
         return self._sources[window.source].window(window.document, window.start, window.length)
 
-    def _learnt(self, window: Window):
-        return self._sources[window.source].learnt(window.document, window.start, window.length)
+    def _supervised(self, window: Window):
+        return self._sources[window.source].supervised(window.document, window.start, window.length)
 
 
 def check_batch(seq_len: int, batch_tokens: int, micro_tokens: int, world_size: int) -> None:

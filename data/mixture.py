@@ -178,7 +178,7 @@ def make_pools(
     long_documents: LongDocumentsConfig | None = None,
     used: Mapping[str, np.ndarray] | None = None,
 ) -> dict[str, Pool]:
-    """The pools of a mix by name, sorted by source: one a source, or its long and its short documents. used: as
+    """The pools of a mix by name, sorted by source: one per source, or its long and its short documents. used: as
     Mixture.set_mix takes it.
 
     A source whose documents are all long or all short is one pool, with all of its share. Raises ValueError for names

@@ -298,16 +298,17 @@ def _cut(window: Window, length: int) -> tuple[Window, Window]:
 def make_batch(
     windows: Sequence[Window],
     fetch: Callable[[Window], np.ndarray],
-    learnt: Callable[[Window], np.ndarray | None] = lambda window: None,
+    supervised: Callable[[Window], np.ndarray | None] = lambda window: None,
 ) -> Batch:
     """The batch of these windows. fetch(window) gives its length + 1 tokens: the inputs and the label of the last.
-    learnt(window) says which of them are learnt (bool; None = all); where it does, both may stop at the padding."""
+    supervised(window) says which of them are supervised (bool; None = all); where it does, both may stop at the
+    padding."""
     lengths = np.array([w.length for w in windows], dtype=np.int64)
     ends = np.cumsum(lengths)
     tokens = np.zeros(int(ends[-1]), dtype=np.int64)
     labels = np.full(int(ends[-1]), IGNORED, dtype=np.int64)
     for window, end in zip(windows, ends):
-        fetched, mask = fetch(window), learnt(window)
+        fetched, mask = fetch(window), supervised(window)
         first, last = end - window.length, end - window.length + len(fetched) - 1
         assert last == end if mask is None else last <= end and len(mask) == len(fetched), (window, len(fetched))
         tokens[first:last] = fetched[:-1]

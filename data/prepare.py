@@ -140,7 +140,7 @@ def _done(record: dict) -> Future:
 
 
 def encoder(tokenizer: Tokenizer, template: ChatTemplate | None) -> Encode:
-    """text -> (tokens, None), or with a template: a conversation as JSON -> (tokens, mask of what is learnt)."""
+    """text -> (tokens, None), or with a template: a conversation as JSON -> (tokens, mask of what is supervised)."""
     if template is None:
         return lambda text: (tokenizer.document(text), None)
     chat = ChatEncoder(tokenizer, template)

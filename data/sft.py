@@ -1,12 +1,12 @@
-"""Conversations to tokens and a mask that says which of them are learnt: every assistant turn, and nothing else.
+"""Conversations to tokens and a mask that says which of them are supervised: every assistant turn, and nothing else.
 
-A conversation is rendered by a chat template (jinja, as Hugging Face tokenizers carry it). Learnt are the text of each
-assistant turn and the token that ends it; headers, system prompts, users' turns and line breaks behind the end of a
-turn are not. Where a template marks `{% generation %}` blocks, these are what is learnt. Elsewhere turns are found by
-rendering the conversation up to the turn with the generation prompt, and up to its end: both have to be beginnings of
-the whole, or the template is refused, since a mask would be a guess.
+A conversation is rendered by a chat template (jinja, as Hugging Face tokenizers carry it). Supervised are the text of
+each assistant turn and the token that ends it; headers, system prompts, users' turns and line breaks behind the end of
+a turn are not. Where a template marks `{% generation %}` blocks, these are what is supervised. Elsewhere turns are
+found by rendering the conversation up to the turn with the generation prompt, and up to its end: both have to be
+beginnings of the whole, or the template is refused, since a mask would be a guess.
 
-The rendering is cut at the ends of what is learnt and each part is tokenised on its own, so a prompt has the tokens
+The rendering is cut at the ends of what is supervised and each part is tokenised on its own, so a prompt has the tokens
 that it has at inference. Special tokens that the template writes become their ids; those that a message merely spells
 become the characters they are.
 """
@@ -172,13 +172,15 @@ class ChatEncoder:
             )
 
     def encode(self, messages: Sequence[Message], tools: Sequence[Any] | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """(tokens in the tokenizer's dtype, bool mask), both [n]; a token is learnt where the mask is True.
+        """(tokens in the tokenizer's dtype, bool mask), both [n]; a token is supervised where the mask is True.
 
         Raises DataError if the template cannot render the conversation or its turns cannot be told apart exactly.
         """
-        ids = [(self._ids(text), learnt) for text, learnt in self.parts(messages, tools)]
+        ids = [(self._ids(text), supervised) for text, supervised in self.parts(messages, tools)]
         tokens = np.concatenate([np.zeros(0, self.tokenizer.dtype), *(part for part, _ in ids)])
-        return tokens, np.concatenate([np.zeros(0, bool), *(np.full(len(part), learnt) for part, learnt in ids)])
+        return tokens, np.concatenate(
+            [np.zeros(0, bool), *(np.full(len(part), supervised) for part, supervised in ids)]
+        )
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """The tokens of a conversation that the assistant is to go on with."""
@@ -187,13 +189,13 @@ class ChatEncoder:
 
     def end_of_turn(self) -> int:
         """The token that ends an answer, for generation to stop at."""
-        tokens, learnt = self.encode([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
-        return int(tokens[np.flatnonzero(learnt)[-1]])
+        tokens, supervised = self.encode([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+        return int(tokens[np.flatnonzero(supervised)[-1]])
 
     def parts(self, messages: Sequence[Message], tools: Sequence[Any] | None = None) -> list[tuple[str, bool]]:
-        """The rendered conversation in parts (text, learnt); joined, they are the rendering of the whole.
+        """The rendered conversation in parts (text, supervised); joined, they are the rendering of the whole.
 
-        A message with `learn` false is not learnt.
+        A message with `learn` false is not supervised.
         """
         guarded, tools = self._guarded(messages), self._guarded(tools)
         whole, spans = _unmarked(self.template.render(guarded, tools=tools))
@@ -204,14 +206,14 @@ class ChatEncoder:
             if len(spans) != len(flags):
                 raise DataError(
                     f"chat template {self.template.name!r} marks {len(spans)} answers of {len(flags)}, so those that "
-                    "are not to be learnt (weight, train) cannot be told from the others"
+                    "are not to be supervised (weight, train) cannot be told from the others"
                 )
-            spans = [span for span, is_learnt in zip(spans, flags) if is_learnt]
+            spans = [span for span, is_supervised in zip(spans, flags) if is_supervised]
         parts, done = [], 0
         for begin, end in spans:
             parts += [(whole[done:begin], False), (whole[begin:end], True)]
             done = end
-        return [(text, learnt) for text, learnt in [*parts, (whole[done:], False)] if text]
+        return [(text, supervised) for text, supervised in [*parts, (whole[done:], False)] if text]
 
     def _turns(self, messages: list[dict[str, Any]], whole: str, tools) -> list[tuple[int, int]]:
         """Where the assistant's turns are in the rendering, by rendering beginnings of the conversation."""
@@ -289,14 +291,15 @@ def _unmarked(rendered: str) -> tuple[str, list[tuple[int, int]]]:
     return text, spans
 
 
-def usable_inputs(lengths: np.ndarray, seq_len: int, is_learnt) -> np.ndarray:
+def usable_inputs(lengths: np.ndarray, seq_len: int, is_supervised) -> np.ndarray:
     """The inputs of each conversation that training at `seq_len` uses: int64 [N], 0 for one that is left out.
 
-    The rule: a conversation keeps its first seq_len inputs. If nothing learnt is left in them, it is left out.
-    lengths: tokens of each. is_learnt(document, start, stop) -> bool [stop - start]; asked for those that are cut only.
+    The rule: a conversation keeps its first seq_len inputs. If nothing supervised is left in them, it is left out.
+    lengths: tokens of each. is_supervised(document, start, stop) -> bool [stop - start]; asked for those that are cut
+    only.
     """
     usable = np.minimum(lengths - 1, seq_len)
     for document in np.flatnonzero(lengths - 1 > seq_len).tolist():
-        if not is_learnt(document, 1, seq_len + 1).any():
+        if not is_supervised(document, 1, seq_len + 1).any():
             usable[document] = 0
     return usable

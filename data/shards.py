@@ -3,7 +3,7 @@ written.
 
     00000.bin     the tokens of its documents, one after another, little-endian uint16 or uint32
     00000.idx     int64 [documents + 1]: where each document starts in 00000.bin, in tokens
-    00000.mask    conversations only: one byte a token, 1 where it is learnt (data/sft.py)
+    00000.mask    conversations only: one byte a token, 1 where it is supervised (data/sft.py)
     00000.json    counts, checksums and the documents' ids; written last, so that it marks the shard as finished
     meta.json     format version, tokenizer, the list of shards, fingerprint; written when all shards are finished
 
@@ -54,7 +54,7 @@ def write_shard(
     masks: Sequence[np.ndarray] | None = None,
 ) -> dict:
     """Write one shard; returns its record (also kept as NNNNN.json). documents: token arrays with BOS/EOS, all one
-    dtype. masks: bool arrays of the same lengths, True where a token is learnt; None = everywhere."""
+    dtype. masks: bool arrays of the same lengths, True where a token is supervised; None = everywhere."""
     stem = f"{number:05d}"
     tokens = np.concatenate(documents)
     offsets = np.concatenate([[0], np.cumsum([len(d) for d in documents])]).astype("<i8")
@@ -195,7 +195,7 @@ class TokenShards:
     """Random access to a finished directory of token shards.
 
     lengths: int64 [num_documents], tokens of each document with BOS and EOS. fingerprint: 16 hex digits of the content.
-    has_masks: the documents are conversations, of which only a part is learnt.
+    has_masks: the documents are conversations, of which only a part is supervised.
     Raises DataError if a file is missing or of the wrong size, an index is damaged, or (check_tokens) a token file is.
     """
 
@@ -231,8 +231,8 @@ class TokenShards:
         """Tokens [start, stop) of a document, a view into the memory map."""
         return self._view(document, start, stop, "bin", self.dtype)
 
-    def learnt(self, document: int, start: int, stop: int) -> np.ndarray:
-        """Which of tokens [start, stop) of a conversation are learnt: bool [stop - start]. Only with has_masks."""
+    def supervised(self, document: int, start: int, stop: int) -> np.ndarray:
+        """Which of tokens [start, stop) of a conversation are supervised: bool [stop - start]. Only with has_masks."""
         return self._view(document, start, stop, "mask", np.dtype(bool))
 
     def _view(self, document: int, start: int, stop: int, kind: str, dtype: np.dtype) -> np.ndarray:
@@ -250,7 +250,7 @@ class TokenShards:
                 path = self.directory / f"{number:05d}.{kind}"
                 with open(path, "rb") as file:
                     if hashlib.file_digest(file, "sha256").hexdigest() != record[f"{kind}_sha256"]:
-                        raise DataError(f"{path} is damaged: its checksum differs from meta.json. {_REMEDY}")
+                        raise DataError(f"{path} is damaged: its checksum differs from {META}. {_REMEDY}")
 
     def _read_index(self, number: int, record: dict) -> np.ndarray:
         path = self.directory / f"{number:05d}.bin"
@@ -260,14 +260,18 @@ class TokenShards:
         for file, wanted in sizes.items():
             size = file.stat().st_size if file.exists() else None
             if size != wanted:
-                found = "is missing" if size is None else f"has {size:,} bytes instead of {wanted:,}"
-                raise DataError(f"{file} {found}. {_REMEDY}")
+                found = "is missing" if size is None else f"has {size:,} bytes"
+                raise DataError(f"{file} {found}; {META} says {wanted:,} bytes. {_REMEDY}")
         raw = path.with_suffix(".idx").read_bytes() if path.with_suffix(".idx").exists() else b""
         if hashlib.sha256(raw).hexdigest() != record["idx_sha256"]:
-            raise DataError(f"{path.with_suffix('.idx')} is missing or damaged: its checksum differs. {_REMEDY}")
+            raise DataError(
+                f"{path.with_suffix('.idx')} is missing or damaged: its checksum differs from {META}. {_REMEDY}"
+            )
         index = np.frombuffer(raw, "<i8") if len(raw) % 8 == 0 else np.zeros(0, "<i8")
         if not len(index) or index[0] != 0 or index[-1] != record["tokens"] or (np.diff(index) < 1).any():
-            raise DataError(f"{path.with_suffix('.idx')} is no index of {record['tokens']:,} tokens. {_REMEDY}")
+            raise DataError(
+                f"{path.with_suffix('.idx')} is no index of the {record['tokens']:,} tokens of {META}. {_REMEDY}"
+            )
         return index
 
 

@@ -45,7 +45,7 @@ class Source(Protocol):
     """Documents of one source. Document numbers run from 0 to num_documents - 1.
 
     lengths: int64 [num_documents], tokens with BOS and EOS. fingerprint: 16 hex digits, changes with any token or
-    selection. is_chat: only some tokens are learnt.
+    selection. is_chat: only some tokens are supervised.
     """
 
     name: str
@@ -65,8 +65,8 @@ class Source(Protocol):
         before."""
         ...
 
-    def learnt(self, document: int, start: int, length: int) -> np.ndarray | None:
-        """Which tokens of `window` are learnt: bool, as many as it gives; None for text, where all are."""
+    def supervised(self, document: int, start: int, length: int) -> np.ndarray | None:
+        """Which tokens of `window` are supervised: bool, as many as it gives; None for text, where all are."""
         ...
 
     def usable_inputs(self, seq_len: int) -> np.ndarray:
@@ -104,18 +104,18 @@ class ShardSource:
         before."""
         return self.tokens(document, start, self._stop(document, start, length))
 
-    def learnt(self, document: int, start: int, length: int) -> np.ndarray | None:
-        """Which tokens of `window` are learnt: bool, as many as it gives; None for text, where all are."""
+    def supervised(self, document: int, start: int, length: int) -> np.ndarray | None:
+        """Which tokens of `window` are supervised: bool, as many as it gives; None for text, where all are."""
         if not self.is_chat:
             return None
-        return self._shards.learnt(self._place(document), start, self._stop(document, start, length))
+        return self._shards.supervised(self._place(document), start, self._stop(document, start, length))
 
     def usable_inputs(self, seq_len: int) -> np.ndarray:
         """Of conversations: how many inputs of each are trained on at this length (data.sft.usable_inputs)."""
         assert self.is_chat
         if seq_len not in self._usable:
             self._usable[seq_len] = usable_inputs(
-                self.lengths, seq_len, lambda d, start, stop: self._shards.learnt(self._place(d), start, stop)
+                self.lengths, seq_len, lambda d, start, stop: self._shards.supervised(self._place(d), start, stop)
             )
         return self._usable[seq_len]
 
@@ -406,9 +406,9 @@ def _selection(name: str, source: SourceConfig, shards: TokenShards, *, prefix: 
         path = user_path(source.exclude_ids)
         if not path.is_file():
             raise DataError(
-                f"source {name!r}: exclude_ids={source.exclude_ids!r}: no such file (one document id a line)"
+                f"source {name!r}: exclude_ids={source.exclude_ids!r}: no such file (one document id per line)"
             )
-        excluded = set(read_text(path, error=DataError, remedy="It takes one document id a line").split("\n")) - {""}
+        excluded = set(read_text(path, error=DataError, remedy="It takes one document id per line").split("\n")) - {""}
         hit = np.array([i in excluded for i in shards.ids])
         log(f"source {name!r}: {int(hit.sum())} documents left out by the {len(excluded)} ids of {path}")
         keep &= ~hit

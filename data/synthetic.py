@@ -2,8 +2,8 @@
 known.
 
 A document is filler with keys and values in it, and questions: a key that occurred before, whose value has to follow.
-Only the values behind a question are learnt. Keys come from the lower half of the symbols, values from the third
-quarter, filler from the last: which tokens can be answers is learnt first, and which of them is one, after that.
+Only the values behind a question are supervised. Keys come from the lower half of the symbols, values from the third
+quarter, filler from the last: which tokens can be answers is learned first, and which of them is one, after that.
 Documents are made when they are read, from (task, seed, number): nothing is stored.
 
     mqar         pairs all over the first half, questions all over the second (multi-query associative recall); with
@@ -57,7 +57,7 @@ class Sample:
     answers: tuple[Answer, ...]
 
     @property
-    def learnt(self) -> np.ndarray:
+    def supervised(self) -> np.ndarray:
         """bool [length + 1]: the tokens of answers."""
         mask = np.zeros(len(self.tokens), dtype=bool)
         for start, length, _ in self.answers:
@@ -103,9 +103,9 @@ class SyntheticSource:
         """The tokens of up to `length` inputs from `start`, and of their labels."""
         return self._make(document).tokens[start : start + length + 1]
 
-    def learnt(self, document: int, start: int, length: int) -> np.ndarray:
-        """Which tokens of `window` are learnt: bool."""
-        return self._make(document).learnt[start : start + length + 1]
+    def supervised(self, document: int, start: int, length: int) -> np.ndarray:
+        """Which tokens of `window` are supervised: bool."""
+        return self._make(document).supervised[start : start + length + 1]
 
     def usable_inputs(self, seq_len: int) -> np.ndarray:
         """Inputs of each document that are used at this length, int64: all, or none if it is longer (it would lose its

@@ -221,7 +221,7 @@ def _rows_of_table(reader: Reader, path: Path) -> Iterator[dict]:
 
 
 def _rows_of_texts(files: list[Path]) -> Iterator[dict]:
-    """One row a file, all in one `datasets` table: opening one for each of very many small files would dominate."""
+    """One row per file, all in one `datasets` table: opening one for each of very many small files would dominate."""
     done = 0
     files = [f for f in files if f.stat().st_size > 0]
     try:

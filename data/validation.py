@@ -47,7 +47,7 @@ class HeldOut(Sequence[tuple[str, Batch]]):
         place = (self._documents[index], 0, self._lengths[index])
         window = Window(self._source.name, *place)
         return self.ids[index], make_batch(
-            [window], lambda _: self._source.window(*place), lambda _: self._source.learnt(*place)
+            [window], lambda _: self._source.window(*place), lambda _: self._source.supervised(*place)
         )
 
 

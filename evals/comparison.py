@@ -76,7 +76,7 @@ def plot_losses(
         _gap_axis(below, list(runs))
     axes.set_xlim(left=0)
     mark_stages(axes, boundaries)
-    axes.set_ylabel("loss (nats a token)")
+    axes.set_ylabel("loss (nats per token)")
     axes.set_title(title)
     token_axis(below or axes)
     _finish(figure, axes, path)
@@ -123,7 +123,7 @@ def plot_positions(runs: Mapping[str, Evaluation], path: Path | str, dense_up_to
             below.legend(fontsize="small")
     length_axis((below or axes).xaxis, longest)
     (below or axes).set_xlabel("visible tokens of the own document")
-    axes.set_ylabel("loss (nats a token)")
+    axes.set_ylabel("loss (nats per token)")
     axes.set_title(
         "Held-out loss by position\n(bars: 95 % interval of a bucket, band: of all at once; documents as clusters)",
         fontsize="medium",
@@ -153,7 +153,7 @@ def plot_held_out(runs: Mapping[str, Records], path: Path | str, boundaries: Bou
         axes.fill_between(tokens, values - width, values + width, alpha=0.15, linewidth=0, **style)
     axes.set_xlim(left=0)
     mark_stages(axes, boundaries)
-    axes.set_ylabel("loss (nats a token)")
+    axes.set_ylabel("loss (nats per token)")
     axes.set_title("Held-out trailing loss over training (band: 95 %, documents as clusters)")
     token_axis(axes)
     _finish(figure, axes, path)

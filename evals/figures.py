@@ -61,7 +61,7 @@ def plot_curves(
     axes.set_xlim(0, longest * 1.01)
     length_axis(axes.xaxis, longest)
     axes.set_xlabel(f"visible tokens of the own document (buckets of {size} tokens)")
-    axes.set_ylabel("loss (nats a token)")
+    axes.set_ylabel("loss (nats per token)")
     axes.set_title(title)
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
@@ -107,7 +107,7 @@ def plot_heatmap(
     mark_stages(axes, boundaries)
     axes.set_ylabel("visible tokens of the own document")
     axes.set_title(title)
-    label = "loss (nats a token; colours from the 2nd to the 90th percentile)"
+    label = "loss (nats per token; colours from the 2nd to the 90th percentile)"
     colorbar = figure.colorbar(mesh, ax=axes, extend="both", label=label)
     colorbar.ax.yaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
     colorbar.ax.yaxis.set_minor_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
@@ -119,7 +119,7 @@ def plot_history(
     path: Path | str,
     boundaries: Boundaries = (),
     title: str = "Loss over training",
-    ylabel: str = "loss (nats a token)",
+    ylabel: str = "loss (nats per token)",
 ) -> None:
     """Draws one line a series `(tokens, values)` over training tokens, with the stages marked; NaN leaves a gap.
 

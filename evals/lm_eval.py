@@ -151,7 +151,7 @@ class LmEvalReport:
     title: str
 
     def rows(self) -> list[dict[str, Any]]:
-        """One row a task and metric, as JSON values."""
+        """One row per task and metric, as JSON values."""
         first = next(iter(self.scores.values()), [])
         return [
             {
@@ -203,7 +203,7 @@ class LmEvalReport:
         )
 
     def draw(self, dense_up_to: int | None, path: Path) -> None:
-        """Draws a panel a metric: tasks below each other, a point an arm."""
+        """Draws a panel a metric: tasks below each other, a point per arm."""
         rows = self.rows()
         metrics = list(dict.fromkeys(row["metric"] for row in rows))
         tasks = list(dict.fromkeys(row["task"] for row in rows))

@@ -62,7 +62,7 @@ class NeedleReport:
                     yield form, arm, length, found
 
     def cells(self, form: int, arm: int) -> list[dict[str, Any]]:
-        """One row a length and depth, as JSON values."""
+        """One row per length and depth, as JSON values."""
         cells = []
         for l, length in enumerate(self.lengths):
             for d, depth in enumerate(self.depths):
@@ -125,7 +125,7 @@ class NeedleReport:
         )
 
     def draw(self, form: int, path: Path) -> None:
-        """Draws the heat maps of a form: a row of panels a score, one panel an arm."""
+        """Draws the heat maps of a form: a row of panels a score, one panel per arm."""
         rows, columns = len(SCORES), len(self.arms)
         width, height = max(2.2, 1.2 + 0.66 * len(self.lengths)), max(2.2, 1.0 + 0.36 * len(self.depths))
         figure = Figure(figsize=(max(4.5, width * columns + 1), height * rows + 1), layout="constrained")
@@ -178,6 +178,6 @@ def page(record: Mapping[str, Any], path: Path) -> str:
             cells.append(f"{100 * row[score]['share']:.1f} ({_bounds(low, high)})")
         rows.append((row["form"], row["arm"], length, *cells))
     figures = [image(path.with_name(f"{path.stem}_{form}.png")) for form in record["cells"]]
-    about = f"{record['samples']} samples a length and depth; 95 % intervals take a text, with all depths, as one draw."
+    about = f"{record['samples']} samples per length and depth; 95 % intervals, a text with all its depths as one draw."
     columns = ("form", "arm", "length", *(f"{WORDS[score]} (%)" for score in SCORES))
     return "\n".join([html_table(columns, rows), note(about), *figures])

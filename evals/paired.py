@@ -27,7 +27,7 @@ class Difference:
     edges: np.ndarray
     """int64 [B + 1], as of PositionCurve."""
     by_bucket: Estimate
-    """[B] mean difference in nats a token, its error, and the documents and clusters it rests on."""
+    """[B] mean difference in nats per token, its error, and the documents and clusters it rests on."""
     factor: float
     """Standard errors that the band of all buckets is wide to each side; NaN without a band."""
     no_band: str | None
@@ -56,7 +56,7 @@ class Difference:
     def summary(self, gap: float | None = None) -> dict[str, Any]:
         """Plain JSON values; with `gap` also the clusters needed to see a difference of that size in each bucket."""
         found = {
-            "unit": "nats a token, run minus reference",
+            "unit": "nats per token, run minus reference",
             "paired": self.paired,
             "num_documents": self.num_documents,
             "edges": self.edges.tolist(),

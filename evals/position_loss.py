@@ -54,7 +54,7 @@ class Evaluation:
     document_clusters: list[str]
     """[N] which cluster each belongs to."""
     document_loss: np.ndarray
-    """float64 [N, B] mean loss of each document in each bucket, nats a token; NaN where it does not fill it."""
+    """float64 [N, B] mean loss of each document in each bucket, nats per token; NaN where it does not fill it."""
     num_non_finite: int
     """Tokens whose loss was infinite, NaN or beyond LARGEST, which are left out of every mean."""
     cohort: str = "fixed"
@@ -91,7 +91,7 @@ class Evaluation:
             spread = np.ma.masked_invalid(self.document_loss).std(axis=0, ddof=1).filled(np.nan)
         return {
             "format": FORMAT,
-            "unit": "nats a token",
+            "unit": "nats per token",
             "cohort": cohorts[self.cohort],
             "num_documents": len(self.document_ids),
             "num_clusters": len(set(self.document_clusters)),
@@ -256,7 +256,7 @@ EVAL = Eval(
     run=run,
     keys={
         "cohort": "fixed (default: documents of full length) or available (each bucket: all that fill it)",
-        "bucket": "tokens a bucket, a divisor of the length (default: 2K; a sixteenth below 32K)",
+        "bucket": "tokens per bucket, a divisor of the length (default: 2K; a sixteenth below 32K)",
     },
     choices={"cohort": COHORTS},
 )

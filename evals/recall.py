@@ -154,7 +154,7 @@ def page(record: Mapping[str, Any], path: Path) -> str:
                 shares.append("" if value is None else f"{value:.3f} ({low:.3f} to {high:.3f})")
             judged = {True: "yes", False: "no: too few blocks", None: ""}[found["gate_matters"]]
             rows.append((task, row["attention"], *shares, f"{row['all']['nll']:.3f}", judged))
-    columns = ("task", "attention", "right answers", "of far evidence", "nats a token", "tests the gate")
+    columns = ("task", "attention", "right answers", "of far evidence", "nats per token", "tests the gate")
     return html_table(columns, rows) + image(path.with_suffix(".png"))
 
 

@@ -117,7 +117,7 @@ class RecallReport:
 
 
 def table(reports: Mapping[str, RecallReport]) -> str:
-    """The accuracies as text: one line a task and variant."""
+    """The accuracies as text: one line per task and variant."""
     lines = [f"{'task':<12}{'attention':<10}{'right':>7}  {'95 %':>15}{'far':>8}  {'95 %':>15}{'nll':>9}"]
     for task, report in reports.items():
         for row in report.rows():

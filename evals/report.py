@@ -112,7 +112,7 @@ def _sections(runs: Sequence[Run], figures: Mapping[str, Path]) -> list[tuple[st
 
 def _runs(runs: Sequence[Run]) -> str:
     text = (
-        f"Losses are nats a token. At the end: mean over the last {END_SHARE:.0%} of the tokens. Held-out: the newest "
+        f"Losses in nats per token. At the end: mean over the last {END_SHARE:.0%} of the tokens. Held-out: the newest "
         "evaluation; trailing: last bucket of documents of full length, +- a 95 % interval, documents as clusters. "
         f"Commit of this report: {commit() or 'unknown'}."
     )

@@ -83,7 +83,7 @@ def diagnose(context: Context, documents: Sequence[tuple[str, Batch]], *, querie
 @contextmanager
 def _observed(model: Decoder, layers: Sequence[int], observe: Callable):
     """Hands what each of these layers' attention gets to observe(position among the layers, layer, q, k, v)."""
-    every = [module for module in model.modules() if isinstance(module, MoBAAttention)]  # one a layer
+    every = [module for module in model.modules() if isinstance(module, MoBAAttention)]  # one per layer
     modules = [every[i] for i in layers]
     for place, module in enumerate(modules):
 

@@ -1,8 +1,8 @@
 """RULER's samples, task list and scorers, as NVIDIA's package nvidia-long-context-eval has them (extra `ruler`).
 
-Samples are made by its generators, each in a process of its own (evals/ruler_generate.py), once a tokenizer, length and
-number of samples, and kept as its jsonl files. Scorers are its own functions. Its evaluate.py, which cannot be imported
-without a download, says how a prediction is cleaned: `cleaned` does the same.
+Samples are made by its generators, each in a process of its own (evals/ruler_generate.py), once per tokenizer, length
+and number of samples, and kept as its jsonl files. Scorers are its own functions. Its evaluate.py, which cannot be
+imported without a download, says how a prediction is cleaned: `cleaned` does the same.
 """
 
 from __future__ import annotations

@@ -90,7 +90,7 @@ class RulerReport:
         return _notes(self.summary())
 
     def table(self) -> str:
-        """The scores as text: a line a task, a column a length."""
+        """The scores as text: a line per task, a column per length."""
         width = max(map(len, (*self.tasks, "niah_multikey_1"))) + 2
         lines = []
         for arm in self.arms:
@@ -119,7 +119,7 @@ class RulerReport:
         )
 
     def draw(self, path: Path) -> None:
-        """Draws a heat map of tasks over lengths, one panel an arm, the average at the foot."""
+        """Draws a heat map of tasks over lengths, one panel per arm, the average at the foot."""
         names = [*(name + "*" * (name in self.stand_in) for name in self.tasks), AVERAGE]
         size = (1.8 + (0.8 + 0.75 * len(self.lengths)) * len(self.arms), 1.6 + 0.36 * len(names))
         figure = Figure(figsize=(max(5.0, size[0]), size[1]), layout="constrained")
@@ -172,7 +172,7 @@ def _notes(record: Mapping[str, Any]) -> list[str]:
 
 
 def page(record: Mapping[str, Any], path: Path) -> str:
-    """A table an arm, and the heat maps."""
+    """A table per arm, and the heat maps."""
     parts = []
     for arm, scores in record["scores"].items():
         rows = []

@@ -60,7 +60,7 @@ class Point:
     compute: Mapping[str, float]
     """By AXES, PFLOP/s-days."""
     losses: Mapping[str, float]
-    """MEAN and TRAILING of its last evaluation, nats a token."""
+    """MEAN and TRAILING of its last evaluation, nats per token."""
     history: Sequence[tuple[Mapping[str, float], float, float]]
     """(compute, mean, trailing) of its evaluations."""
     held_out: Evaluation | None
@@ -147,7 +147,7 @@ def training_flops(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(tokens, FLOPs with attended pairs, with every causal pair) so far, at the end of each log interval; zeros first.
 
-    FLOPs a token of an interval times the tokens since the last one, so that a resume in the middle of an interval
+    FLOPs per token of an interval times the tokens since the last one, so that a resume in the middle of an interval
     loses nothing. `matmul_flops`: a token's, without attention.
     """
     sums, devices = [(0, 0.0, 0.0)], 1
@@ -342,7 +342,7 @@ class Scaling:
     def summary(self) -> dict[str, Any]:
         """Plain JSON values."""
         return {
-            "unit": "nats a token; C in PFLOP/s-days",
+            "unit": "nats per token; C in PFLOP/s-days",
             "form": "L = a C^b",
             "axes": AXES,
             "intervals": f"95 %, percentiles of {DRAWS} {self.drawn}",

@@ -34,7 +34,7 @@ def plot_scaling(scaling: Scaling, path: Path) -> None:
             axes.tick_params(axis="both", which="minor", labelsize="x-small")
             axes.set_title(TITLES[name], fontsize="medium")
             axes.set_xlabel(f"PFLOP/s-days ({AXES[axis]})")
-            axes.set_ylabel("loss (nats a token)")
+            axes.set_ylabel("loss (nats per token)")
             axes.grid(alpha=0.3)
             axes.legend(fontsize="small")
     points = [scaling.losses_RX[:, x] for x in range(2)]
@@ -68,7 +68,7 @@ def _series(axes, scaling: Scaling, series: str, axis: str, x: int, color: str) 
 
 
 def plot_layers(scaling: Scaling, path: Path) -> None:
-    """Losses over the number of layers that are full at the end, a line a size: fewest at the left, all at the
+    """Losses over the number of layers that are full at the end, a line per size: fewest at the left, all at the
     right."""
     figure = Figure(figsize=(10, 4.5), layout="constrained")
     grid = figure.subplots(1, 2)
@@ -90,7 +90,7 @@ def plot_layers(scaling: Scaling, path: Path) -> None:
         axes.set_xlim(-0.4, len(order) - 0.6)
         axes.margins(y=0.12)
         axes.set_title(TITLES[name], fontsize="medium")
-        axes.set_ylabel("loss (nats a token)")
+        axes.set_ylabel("loss (nats per token)")
         axes.grid(alpha=0.3)
     handles, labels = grid[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=4, fontsize="x-small")

@@ -140,7 +140,7 @@ class SwapReport:
     def summary(self) -> dict[str, Any]:
         """Plain JSON values."""
         return {
-            "unit": "nats a token; differences document by document",
+            "unit": "nats per token; differences document by document",
             "num_documents": len(self.clusters),
             "num_clusters": len(set(self.clusters)),
             "variants": self.rows(),

@@ -71,7 +71,7 @@ class SweepReport:
     title: str
 
     def rows(self) -> list[dict[str, Any]]:
-        """One row a setting, as JSON values."""
+        """One row per setting, as JSON values."""
         rows = []
         for s, setting in enumerate(self.settings):
             row: dict[str, Any] = {"attention": str(setting)}
@@ -105,7 +105,7 @@ class SweepReport:
         }
 
     def table(self) -> str:
-        """A line a setting."""
+        """A line per setting."""
         tasks = list(self.right_SN)
         lines = [
             f"{'attention':<20}{'attended':>9}{'loss':>9}{'minus full':>20}{'trailing':>10}{'minus full':>20}"
@@ -124,7 +124,7 @@ class SweepReport:
     def summary(self) -> dict[str, Any]:
         """Plain JSON values."""
         return {
-            "unit": "nats a token; differences from full attention document by document; shares from 0 to 1",
+            "unit": "nats per token; differences from full attention document by document; shares from 0 to 1",
             "seq_len": self.seq_len,
             "num_documents": len(self.clusters),
             "num_clusters": len(set(self.clusters)),
@@ -144,7 +144,7 @@ class SweepReport:
         )
 
     def draw(self, path: Path) -> None:
-        """Draws the gap of the trailing loss, and right answers, over the attended share: a colour a block size, a
+        """Draws the gap of the trailing loss, and right answers, over the attended share: a colour per block size, a
         style of line a gate."""
         rows, tasks = self.rows(), list(self.right_SN)
         figure = Figure(figsize=(7 * (1 + len(tasks)) + 2, 5), layout="constrained")
@@ -172,7 +172,7 @@ class SweepReport:
             axes.xaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g} %"))
             axes.xaxis.set_minor_formatter(NullFormatter())
             axes.set_xlabel("attended share of the causal pairs (numbers: top_k)")
-            axes.set_ylabel("trailing loss minus full attention's (nats a token)" if task is None else "right answers")
+            axes.set_ylabel("trailing loss minus full (nats per token)" if task is None else "right answers")
             axes.set_title("Trailing loss" if task is None else f"Retrieval: {task}", fontsize="medium")
             axes.grid(alpha=0.3)
         figure.legend(*grid[0].get_legend_handles_labels(), loc="outside right upper", fontsize="small")

@@ -47,7 +47,7 @@ class Paired(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Judged:
-    """What plans cost on documents, or probes, that did not choose: nats a token, and shares of right answers."""
+    """What plans cost on documents, or probes, that did not choose: nats per token, and shares of right answers."""
 
     number: int
     full_loss: float
@@ -95,7 +95,7 @@ class Tuning:
         return float(np.mean([pairs_share(spec, self.seq_len) for spec in self.plan]))
 
     def table(self) -> str:
-        """One line a layer, and what the plan costs."""
+        """One line per layer, and what the plan costs."""
         width = max(len(str(spec)) for spec in (*self.plan, *self.reference))
         head = f"{'layer':>5}  {'attention':<{width}}  {'pairs':>6}"
         head += "".join(f"  {f'captured, {name}':>19}" for name in self.captured_L) + f"  {'expected':>8}"
@@ -158,7 +158,7 @@ class Tuning:
         """What the documents, or probes, that did not choose say."""
         what = f"last 1/{TRAILING} of other documents" if name == LOSS else "answers in other documents"
         found = {
-            "of": f"{what}, nats a token",
+            "of": f"{what}, nats per token",
             "number": part.number,
             "dense_loss": round(part.full_loss, 6),
             "plan_minus_dense": part.regret.record(),

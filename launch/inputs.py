@@ -46,7 +46,7 @@ def _missing_of(key: str, source: SourceConfig, overrides: Sequence[str]) -> lis
             typed = _typed(f"{key}.path", overrides)
             problems.append(f"{typed}={cut(source.path)}: {str(error).partition(': ')[2]}")
     if source.exclude_ids is not None and not user_path(source.exclude_ids).is_file():
-        what = "no such file (one document id a line)"
+        what = "no such file (one document id per line)"
         problems.append(f"{key}.exclude_ids={cut(source.exclude_ids)}: {what}")
     return problems
 

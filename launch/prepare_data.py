@@ -30,18 +30,18 @@ from launch.cli import UsageError, exits_on, key_values  # noqa: E402
 KEYS = {
     "source": "text, jsonl or parquet (also .xz, .gz, .zst): a file, a quoted glob or a directory; or a hub data set "
     "(owner/name)",
-    "to": "directory for the shards, new or begun by this command before",
+    "to": "directory for the shards: a new one, or an unfinished one of this command",
     "tokenizer": "bytes, bpe-4k, bpe-32k, a tokenizer.json or a Hugging Face tokenizer directory",
-    "format": "text (default), or chat: conversations, of which only the assistant's turns are learnt, or another of "
-    "conf/formats.py",
+    "format": "text (default); chat: conversations, of which only assistant turns are supervised; or another format "
+    "of conf/formats.py",
     "chat_template": "conversations: chatml, llama3, plain or a jinja file (default: the tokenizer's own)",
-    "id_field": "column that names a document (default id; its running number where there is none)",
-    "workers": "tokenising processes (default 0: none beside this one)",
+    "id_field": "column with the document id (default id; without such a column the document's number)",
+    "workers": "worker processes (default 0: this process does it)",
     "max_tokens": "stop after this many tokens, e.g. 2B (default: all)",
     "subset": "configuration of a hub data set",
     "split": "split of a hub data set (default train)",
     "streaming": "true: read a hub data set as a stream instead of downloading it first; needs max_tokens",
-    "shard_mb": f"millions of characters a shard, the unit of restarts and workers (default {SHARD_CHARS // 10**6})",
+    "shard_mb": f"millions of characters per shard, the unit of restarts and workers (default {SHARD_CHARS // 10**6})",
 }
 
 
@@ -90,7 +90,7 @@ def _source(values: dict[str, str]) -> SourceConfig:
     there = is_shipped(text) or user_path(text).exists() or glob.has_magic(text)
     is_hub = not there and re.fullmatch(r"[\w-]+/[\w.-]+", text) is not None and not Path(text).suffix
     if is_hub:
-        _say(f"{text} is no path here, so it is taken for a hub data set")
+        _say(f"{text} is not a local path, so it is read as a hub data set")
     max_tokens = values.get("max_tokens")
     streaming = values.get("streaming", "false")
     if streaming not in ("true", "false"):
@@ -100,7 +100,7 @@ def _source(values: dict[str, str]) -> SourceConfig:
     except ValueError as error:
         raise UsageError(f"max_tokens={cut(repr(max_tokens))}: {error}") from error
     if limit == 0:
-        raise UsageError(f"max_tokens={max_tokens}: takes 1 at least")
+        raise UsageError(f"max_tokens={max_tokens}: must be at least 1")
     name = values.get("format", "text")
     if name not in FORMATS:
         raise UsageError(f"format={cut(name)!r}: choose one of {', '.join(FORMATS)}")

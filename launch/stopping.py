@@ -105,22 +105,32 @@ class PeerWatch:
     either way.
     """
 
-    def __init__(self, lost: Callable[[Peer], None], seconds: float = LOST_SECONDS):
-        """lost(peer) is called from a thread, `seconds` after a peer was seen to be gone; it has to end the process."""
-        self._lost, self._seconds, self._stopped = lost, seconds, threading.Event()
+    def __init__(self, peers: Sequence[Peer], lost: Callable[[Peer], None], seconds: float = LOST_SECONDS):
+        """lost(peer) is called from a thread, `seconds` after one of `peers` was seen to be gone; it has to end the
+        process."""
+        self._peers, self._lost, self._seconds, self._stopped = peers, lost, seconds, threading.Event()
 
-    def start(self, peers: Sequence[Peer]) -> PeerWatch:
-        """Returns self, watching these."""
-        threading.Thread(target=self._watch, args=(peers,), daemon=True).start()
+    def start(self) -> PeerWatch:
+        """Returns self, watching."""
+        threading.Thread(target=self._watch, daemon=True).start()
         return self
 
     def stop(self) -> None:
         """From now on they may end."""
         self._stopped.set()
 
-    def _watch(self, peers: Sequence[Peer]) -> None:
-        while peers and not self._stopped.wait(LOOK_SECONDS):
-            gone = next((peer for peer in peers if peer.is_gone), None)
+    def gone(self, seconds: float = LOOK_SECONDS) -> Peer | None:
+        """The first of them that has ended, or ends within so many seconds; None if none does."""
+        deadline = time.monotonic() + seconds
+        while (found := next((peer for peer in self._peers if peer.is_gone), None)) is None:
+            if time.monotonic() > deadline:
+                return None
+            time.sleep(0.05)
+        return found
+
+    def _watch(self) -> None:
+        while self._peers and not self._stopped.wait(LOOK_SECONDS):
+            gone = self.gone(0.0)
             if gone is not None and not self._stopped.wait(self._seconds):
                 self._lost(gone)
                 return

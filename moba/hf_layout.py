@@ -9,7 +9,7 @@ made: models make masks that none of their layers uses.
 Models that read their mask themselves, rather than hand it to their attention, would compute something else with it
 (or, given None, without any mask). So there always is a layout, and whoever takes it for a tensor gets the reason too.
 
-Shapes: B rows, Q new tokens and S keys a row, T tokens in all.
+Shapes: B rows, Q new tokens and S keys per row, T tokens in all.
 """
 
 from __future__ import annotations

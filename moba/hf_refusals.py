@@ -162,7 +162,7 @@ def refuse_mask_values(mask: Tensor) -> None:
 def refuse_unsupported(module: nn.Module, mask: Any, dropout: float, size: tuple[int, int, int], kwargs: dict) -> None:
     """Raises ValueError, by name, for what attention is asked to do beyond causal attention over packed documents.
 
-    `size`: rows, queries and keys a row.
+    `size`: rows, queries and keys per row.
     """
     problem = None
     window = kwargs.get("sliding_window")

@@ -160,7 +160,7 @@ class LayerCache:
         if documents.number != len(self.sequences):
             raise ValueError(
                 f"the batch has {documents.number} sequences but the cache was made for {len(self.sequences)}: "
-                "give every cached sequence an entry, an empty one if it gets no tokens"
+                "give every cached sequence per entry, an empty one if it gets no tokens"
             )
         return list(accumulate(documents.host_lengths()[0], initial=0))
 
@@ -174,11 +174,12 @@ class LayerCache:
 class KVCache:
     """Caches of all layers of a model: `cache[i]` is layer i's, `cache.lengths` the tokens read so far.
 
-    `decode` says how the tokens behind the prompt attend in MoBA layers: "moba" routes them like any others, "full"
-    lets them see everything, as the paper evaluates (MoBA while reading the prompt, full attention while generating);
-    `prompts`, the tokens of each sequence's prompt, is for "full" alone. Chunks of any size give the same. Full layers
-    and sliding windows stay as they are. Specs may be swapped between calls; a window's cache keeps all keys, so that
-    it may be widened. Raises ValueError for what does not fit.
+    `decode` sets the attention of the tokens after the prompt in MoBA layers: "moba" routes them like all others;
+    "full" is full attention, as in the paper's evaluations (MoBA for the prompt, full attention for new tokens).
+    `prompts`, only for "full", is the number of prompt tokens of each sequence. Results do not depend on how a text is
+    cut into chunks. Full layers and sliding windows are not affected. Specs may be replaced between calls; the cache of
+    a sliding-window layer keeps all keys, so that its window may be widened. Raises ValueError for arguments that do
+    not fit.
     """
 
     def __init__(

@@ -5,7 +5,7 @@
     moba.transformers.configure(model, block_size=4096, top_k=12, full_last=3)
 
 Importing this module registers it. A checkpoint whose config.json has `"moba": {"plan": [[kind, block_size, top_k], one
-entry a layer]}` needs no `configure`: `from_pretrained(..., attn_implementation="moba")` is enough.
+entry per layer]}` needs no `configure`: `from_pretrained(..., attn_implementation="moba")` is enough.
 
 Generation reads the prompt with MoBA and decodes, by default, with full attention, as the paper evaluates (section
 3.3). `decode="moba"` routes new tokens like any others; block means are then recomputed from the cached keys at every
@@ -23,7 +23,7 @@ output_attentions, sliding windows shorter than the text, 4-D masks and masks of
 static and paged caches, score caps and sinks, position_ids that start anew where transformers does not look for
 packing. docs/transformers.md lists the families of models. Not for torch.compile.
 
-Shapes: B rows, Q new tokens and S keys a row, T tokens in all, H query heads, G key/value heads, D head size (Dv of
+Shapes: B rows, Q new tokens and S keys per row, T tokens in all, H query heads, G key/value heads, D head size (Dv of
 values).
 """
 
@@ -77,18 +77,19 @@ def configure(
     plan: Sequence[AttentionSpec | Sequence] | str | PathLike | None = None,
     decode: str = DECODE_DENSE,
 ) -> None:
-    """Switches a loaded transformers model to MoBA; no weight is touched, and `save_pretrained` writes it down.
+    """Switches a loaded transformers model to MoBA; weights do not change, and `save_pretrained` saves the setting.
 
-    Either `block_size` and `top_k` (which counts the query's own block) for all layers but the last `full_last`, which
-    keep full attention, or `plan`: one AttentionSpec or (kind, block_size, top_k) a layer, MoBA's also with
-    first_blocks behind, or the path of a file that says so (moba/kinds/plan_file.py). `first_blocks` of the top_k are
-    always the first of the text: 0 as in the paper; 1 keeps the attention sink of a model that was not trained with
-    MoBA. `decode`: "full" or "moba". May be called again. Raises ValueError for anything that does not fit.
+    Either `block_size` and `top_k` (which includes the query's own block) for all layers but the last `full_last`,
+    which keep full attention, or `plan`: one AttentionSpec or (kind, block_size, top_k) per layer, for MoBA optionally
+    with first_blocks as a fourth entry, or the path of a plan file (moba/kinds/plan_file.py). `first_blocks` of the
+    top_k blocks are always the first ones of the text: 0 as in the paper; 1 keeps the attention sink of a model that
+    was not trained with MoBA. `decode`: "full" or "moba". May be called again. Raises ValueError for arguments that do
+    not fit.
     """
     config = model.config.get_text_config()
     num_layers = getattr(config, "decoder_layers", None) or config.num_hidden_layers
     if (plan is None) == (block_size is None and top_k is None):
-        raise ValueError("give block_size and top_k, or plan with one entry a layer")
+        raise ValueError("give block_size and top_k, or plan with one entry per layer")
     if plan is None:
         if not 0 <= full_last <= num_layers:
             raise ValueError(f"full_last={full_last}: the model has {num_layers} layers")
@@ -126,15 +127,16 @@ _PROMPT: ContextVar[int | None] = ContextVar("prompt", default=None)
 
 @contextmanager
 def prompt(tokens: int) -> Iterator[None]:
-    """Context in which the first `tokens` columns of each text, padding included, are prompt and later ones decoded.
+    """Context in which the first `tokens` columns of each row, padding included, are the prompt and later ones are
+    decoded.
 
-    So decode="full" means the same however a text is cut: a prompt in chunks, several new tokens a step (speculative
-    decoding), everything again at each step (use_cache=False).
+    With it, decode="full" gives the same results however a text is cut: prompts in chunks, several new tokens per step
+    (speculative decoding), or rereading everything at each step (use_cache=False).
 
         with moba.transformers.prompt(ids.shape[1]):
             model.generate(ids, prompt_lookup_num_tokens=4)
 
-    For the thread that enters it. Raises ValueError unless it is an integer of at least 1.
+    Applies to the current thread. Raises ValueError unless `tokens` is an integer of at least 1.
     """
     if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:
         raise ValueError(f"prompt({tokens!r}): needs the number of the prompt's tokens, such as ids.shape[1]")
@@ -196,7 +198,7 @@ def attention_forward(
     if read in (0, num_queries):
         return _attend(query, key, value, layout, spec if read else dense, scaling), None
     if layout.is_packed:
-        raise ValueError(f"prompt({first}) within packed documents: give it one text a row, or leave prompt() out")
+        raise ValueError(f"prompt({first}) within packed documents: give it one text per row, or leave prompt() out")
     whole_BS = layout.real_BS
     if whole_BS is None:
         head = TokenLayout(rows_alone(num_rows, read, first, query.device))
@@ -240,7 +242,7 @@ def _layer_spec(settings: dict | None, layer: int | None) -> AttentionSpec:
     if not isinstance(settings, dict) or "plan" not in settings:
         raise ValueError(
             f"config.moba={settings!r} has no plan: call moba.transformers.configure(model, block_size=..., top_k=...)"
-            ', or put {"plan": [[kind, block_size, top_k], ...]} with one entry a layer into the config'
+            ', or put {"plan": [[kind, block_size, top_k], ...]} with one entry per layer into the config'
         )
     unknown = sorted(settings.keys() - set(SETTINGS))
     if unknown:

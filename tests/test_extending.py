@@ -147,15 +147,16 @@ def page(monkeypatch) -> None:
 
 
 def test_a_format_of_data_is_what_the_page_says(trained, page, monkeypatch, capsys):
-    """Catches a place that knows formats or endings by name: the answers of a CSV file alone are learnt, by training
-    and by prepare_data, which make the same tokens; a column that is not there, and a damaged file, are named."""
+    """Catches a place that knows formats or endings by name: the answers of a CSV file alone are supervised, by
+    training and by prepare_data, which make the same tokens; a column that is not there, and a damaged file, are
+    named."""
     folder, _ = trained
     (cached,) = (path.parent for path in (folder / "cache").glob("*/meta.json"))
     assert len(read_metrics(folder / "run" / "metrics.jsonl")) >= SPAN // STEP
     shards = TokenShards(cached)
-    tokens, learnt = (read(7, 0, int(shards.lengths[7])) for read in (shards.tokens, shards.learnt))
+    tokens, supervised = (read(7, 0, int(shards.lengths[7])) for read in (shards.tokens, shards.supervised))
     assert bytes(t for t in tokens.tolist() if t < 256) == b'User: 7 and "7"?\nAssistant: 14\n'
-    assert bytes(t for t in tokens[learnt].tolist() if t < 256) == b" 14" and shards.ids[7] == "7"
+    assert bytes(t for t in tokens[supervised].tolist() if t < 256) == b" 14" and shards.ids[7] == "7"
 
     monkeypatch.chdir(folder)
     Path("quiz.csv.gz").write_bytes(gzip.compress(Path("quiz.csv").read_bytes()))

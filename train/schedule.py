@@ -32,7 +32,7 @@ class Stage:
     micro_tokens: int
     """Tokens a rank processes at a time."""
     attention: tuple[AttentionSpec, ...]
-    """One spec a layer."""
+    """One spec per layer."""
     rope: RopeConfig
     mix: dict[str, float]
     """Source name -> share of tokens; sums to 1."""

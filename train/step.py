@@ -18,7 +18,7 @@ and compared on the device, its norm too, between DeepSpeed's reading of the nor
 (train/engine/adamw.py); the answer is read there, where nothing is left to be waited for but the comparison.
 
 So there is no stage where a non-finite gradient reaches the weights, and no collective or host synchronisation is
-spent on the test of the loss. Host synchronisations: DeepSpeed's step reads the norm once a step (stages 1 and 2 in
+spent on the test of the loss. Host synchronisations: DeepSpeed's step reads the norm once per step (stages 1 and 2 in
 bf16 an overflow flag too), which waits for the backward pass; the one read of our own is placed right before it and
 waits for nothing more.
 """

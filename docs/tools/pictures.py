@@ -133,7 +133,7 @@ def trailing_loss() -> Figure:
         axes.plot((edges[-1] + edges[-2]) / 2, found["trailing"]["value"], "*", color=colour, ms=14, mec="black")
     axes.axvspan(edges[-2], edges[-1], color="0.9", zorder=0)
     axes.annotate("trailing loss", (edges[-2], 2.3), (edges[-4], 2.3), ha="right", arrowprops={"arrowstyle": "->"})
-    axes.set(xlabel="position in the document (tokens)", ylabel="loss (nats a token)", xlim=(0, edges[-1]))
+    axes.set(xlabel="position in the document (tokens)", ylabel="loss (nats per token)", xlim=(0, edges[-1]))
     axes.set_xticks(range(0, int(edges[-1]) + 1, 512))
     axes.set_ylim(2, 4)
     axes.legend(frameon=False, loc="upper right")

@@ -1,7 +1,7 @@
 """Dense causal attention of packed documents on cuDNN's kernels, one long document after the other.
 
-On Hopper they are nearly twice as fast as FlashAttention 2, but they take one length a call, and build a plan (some 0.1
-s) for each length they have not seen. So:
+On Hopper they are nearly twice as fast as FlashAttention 2, but they take one length per call, and build a plan (some
+0.1 s) for each length they have not seen. So:
 
 - lengths come from the host, as ints: asking the device for them would stall its queue;
 - a document is computed at one of few padded lengths. Under causality that is harmless: keys behind a document's end

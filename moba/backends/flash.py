@@ -12,7 +12,7 @@ and its routed gradient is zero by construction. Nothing is scattered with atomi
 queries one pick at a time.
 
 Heads do not depend on each other, so where all routed rows at once would take too much memory, the heads go through in
-chunks. The host waits for the device once a chunk: the number of routed rows, of non-empty lists and the longest list
+chunks. The host waits for the device once per chunk: the number of routed rows, of non-empty lists and the longest list
 size the flash call.
 
 Shapes: T queries, S keys, H query heads, G key/value heads, D head size, B block size, K = top_k, M block slots of

@@ -3,7 +3,7 @@
 Key-major: the queries that chose a block form a list, and each list is one matrix product with the keys of its block.
 Short lists are padded and multiplied together, long ones are cut, so that a step always works on about the same number
 of scores. Every pick of a query gives a partial output and a log-sum-exp, and the picks of a query are merged at the
-end. So nothing is computed for a block that was not chosen, keys are copied once a list and not once a query, and the
+end. So nothing is computed for a block that was not chosen, keys are copied once a list and not once per query, and the
 workspace is bounded whatever the length. The backward pass recomputes the probabilities from the log-sum-exp.
 
 Sums run in a fixed order (only zeros of padding are added out of order), so results repeat bit for bit. The lengths of

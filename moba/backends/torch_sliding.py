@@ -122,7 +122,8 @@ class _Steps:
         return scores_LGrb, q_LGrD, k_LGbD
 
     def query_heads(self, x_THD: Tensor, query_Ln: Tensor) -> Tensor:
-        """A copy of rows of x, which has a row a query: [L, G, R * n, D], the heads of a group one after the other."""
+        """A copy of rows of x, which has a row per query: [L, G, R * n, D], the heads of a group one after the
+        other."""
         x_LnGRD = x_THD[query_Ln].to(score_dtype(self.q)).unflatten(2, (self.k.shape[1], -1))
         return x_LnGRD.permute(0, 2, 3, 1, 4).flatten(2, 3)
 

@@ -39,7 +39,7 @@ MAX_COUNTERS = 1 << 21  # counters of one key/value head: blocks times chunks
 @dataclass(frozen=True)
 class Layout:
     """Where the blocks of a pack lie, on the device. Blocks are numbered through the pack; M = T // B + N bounds their
-    number. Documents makes it once a pack and block size."""
+    number. Documents makes it once per pack and block size."""
 
     num_blocks: int
     start_M: torch.Tensor

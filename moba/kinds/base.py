@@ -87,7 +87,7 @@ class BadOption(NamedTuple):
 
 @dataclass(frozen=True)
 class AttentionSpec(ABC):
-    """The attention of one layer; a model holds one for each layer (its plan)."""
+    """The attention of one layer; the attention plan of a model has one per layer."""
 
     name: ClassVar[str]
     """What plans, configurations and config.json call it."""
@@ -116,11 +116,11 @@ class AttentionSpec(ABC):
 
     @abstractmethod
     def is_dense_at(self, length: int) -> bool:
-        """True if every query of a document of `length` tokens attends to all earlier tokens."""
+        """Returns True if every query of a document of `length` tokens attends to all earlier tokens."""
 
     @abstractmethod
     def attended_pairs(self, length: int) -> int:
-        """Number of (query, key) pairs that one head computes over a document of `length` tokens, exactly."""
+        """Returns the exact number of (query, key) pairs that one head computes over a document of `length` tokens."""
 
     @property
     def routing(self) -> Routing | None:

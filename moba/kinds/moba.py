@@ -16,12 +16,12 @@ GATES = (MEAN, "local", "random", "oracle")
 
 @dataclass(frozen=True)
 class Moba(AttentionSpec):
-    """Attention to `top_k` blocks of `block_size` tokens, the query's own included.
+    """Attention to `top_k` blocks of `block_size` tokens, including the query's own block.
 
-    `top_k=1` is block-local attention, and `block_size * top_k >= length` is full attention. `gate` picks the blocks:
+    `top_k=1` is block-local attention, and `block_size * top_k >= length` is full attention. `gate` selects the blocks:
     "mean" is MoBA, the others are controls (moba/gates.py). The first `first_blocks` blocks of the query's document are
-    always among them, counted in `top_k` as the own block is. 0 is the paper's MoBA; with 1 a pretrained model, whose
-    heads park their attention on the first tokens, does not depend on a gate that judges a block by its mean.
+    always selected, and `top_k` includes them, like the query's own block. 0 is MoBA as in the paper; 1 keeps the
+    attention sink of a pretrained model, which a gate by block means misses.
     """
 
     name = "moba"
@@ -37,7 +37,7 @@ class Moba(AttentionSpec):
     options = {
         "block_size": Option(
             int,
-            "Tokens a block; null = seq_len / num_blocks, or schedule.block_size where num_blocks is null too.",
+            "Tokens per block; null = seq_len / num_blocks, or schedule.block_size where num_blocks is null too.",
             is_length=True,
         ),
         "num_blocks": Option(int, "Blocks a full-length context is cut into, instead of block_size."),

@@ -1,6 +1,6 @@
 """A file that gives each layer its attention: written by launch/tune_attention.py or by hand, read wherever a plan is.
 
-YAML (JSON is YAML too) with a key `plan`, one entry a layer as in the "moba" section of an exported config.json:
+YAML (JSON is YAML too) with a key `plan`, one entry per layer as in the "moba" section of an exported config.json:
 
     plan:
     - [full, null, null]

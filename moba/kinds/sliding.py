@@ -12,7 +12,7 @@ from moba.kinds.base import AttentionSpec, Backend, BadOption, Option, at_least_
 
 @dataclass(frozen=True)
 class Sliding(AttentionSpec):
-    """Attention to the last `window` tokens, the query's own included, of its own document."""
+    """Attention to the last `window` tokens of the query's document, including the query itself."""
 
     name = "sliding"
     letter = "S"

@@ -32,9 +32,9 @@ def read(row, template=NAMED["plain"]):
     return (*(from_json(text) if text else (None, None)), said)
 
 
-def learnt(messages, template=NAMED["plain"], tools=None):
+def supervised(messages, template=NAMED["plain"], tools=None):
     encoder = ChatEncoder(load_tokenizer("bytes"), ChatTemplate("x", template, (("eos_token", "</s>"),)))
-    return [text for text, is_learnt in encoder.parts(messages, tools) if is_learnt]
+    return [text for text, is_supervised in encoder.parts(messages, tools) if is_supervised]
 
 
 def talk(*answers):
@@ -47,11 +47,11 @@ def answer(content, **more):
 
 @pytest.mark.parametrize("flag", [{"weight": 0}, {"train": False}, {"weight": 0.0, "train": True}])
 def test_flags_are_honoured(flag):
-    """Catches a turn that the data says not to learn, learnt."""
+    """Catches a turn that the data says not to learn, supervised."""
     messages, _, said = read(talk(answer("no", **flag), answer("yes", weight=1, train=True)))
-    assert said == [] and learnt(messages) == [" yes</s>"]
+    assert said == [] and supervised(messages) == [" yes</s>"]
     assert read(talk(answer("no", **flag)))[2] == ["left out 1 conversations without an assistant's turn to learn"]
-    with pytest.raises(DataError, match=r"weight=0\.5: a turn is learnt"):
+    with pytest.raises(DataError, match=r"weight=0\.5: a turn is supervised"):
         read(talk(answer("x", weight=0.5)))
 
 
@@ -65,7 +65,7 @@ def test_templates_get_what_they_name_and_the_rest_is_counted():
     encoder = ChatEncoder(load_tokenizer("bytes"), ChatTemplate("x", TOOLS))
     whole = "".join(text for text, _ in encoder.parts(messages, tools))
     assert '[{"name": "f"}]' in whole and "tool(c1): 4" in whole
-    assert learnt(messages, TOOLS, tools) == ["hm||" + json.dumps([call])]
+    assert supervised(messages, TOOLS, tools) == ["hm||" + json.dumps([call])]
 
     _, tools, said = read(talk(answer("x", reasoning_content="hm", tool_call_id="1")) | {"tools": [{"name": "f"}]})
     assert tools is None and len(said) == 3 and all("the chat template has no place for" in line for line in said)
@@ -74,7 +74,8 @@ def test_templates_get_what_they_name_and_the_rest_is_counted():
 
 
 def test_an_empty_answer_does_not_train_what_the_template_adds():
-    """Catches a template's own thoughts learnt in front of an answer that is empty; the others are refused already."""
+    """Catches a template's own thoughts supervised in front of an answer that is empty; the others are refused
+    already."""
     qwen = (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}<think>\n\n</think>\n\n"
         "{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -82,8 +83,8 @@ def test_an_empty_answer_does_not_train_what_the_template_adds():
     )
     for content in ("", "x"):
         with pytest.raises(DataError, match="before the answer"):
-            learnt(talk(answer(content))["messages"], qwen)
-    assert learnt(talk(answer(""))["messages"]) == [" </s>"]
+            supervised(talk(answer(content))["messages"], qwen)
+    assert supervised(talk(answer(""))["messages"]) == [" </s>"]
 
 
 def test_rows_without_text_are_counted(tmp_path):
@@ -112,7 +113,7 @@ class Talks(CountingSource):
     def usable_inputs(self, seq_len):
         return np.minimum(self.lengths - 1, seq_len)
 
-    def learnt(self, document, start, length):
+    def supervised(self, document, start, length):
         return np.ones(min(length + 1, int(self.lengths[document]) - start), bool)
 
     def window(self, document, start, length):
@@ -155,7 +156,7 @@ def test_common_shapes_are_recognised_and_named():
         ("user", "no"),
         ("assistant", "4"),
     ]
-    assert learnt(messages) == [" 4</s>"] and said == ["1 rows read as ShareGPT conversations (from, value)"]
+    assert supervised(messages) == [" 4</s>"] and said == ["1 rows read as ShareGPT conversations (from, value)"]
     messages, _, said = read({"instruction": "Add.", "input": "2, 2", "output": "4"})
     assert [m["content"] for m in messages] == ["Add.\n\n2, 2", "4"]
     assert said == ["1 rows read as Alpaca instructions (instruction, input, output)"]

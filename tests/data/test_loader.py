@@ -43,7 +43,7 @@ class CountingSource:
     def window(self, document, start, length):
         return self.tokens(document, start, start + length + 1)
 
-    def learnt(self, document, start, length):
+    def supervised(self, document, start, length):
         return None
 
     def tokens(self, document, start, stop):

@@ -27,8 +27,8 @@ STAGES = st.lists(
 
 
 def plain_steps(sources, seed, stages, interleave=2):
-    """The packs of every step of these stages, and (draws, counts, pieces) behind it: one mixture and a packer a stage,
-    nothing ahead, nothing started again in between."""
+    """The packs of every step of these stages, and (draws, counts, pieces) behind it: one mixture and a packer per
+    stage, nothing ahead, nothing started again in between."""
     mixture, pieces, steps = Mixture({name: s.lengths for name, s in sources.items()}, seed), [], []
     for seq_len, num_packs, long_documents, num_steps in stages:
         mixture.set_mix(MIX, long_documents)

@@ -117,7 +117,7 @@ MIXED = {"a": np.array([11] * 40 + [101] * 6), "b": np.array([31] * 20 + [61, 20
 )
 def test_long_documents_are_drawn_by_seed_and_counts_alone(seed, stages, data):
     """Catches hidden state behind pools: over stages of any lengths and shares, a mixture put anywhere by its numbers
-    draws on as the one that drew there; and every pool takes each of its documents once a pass."""
+    draws on as the one that drew there; and every pool takes each of its documents once per pass."""
     mix = {"a": 1, "b": 2, "short": 0.5}
     whole, states = Mixture(MIXED, seed), []
     drawn = []

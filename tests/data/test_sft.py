@@ -1,4 +1,4 @@
-"""Conversations: which tokens are learnt, held against masks written by hand and against transformers, and what
+"""Conversations: which tokens are supervised, held against masks written by hand and against transformers, and what
 packing, cutting and resuming make of them."""
 
 import json
@@ -30,7 +30,7 @@ TALK = [
     {"role": "assistant", "content": ""},
     {"role": "user", "content": "Bye"},
 ]
-# What is learnt stands between { and }.
+# What is supervised stands between { and }.
 BY_HAND = {
     "chatml": "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nOne?<|im_end|>\n<|im_start|>assistant\n"
     "{ 1\n<|im_end|>}\n<|im_start|>user\nNone?<|im_end|>\n<|im_start|>assistant\n{<|im_end|>}\n"
@@ -77,14 +77,14 @@ def encoder(tokenizer, jinja, name="test"):
 
 
 def marked(parts):
-    """The parts of a rendering as one text, the learnt ones in { and }."""
-    return "".join("{" + text + "}" if learnt else text for text, learnt in parts)
+    """The parts of a rendering as one text, the supervised ones in { and }."""
+    return "".join("{" + text + "}" if supervised else text for text, supervised in parts)
 
 
 @pytest.mark.parametrize("name", NAMED)
 def test_masks_by_hand(tokenizer, name):
-    """Catches headers, user's text or line breaks that are learnt, answers, empty ones and ends of turns that are not,
-    and a text of markers in place of their ids."""
+    """Catches headers, user's text or line breaks that are supervised, answers, empty ones and ends of turns that are
+    not, and a text of markers in place of their ids."""
     chat = ChatEncoder(tokenizer, load_template(name, tokenizer))
     assert marked(chat.parts(TALK)) == BY_HAND[name]
     tokens, mask = chat.encode(TALK)
@@ -204,8 +204,8 @@ def test_messages_and_prompts_are_one(write_jsonl, tmp_path, monkeypatch):
     opened.append(open_sources(there, log=said.append)["main"])
     for source in opened:
         assert source.ids == ["a"] and source.is_chat and source.fingerprint == opened[0].fingerprint
-        tokens, learnt = source.window(0, 0, 100), source.learnt(0, 0, 100)
-        assert bytes(tokens[learnt][:-1].tolist()) == b" Ho" and tokens[learnt][-1] == 257
+        tokens, supervised = source.window(0, 0, 100), source.supervised(0, 0, 100)
+        assert bytes(tokens[supervised][:-1].tolist()) == b" Ho" and tokens[supervised][-1] == 257
     assert sum("left out 1 conversations without an assistant's turn" in line for line in said) == 3
 
 
@@ -243,11 +243,11 @@ def test_prepared_conversations_keep_their_format_and_template(write_jsonl, tmp_
 
 
 def write_talks(directory, talks, selection=None):
-    """A chat source of conversations given as (tokens, positions learnt)."""
+    """A chat source of conversations given as (tokens, positions supervised)."""
     tokenizer = load_tokenizer("bytes")
     directory.mkdir(parents=True, exist_ok=True)
     tokens = [np.arange(n, dtype=tokenizer.dtype) % 251 for n, _ in talks]
-    masks = [np.isin(np.arange(n), learnt) for n, learnt in talks]
+    masks = [np.isin(np.arange(n), supervised) for n, supervised in talks]
     record = write_shard(directory, 0, tokens, [str(i) for i in range(len(talks))], masks)
     write_meta(directory, tokenizer, [record], {})
     return ShardSource("talks", TokenShards(directory, check_tokens=True), selection)
@@ -258,12 +258,12 @@ def test_masks_are_kept_trimmed_and_checked(tmp_path):
     one = write_talks(tmp_path / "a", [(5, [3, 4]), (4, [2])], selection=np.array([1]))
     other = write_talks(tmp_path / "b", [(5, [3, 4]), (4, [1])], selection=np.array([1]))
     assert one.fingerprint != other.fingerprint
-    assert one.learnt(0, 1, 9).tolist() == [False, True, False] and one.window(0, 1, 9).tolist() == [1, 2, 3]
+    assert one.supervised(0, 1, 9).tolist() == [False, True, False] and one.window(0, 1, 9).tolist() == [1, 2, 3]
     tokenizer = load_tokenizer("bytes")
     record = trim_shard(tmp_path / "a", 0, 3, tokenizer)
     write_meta(tmp_path / "a", tokenizer, [record], {})
     cut = TokenShards(tmp_path / "a", check_tokens=True)
-    assert cut.learnt(0, 0, 5).tolist() == [0, 0, 0, 1, 1] and len(cut.lengths) == 1 and cut.meta["learnt"] == 2
+    assert cut.supervised(0, 0, 5).tolist() == [0, 0, 0, 1, 1] and len(cut.lengths) == 1 and cut.meta["learnt"] == 2
     (tmp_path / "b" / "00000.mask").write_bytes(bytes(9))
     with pytest.raises(DataError, match=r"00000.mask is damaged"):
         TokenShards(tmp_path / "b", check_tokens=True)

@@ -28,7 +28,7 @@ def test_answers_stand_where_they_are_said_to(task):
     numbers, starts = set(), set()
     for i in range(40):
         sample = source.sample(i)
-        tokens, learnt = sample.tokens, np.zeros(LENGTH + 1, dtype=bool)
+        tokens, supervised = sample.tokens, np.zeros(LENGTH + 1, dtype=bool)
         assert tokens.shape == (LENGTH + 1,) and tokens.min() >= 0 and tokens.max() < 256
         numbers.add(len(sample.answers))
         for start, length, needle in sample.answers:
@@ -46,10 +46,10 @@ def test_answers_stand_where_they_are_said_to(task):
             np.testing.assert_array_equal(tokens[needle : needle + length], tokens[start : start + length])
             assert needle + length <= start - key_tokens
             starts.add(needle)
-            learnt[start : start + length] = True
+            supervised[start : start + length] = True
             if task == "straddle":
                 assert needle % 32 == 0, "the value opens a block, the key closed the one before"
-        np.testing.assert_array_equal(sample.learnt, learnt)
+        np.testing.assert_array_equal(sample.supervised, supervised)
         if task in ("mqar", "multi_query"):
             assert max(a.needle for a in sample.answers) < LENGTH // 2 + (task == "multi_query") * LENGTH
     assert numbers == ({1} if task not in ("mqar", "multi_query") else numbers) and len(starts) > 5
@@ -98,7 +98,7 @@ def test_a_run_reads_whole_documents_and_learns_answers_alone():
         assert batch.lengths == (LENGTH, LENGTH)
         for window, start in zip(batch.windows, (0, LENGTH)):
             sample = sources["mqar"].sample(window.document)
-            labels = np.where(sample.learnt[1:], sample.tokens[1:], IGNORED)
+            labels = np.where(sample.supervised[1:], sample.tokens[1:], IGNORED)
             np.testing.assert_array_equal(batch.labels[start : start + LENGTH].numpy(), labels)
             np.testing.assert_array_equal(batch.tokens[start : start + LENGTH].numpy(), sample.tokens[:-1])
             assert (labels != IGNORED).sum() == 6

@@ -223,7 +223,7 @@ def test_probes_need_room(job):
 
 def test_refining_starts_from_what_was_best(job):
     """Catches changes of a plan that are measured over other layers than its own, and a refined plan that is taken
-    though it is no better: what saves work alters nothing, and the least divergence where it was chosen wins."""
+    though it is no better: saving work alters nothing, and the least divergence on the documents that chose wins."""
     found = tune(job, CHOICE, 0.3)
     assert list(found.chosen_kl) == [PER_LAYER, ALIKE, REFINED]
     assert found.chosen_kl[found.how] == min(found.chosen_kl.values()) and found.pairs <= 0.3
@@ -294,7 +294,7 @@ def test_the_command_writes_a_plan_that_can_be_read(job, monkeypatch, capsys, tm
         (["budget=0.3", "to=plan.txt"], "to=plan.txt: a plan file ends in .yaml"),
         (["budget=0.3", "block_sizes=0"], "block_sizes=0: each must be at least 1"),
         (["budget=0.3", "first_blocks=one"], "first_blocks=one: whole numbers"),
-        (["budget=0.01", "block_sizes=64"], "block_sizes: none leaves 3 blocks a query within budget=0.01"),
+        (["budget=0.01", "block_sizes=64"], "block_sizes: none leaves 3 blocks per query within budget=0.01"),
         (["budget=0.11", "block_sizes=16"], "budget=0.11: a layer attends to 0.2"),
         (["budget=0.3", "documents=1"], "documents: 1 of 256 tokens, 1 cluster(s)"),
         ([], "budget=... is missing"),

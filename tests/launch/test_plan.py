@@ -34,9 +34,9 @@ def test_every_experiment_is_planned(experiment):
     too_long = experiment.startswith("paper/llama3_8b_1m/") and plan.stages[0].seq_len == 2**20
     assert f"Plan of {experiment}" in text
     if too_long:
-        assert "does not fit 80.0 GB a GPU; parallel.sequence=2 would" in text
+        assert "does not fit 80.0 GB per GPU; parallel.sequence=2 would" in text
         text = make_plan(load([*overrides, "parallel.sequence=2"], hardware), 32768, hardware).text()
-    assert "fits 80.0 GB a GPU" in text
+    assert "fits 80.0 GB per GPU" in text
     assert all(stage.name in text for stage in plan.stages)
     assert all(0 < stage.attended_share <= 1 for stage in plan.stages)
     assert [stage.name for stage in plan.stages if stage.covers] == (
@@ -51,14 +51,14 @@ def test_the_command(tmp_path):
     assert result.returncode == 0, result.stderr
     for words in (
         "Plan of moba_32k",
-        "sparse  180,092,928  687    32K     256K           4              28.9%",
+        "sparse  180,092,928  687    32K     256K             4              28.9%",
         "attention moba 2048x3 (layers 0-11); RoPE theta 10000",
         "attention full (layers 0-11)",
         "2 GPUs",
         "ZeRO 1, bf16",
         "parameters",
         "FLOPs with attended pairs",
-        "fits 80.0 GB a GPU",
+        "fits 80.0 GB per GPU",
         str(tmp_path / "runs" / "moba_32k"),
         "demonstration",
     ):

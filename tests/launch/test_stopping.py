@@ -19,7 +19,7 @@ def lost(peer):
     os._exit(1)
 
 pid = int(sys.argv[1])
-watch = PeerWatch(lost, seconds=0.2).start([Peer(3, pid, launch.stopping._state_of(pid)[1])])
+watch = PeerWatch([Peer(3, pid, launch.stopping._state_of(pid)[1])], lost, seconds=0.2).start()
 print("watching", flush=True)
 if sys.argv[2] == "stopped":
     watch.stop()

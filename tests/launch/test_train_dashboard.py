@@ -51,7 +51,7 @@ def test_the_values_are_those_of_the_record(groups, whole):
     """Catches values at other tokens than they belong to, and a schedule that is no step at the switch."""
     train = [record for record in read_metrics(whole / "metrics.jsonl") if record["kind"] == "train"]
     assert groups["train"]["loss"] == [(record["tokens"], record["loss"]) for record in train]
-    assert groups["data"]["supervised_tokens"] == [(r["tokens"], r["learnt_tokens"]) for r in train]
+    assert groups["data"]["supervised_tokens"] == [(r["tokens"], r["supervised_tokens"]) for r in train]
     stages = dict(groups["schedule"]["stage"])
     assert {tokens: stage for tokens, stage in stages.items() if tokens in (0, SWITCH - 512, SWITCH, END)} == {
         0: 0,

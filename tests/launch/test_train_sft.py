@@ -48,7 +48,7 @@ def arguments(house):
 
 
 def first_loss(overrides):
-    """(loss, learnt tokens) of the first step of a run: its packs one by one, in plain torch."""
+    """(loss, supervised tokens) of the first step of a run: its packs one by one, in plain torch."""
     config = load(overrides)
     stage = build_schedule(config).stages[0]
     model = Decoder(config.model, embedding_rows(config.model, load_tokenizer("bytes").vocab_size))
@@ -56,20 +56,20 @@ def first_loss(overrides):
     model.set_attention(stage.attention)
     loader = Loader(open_sources(config.data), seed=config.data.seed, interleave=config.data.interleave)
     loader.set_stage(seq_len=stage.seq_len, batch_tokens=stage.batch_tokens, micro_tokens=stage.seq_len, mix=stage.mix)
-    total, learnt = 0.0, []
+    total, supervised = 0.0, []
     for batch in loader.next_step():
         logits = model.logits(batch.tokens, batch.positions, batch.documents).double()
         chosen = batch.labels != IGNORED
         total -= torch.log_softmax(logits, 1)[chosen, batch.labels[chosen]].sum().item()
-        learnt.append(int(chosen.sum()))
-    assert len(set(learnt)) > 1, "or a mean of means would pass"
-    return total / sum(learnt), sum(learnt)
+        supervised.append(int(chosen.sum()))
+    assert len(set(supervised)) > 1, "or a mean of means would pass"
+    return total / sum(supervised), sum(supervised)
 
 
 def test_runs_on_conversations(launcher, arguments, house):
-    """Catches a loss that is not the mean over the learnt tokens of the whole step, on one rank or two; masks or packs
-    that change when a killed run goes on; cut conversations that nobody hears of; and an export whose tokenizer writes
-    conversations in another way than they were learnt in."""
+    """Catches a loss that is not the mean over the supervised tokens of the whole step, on one rank or two; masks or
+    packs that change when a killed run goes on; cut conversations that nobody hears of; and an export whose tokenizer
+    writes conversations in another way than they were supervised in."""
     # Saved at once, so that a checkpoint is there when the line behind it is written.
     run = partial(launcher.run, [*arguments("sft"), "checkpoint.asynchronous=false"])
     killed = run(act=Act(LINE, 6))
@@ -81,15 +81,15 @@ def test_runs_on_conversations(launcher, arguments, house):
     assert course(house.runs / "sft") == course(house.runs / "sft-whole")
 
     lines = [record for record in course(house.runs / "sft-whole") if record["kind"] == "train"]
-    loss, learnt = first_loss(arguments("sft-whole"))
-    assert lines[0]["learnt_tokens"] == learnt and lines[0]["loss"] == pytest.approx(loss, rel=1e-5)
-    assert all(0 < line["learnt_tokens"] < 512 for line in lines[:4])
+    loss, supervised = first_loss(arguments("sft-whole"))
+    assert lines[0]["supervised_tokens"] == supervised and lines[0]["loss"] == pytest.approx(loss, rel=1e-5)
+    assert all(0 < line["supervised_tokens"] < 512 for line in lines[:4])
 
     for rank in launcher.run_ranks(arguments("sft-two"), 2):
         assert rank.code == 0, rank
     assert_close_course(house.runs / "sft-two", house.runs / "sft-whole")
     counted = [
-        [record["learnt_tokens"] for record in course(house.runs / name) if record["kind"] == "train"]
+        [record["supervised_tokens"] for record in course(house.runs / name) if record["kind"] == "train"]
         for name in ("sft-whole", "sft-two")
     ]
     assert counted[0] == counted[1] and len(set(counted[0])) > 3

@@ -108,7 +108,9 @@ def test_a_skipped_spike_is_a_step_that_was_not_finite(run, keys, house):
             assert ended.code == (0 if act is None else -signal.SIGKILL), ended
         ours, theirs = (course(house.runs / of, without={"spikes"}) for of in (name, "nan"))
         skipped = [record for record in ours if record["tokens"] == SPIKE]
-        assert skipped[0]["grad_norm"] > 20 and skipped[0]["learnt_tokens"] == 0 and skipped[0]["skipped_steps"] == 1
+        assert (
+            skipped[0]["grad_norm"] > 20 and skipped[0]["supervised_tokens"] == 0 and skipped[0]["skipped_steps"] == 1
+        )
         for record in (*skipped, *(record for record in theirs if record["tokens"] == SPIKE)):
             del record["grad_norm"]
         assert ours == theirs

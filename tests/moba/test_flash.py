@@ -191,7 +191,7 @@ def test_backward_repeats_forward_under_checkpointing():
     causal=st.booleans(),
 )
 def test_plain_primitive_equals_autograd(pairs, causal):
-    """Catches an error in the primitive that the tests above build on, by softmax and autograd a sequence."""
+    """Catches an error in the primitive that the tests above build on, by softmax and autograd per sequence."""
     lengths, lengths_k = [a for a, _ in pairs], [a + b for a, b in pairs]
     q, k, v, cu, cu_k = make_inputs(lengths, 4, 2, 8, lengths_k=lengths_k)
 

@@ -120,7 +120,7 @@ def test_dense_decode_after_sparse_prefill():
 )
 def test_what_is_prompt_does_not_depend_on_the_cut(cuts, prompts):
     """Catches a phase that is taken from a step's length: prompts in chunks, of one token, with a last chunk of one
-    token, and several decoded tokens a step, for two sequences whose prompts end in different steps."""
+    token, and several decoded tokens per step, for two sequences whose prompts end in different steps."""
     lengths = [sum(cut) for cut in cuts]
     steps = max(map(len, cuts))
     cuts = [cut + [0] * (steps - len(cut)) for cut in cuts]

@@ -157,7 +157,7 @@ def test_float16_and_softmax_scale():
 
 
 def test_selection_is_the_references():
-    """The blocks of the definition, in a pack, for many blocks a tile and few: a slip of the running choice shows."""
+    """The blocks of the definition, in a pack, for many blocks per tile and few: a slip of the running choice shows."""
     q, k, _ = tensors(230, (4, 2), 16, seed=3)
     for block_size, top_k in ((4, 6), (16, 3)):
         cu_seqlens = bounds([0, 150, 150, 153, 230])

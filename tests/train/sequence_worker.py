@@ -23,7 +23,7 @@ from train.step import train_step
 
 VOCAB, LENGTH, STEPS, PACKS = 61, 96, 3, 2
 ARRANGEMENTS = {"1x4": 4, "2x2": 2, "4x1": 1}
-"""Data x sequence -> processes a sequence."""
+"""Data x sequence -> processes per sequence."""
 PACK_LENGTHS = ([96], [1, 23, 72], [48, 48], [24, 1, 47, 24], [90, 5, 1], [25, 46, 25])
 """Documents that end at, before and after slices of 24 or 48 tokens, one over all, some of one token."""
 

@@ -76,12 +76,12 @@ def test_activation_checkpointing_is_the_cheapest_that_fits():
     keeps, half, lean, host, least = (needed(mode) for mode in (False, "mlp", True, OFFLOAD, OFFLOAD_HEADS))
     assert least < host < lean < half < keeps
     cases = [
-        (2 * keeps, False, "nothing is computed twice"),
-        (keeps + 100, False, "nothing is computed twice"),
-        (keeps - 100, "mlp", "two of a layer's seven products"),
-        (half + 100, "mlp", "two of a layer's seven products"),
-        (half - 100, True, "the forward pass of every layer"),
-        (lean - 100, OFFLOAD, "the way to the host and back beside it"),
+        (2 * keeps, False, "nothing is recomputed"),
+        (keeps + 100, False, "nothing is recomputed"),
+        (keeps - 100, "mlp", "two of a layer's seven matrix products"),
+        (half + 100, "mlp", "two of a layer's seven matrix products"),
+        (half - 100, True, "every layer's forward pass, about a third"),
+        (lean - 100, OFFLOAD, "copies layers' inputs to the host and back"),
         (host - 100, OFFLOAD_HEADS, "attention's twice"),
         (least - 100, OFFLOAD_HEADS, "attention's twice"),
     ]

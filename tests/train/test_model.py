@@ -4,6 +4,7 @@ import functools
 import math
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -307,7 +308,7 @@ def test_compiled_layers_equal_eager_and_are_compiled_once(monkeypatch):
 
 
 def test_the_mlp_is_recomputed_inside_what_is_compiled(monkeypatch):
-    """Catches recomputation that breaks the graph, compiles once a layer, or changes a gradient; and one around the
+    """Catches recomputation that breaks the graph, compiles once per layer, or changes a gradient; and one around the
     compiled function, whose backward pass would compute the MLP's last product again, which nobody reads: the graph
     has three products of the MLP and o_proj forward, and two more than their eight backward."""
     from torch._dynamo.backends.common import aot_autograd
@@ -409,6 +410,23 @@ def test_initial_weights_depend_on_seed_and_name_alone():
         assert value.ndim < 2 or not torch.equal(value, different[name])
     q = [layer.self_attn.q_proj.weight for layer in first.model.layers]
     assert not torch.equal(q[0], q[1])
+
+
+@pytest.mark.parametrize("ahead", [0, 10_000, 2**30])
+def test_threads_draw_the_same_weights_and_not_too_many_ahead(ahead, monkeypatch):
+    """Catches values in another order or from a shared generator, and a whole model in memory beside its shards."""
+    model = Decoder(small_config(num_layers=4), VOCAB)
+    shapes = [(name, tuple(p.shape)) for name, p in model.named_parameters()]
+    expected = [model.initial_value(name, shape, 3) for name, shape in shapes]
+    monkeypatch.setattr(train.model.decoder, "DRAWN_AHEAD", ahead)
+    drawn, initial_value, most = [], model.initial_value, 0
+    monkeypatch.setattr(model, "initial_value", lambda *args: drawn.append(args[1]) or initial_value(*args))
+    for i, value in enumerate(model.initial_values(shapes, 3, threads=3)):
+        assert torch.equal(value, expected[i]), shapes[i][0]
+        time.sleep(0.001)
+        most = max(most, sum(4 * math.prod(shape) for shape in drawn[i:]))
+    assert i == len(shapes) - 1
+    assert most <= max(ahead, max(4 * value.numel() for value in expected))
 
 
 def test_initial_weights_have_the_stated_scale():

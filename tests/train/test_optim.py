@@ -1,5 +1,6 @@
 """Parameter groups and the configuration handed to DeepSpeed; what they do is tested in test_step.py."""
 
+import os
 from dataclasses import replace
 
 import pytest
@@ -8,7 +9,7 @@ from engine_runs import build_model
 
 from conf.schema import DeepSpeedConfig, RunConfig
 from train.engine.optim import deepspeed_config, param_groups, resolve_precision
-from train.engine.world import World
+from train.engine.world import World, own_cores
 
 CPU = World(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
 CUDA = World(rank=0, world_size=1, local_rank=0, device=torch.device("cuda", 0))
@@ -61,3 +62,11 @@ def test_extra_is_merged_last_and_deep():
     assert merged["zero_optimization"]["reduce_bucket_size"] == 7
     assert merged["zero_optimization"]["offload_optimizer"] == {"device": "cpu", "pin_memory": False}
     assert merged["gradient_clipping"] == 0.5
+
+
+def test_processes_of_a_host_share_its_cores(monkeypatch):
+    """Catches one thread for billions of weights, and processes that take all cores each."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8), raising=False)
+    for processes, cores in ((1, 8), (2, 4), (16, 1)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+        assert own_cores() == cores

@@ -48,7 +48,7 @@ def run(stream, steps=1000, **options):
 
 
 def test_a_log_file_gets_a_line_for_each_tenth():
-    """Catches a log flooded with a line a step, control characters in it, and a run that says nothing for long."""
+    """Catches a log flooded with a line per step, control characters in it, and a run that says nothing for long."""
     lines = run(io.StringIO()).splitlines()
     assert lines[0] == "stage 1/2 sparse" and lines[-1] == "done"
     shares = [int(line.split("%")[0]) for line in lines[1:-1]]

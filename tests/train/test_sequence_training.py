@@ -58,8 +58,8 @@ def found(tmp_path_factory) -> dict:
 @pytest.mark.parametrize("engine", ["zero0", "zero1", "zero2", "zero3", "zero1 offload", "zero3 offload_heads"])
 @pytest.mark.parametrize("arrangement", ARRANGEMENTS)
 def test_processes_train_as_one(found, arrangement, engine):
-    """Catches tokens counted once a process, gradients of slices that are not added up or added twice, documents whose
-    parts count as clusters of their own: losses, gradient norms and the curve by position with its errors. With
+    """Catches tokens counted once per process, gradients of slices that are not added up or added twice, documents
+    whose parts count as clusters of their own: losses, gradient norms and the curve by position with its errors. With
     layers' inputs on the host too."""
     expected, got = reference(), found[arrangement][engine]
     for ours, theirs in zip(got["steps"], expected["steps"], strict=True):

@@ -20,7 +20,7 @@ STAGES = [
 ]
 STAGE = {"stage": "sparse", "stage_index": 0, "seq_len": 256, "attention": "moba 16x3"}
 TRAIN = {
-    "kind": "train", "tokens": 2000, "step": 2, **STAGE, "loss": 2.0, "learnt_tokens": 1500, "trailing_loss": None,
+    "kind": "train", "tokens": 2000, "step": 2, **STAGE, "loss": 2.0, "supervised_tokens": 1500, "trailing_loss": None,
     "grad_norm": 1.5, "lr": 1e-3, "skipped_steps": 0, "tokens_per_second": 500.0, "tflops": 0.1, "mfu": 0.25,
     "mfu_dense_equivalent": 0.5, "attended_share": 0.3, "seconds": 4.0, "peak_memory_gib": 2.0, "eta_seconds": 1800.0,
     "wall_seconds": 5.0, "new_number": 7,

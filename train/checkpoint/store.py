@@ -7,7 +7,7 @@
         model.safetensors.index.json          name -> file, as Hugging Face does
         optimizer-00001-of-00002.safetensors  "<name>.exp_avg", "<name>.exp_avg_sq"
         optimizer.safetensors.index.json
-        rng-rank00000.safetensors             random state, one file a rank
+        rng-rank00000.safetensors             random state, one file per rank
         position_loss.safetensors             the caller's tensors
         state.json                            format version, tokens, steps, parameters, the caller's state
         config.yaml
@@ -197,7 +197,7 @@ class _Shard:
 
 
 def _plan(slots: list[Slot], kind: str, bytes_each: int, world_size: int) -> list[list[_Shard]]:
-    """Returns rounds of at most one shard a rank.
+    """Returns rounds of at most one shard per rank.
 
     Parameter i belongs to rank i % world_size; a shard holds SHARD_BYTES at most, or a single larger parameter.
     """

@@ -6,7 +6,8 @@ range of one of them, so that a checkpoint knows neither the stage nor the numbe
     stage 0        the whole parameter, on every rank
     stages 1, 2    a group's parameters laid end to end and cut into one stretch a rank: a parameter may straddle
                    a cut or lie on one rank alone (`_hp_mapping`; None where this rank has nothing of it)
-    stage 3        each parameter cut into equal stretches, one a rank, the last ones shorter or empty (`grad_position`)
+    stage 3        each parameter cut into equal stretches, one per rank, the last ones shorter or empty
+    (`grad_position`)
 
 DeepSpeed's own safe_get_full_fp32_param family reads the same ranges, but gathers to every rank, sums floats (which
 turns -0.0 into 0.0), knows nothing of stage 0, and its setters reach neither moments that do not exist yet (before

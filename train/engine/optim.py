@@ -2,7 +2,7 @@
 
 AdamW is torch's (fused on CUDA), so nothing is compiled; the learning rate is set by the caller before each step, so
 there is no scheduler in the engine; and the accumulation boundary is set by the caller too (train/step.py), so the
-number of micro-batches a step may change between stages without touching the engine.
+number of micro-batches per step may change between stages without touching the engine.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from conf.build import ConfigError
 from conf.schema import OFFLOADED, DeepSpeedConfig, RunConfig
 from train.engine.adamw import VetoedAdamW
 from train.engine.deepspeed_engine import DeepSpeedEngine
-from train.engine.world import World
+from train.engine.world import World, own_cores
 from train.model.decoder import Decoder, DecoderLayer
 
 
@@ -97,7 +97,7 @@ def build_model(config: RunConfig, vocab_size: int) -> Decoder:
         model.set_rope(None)  # its angles are no parameters
         return model
     model = Decoder(config.model, vocab_size)
-    model.init_weights(config.run.seed)
+    model.init_weights(config.run.seed, own_cores())
     return model
 
 
@@ -113,6 +113,9 @@ def build_engine(model: Decoder, config: RunConfig, world: World) -> DeepSpeedEn
     from pydantic import ValidationError  # with which DeepSpeed reads its configuration
 
     optim, settings = config.optim, deepspeed_config(config, world)
+    if config.deepspeed.offload_optimizer and world.device.type == "cuda":
+        # torchrun leaves each of several processes one thread, with which billions of weights take most of a step.
+        torch.set_num_threads(max(torch.get_num_threads(), own_cores()))
     if VetoedAdamW not in ZERO_SUPPORTED_OPTIMIZERS:  # it looks for the very class, and warns of others
         ZERO_SUPPORTED_OPTIMIZERS.append(VetoedAdamW)
     # Its bf16 optimizer prints a dozen lines of memory usage while it is built.
@@ -155,11 +158,14 @@ def _draw_shards(model: Decoder, config: RunConfig, settings: dict[str, Any], wo
 
     dtype = torch.bfloat16 if resolve_precision(config.deepspeed, world.device) == "bf16" else torch.float32
     cutter = deepspeed.zero.Init(config_dict_or_path=settings, dtype=dtype)
-    drawn: dict[nn.Parameter, nn.Parameter] = {}  # tied parameters stay one
+    places: dict[nn.Parameter, list[tuple[str, nn.Module, str]]] = {}  # tied parameters have several
     for path, module in model.named_modules():
-        for key, parameter in list(module.named_parameters(recurse=False)):
-            if parameter not in drawn:
-                value = model.initial_value(f"{path}.{key}", tuple(parameter.shape), config.run.seed)
-                drawn[parameter] = nn.Parameter(value.to(world.device, dtype))
-                cutter._convert_to_zero_parameters([drawn[parameter]])
-            setattr(module, key, drawn[parameter])
+        for key, parameter in module.named_parameters(recurse=False):
+            places.setdefault(parameter, []).append((f"{path}.{key}", module, key))
+    shapes = [(found[0][0], tuple(parameter.shape)) for parameter, found in places.items()]
+    values = model.initial_values(shapes, config.run.seed, own_cores())
+    for found, value in zip(places.values(), values, strict=True):
+        shard = nn.Parameter(value.to(world.device, dtype))
+        cutter._convert_to_zero_parameters([shard])
+        for _, module, key in found:
+            setattr(module, key, shard)

@@ -87,6 +87,12 @@ def launch_environment() -> Launched:
     return Launched(*(int(os.environ.get(key, default)) for key, default in defaults.items()))
 
 
+def own_cores() -> int:
+    """This process's share of the cores that its host lets it use; at least 1."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // launch_environment().local_world_size)
+
+
 def init_world(device: str = "auto", sequence_size: int = 1) -> World:
     """Returns this process's World, with torch.distributed (nccl on CUDA, gloo on CPU) and DeepSpeed's communication
     ready.
@@ -103,7 +109,7 @@ def init_world(device: str = "auto", sequence_size: int = 1) -> World:
             raise ConfigError(
                 [
                     f"local rank {local_rank} has no GPU of its own: torch sees {torch.cuda.device_count()} on this "
-                    "host. Start at most that many processes a host (torchrun --nproc_per_node)"
+                    "host. Start at most that many processes per host (torchrun --nproc_per_node)"
                 ]
             )
         target = torch.device("cuda", local_rank)
@@ -151,7 +157,7 @@ def _start_deepspeed(kind: str) -> None:
     if kind == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("LOCAL_RANK", "0")  # its engine insists on that one
-    # It calls collectives that torch 2.13 deprecates, once a step and rank.
+    # It calls collectives that torch 2.13 deprecates, once per step and rank.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed.*is deprecated", category=FutureWarning)
     import deepspeed
     import deepspeed.ops

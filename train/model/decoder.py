@@ -12,7 +12,10 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import math
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +33,7 @@ from train.model.offload import HostBuffers, Inputs, mlp_with_residual, offloade
 from train.model.rope import Rope
 from train.model.sizes import HEAD_GROUPS, head_dim, key_conv_widths, num_kv_heads, rope_layers
 
+DRAWN_AHEAD = 2**30
 RESIDUAL_OUTPUTS = ("o_proj.weight", "down_proj.weight")
 
 
@@ -286,10 +290,29 @@ class Decoder(nn.Module):
         return self.model(tokens_T, cos_TD, sin_TD, documents, cache)
 
     @torch.no_grad()
-    def init_weights(self, seed: int) -> None:
+    def init_weights(self, seed: int, threads: int = 1) -> None:
         """Gives all parameters their `initial_value`."""
-        for name, parameter in self.named_parameters():
-            parameter.copy_(self.initial_value(name, tuple(parameter.shape), seed))
+        parameters = list(self.named_parameters())
+        shapes = [(name, tuple(parameter.shape)) for name, parameter in parameters]
+        for (_, parameter), value in zip(parameters, self.initial_values(shapes, seed, threads), strict=True):
+            parameter.copy_(value)
+
+    def initial_values(
+        self, shapes: Sequence[tuple[str, tuple[int, ...]]], seed: int, threads: int = 1
+    ) -> Iterator[Tensor]:
+        """Yields the `initial_value` of each (name, shape), in order. `threads` draw ahead, as far as the values that
+        wait stay within DRAWN_AHEAD bytes: one thread draws some 50 million numbers per second."""
+        waiting: deque[Future[Tensor]] = deque()
+        sizes = deque(4 * math.prod(shape) for _, shape in shapes)
+        with ThreadPoolExecutor(threads) as pool:
+            held, ahead = 0, 0
+            for _ in shapes:
+                while ahead < len(shapes) and (not waiting or held + sizes[len(waiting)] <= DRAWN_AHEAD):
+                    held += sizes[len(waiting)]
+                    waiting.append(pool.submit(self.initial_value, *shapes[ahead], seed))
+                    ahead += 1
+                yield waiting.popleft().result()
+                held -= sizes.popleft()
 
     def initial_value(self, name: str, shape: tuple[int, ...], seed: int) -> Tensor:
         """What a parameter starts from, float32 on the CPU: matrices normal with `init_std`, those that write into the

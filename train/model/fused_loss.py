@@ -1,4 +1,4 @@
-"""The cross-entropy of train/model/loss.py on a GPU: one kernel a tile in place of six, and one product with the
+"""The cross-entropy of train/model/loss.py on a GPU: one kernel per tile in place of six, and one product with the
 vocabulary fewer.
 
 A tile's logits are read once by a Triton kernel that writes the loss of each token and, rounded, the gradient of the
@@ -37,7 +37,7 @@ def cross_entropy_kernel(
     logits, labels, upstream, loss, grad, logits_stride, grad_stride,
     V: tl.constexpr, CHUNK: tl.constexpr, IGNORED: tl.constexpr, WITH_GRAD: tl.constexpr, WITH_UPSTREAM: tl.constexpr,
 ):  # fmt: skip
-    """A program a token: its loss, and with WITH_GRAD the gradient of its logits, times its upstream gradient."""
+    """A program per token: its loss, and with WITH_GRAD the gradient of its logits, times its upstream gradient."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, CHUNK)
     label = tl.load(labels + row)

@@ -2,7 +2,7 @@
 
 At 32K tokens and a vocabulary of 128K the float32 logits would take 17 GB. Here a tile of tokens has logits at a
 time, in the forward pass and again in the backward pass, which keeps nothing of them between. The result is one loss
-a token, so that the loss by position (train/record/position_loss.py) needs no second pass.
+per token, so that the loss by position (train/record/position_loss.py) needs no second pass.
 
 Shape suffixes: T tokens, C width of the residual stream, V rows of the output matrix.
 """

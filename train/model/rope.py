@@ -49,7 +49,7 @@ _DYNAMIC = (
 class Rope:
     """Turns positions into `cos`, `sin` for one model in one stage.
 
-    `inv_freq` is float32 `[D / 2]` in radians a token; `attention_factor` multiplies both cos and sin (yarn; 1
+    `inv_freq` is float32 `[D / 2]` in radians per token; `attention_factor` multiplies both cos and sin (yarn; 1
     otherwise); `longest` is the longest document that has angles, None if any has. Raises ValueError, naming the key,
     for a scaling that is unknown, refused or incomplete.
     """
@@ -123,7 +123,7 @@ def stage_scaling(stage: RopeConfig) -> dict:
 
 
 def _frequencies(theta: float, size: int) -> torch.Tensor:
-    """float32 [size / 2], radians a token, without any scaling."""
+    """float32 [size / 2], radians per token, without any scaling."""
     return 1.0 / theta ** (torch.arange(0, size, 2, dtype=torch.float32) / size)
 
 

@@ -77,7 +77,7 @@ def num_parameters(config: ModelConfig, vocab_size: int) -> dict[str, int]:
 
 
 def matmul_flops_per_token(config: ModelConfig, vocab_size: int, backward: bool = True) -> int:
-    """FLOPs a token of all matrix products with weights, the output projection included, attention pairs excluded.
+    """FLOPs per token of all matrix products with weights, the output projection included, attention pairs excluded.
 
     A multiply-add counts as 2 and the backward pass as twice the forward (so 6 per weight in training). The embedding
     lookup, norms, RoPE, key convolutions and what activation checkpointing recomputes are not counted. Attention is

@@ -17,19 +17,19 @@ from train.plan.memory import most_memory, room
 from train.schedule import build_schedule
 
 KEPT: dict[bool | str, str] = {
-    False: "keeping everything",
-    "mlp": "all but the MLPs",
-    True: "layers' inputs alone",
-    OFFLOAD: "those on the host",
-    OFFLOAD_HEADS: "and heads in groups",
+    False: "all activations",
+    "mlp": "without the MLPs'",
+    True: "layers' inputs only",
+    OFFLOAD: "these on the host",
+    OFFLOAD_HEADS: "with heads in groups",
 }
 """The ways to save activations, the cheapest first, by what they keep."""
 COSTS: dict[bool | str, str] = {
-    False: "nothing is computed twice",
-    "mlp": "costs two of a layer's seven products once more in the backward pass, attention none",
-    True: "costs the forward pass of every layer once more, some third of the layers' work",
-    OFFLOAD: "costs the forward pass of every layer once more, and the way to the host and back beside it",
-    OFFLOAD_HEADS: "costs the forward pass of every layer once more, attention's twice, and the way there and back",
+    False: "nothing is recomputed",
+    "mlp": "recomputes the MLPs in the backward pass (two of a layer's seven matrix products), not attention",
+    True: "recomputes every layer's forward pass, about a third more work",
+    OFFLOAD: "recomputes every layer's forward pass and copies layers' inputs to the host and back",
+    OFFLOAD_HEADS: "recomputes every layer's forward pass, attention's twice, and copies inputs to the host and back",
 }
 
 
@@ -62,29 +62,29 @@ def _with_recomputation(config: RunConfig, mode: bool | str) -> RunConfig:
 def _activation_checkpointing(config: RunConfig, vocab_size: int, hardware: Hardware) -> tuple[bool | str, str]:
     """What is computed again: as little as the estimate lets fit."""
     if hardware.device(config.run.device) == "cpu":
-        return False, "on a CPU nothing is computed twice"
+        return False, "nothing is recomputed on a CPU"
     if hardware.gpu_memory is None:
-        return False, "the GPU's memory is not known; say gpu_memory=80GB"
+        return False, "the GPU's memory is not known; set gpu_memory=80GB"
     stages, most = build_schedule(config).stages, room(hardware.gpu_memory)
     tried: dict[bool | str, str] = {}
     options = {"bf16": uses_bf16(config, hardware), "world_size": hardware.world_size}
     for mode, kept in KEPT.items():
         needed = most_memory(_with_recomputation(config, mode), stages, vocab_size, **options).total
-        tried[mode] = f"{kept} takes {format_memory(needed)}"
+        tried[mode] = f"{kept} {format_memory(needed)}"
         if needed <= most:
             break
     *_, chosen = tried
-    return chosen, f"{COSTS[chosen]}; {', '.join(tried.values())} of the {format_memory(most)} there are"
+    return chosen, f"{COSTS[chosen]}; memory: {', '.join(tried.values())}, of {format_memory(most)} available"
 
 
 def _compile(config: RunConfig, hardware: Hardware) -> tuple[bool, str]:
     """Whether layers are compiled, and why."""
     if hardware.device(config.run.device) == "cpu":
-        return False, "not on a CPU, where it takes a compiler; set it to true if there is one"
+        return False, "off on a CPU, where it needs a C++ compiler; set it to true if there is one"
     if config.deepspeed.zero_stage == 3:
-        return False, "ZeRO 3 gathers weights inside what would be compiled"
+        return False, "ZeRO 3 gathers weights inside the code that would be compiled"
     if config.run.deterministic:
-        return False, "compiled kernels need not repeat bit for bit, as run.deterministic=true asks"
+        return False, "compiled kernels may not be bitwise reproducible, which run.deterministic=true asks for"
     if not hardware.has_triton:
         return False, "triton is not installed"
-    return True, "faster once compiled, which the first steps and the first of another length wait for"
+    return True, "faster, but the first steps, and the first with another length, wait for the compiler"

@@ -32,7 +32,7 @@ def describe_layers(attention: tuple[AttentionSpec, ...]) -> str:
 
 
 def describe_kernels(config: RunConfig, stages: Sequence[Stage], hardware: Hardware, bf16: bool) -> tuple[str, ...]:
-    """What will compute each kind of attention, and why nothing faster: one entry a kind and backend."""
+    """What will compute each kind of attention, and why nothing faster: one entry per kind and backend."""
     model, found = config.model, {}
     for stage in stages:
         shape = QueryShape(
@@ -124,7 +124,7 @@ def describe_lr(config: RunConfig) -> str:
     own = {name: lr for name, stage in config.schedule.stages.items() if (lr := stage.own_lr) is not None}
     parts = []
     if len(own) < len(config.schedule.stages):
-        parts.append(_one_lr(config.optim.lr) + (" over the stages without their own" if own else ""))
+        parts.append(_one_lr(config.optim.lr) + (" over the stages that do not set one" if own else ""))
     parts += [f"{name}: {_one_lr(lr)}" for name, lr in own.items()]
     return "; ".join(parts)
 
@@ -133,8 +133,8 @@ def describe_stage_lr(config: RunConfig, name: str) -> str:
     """The learning rate of one stage, and whether it begins with the stage."""
     own = config.schedule.stages[name].own_lr
     if own is not None:
-        return f"of its own, {_one_lr(own)}"
-    return "as the run's" if len(config.schedule.stages) > 1 else _one_lr(config.optim.lr)
+        return f"set by this stage: {_one_lr(own)}"
+    return "set by optim.lr" if len(config.schedule.stages) > 1 else _one_lr(config.optim.lr)
 
 
 def _one_lr(lr: LRConfig) -> str:
@@ -176,7 +176,7 @@ def describe_data(config: RunConfig, stages: tuple[Stage, ...], sources: Mapping
     lines, lengths = [], {name: source.lengths for name, source in sources.items()}
     for name, source in config.data.sources.items():
         wanted = sum(stage.tokens * stage.mix.get(name, 0.0) for stage in stages)
-        line = f"{name}: {_where(source)}, {format_count(wanted)} tokens to train on"
+        line = f"{name}: {_where(source)}, {format_count(wanted)} training tokens"
         if name in lengths:
             count, tokens = len(lengths[name]), int(lengths[name].sum())
             line += f" = {wanted / max(tokens, 1):.3g} epochs of {count:,} documents, {format_count(tokens)} tokens"
@@ -211,14 +211,14 @@ def reach(stage: Stage, lengths: Mapping[str, np.ndarray]) -> float | None:
 def _describe_reach(stage: Stage, lengths: Mapping[str, np.ndarray]) -> str:
     share, length = reach(stage, lengths), format_length(stage.seq_len)
     if share is None:
-        return "how many tokens come from documents that reach a stage's length is known once they are tokenised"
+        return "the share of tokens from documents that reach a stage's length is known once the data is tokenised"
     text = f"{stage.name}: {share:.1%} of the tokens come from documents that reach {length}"
     if stage.long_documents is not None:
         natural = long_share(make_pools(lengths, stage.mix), stage.seq_len)
         reads = passes(make_pools(lengths, stage.mix, stage.long_documents), stage.tokens)
         name, most = max(reads.items(), key=lambda item: item[1])
-        text += f" ({natural:.1%} as they come); documents of {name} are read {most:.2g} times"
-    return text if share >= FEW_LONG else f"{text}. Warning: the trailing loss of this stage means next to nothing"
+        text += f" ({natural:.1%} without long_documents); documents of {name} are read up to {most:.2g} times"
+    return text if share >= FEW_LONG else f"{text}. Warning: the trailing loss of this stage is not meaningful"
 
 
 def _where(source: SourceConfig) -> str:
@@ -239,7 +239,7 @@ def describe_outputs(config: RunConfig, hardware: Hardware, num_parameters: int)
     lines = [f"checkpoints {when}, {format_memory(size)} each"]
     if config.checkpoint.asynchronous:
         share = format_memory(size / hardware.world_size)
-        lines[0] += f", written beside the training ({share} of the host's memory a process meanwhile)"
+        lines[0] += f", written in the background ({share} of host memory per process meanwhile)"
     if config.data.validation is None:
         lines.append("no evaluation (data.validation is null)")
     else:

@@ -18,7 +18,7 @@ VERDICT_SHARE = 0.92
 REDUCE_BUCKET = 500_000_000
 MASTER_AND_MOMENTS = 12
 MOMENTS = 8
-OFFLOADED_OPTIMIZER = 22  # bytes a parameter on the host, measured (benchmarks/results/longest_context_h100)
+OFFLOADED_OPTIMIZER = 22  # bytes per parameter on the host, measured (benchmarks/results/longest_context_h100)
 WORKSPACE_BYTES = 5 << 28  # as moba/backends/triton_attention.py has it
 
 

@@ -236,9 +236,9 @@ def _memory(config: RunConfig, stages: tuple[Stage, ...], vocab_size: int, hardw
             return memory, f"{there} ({elsewhere}; +exp=moba_32k_small is a long-context schedule for a CPU)"
         return memory, f"in main memory ({elsewhere})"
     if hardware.gpu_memory is None:
-        return memory, "compare with your GPU's memory, or say gpu_memory=80GB"
+        return memory, "compare with your GPU's memory, or set gpu_memory=80GB"
     most = room(hardware.gpu_memory)
-    of_gpu = f"{format_memory(hardware.gpu_memory)} a GPU"
+    of_gpu = f"{format_memory(hardware.gpu_memory)} per GPU"
     on_host = memory.host * hardware.local_world_size
     if memory.total <= most and hardware.host_memory is not None and on_host > room(hardware.host_memory):
         there = f"{format_memory(hardware.host_memory)} of this host's memory"
@@ -255,17 +255,17 @@ def _time(config: RunConfig, flops: float, hardware: Hardware) -> str | None:
             return None
         rate, at = (
             hardware.cpu_flops * hardware.local_world_size,
-            "at least {} on this CPU, whose matrix products make {}",
+            "at least {} on this CPU, whose matrix products run at {}",
         )
     else:
         peak = peak_tflops(hardware.gpu_name)
         if peak is None:
             return None
-        rate, at = GPU_SHARE * peak * 1e12 * hardware.world_size, "some {} if the GPUs reach {}, 40 % of their peak"
+        rate, at = GPU_SHARE * peak * 1e12 * hardware.world_size, "about {} if the GPUs reach {}, 40 % of their peak"
     seconds = flops / rate
     if seconds < SHORT_SECONDS:
         return None
-    small = "; +exp=quickstart and +exp=moba_32k_small are made for CPUs" if rate < SLOW else ""
+    small = "; +exp=quickstart and +exp=moba_32k_small are sized for CPUs" if rate < SLOW else ""
     return at.format(clock(seconds), f"{rate / 1e12:.3g} TFLOP/s") + small
 
 
@@ -292,7 +292,7 @@ def _advice(config: RunConfig, hardware: Hardware, need, most: int) -> str:
                 if (found := _changes(config, hardware, need, most, models, split, num_gpus)) is not None:
                     return f"; {' '.join(found)} would"
         num_gpus *= 2
-    return ": one sequence's activations alone are too large, over as many GPUs as there are heads too"
+    return ": the activations of one sequence are too large even when split over as many GPUs as there are heads"
 
 
 def _changes(
@@ -337,7 +337,7 @@ def _lines(plan: Plan) -> list[str]:
             f" vocabulary {plan.vocab_size:,}",
         ),
         *_block("budget", f"{plan.total_tokens:,} tokens in {plan.total_steps:,} steps"),
-        *_block("rate", plan.lr),
+        *_block("learning rate", plan.lr),
         *_block("engine", plan.engine),
         *_block("kernels", *plan.kernels),
         *_block("auto", *plan.automatic),
@@ -357,7 +357,7 @@ def _lines(plan: Plan) -> list[str]:
         ),
         *_block(
             "memory",
-            f"{format_memory(plan.memory.total)} a process, estimated: {_memory_parts(plan.memory)}",
+            f"estimated {format_memory(plan.memory.total)} per process: {_memory_parts(plan.memory)}",
             plan.verdict,
         ),
         *_block("time", *([plan.time] if plan.time else [])),
@@ -372,8 +372,8 @@ def _block(title: str, *entries: str) -> list[str]:
     """Entries under a title in the margin, wrapped."""
     lines: list[str] = []
     for entry in entries:
-        for line in textwrap.wrap(entry, WIDTH - 11, break_long_words=False, break_on_hyphens=False):
-            lines.append(f"  {'' if lines else title:<8} {line}")
+        for line in textwrap.wrap(entry, WIDTH - 16, break_long_words=False, break_on_hyphens=False):
+            lines.append(f"  {'' if lines else title:<13} {line}")
     return lines
 
 
@@ -383,7 +383,7 @@ def _memory_parts(memory: Memory) -> str:
 
 
 def _stage_table(stages: tuple[StagePlan, ...]) -> list[str]:
-    rows = [("stage", "tokens", "steps", "length", "tokens a step", "micro-batches", "attended", "rate")]
+    rows = [("stage", "tokens", "steps", "length", "tokens per step", "micro-batches", "attended", "learning rate")]
     for stage in stages:
         rows.append(
             (
@@ -411,7 +411,7 @@ def _stage_details(stage: StagePlan, later: bool) -> list[str]:
     sequences = stage.batch_tokens // stage.seq_len
     plural = "" if sequences == 1 else "s"
     moments = "; fresh optimizer moments" if stage.reset_optimizer else "; optimizer moments kept" if later else ""
-    text = f"{sequences:,} sequence{plural} a step; rate {stage.lr}{moments}"
+    text = f"{sequences:,} sequence{plural} per step; learning rate {stage.lr}{moments}"
     lines += textwrap.wrap(text, WIDTH, initial_indent="    ", subsequent_indent="    ")
     if len(stage.mix) > 1:
         lines.append("    mix " + ", ".join(f"{name} {share:.1%}" for name, share in stage.mix.items()))

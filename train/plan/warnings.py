@@ -37,7 +37,7 @@ def warnings_of(config: RunConfig, schedule: Schedule, sources: Mapping[str, Sou
 def _rate_warnings(key: str, lr: LRConfig, span: int) -> list[str]:
     lines, (least, most) = [], LR_RANGE
     if not least <= lr.peak <= most:
-        lines.append(f"{key}.peak={lr.peak:g} is outside what AdamW trains a transformer with ({least:g} to {most:g})")
+        lines.append(f"{key}.peak={lr.peak:g} is outside the usual range for AdamW ({least:g} to {most:g})")
     if lr.warmup_tokens > LONG_WARMUP * span:
         lines.append(f"{key}.warmup_tokens: {lr.warmup_tokens / span:.0%} of the tokens are warm-up")
     return lines
@@ -55,8 +55,8 @@ def _stage_warnings(stage: Stage) -> list[str]:
         )
     if stage.num_steps < FEW_STEPS:
         plural = "" if stage.num_steps == 1 else "s"
-        batch = f"{format_length(stage.batch_tokens)} tokens a step"
-        lines.append(f"{stage.name}: {stage.num_steps} step{plural} alone, at {batch}")
+        batch = f"{format_length(stage.batch_tokens)} tokens"
+        lines.append(f"{stage.name}: only {stage.num_steps} step{plural} of {batch}")
     return lines
 
 
@@ -66,7 +66,7 @@ def unfilled(asked: int | None, schedule: Schedule) -> list[str]:
     if asked is None or total >= asked:
         return []
     left = f"{(asked - total) / asked:.0%}"
-    return [f"the stages take {format_tokens(total)} of schedule.tokens={format_tokens(asked)}; {left} is left over"]
+    return [f"the stages take {format_tokens(total)} of schedule.tokens={format_tokens(asked)}; {left} is not used"]
 
 
 def _mixture_warnings(config: RunConfig, schedule: Schedule, sources: Mapping[str, Source]) -> list[str]:
@@ -90,10 +90,12 @@ def _mixture_warnings(config: RunConfig, schedule: Schedule, sources: Mapping[st
             return lines
         total = sum(got.values())
         if any(abs(got[name] / total - share) > FAR_OFF for name, share in stage.mix.items()):
-            shares = ", ".join(f"{name} {got[name] / total:.0%} for {share:.0%}" for name, share in stage.mix.items())
+            shares = ", ".join(
+                f"{name} {got[name] / total:.0%} instead of {share:.0%}" for name, share in stage.mix.items()
+            )
             lines.append(
-                f"{stage.name}: its {draws} documents come to other shares than asked for: {shares}. A larger budget, "
-                "or shorter documents, would come closer"
+                f"{stage.name}: the shares of its {draws} documents differ from those asked for: {shares}. A larger "
+                "budget or shorter documents would bring them closer"
             )
     return lines
 

@@ -89,13 +89,13 @@ class Dashboard:
         if skipped > self._skipped:
             self._alert(
                 "Skipped steps",
-                f"{skipped - self._skipped} step(s) up to {tokens:,} tokens had a loss or gradients that were not "
-                f"finite, and were skipped; {skipped} in all",
+                f"{skipped - self._skipped} step(s) up to {tokens:,} tokens had a non-finite loss or "
+                f"gradient and were skipped; {skipped} in total",
             )
         self._skipped = max(self._skipped, skipped)
 
     def curve(self, name: str, curve: PositionCurve, tokens: int) -> None:
-        """Shows a curve by context position: `eval`, a series a bucket besides, or `train/<stage>`."""
+        """Shows a curve by context position: `eval`, a series per bucket besides, or `train/<stage>`."""
         centres = ((curve.edges[:-1] + curve.edges[1:]) / 2).tolist()
         values = series.buckets(curve) if name == "eval" else {}
         what = "Held-out" if name == "eval" else f"Training ({name.rpartition('/')[2]})"

@@ -49,8 +49,8 @@ def bucket_edges(num_buckets: int, max_length: int) -> np.ndarray:
 
 
 class Trailing(NamedTuple):
-    """Mean loss of the last bucket over documents or windows of full length (nats a token), its standard error, and how
-    many tokens and documents it rests on. NaN where there are too few."""
+    """Mean loss of the last bucket over documents or windows of full length (nats per token), its standard error, and
+    how many tokens and documents it rests on. NaN where there are too few."""
 
     value: float
     se: float
@@ -60,14 +60,14 @@ class Trailing(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class PositionCurve:
-    """Loss by position, on the host: float64 arrays of nats a token, NaN where nothing was counted."""
+    """Loss by position, on the host: float64 arrays of nats per token, NaN where nothing was counted."""
 
     max_length: int
     """Length of a full document or window, in tokens."""
     edges: np.ndarray
     """int64 [B + 1]: bucket b holds the predictions with edges[b] + 1 ... edges[b + 1] visible tokens."""
     mean: np.ndarray
-    """[B] mean loss a token."""
+    """[B] mean loss per token."""
     se: np.ndarray
     """[B] its standard error with documents or windows as clusters; NaN for fewer than two."""
     count: np.ndarray

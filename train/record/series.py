@@ -36,7 +36,7 @@ _NAMES: dict[str, dict[str, str | None]] = {
         "peak_memory_gib": "perf/peak_memory_gib",
         "save_wait_seconds": "perf/save_wait_seconds",
         "save_write_seconds": "perf/save_write_seconds",
-        "learnt_tokens": "data/supervised_tokens",
+        "supervised_tokens": "data/supervised_tokens",
         "attended_share": "schedule/attended_share",
         "eta_seconds": None,
         "seconds": None,
@@ -91,8 +91,8 @@ def _derived(record: Mapping[str, Any], stages: Sequence[Any]) -> dict[str, floa
         found["perf/eta_hours"] = record["eta_seconds"] / 3600
     if not rate:
         return found
-    if record.get("seconds") and record.get("learnt_tokens") is not None:
-        found["data/supervised_share"] = record["learnt_tokens"] / (rate * record["seconds"])
+    if record.get("seconds") and record.get("supervised_tokens") is not None:
+        found["data/supervised_share"] = record["supervised_tokens"] / (rate * record["seconds"])
     if stages:
         stage = stages[record["stage_index"]]
         found |= {"perf/step_seconds": stage.batch_tokens / rate, "schedule/batch_tokens": stage.batch_tokens}
@@ -122,7 +122,7 @@ def constants(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def buckets(curve: PositionCurve) -> dict[str, float]:
-    """One series a bucket of context positions, `position_loss/<first>-<last>`: mean per-token loss in nats.
+    """One series per bucket of context positions, `position_loss/<first>-<last>`: mean per-token loss in nats.
 
     More than MAX_BUCKETS buckets are joined. The names depend on the length alone, so that runs overlay.
     """
@@ -165,7 +165,7 @@ class Panel:
     log_y: bool = False
 
 
-_NATS = "nats a token"
+_NATS = "nats per token"
 PANELS: dict[str, tuple[Panel, ...]] = {
     "train": (
         Panel("Per-token loss", ("train/loss", "train/trailing_loss"), y=_NATS),
@@ -198,7 +198,7 @@ PANELS: dict[str, tuple[Panel, ...]] = {
         Panel("Entropy of the load by layer (1: even)", regex=r"^routing/load_entropy/layer_"),
     ),
     "perf": (
-        Panel("Tokens a second, whole run", ("perf/tokens_per_second",)),
+        Panel("Tokens per second, whole run", ("perf/tokens_per_second",)),
         Panel("MFU of the attended pairs", ("perf/mfu",), y="share of the dense bf16 peak"),
         Panel("MFU as if attention were full", ("perf/mfu_dense_equivalent",), y="share of the dense bf16 peak"),
         Panel("Seconds an optimizer step", ("perf/step_seconds",)),
@@ -215,7 +215,7 @@ PANELS: dict[str, tuple[Panel, ...]] = {
     "schedule": (
         Panel("Stage", ("schedule/stage",)),
         Panel("Context length", ("schedule/context_length",), y="tokens"),
-        Panel("Tokens a step", ("schedule/batch_tokens",)),
+        Panel("Tokens per step", ("schedule/batch_tokens",)),
         Panel("Attended share of the causal pairs", ("schedule/attended_share",)),
     ),
 }

@@ -158,7 +158,7 @@ class Throughput:
     def eta_seconds(self, stages: Sequence[Any], tokens: int, tokens_per_second: float) -> float:
         """Seconds from `tokens` until the last stage ends, at the speed of the stage in force.
 
-        stages: train.schedule.Stage, in order. A later stage is taken to be slower or faster by its FLOPs a token of
+        stages: train.schedule.Stage, in order. A later stage is taken to be slower or faster by its FLOPs per token of
         full-length documents, which keeps the time left honest before a switch to full attention.
         """
         ahead = [stage for stage in stages if stage.end > tokens]
@@ -166,7 +166,7 @@ class Throughput:
         return left / self._stage_cost(ahead[0]) / tokens_per_second if ahead else 0.0
 
     def _stage_cost(self, stage: Any) -> float:
-        """FLOPs a token of documents that fill the stage's length."""
+        """FLOPs per token of documents that fill the stage's length."""
         work = batch_work(tuple(stage.attention), (stage.seq_len,))
         return self.flops(work.tokens, work.attended_pairs) / work.tokens
 
