@@ -3,7 +3,7 @@
 import pytest
 
 from conf.words import listed, show
-from launch.cli import UsageError, exits_on, key_values
+from launch.cli import OF_HELD_OUT, UsageError, exits_on, key_values, result_folder
 
 ALLOWED = {"prompt": "what to say", "to": "where"}
 
@@ -76,3 +76,25 @@ def test_messages_stay_short(capsys):
     assert listed(range(25)) == "0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 15 more" and listed([]) == "none"
     assert len(show({"a": ["b" * 500] * 50})) <= 230 and show([True, None]) == "[true, null]"
     assert show(10**5000) == "a number of 5,001 digits"
+
+
+def test_messages_name_the_keys_of_the_command(capsys):
+    """Catches a mistake in data= that is reported under a run's key, which nobody typed here."""
+
+    @exits_on(KeyError, typed=OF_HELD_OUT)
+    def main():
+        raise UsageError("path='x': nothing there, nor in text_path='y'. Set eval.seq_len lower, or data.validation")
+
+    with pytest.raises(SystemExit):
+        main()
+    said = capsys.readouterr().err
+    assert said == "error: data='x': nothing there, nor in text_path='y'. Set seq_len= lower, or data=\n"
+
+
+def test_a_place_for_results_is_made_or_refused_by_its_key(tmp_path):
+    """Catches hours of measuring before a file in the way of the results is found."""
+    (tmp_path / "file").touch()
+    assert result_folder({"to": str(tmp_path / "a" / "b")}, tmp_path).is_dir()
+    assert result_folder({}, tmp_path / "c").is_dir()
+    with pytest.raises(UsageError, match=r"to=.*/file: cannot be made a directory \(File exists\); choose another"):
+        result_folder({"to": str(tmp_path / "file")}, tmp_path)
