@@ -32,8 +32,8 @@ KEYS = {
     "(owner/name)",
     "to": "directory for the shards: a new one, or an unfinished one of this command",
     "tokenizer": "bytes, bpe-4k, bpe-32k, a tokenizer.json or a Hugging Face tokenizer directory",
-    "format": "text (default); chat: conversations, of which only the assistant's turns are supervised; or another format "
-    "of conf/formats.py",
+    "format": "text (default); chat: conversations, of which only the assistant's turns are supervised; or another "
+    "format of conf/formats.py",
     "chat_template": "conversations: chatml, llama3, plain or a jinja file (default: the tokenizer's own)",
     "id_field": "column with the document id (default id; without such a column the document's number)",
     "workers": "worker processes (default 0: this process does it)",

@@ -28,9 +28,7 @@ def test_without_a_login_the_panels_become_a_file(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("argument", "word"),
-    
     [("porject=x", "project"), ("x", "key=value"), ("project=", "project=: "), ("entity=a/b", "entity=a/b: ")],
-,
 )
 def test_mistakes_are_a_line(argument, word, capsys):
     """Catches a traceback for a slip of the pen."""
