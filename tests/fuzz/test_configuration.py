@@ -242,7 +242,7 @@ def test_what_is_not_there_is_said_before_the_plan(tmp_path, monkeypatch):
     with pytest.raises(ConfigError) as error:
         refuse_missing(load(overrides), overrides, continues=False)
     source, data, template = error.value.problems
-    assert source == "init.source=runs/moba_32k does not exist: run +exp=moba_32k first, or name another"
+    assert source == "init.source=runs/moba_32k does not exist: run +exp=moba_32k first, or name another source"
     assert data.startswith("data.path=nope.jsonl: no such file") and template.startswith("data.chat_template=x.jinja")
     refuse_missing(load(["+exp=sft_hybrid"]), [], continues=True)
     Path("books").mkdir()

@@ -4,6 +4,7 @@ import pytest
 
 from conf.words import listed, show
 from launch.cli import OF_HELD_OUT, UsageError, exits_on, key_values, result_folder
+from train.engine.world import launch_environment
 
 ALLOWED = {"prompt": "what to say", "to": "where"}
 
@@ -98,3 +99,17 @@ def test_a_place_for_results_is_made_or_refused_by_its_key(tmp_path):
     assert result_folder({}, tmp_path / "c").is_dir()
     with pytest.raises(UsageError, match=r"to=.*/file: cannot be made a directory \(File exists\); choose another"):
         result_folder({"to": str(tmp_path / "file")}, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "given", [{"RANK": "x"}, {"WORLD_SIZE": "0"}, {"RANK": "5", "WORLD_SIZE": "2"}, {"RANK": "-1"}]
+)
+def test_a_place_that_there_is_not_is_a_line(given, monkeypatch, capsys):
+    """Catches tracebacks, and a process that takes itself for the sixth of two, where a scheduler's variables are
+    left over."""
+    for key, text in given.items():
+        monkeypatch.setenv(key, text)
+    with pytest.raises(SystemExit) as exited:
+        launch_environment()
+    ((key, text), *_) = given.items()
+    assert exited.value.code == 2 and f"{key}={text}" in capsys.readouterr().err
