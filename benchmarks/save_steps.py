@@ -1,6 +1,6 @@
 """How long steps take around a checkpoint: written while the training goes on, and with training waiting for it.
 
-    python benchmarks/save_steps.py [to=benchmarks/results/save_steps] [runs=/tmp/save_steps] [commit=LABEL]
+    python benchmarks/save_steps.py [to=benchmarks/results/save_steps] [runs=FOLDER] [commit=LABEL]
 
 Two runs of launch/train.py, which differ in checkpoint.asynchronous alone: STEPS steps with a save behind the one in
 the middle (and one at the end, which every run waits for). Arguments with a dot, and groups such as model=tiny, go to
@@ -12,6 +12,7 @@ from __future__ import annotations
 import shutil
 import statistics
 import sys
+import tempfile
 from itertools import pairwise
 from pathlib import Path
 
@@ -66,7 +67,7 @@ def main() -> None:
     overrides, own = split(sys.argv[1:])
     given = key_values(own, KEYS, about=__doc__)
     to = Path(given.get("to", ROOT / "benchmarks" / "results" / "save_steps"))
-    runs = Path(given.get("runs", "/tmp/save_steps"))
+    runs = Path(given.get("runs", Path(tempfile.gettempdir()) / "save_steps"))
     shutil.rmtree(runs, ignore_errors=True)
     shape = [*SHAPE, f"data.cache_dir={runs}/cache", *overrides]
     batch = next(iter(load(shape).schedule.stages.values())).batch_tokens
