@@ -155,6 +155,7 @@ def test_command(tmp_path, capsys):
         (["source={}/half", "to={}/o", "tokenizer=bytes"], "shards that are not finished"),
         (["source={}/a.txt", "to={}/o", "tokenizer=bytes", "workers=-1"], "workers='-1': a whole number of at least 0"),
         (["source={}/a.txt", "to={}/o", "tokenizer=bytes", "max_tokens=x"], "max_tokens='x': "),
+        (["source={}/a.txt", "to={}/o", "tokenizer=bytes", "max_tokens=0"], "max_tokens=0: must be at least 1"),
         (
             ["source={}/a.txt", "to={}", "tokenizer=bytes"],
             "is not empty (a.txt, half, u16.jsonl) and holds no",
