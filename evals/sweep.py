@@ -38,6 +38,7 @@ from train.record.throughput import batch_work
 
 Plan = tuple[AttentionSpec, ...]
 TOP_K = "1..8"
+MOST = 10_000
 
 
 def run(job: Job) -> Result:
@@ -193,9 +194,9 @@ def whole_numbers(values: Mapping[str, str], key: str, default: str, least: int)
     for word in _words(values.get(key, default)):
         match = re.fullmatch(r"(\d+)(?:\.\.(\d+))?", word)
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, -1)
-        if last < first or first < least:
+        if last < first or first < least or last > MOST:
             raise ValueError(
-                f"{key}={values.get(key, default)}: {word!r} is no number from {least} on, or range as 1..8"
+                f"{key}={values.get(key, default)}: {word!r} is no number from {least} to {MOST:,}, or range as 1..8"
             )
         found |= set(range(first, last + 1))
     return sorted(found)

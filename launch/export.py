@@ -76,7 +76,10 @@ def main(argv: list[str] | None = None) -> None:
     # Filled under another name, so that an interrupted export is not taken for a model.
     temporary = to.with_name(f".{to.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    try:
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        raise UsageError(f"to={values['to']}: cannot be made ({error.strerror}); choose another") from None
     hf_metadata.write_json(temporary / "config.json", hf_metadata.with_both_ropes(description))
     save_tokenizer(tokenizer, temporary, None if config.data.chat_template is None else template)
     hf_metadata.finish_tokenizer(
