@@ -69,16 +69,31 @@ def triton_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(out [T, H, D], lse float32 [H, T], and the tensors of `Lists` for the backward: rows, slots, list_start), from
     the tensors of a `Layout`."""
-    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     if q.shape[0] == 0:
         return _empty_outputs(q, k, start_M, top_k)
+    layout = Layout(start_M.shape[0], start_M, length_M, first_block_T, own_block_T)
+    out, lse, lists = routed_forward(q, k, v, layout, block_size, top_k, softmax_scale, first_blocks)
+    return out, lse, lists.rows, lists.slots, lists.list_start
+
+
+def routed_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: Layout,
+    block_size: int,
+    top_k: int,
+    softmax_scale: float,
+    first_blocks: int = 0,
+) -> tuple[Tensor, Tensor, Lists]:
+    """(out [T, H, D], lse float32 [H, T], the lists of the selected blocks) of at least one token; no gradient."""
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     with device_of(q):
-        layout = Layout(start_M.shape[0], start_M, length_M, first_block_T, own_block_T)
         selection = select_blocks(q, k, layout, block_size, top_k, first_blocks)
         lists = build_lists(selection, layout, k.shape[1])
         del selection
         out, lse = attention_forward(q, k, v, lists, block_size, softmax_scale, WORKSPACE_BYTES)
-    return out, lse, lists.rows, lists.slots, lists.list_start
+    return out, lse, lists
 
 
 @triton_forward.register_fake
