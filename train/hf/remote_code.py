@@ -12,11 +12,10 @@ from __future__ import annotations
 import ast
 import builtins
 import functools
-import importlib
+import importlib.util
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 
 import moba
@@ -131,9 +130,9 @@ def _definition(lines: list[str], node: ast.stmt, follows: ast.stmt | None) -> _
     while first and lines[first - 1].startswith("# ") and not lines[first - 1].startswith("# ---"):
         first -= 1
     end = node.end_lineno or node.lineno
-    has_text = isinstance(follows, ast.Expr) and isinstance(follows.value, ast.Constant)
-    if isinstance(node, ast.Assign | ast.AnnAssign) and has_text:
-        end = follows.end_lineno or follows.lineno
+    text = follows if isinstance(follows, ast.Expr) and isinstance(follows.value, ast.Constant) else None
+    if isinstance(node, ast.Assign | ast.AnnAssign) and text is not None:  # the text below an attribute
+        end = text.end_lineno or text.lineno
     inside = [one for one in ast.walk(node) if isinstance(one, ast.ImportFrom) and _is_ours(one)]
     return _Definition(first, end, node, list(_global_names(node, frozenset())), inside)
 
@@ -292,7 +291,7 @@ class _Bundle:
         others = sorted(set(self.outside.values()) - set(optional), key=lambda line: (line.split()[1], line))
         sources = ", ".join(f"{name.replace('.', '/')}.py" for name in self.order())
         about = (
-            f"Written by launch/export.py of moba-train {version('moba-train')} (Apache-2.0) from its definitions in "
+            f"Written by launch/export.py of moba-train (Apache-2.0) from its definitions in "
             f"{sources}. Export again rather than edit it."
         )
         return "\n".join(
