@@ -46,7 +46,9 @@ def attend(
     check_scale(softmax_scale)
     assert (documents.num_queries, documents.num_keys) == (q.shape[0], k.shape[0]), (documents, q.shape, k.shape)
     kind = kind.at(documents.longest_k)
-    choice = choose(kind, shape_of(q, k, softmax_scale, deterministic), documents)
+    shape = shape_of(q, k, softmax_scale, deterministic)
+    differentiable = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    choice = choose(kind, shape._replace(differentiable=differentiable), documents)
     log_choice(kind.name, choice)
     options = {"softmax_scale": softmax_scale, "deterministic": deterministic, "return_lse": return_lse}
     out, lse = kind.run(choice.backend, q, k, v, documents, **options)

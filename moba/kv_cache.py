@@ -20,7 +20,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from moba.attention import attend
+from moba.attention import attend, shape_of
+from moba.backends.choice import choose
 from moba.documents import Documents, one_document
 from moba.key_conv import KeyConvolution
 from moba.kinds import AttentionSpec, Full, Moba
@@ -199,8 +200,23 @@ class KVCache:
                 sequence.rewind(mark)
 
 
+def decode_triton(q: Tensor, sequence: SequenceCache, kind: Moba) -> Tensor | None:
+    """`decode_moba` by the Triton kernels; None where they are not to be had, or another backend was asked for."""
+    documents = sequence.documents(1)
+    shape = shape_of(q, sequence.k)._replace(differentiable=False)
+    if not q.is_cuda or choose(kind, shape, documents).backend != "triton":
+        return None
+    from moba.backends.triton_decode import moba_decode
+
+    assert documents.cu_seqlens_k is not None
+    start, length = documents.cu_seqlens_k.long().split(1)
+    means = sequence.block_means(kind.block_size)
+    sizes = {"block_size": kind.block_size, "top_k": kind.top_k, "first_blocks": kind.first_blocks}
+    return moba_decode(q, sequence.k, sequence.v, means, start, length, start, max_length=sequence.length, **sizes)[0]
+
+
 def decode_moba(q: Tensor, sequence: SequenceCache, block_size: int, top_k: int, first_blocks: int = 0) -> Tensor:
-    """MoBA of the newest token of a sequence, [1, H, D], for its query q [1, H, D]; reads only the blocks it
+    """MoBA of the newest token of a sequence, [1, H, D], for its query q [1, H, D], in torch; reads only the blocks it
     selects."""
     k, v, length = sequence.k, sequence.v, sequence.length
     num_heads, num_kv_heads = q.shape[1], k.shape[1]

@@ -99,7 +99,8 @@ def attend(
         return dense_torch(q, k, v, documents, **options)[0], None
     differentiable = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     shape = shape_of(q, k, softmax_scale, deterministic)
-    if q.is_cuda and not differentiable and triton_refuses(kind, shape, documents) is None:
+    whole = documents.cu_seqlens_k is None
+    if q.is_cuda and whole and not differentiable and triton_refuses(kind, shape, documents) is None:
         return moba_triton(q, k, v, routing, documents, softmax_scale), None
     layout = documents.layout(routing.block_size)
     selection_HTK = select_blocks(q, layout_means(k, layout), layout, routing.top_k, routing.first_blocks)

@@ -109,6 +109,10 @@ class Moba(AttentionSpec):
             options["first_blocks"] = self.first_blocks
             out, lse = reference_attention(q, k, v, **documents.bounds, **options, return_lse=True)
             return out, lse
+        if backend == "triton" and documents.cu_seqlens_k is not None:
+            from moba.backends.triton_decode import moba_of_last_tokens
+
+            return moba_of_last_tokens(q, k, v, documents, **options, first_blocks=self.first_blocks)
         if backend == "triton":
             from moba.backends.triton_attention import moba_triton
 
@@ -128,9 +132,10 @@ class Moba(AttentionSpec):
     def decode(self, q, sequence, dense):
         if dense or self.gate != MEAN:
             return super().decode(q, sequence, dense)
-        from moba.kv_cache import decode_moba
+        from moba.kv_cache import decode_moba, decode_triton
 
-        return decode_moba(q, sequence, self.block_size, self.top_k, self.first_blocks)
+        out = decode_triton(q, sequence, self)
+        return decode_moba(q, sequence, self.block_size, self.top_k, self.first_blocks) if out is None else out
 
     @classmethod
     def check_options(cls, values: Mapping[str, Any], seq_len: int | None, used: bool) -> Iterator[BadOption]:
