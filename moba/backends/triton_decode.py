@@ -50,6 +50,7 @@ def moba_decode(
     top_k: int,
     first_blocks: int = 0,
     softmax_scale: float | None = None,
+    selection: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(attention [N, H, D] of the newest token of each sequence, log-sum-exp float32 [H, N], selection int32 [H, N, K]
     as of `moba.route`).
@@ -58,7 +59,7 @@ def moba_decode(
     length_N[n] rows from key_start_N[n] on, its new token's last. means, float32 [M, G, D], has its block i in row
     mean_start_N[n] + i; those of the blocks before the new token's are read. Integers are int64 on the device, and
     `max_length` on the host bounds the lengths. A sequence of length 0 gives zeros, -inf and -1. No gradient. Rows
-    outside the selected blocks are never read.
+    outside the selected blocks are never read. `selection`: to be used instead of routing.
     """
     num_sequences, num_heads, head_dim = q.shape
     num_kv_heads = k.shape[1]
@@ -69,24 +70,26 @@ def moba_decode(
     scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
     piece_keys = min(PIECE_KEYS, max(16, triton.next_power_of_2(block_size)))
     num_pieces = triton.cdiv(block_size, piece_keys)
-    selection = torch.empty(num_heads, num_sequences, top_k, dtype=torch.int32, device=q.device)
     partial = torch.empty(num_sequences, num_heads, top_k * num_pieces, head_dim, dtype=torch.float32, device=q.device)
     partial_lse = torch.empty(partial.shape[:3], dtype=torch.float32, device=q.device)
     out, lse = torch.empty_like(q), torch.empty(num_heads, num_sequences, dtype=torch.float32, device=q.device)
     sizes = {"NUM_HEADS": num_heads, "HEAD_DIM": head_dim, "BLOCK_D": padded(head_dim), "TOP_K": top_k}
     groups = {"NUM_KV_HEADS": num_kv_heads, "BLOCK_SIZE": block_size}
-    max_blocks = max(1, (max_length - 1) // block_size)
-    scores = torch.empty(num_sequences, num_heads, max_blocks, dtype=torch.float32, device=q.device)
-    if top_k > 1:
-        decode_scores_kernel[(num_heads, triton.cdiv(max_blocks, MEANS_TILE), num_sequences)](
-            q, means, length_N, mean_start_N, scores, max_blocks,
-            NUM_HEADS=num_heads, HEAD_DIM=head_dim, BLOCK_D=padded(head_dim), **groups, BLOCKS=MEANS_TILE,
-            FIRST_BLOCKS=first_blocks, num_warps=4,
+    if selection is None:
+        selection = torch.empty(num_heads, num_sequences, top_k, dtype=torch.int32, device=q.device)
+        max_blocks = max(1, (max_length - 1) // block_size)
+        scores = torch.empty(num_sequences, num_heads, max_blocks, dtype=torch.float32, device=q.device)
+        if top_k > 1:
+            decode_scores_kernel[(num_heads, triton.cdiv(max_blocks, MEANS_TILE), num_sequences)](
+                q, means, length_N, mean_start_N, scores, max_blocks,
+                NUM_HEADS=num_heads, HEAD_DIM=head_dim, BLOCK_D=padded(head_dim), **groups, BLOCKS=MEANS_TILE,
+                FIRST_BLOCKS=first_blocks, num_warps=4,
+            )  # fmt: skip
+        decode_select_kernel[(num_heads, num_sequences)](
+            scores, length_N, selection, max_blocks, NUM_HEADS=num_heads, TOP_K=top_k, BLOCK_SIZE=block_size,
+            BEST_SLOTS=max(2, triton.next_power_of_2(top_k - 1)), BLOCKS=SELECT_TILE, num_warps=1,
         )  # fmt: skip
-    decode_select_kernel[(num_heads, num_sequences)](
-        scores, length_N, selection, max_blocks, NUM_HEADS=num_heads, TOP_K=top_k, BLOCK_SIZE=block_size,
-        BEST_SLOTS=max(2, triton.next_power_of_2(top_k - 1)), BLOCKS=SELECT_TILE, num_warps=1,
-    )  # fmt: skip
+    selection = selection.contiguous()
     decode_attend_kernel[(num_heads, top_k * num_pieces, num_sequences)](
         q, k, v, key_start_N, length_N, selection, partial, partial_lse, k.stride(0), k.stride(1),
         scale * 1.4426950408889634,
@@ -110,6 +113,7 @@ def moba_of_last_tokens(
     top_k: int,
     first_blocks: int = 0,
     softmax_scale: float | None = None,
+    selection: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(out [N, H, D], log-sum-exp float32 [H, N]) of the last token of each document, from keys [S, G, D] alone: the
     means are made anew, so that all keys are read, but only the values of selected blocks."""
@@ -120,7 +124,7 @@ def moba_of_last_tokens(
         out, lse, _ = moba_decode(
             q, k, v, layout_means(k, layout), bounds_N[:-1],
             bounds_N.diff(), layout.first_block_N[:-1], max_length=documents.longest_k, block_size=block_size,
-            top_k=top_k, first_blocks=first_blocks, softmax_scale=softmax_scale,
+            top_k=top_k, first_blocks=first_blocks, softmax_scale=softmax_scale, selection=selection,
         )  # fmt: skip
     return out, lse
 

@@ -166,9 +166,10 @@ class AttentionSpec(ABC):
         softmax_scale: float | None,
         deterministic: bool,
         return_lse: bool,
+        selection: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """(output [T, H, D], log-sum-exp [H, T]) by a backend that did not refuse; the second may be None unless
-        `return_lse`."""
+        `return_lse`. `selection`: of blocks, instead of routing; only kinds that pick blocks are given one."""
 
     def decode(self, q: Tensor, sequence: SequenceCache, dense: bool) -> Tensor:
         """The attention [1, H, D] of the newest token of a cached sequence; `dense`: of all it replaces."""

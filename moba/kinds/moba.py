@@ -97,12 +97,14 @@ class Moba(AttentionSpec):
         others = {name: replace(self, gate=name) for name in self.VARIANTS[1:-1]}
         return {self.name: self, **others, Full.name: Full()}
 
-    def run(self, backend, q, k, v, documents, *, softmax_scale, deterministic, return_lse):
+    def run(self, backend, q, k, v, documents, *, softmax_scale, deterministic, return_lse, selection=None):
         options: dict[str, Any] = {
             "block_size": self.block_size,
             "top_k": self.top_k,
             "softmax_scale": softmax_scale,
         }
+        if selection is not None:
+            options["selection"] = selection
         if backend == "reference":
             from moba.reference import reference_attention
 
@@ -117,7 +119,7 @@ class Moba(AttentionSpec):
             from moba.backends.triton_attention import moba_triton
 
             return moba_triton(q, k, v, documents, **options, first_blocks=self.first_blocks)
-        if self.gate != MEAN or self.first_blocks:
+        if selection is None and (self.gate != MEAN or self.first_blocks):
             from moba.gates import select
 
             options["selection"] = select(self.routing, q, k, documents=documents, softmax_scale=softmax_scale)
