@@ -9,7 +9,7 @@ entry per layer]}` needs no `configure`: `from_pretrained(..., attn_implementati
 
 Generation reads the prompt with MoBA and decodes, by default, with full attention, as the paper evaluates (section
 3.3). `decode="moba"` routes new tokens like any others; block means are then recomputed from the cached keys at every
-step, so that a step reads all keys (but not all values). With decode="full" it matters what is prompt: `with
+step, so that a step reads all keys (but not all values); on CUDA the Triton kernels do the rest. With decode="full" it matters what is prompt: `with
 prompt(tokens):` says so. Without it, it is what was read into the empty cache, tokens that follow one by one are
 decoded, and several at a time over a cache are refused, since they may be either. So generate() needs prompt() for a
 prompt in chunks, speculative decoding and use_cache=False.
