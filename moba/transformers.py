@@ -9,10 +9,10 @@ entry per layer]}` needs no `configure`: `from_pretrained(..., attn_implementati
 
 Generation reads the prompt with MoBA and decodes, by default, with full attention, as the paper evaluates (section
 3.3). `decode="moba"` routes new tokens like any others; block means are then recomputed from the cached keys at every
-step, so that a step reads all keys (but not all values); on CUDA the Triton kernels do the rest. With decode="full" it matters what is prompt: `with
-prompt(tokens):` says so. Without it, it is what was read into the empty cache, tokens that follow one by one are
-decoded, and several at a time over a cache are refused, since they may be either. So generate() needs prompt() for a
-prompt in chunks, speculative decoding and use_cache=False.
+step, so that a step reads all keys (but not all values); on CUDA the Triton kernels do the rest. With decode="full" it
+matters what is prompt: `with prompt(tokens):` says so. Without it, it is what was read into the empty cache, tokens
+that follow one by one are decoded, and several at a time over a cache are refused, since they may be either. So
+generate() needs prompt() for a prompt in chunks, speculative decoding and use_cache=False.
 
 Padding, left or right, is taken out before attention and put back as zeros, so blocks start at each row's first real
 token. Documents packed into rows are kept apart where transformers says that there are any: by position_ids without
