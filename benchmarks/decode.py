@@ -97,7 +97,7 @@ def step_of(name: str, caches: Caches) -> Callable[[int], torch.Tensor]:
             sequence.block_means(BLOCK_SIZE)
 
         def step(i: int) -> torch.Tensor:
-            return decode_moba(caches.q[i], sequences[i], BLOCK_SIZE, TOP_K)
+            return decode_moba(caches.q[i], [sequences[i]], sequences[i].documents(1), BLOCK_SIZE, TOP_K)
     else:
         row = torch.arange(batch, device="cuda")
         length, means = torch.full((batch,), context, device="cuda"), context // BLOCK_SIZE

@@ -32,7 +32,6 @@ sys.path.insert(0, str(ROOT))
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
-from benchmarks.gate_probes import Probe, probes, score  # noqa: E402
 from benchmarks.gate_tables import FULL, GATES, draw, loss_summary, retrieval_summary, table  # noqa: E402
 from benchmarks.pretrained import machine  # noqa: E402
 from conf.build import ConfigError  # noqa: E402
@@ -45,6 +44,7 @@ from data.validation import held_out_documents  # noqa: E402
 from evals.context import Context, clusters_by  # noqa: E402
 from evals.loading import TrainedModel, attention_plan, load_trained  # noqa: E402
 from evals.position_loss import evaluate  # noqa: E402
+from evals.probes import Probe, probes, score  # noqa: E402
 from evals.results import commit, write_json  # noqa: E402
 from evals.swap import under  # noqa: E402
 from launch.cli import UsageError, exits_on, key_values  # noqa: E402
@@ -212,7 +212,7 @@ class Study:
     def _retrieval(self, setting: Setting) -> dict[str, Any]:
         documents = held_out_documents(self.source, setting.length, self.limit)
         asked: list[Probe] = list(probes(documents, self.tokenizer, setting.length))
-        scores = [score(self.trained.model, probe, self.trained.device) for probe in asked]
+        scores = [found for probe in asked for found in score(self.trained.model, [probe], self.trained.device)]
         return {
             "tasks": [probe.task for probe in asked],
             "depths": [probe.depth for probe in asked],

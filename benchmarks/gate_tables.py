@@ -11,9 +11,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from benchmarks.gate_probes import TASKS
 from conf.numbers import format_length
 from evals.figures import save
+from evals.probes import TASKS
 from evals.statistics import clustered_mean, half_width, wilson
 
 FULL = "full"

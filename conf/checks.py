@@ -132,7 +132,7 @@ def _check_model(config: RunConfig, problems: Problems) -> None:
         problems.add(
             "model.head_dim",
             model.head_dim,
-            f"RoPE turns pairs, so it must be even and positive; use {max(2, model.head_dim + 1)}",
+            f"RoPE rotates pairs of channels, so it must be even and positive; use {max(2, model.head_dim + 1)}",
         )
     _check_layer_options(model, problems)
     _at_least("model.rope_theta", model.rope_theta, 0, problems, open_end=True)
@@ -164,7 +164,11 @@ def _check_data(config: RunConfig, problems: Problems) -> None:
     if not data.tokenizer:
         problems.add("data.tokenizer", data.tokenizer, "name one: bytes, bpe-32k, or the path of a tokenizer.json")
     if not data.sources:
-        problems.add("data.sources", {}, "no training data; say data=embedded, data=files data.path=..., or data=hub")
+        problems.add(
+            "data.sources",
+            {},
+            "no training data; set data=embedded, data=files data.path=..., or data=hub data.name=...",
+        )
     for name, source in data.sources.items():
         _check_source(f"data.sources.{name}", source, problems)
     weights = [source.weight for source in data.sources.values()]
@@ -188,7 +192,7 @@ def _check_synthetic(key: str, source: SourceConfig, synthetic: SyntheticConfig,
         ("exclude_ids", None),
     ):
         if getattr(source, field) != default:
-            problems.add(f"{key}.{field}", getattr(source, field), f"has no meaning with {key}.synthetic; leave it out")
+            problems.add(f"{key}.{field}", getattr(source, field), f"has no effect with {key}.synthetic; leave it out")
     key = f"{key}.synthetic"
     _one_of(f"{key}.task", synthetic.task, SYNTHETIC_TASKS, problems)
     counts = ("length", "pairs", "min_pairs", "repeats", "key_tokens", "value_tokens", "block_size", "num_documents")
@@ -254,7 +258,7 @@ def _check_schedule(config: RunConfig, problems: Problems) -> None:
             _check_lr(f"{key}.lr", stage.own_lr, stage.tokens, problems)
     name, first = next(iter(schedule.stages.items()), (None, None))
     if first is not None and first.reset_optimizer and config.init.optimizer:
-        hint = "the first stage would throw away the moments that init.optimizer=true takes; set one of them"
+        hint = "the first stage would discard the moments that init.optimizer=true loads; set only one of them"
         problems.add(f"schedule.stages.{name}.reset_optimizer", True, hint)
 
 
@@ -322,13 +326,15 @@ def _check_attention_plan(key: str, attention: AttentionConfig, problems: Proble
     defaults |= {name: option.default for name, option in all_options().items()}
     for name, value in given.items():
         if value != defaults[name]:
-            hint = f"{key}.plan says it of each layer; set {name}={show(defaults[name])}, or leave the plan out"
+            hint = f"{key}.plan sets it for each layer; set {name}={show(defaults[name])}, or leave the plan out"
             problems.add(f"{key}.{name}", value, hint)
     specs = [from_entry(entry) for entry in attention.plan]
     taken = {spec.on(attention.backend).backend for spec in specs}
     if specs and attention.backend in BACKENDS and attention.backend not in taken:
         names = sorted({one.name for spec in specs for one in spec.backends})
-        problems.add(f"{key}.backend", attention.backend, f"the layers of {key}.plan take {', '.join(names)} or auto")
+        problems.add(
+            f"{key}.backend", attention.backend, f"the layers of {key}.plan support {', '.join(names)} or auto"
+        )
 
 
 def _check_attention_pattern(
@@ -341,7 +347,7 @@ def _check_attention_pattern(
     other = [kind for kind in KINDS.values() if kind.replaces_full and kind.name != attention.kind]
     if any(kind.letter in pattern.upper() for kind in other):
         wrong = "".join(kind.letter for kind in other if kind.letter in pattern.upper())
-        hint = f"with {key}.kind={attention.kind}, {main.letter} takes the place of {wrong}"
+        hint = f"with {key}.kind={attention.kind}, write {main.letter} instead of {wrong}"
         problems.add(f"{key}.pattern", pattern, hint)
     every = [f"{kind.letter} ({kind.in_patterns})" for kind in KINDS.values()]
     letters = "".join(kind.letter for kind in KINDS.values())
@@ -372,7 +378,11 @@ def _check_rope(key: str, rope: RopeConfig, problems: Problems) -> None:
     if not _one_of(f"{key}.scaling", rope.scaling, ROPE_SCALINGS, problems):
         return
     if _at_least(f"{key}.factor", rope.factor, 1, problems) and rope.factor == 1 and rope.scaling != "none":
-        problems.add(f"{key}.factor", rope.factor, f"{rope.scaling} by 1 changes nothing; set how much longer: 4")
+        problems.add(
+            f"{key}.factor",
+            rope.factor,
+            f"{rope.scaling} with factor 1 changes nothing; set the extension factor, such as 4",
+        )
     if rope.scaling == "none" and rope.factor != 1:
         problems.add(f"{key}.factor", rope.factor, f"has no effect without {key}.scaling={_either(ROPE_SCALINGS[1:])}")
     needed = rope.scaling in NEED_ORIGINAL_LENGTH
@@ -430,7 +440,7 @@ def _check_lr(key: str, lr: LRConfig, span: int | None, problems: Problems) -> N
         problems.add(
             f"{key}.warmup_tokens",
             format_tokens(lr.warmup_tokens),
-            f"is longer than the {format_tokens(span)} tokens this learning rate spans; use a share such as 1%",
+            f"is longer than the {format_tokens(span)} tokens of this learning-rate schedule; use a share such as 1%",
         )
     elif is_known:
         for name, value, hint in RATES[lr.kind].check(lr, span):
@@ -442,7 +452,7 @@ def _check_engine(config: RunConfig, problems: Problems) -> None:
     _one_of("deepspeed.precision", engine.precision, PRECISIONS, problems)
     for key, value in engine.extra.items():
         if key in OWN_KEYS:
-            problems.add(f"deepspeed.extra.{key}", value, f"decided by {OWN_KEYS[key]}; use that")
+            problems.add(f"deepspeed.extra.{key}", value, f"set by {OWN_KEYS[key]}; use that key")
     if engine.zero_stage not in (0, 1, 2, 3):
         problems.add("deepspeed.zero_stage", engine.zero_stage, "choose 0, 1, 2 or 3 (deepspeed=zero1 and so on)")
         return
@@ -456,8 +466,8 @@ def _check_engine(config: RunConfig, problems: Problems) -> None:
         problems.add(
             "model.compile",
             True,
-            "not with deepspeed.zero_stage=3, which gathers weights inside the compiled code and compiles it again and"
-            " again; use deepspeed=zero2, or model.compile=false",
+            "not supported with deepspeed.zero_stage=3, which gathers weights inside the compiled code, so that it is "
+            "compiled again and again; use deepspeed=zero2, or model.compile=false",
         )
 
 
@@ -466,7 +476,9 @@ def _check_parallel(config: RunConfig, problems: Problems) -> None:
     if not _at_least(key, shared, 1, problems) or shared == 1:
         return
     if model.num_heads is not None and shared > model.num_heads >= 1:
-        problems.add(key, shared, f"at most model.num_heads={model.num_heads}: each process attends with whole heads")
+        problems.add(
+            key, shared, f"at most model.num_heads={model.num_heads}: each process computes whole attention heads"
+        )
     needed = max(1, model.key_conv - 1)
     for name, stage in config.schedule.stages.items():
         if stage.seq_len is not None and stage.seq_len < shared * needed:

@@ -250,7 +250,7 @@ class TokenShards:
                 path = self.directory / f"{number:05d}.{kind}"
                 with open(path, "rb") as file:
                     if hashlib.file_digest(file, "sha256").hexdigest() != record[f"{kind}_sha256"]:
-                        raise DataError(f"{path} is damaged: its checksum differs from meta.json. {_REMEDY}")
+                        raise DataError(f"{path} is damaged: its checksum differs from {META}. {_REMEDY}")
 
     def _read_index(self, number: int, record: dict) -> np.ndarray:
         path = self.directory / f"{number:05d}.bin"
@@ -260,14 +260,18 @@ class TokenShards:
         for file, wanted in sizes.items():
             size = file.stat().st_size if file.exists() else None
             if size != wanted:
-                found = "is missing" if size is None else f"has {size:,} bytes instead of {wanted:,}"
-                raise DataError(f"{file} {found}. {_REMEDY}")
+                found = "is missing" if size is None else f"has {size:,} bytes"
+                raise DataError(f"{file} {found}; {META} says {wanted:,} bytes. {_REMEDY}")
         raw = path.with_suffix(".idx").read_bytes() if path.with_suffix(".idx").exists() else b""
         if hashlib.sha256(raw).hexdigest() != record["idx_sha256"]:
-            raise DataError(f"{path.with_suffix('.idx')} is missing or damaged: its checksum differs. {_REMEDY}")
+            raise DataError(
+                f"{path.with_suffix('.idx')} is missing or damaged: its checksum differs from {META}. {_REMEDY}"
+            )
         index = np.frombuffer(raw, "<i8") if len(raw) % 8 == 0 else np.zeros(0, "<i8")
         if not len(index) or index[0] != 0 or index[-1] != record["tokens"] or (np.diff(index) < 1).any():
-            raise DataError(f"{path.with_suffix('.idx')} is no index of {record['tokens']:,} tokens. {_REMEDY}")
+            raise DataError(
+                f"{path.with_suffix('.idx')} is no index of the {record['tokens']:,} tokens of {META}. {_REMEDY}"
+            )
         return index
 
 

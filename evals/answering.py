@@ -9,6 +9,7 @@ Shapes: N sequences of a batch, V vocabulary rows.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
@@ -16,19 +17,25 @@ import torch
 from torch import Tensor
 
 from conf.numbers import format_length, parse_length
+from evals.context import Context
+from evals.loading import attention_label, attention_plan
 from evals.protocol import Job, names
 from evals.swap import DENSE, OWN, under
 from moba.documents import Documents
 from moba.kinds import AttentionSpec
 from moba.layer import KVCache
 from train.model.decoder import Decoder
-from train.model.generation import CHUNK_TOKENS
 
 HYBRID = "hybrid"
 ARMS = (OWN, HYBRID, DENSE)
+ABOUT_BESIDE = "more arms, prompt and answer with this attention, each as attention= takes it: 128x16+1,plan.yaml"
 ABOUT_ARMS = f"{OWN} (prompt and answer with the attention in force), {HYBRID} (the answer with full), {DENSE}"
-BATCH_TOKENS = 1 << 16
-"""Prompt tokens that are cached at a time, or one prompt where that is longer."""
+BATCH_TOKENS, MOST_BATCH_TOKENS = 1 << 16, 1 << 18
+"""Prompt tokens that are cached at a time, or one prompt where that is longer; more, up to the second, where the cache
+then takes CACHE_SHARE of the GPU's memory at most."""
+CACHE_SHARE = 0.25
+READ_TOKENS = 1 << 14
+"""Tokens of all texts together in a pass over prompts."""
 SCORED_TOKENS = 2048
 """Tokens of answers whose scores over the whole vocabulary are kept at a time."""
 
@@ -43,10 +50,17 @@ class Arm:
     decode: tuple[AttentionSpec, ...]
     """Of each layer, for the answer."""
 
+    @property
+    def key(self) -> str:
+        """Its name in a ledger, whose file tells the attention in force alone: a plan's file may come to hold another
+        plan."""
+        plan = hashlib.sha256(repr((self.prefill, self.decode)).encode()).hexdigest()[:8]
+        return self.name if self.name in ARMS else f"{self.name} {plan}"
 
-def chosen_arms(job: Job, default: str) -> dict[tuple[AttentionSpec, ...], list[Arm]]:
-    """The arms that were asked for by arms=, by the plan that reads the prompt; those that share it read it once. A
-    plan with nothing to replace has the arm `full` alone. ValueError for a name that is none."""
+
+def chosen_arms(job: Job, default: str) -> list[Arm]:
+    """The arms that were asked for by arms=, in the order of ARMS, and one for each attention of beside=. A plan with
+    nothing to replace has the arm `full` alone of the first. ValueError for a name that is none, or is there twice."""
     asked = names(job.values, "arms", ARMS, default)
     own = job.context.model.attention
     dense = tuple(spec.dense() for spec in own)
@@ -55,10 +69,21 @@ def chosen_arms(job: Job, default: str) -> dict[tuple[AttentionSpec, ...], list[
         if "arms" in job.values and asked != [DENSE]:
             raise ValueError(f"arms={job.values['arms']}: no layer is sparse here; choose attention such as 512x3")
         asked = [DENSE]
+    arms = [Arm(name, *plans[name]) for name in ARMS if name in asked]
+    for word in filter(None, (word.strip() for word in job.values.get("beside", "").strip("[]").split(","))):
+        plan = attention_plan(word, job.trained)
+        arms.append(Arm(attention_label(word), plan, plan))
+    found = [arm.name for arm in arms]
+    if len(set(found)) < len(found):
+        raise ValueError(f"beside: {', '.join(found)}: two have the same name; rename a plan's file")
+    return arms
+
+
+def by_prompt(arms: Sequence[Arm]) -> dict[tuple[AttentionSpec, ...], list[Arm]]:
+    """The arms by the plan that reads the prompt: those that share it read it once."""
     groups: dict[tuple[AttentionSpec, ...], list[Arm]] = {}
-    for name in ARMS:
-        if name in asked:
-            groups.setdefault(plans[name][0], []).append(Arm(name, *plans[name]))
+    for arm in arms:
+        groups.setdefault(arm.prefill, []).append(arm)
     return groups
 
 
@@ -81,22 +106,39 @@ def chosen_lengths(job: Job, default: Sequence[str]) -> list[int]:
     return sorted(set(found))
 
 
+def batch_tokens(context: Context) -> int:
+    """How many tokens of prompts to cache at a time: the same on every process."""
+    if torch.device(context.device).type != "cuda":
+        return BATCH_TOKENS
+    weight, layers = context.model.model.embed_tokens.weight, context.model.model.layers
+    bytes_each = sum(2 * layer.self_attn.k_proj.out_features for layer in layers) * weight.element_size()
+    memory = torch.cuda.get_device_properties(weight.device).total_memory
+    fit = int(CACHE_SHARE * memory / (2 * bytes_each))  # a cache doubles when it is full
+    tokens = torch.tensor(max(BATCH_TOKENS, min(fit, MOST_BATCH_TOKENS)), device=weight.device)
+    return int(context.reduce(tokens)) // context.world_size
+
+
 class Reader:
     """N texts that a model reads, and continues, side by side."""
 
-    def __init__(self, model: Decoder, number: int, vocab_size: int, chunk_tokens: int = CHUNK_TOKENS):
+    def __init__(self, model: Decoder, number: int, vocab_size: int, chunk_tokens: int = READ_TOKENS):
         """`vocab_size`: ids from there on are never written; `chunk_tokens`: read at a time, of all texts together,
         which changes nothing but the memory."""
-        self._model, self._vocab_size, self._chunk = model, vocab_size, max(1, chunk_tokens // number)
+        self._model, self._vocab_size, self._chunk = model, vocab_size, chunk_tokens
         self._device = model.model.embed_tokens.weight.device
         self._cache = KVCache(len(model.attention), number)
         self._scores: list[Tensor] = [torch.empty(0)] * number
 
     def read(self, parts: Sequence[Sequence[int]], plan: Sequence[AttentionSpec]) -> None:
-        """Reads on: each text goes on with its part, which may be empty."""
-        longest = max(map(len, parts))
-        for start in range(0, longest, self._chunk):
-            chunks = [part[start : start + self._chunk] for part in parts]
+        """Reads on: each text goes on with its part, which may be empty. Long ones are read one after the other, so
+        that a pass has few pieces; short ones together."""
+        done = [0] * len(parts)
+        while any(start < len(part) for start, part in zip(done, parts)):
+            room, chunks = self._chunk, []
+            for i, part in enumerate(parts):
+                chunks.append(part[done[i] : done[i] + room])
+                done[i] += len(chunks[-1])
+                room -= len(chunks[-1])
             ends = [sum(map(len, chunks[: i + 1])) - 1 for i, chunk in enumerate(chunks) if chunk]
             scores = iter(self._forward(chunks, plan, ends))
             self._scores = [next(scores) if chunk else old for chunk, old in zip(chunks, self._scores)]

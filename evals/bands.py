@@ -9,6 +9,7 @@ over buckets as their residuals do; scaled to what Satterthwaite's degrees of fr
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -35,17 +36,22 @@ def simultaneous_factor(sums_NX: np.ndarray, counts_NX: np.ndarray, clusters: li
     known = np.isfinite(found.freedom) & (found.se > 0)
     if not known.any():
         return math.nan
-    s_CX, c_CX = (part[:, known] for part in clustered_sums(sums_NX, counts_NX, clusters))
-    r_CX = s_CX - found.mean[known] * c_CX
+    t_DX = relative_t(sums_NX[:, known], counts_NX[:, known], clusters)
+    exact = [student_quantile(1 - (1 - CONFIDENCE) / 2, round(float(f), 2)) for f in found.freedom[known]]
+    return float(np.quantile(t_DX.max(axis=1), CONFIDENCE) * np.max(exact))
+
+
+def relative_t(sums_NX: np.ndarray, counts_NX: np.ndarray, clusters: Sequence[str | int]) -> np.ndarray:
+    """|t| of each bucket in draws that resemble the clusters, over its own 95 % quantile: float64 [draws, X]."""
+    s_CX, c_CX = clustered_sums(sums_NX, counts_NX, clusters)
+    r_CX = s_CX - s_CX.sum(axis=0) / c_CX.sum(axis=0) * c_CX
     share_CX = c_CX / c_CX.sum(axis=0)
     with np.errstate(invalid="ignore", divide="ignore"):
         e_CX = np.nan_to_num(r_CX / np.sqrt(c_CX * (1 - share_CX)))
     e_CX /= np.sqrt((e_CX**2).mean(axis=0))
     draw = _t_of_many if len(e_CX) > MANY else _t_of_few
     t_DX = draw(e_CX, c_CX, share_CX, np.random.default_rng(0))
-    one = np.quantile(t_DX, CONFIDENCE, axis=0)
-    exact = [student_quantile(1 - (1 - CONFIDENCE) / 2, round(float(f), 2)) for f in found.freedom[known]]
-    return float(np.quantile((t_DX / one).max(axis=1), CONFIDENCE) * np.max(exact))
+    return t_DX / np.quantile(t_DX, CONFIDENCE, axis=0)
 
 
 def _t_of_few(e_CX: np.ndarray, c_CX: np.ndarray, share_CX: np.ndarray, generator) -> np.ndarray:

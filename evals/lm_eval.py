@@ -25,8 +25,9 @@ from conf.files import user_path
 from conf.numbers import format_length, parse_length
 from conf.words import listed
 from data.tokenizer import load_tokenizer
-from evals.answering import ABOUT_ARMS, chosen_arms
+from evals.answering import ABOUT_ARMS, ABOUT_BESIDE, chosen_arms
 from evals.figures import save
+from evals.ledger import Ledger
 from evals.page import image, note
 from evals.page import table as html_table
 from evals.protocol import Eval, Job, Result
@@ -43,17 +44,18 @@ def run(job: Job) -> Result:
 
     logging.getLogger(PACKAGE).setLevel(logging.ERROR)
     manager, tasks = _tasks(job)
-    arms = [arm for group in chosen_arms(job, OWN).values() for arm in group]
+    arms = chosen_arms(job, OWN)
     tokenizer = load_tokenizer(job.trained.config.data.tokenizer)
     max_length = parse_length(job.values["max_length"]) if "max_length" in job.values else job.trained.stage.seq_len
     samples = job.integer("samples", 1) if "samples" in job.values else None
     shots = _shots(job)
     job.say(f"lm_eval: {listed(tasks)}, up to {format_length(max_length)} tokens, under {listed(a.name for a in arms)}")
+    ledger = Ledger(job, "lm_eval", {"tokenizer": tokenizer.fingerprint})
     scores: dict[str, list[Score]] = {}
     lengths: list[int] = []
     details: Mapping[str, Any] = {}
     for arm in arms:
-        model = RunLM(job.context, arm, tokenizer, max_length)
+        model = RunLM(job.context, arm, tokenizer, max_length, ledger)
         found = import_module(PACKAGE).simple_evaluate(
             model=model,
             tasks=tasks,
@@ -255,6 +257,7 @@ EVAL = Eval(
         "samples": "of each task at most (default all)",
         "max_length": "tokens that the model is shown at most (default: the length of the run's last stage)",
         "arms": f"of {ABOUT_ARMS} (default: {OWN})",
+        "beside": ABOUT_BESIDE,
     },
     heading="lm-evaluation-harness",
     page=page,

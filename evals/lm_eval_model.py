@@ -5,10 +5,12 @@ and too long ones cut from the left. Requests that share their context read it o
 where texts start. Scores are float32 over all rows of the output, as in training.
 
 Every process is told all requests, works on its share of them and is given all answers: to the harness it is alone.
+What is answered is kept (evals/ledger.py), so that an interrupted evaluation goes on.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -22,17 +24,20 @@ from lm_eval.models.utils import (  # pyright: ignore[reportMissingImports]
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window  # pyright: ignore[reportMissingImports]
 
 from data.tokenizer import Tokenizer
-from evals.answering import BATCH_TOKENS, Arm, Reader
+from evals.answering import Arm, Reader, batch_tokens
 from evals.context import Context
+from evals.ledger import Ledger
 
 
 class RunLM(TemplateLM):
     """A run's model under one arm."""
 
-    def __init__(self, context: Context, arm: Arm, tokenizer: Tokenizer, max_length: int):
+    def __init__(self, context: Context, arm: Arm, tokenizer: Tokenizer, max_length: int, ledger: Ledger):
         """`max_length`: tokens that the model is shown at most."""
         super().__init__()
+        self._ledger = ledger
         self._context, self._arm, self._tokens, self.max_length = context, arm, tokenizer, max_length
+        self._batch_tokens = batch_tokens(context)
         self.lengths: list[int] = []
         """Tokens of each request, as read."""
 
@@ -85,15 +90,36 @@ class RunLM(TemplateLM):
         found = torch.zeros(len(places), 2, dtype=torch.float64, device=self._context.device)
         rows = self._context.model.model.embed_tokens.weight.shape[0]
         for batch in self._batches([len(c) + max(map(len, by_context[c])) for c in contexts], "log-likelihoods"):
-            reader = Reader(self._context.model, len(batch), rows)
-            reader.read([contexts[i] for i in batch], self._arm.prefill)
-            for n in range(max(len(by_context[contexts[i]]) for i in batch)):
-                # A context with fewer answers is asked its last one again.
-                answers = [list(by_context[contexts[i]])[: n + 1][-1] for i in batch]
-                for i, answer, score in zip(batch, answers, reader.score(answers, self._arm.decode)):
-                    found[places[contexts[i], answer]] = torch.tensor(score, dtype=torch.float64)
+            missing = [
+                i for i in batch if not all(self._key(contexts[i], a) in self._ledger for a in by_context[contexts[i]])
+            ]
+            if missing:
+                self._read_answers([(contexts[i], list(by_context[contexts[i]])) for i in missing], rows)
+            for context in (contexts[i] for i in batch):
+                for answer in by_context[context]:
+                    score = self._ledger[self._key(context, answer)]
+                    found[places[context, answer]] = torch.tensor(score, dtype=torch.float64)
         values = self._context.reduce(found).tolist()
         return [(values[places[pair]][0], values[places[pair]][1] > 0) for pair in wanted]
+
+    def _read_answers(self, asked: Sequence[tuple[tuple[int, ...], list[tuple[int, ...]]]], rows: int) -> None:
+        """Puts (log-likelihood, whether greedy) of answers behind their contexts into the ledger."""
+        reader = Reader(self._context.model, len(asked), rows)
+        reader.read([context for context, _ in asked], self._arm.prefill)
+        found = {}
+        for n in range(max(len(answers) for _, answers in asked)):
+            # A context with fewer answers is asked its last one again.
+            now = [answers[: n + 1][-1] for _, answers in asked]
+            for (context, _), answer, score in zip(asked, now, reader.score(now, self._arm.decode)):
+                found[self._key(context, answer)] = score
+        self._ledger.put(found)
+
+    def _key(self, before: Sequence[int], *what: Any) -> tuple[str, ...]:
+        """Of an answer, or of what is written, behind these tokens."""
+        return (
+            self._arm.key,
+            *(hashlib.sha256(repr(part).encode()).hexdigest()[:16] for part in (tuple(before), *what)),
+        )
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
         """Greedy answers, up to their stop sequences."""
@@ -124,10 +150,15 @@ class RunLM(TemplateLM):
 
         found = torch.zeros(len(prompts), length, dtype=torch.int64, device=self._context.device)  # token + 1
         for batch in self._batches([len(prompt) + length for prompt in prompts], "answers"):
-            reader = Reader(self._context.model, len(batch), self._tokens.vocab_size)
-            reader.read([prompts[i] for i in batch], self._arm.prefill)
-            written = reader.greedy(length, self._arm.decode, stop={self._tokens.eos_id}, done=done)
-            for i, tokens in zip(batch, written):
+            keys = {i: self._key(prompts[i], "written", list(until), length) for i in batch}
+            missing = [i for i in batch if keys[i] not in self._ledger]
+            if missing:
+                reader = Reader(self._context.model, len(missing), self._tokens.vocab_size)
+                reader.read([prompts[i] for i in missing], self._arm.prefill)
+                written = reader.greedy(length, self._arm.decode, stop={self._tokens.eos_id}, done=done)
+                self._ledger.put({keys[i]: tokens for i, tokens in zip(missing, written)})
+            for i in batch:
+                tokens = self._ledger[keys[i]]
                 found[i, : len(tokens)] = torch.tensor(tokens, dtype=torch.int64) + 1
         return [[token - 1 for token in row if token] for row in self._context.reduce(found).tolist()]
 
@@ -135,7 +166,7 @@ class RunLM(TemplateLM):
         """Indices of texts of these lengths that this process reads together, long ones first."""
         batches: list[list[int]] = []
         for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-            if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= BATCH_TOKENS:
+            if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= self._batch_tokens:
                 batches[-1].append(i)
             else:
                 batches.append([i])

@@ -16,7 +16,17 @@ import torch
 
 from conf.numbers import format_length
 from data.tokenizer import Tokenizer, load_tokenizer
-from evals.answering import ABOUT_ARMS, ARMS, BATCH_TOKENS, Arm, Reader, chosen_arms, chosen_lengths
+from evals.answering import (
+    ABOUT_ARMS,
+    ABOUT_BESIDE,
+    ARMS,
+    Arm,
+    Reader,
+    batch_tokens,
+    by_prompt,
+    chosen_arms,
+    chosen_lengths,
+)
 from evals.context import Context
 from evals.ledger import Countdown, Ledger
 from evals.needle_report import SCORES, NeedleReport, page
@@ -41,11 +51,11 @@ class Grid:
 def run(job: Job) -> Result:
     """The grid of a model under each arm."""
     grid = _grid(job)
-    groups = chosen_arms(job, ",".join(ARMS))
-    arms = [arm for group in groups.values() for arm in group]
+    arms = chosen_arms(job, ",".join(ARMS))
+    groups = by_prompt(arms)
     tokenizer = load_tokenizer(job.trained.config.data.tokenizer)
     ledger = Ledger(job, "needle", {"seed": SEED, "tokenizer": tokenizer.fingerprint})
-    units = _units(grid)
+    units = _units(grid, batch_tokens(job.context))
     for form in grid.forms:
         make_sample(form, tokenizer, min(grid.lengths), SEED, 0)  # says now if that is too short
     cells = len(grid.forms) * len(grid.lengths) * len(grid.depths)
@@ -64,7 +74,7 @@ def run(job: Job) -> Result:
         for a, arm in enumerate(arms):
             for d, depth in enumerate(grid.depths):
                 for i in indices:
-                    found = ledger[form, arm.name, length, depth, i]
+                    found = ledger[form, arm.key, length, depth, i]
                     place = (grid.forms.index(form), a, grid.lengths.index(length), d, i)
                     right[(slice(None), *place)] = torch.tensor(found[: len(SCORES)], dtype=torch.float64)
     report = NeedleReport(
@@ -97,7 +107,7 @@ def _measure(
     missing = [
         depth
         for depth in depths
-        if not all((form, arm.name, length, depth, i) in ledger for arm in arms for i in indices)
+        if not all((form, arm.key, length, depth, i) in ledger for arm in arms for i in indices)
     ]
     if not missing:
         countdown.skip(work)
@@ -114,7 +124,7 @@ def _measure(
         found = {}
         for arm in arms:
             for i, (scores, text) in zip(indices, _answers(reader, samples, arm, tokenizer)):
-                found[form, arm.name, length, depth, i] = (*scores, text)
+                found[form, arm.key, length, depth, i] = (*scores, text)
         reader.rewind(mark)
         ledger.put(found)
         countdown.step(work / len(missing), len(found))
@@ -135,12 +145,12 @@ def _answers(
     return [((text.startswith(s.answer), bool(b)), text) for s, text, b in zip(samples, texts, best)]
 
 
-def _units(grid: Grid) -> list[tuple[str, int, list[int]]]:
-    """(form, length, samples) that are read together, for processes to share."""
+def _units(grid: Grid, tokens: int) -> list[tuple[str, int, list[int]]]:
+    """(form, length, samples) that are read together, of so many tokens, for processes to share."""
     units = []
     for form in grid.forms:
         for length in grid.lengths:
-            size = max(1, BATCH_TOKENS // length)
+            size = max(1, tokens // length)
             units += [
                 (form, length, list(range(start, min(start + size, grid.samples))))
                 for start in range(0, grid.samples, size)
@@ -170,6 +180,7 @@ EVAL = Eval(
         "depths": "places of the needle, evenly from the start to the end (default 10)",
         "samples": "texts of each length and depth (default 10)",
         "arms": f"of {ABOUT_ARMS} (default: all)",
+        "beside": ABOUT_BESIDE,
     },
     heading="Needle in a haystack",
     page=page,

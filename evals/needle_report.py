@@ -95,12 +95,16 @@ class NeedleReport:
 
     def table(self) -> str:
         """The shares in percent as text: a line a form, arm and length."""
+        width = max(8, *(len(arm) + 2 for arm in self.arms))
         lines = [
-            f"{'form':<11}{'arm':<8}{'length':>8}" + "".join(f"{f'{score} %':>12}{'95 %':>13}" for score in SCORES)
+            f"{'form':<11}{'arm':<{width}}{'length':>8}"
+            + "".join(f"{f'{score} %':>12}{'95 %':>13}" for score in SCORES)
         ]
         for form, arm, length, found in self.rows():
             cells = [f"{100 * share:>12.1f}{_bounds(low, high):>13}" for share, low, high in found.values()]
-            lines.append(f"{form:<11}{arm:<8}{'all' if length is None else format_length(length):>8}" + "".join(cells))
+            lines.append(
+                f"{form:<11}{arm:<{width}}{'all' if length is None else format_length(length):>8}" + "".join(cells)
+            )
         return "\n".join(lines)
 
     def result(self, seed: int) -> Result:

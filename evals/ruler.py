@@ -14,7 +14,16 @@ import torch
 
 from conf.numbers import format_length
 from data.tokenizer import Tokenizer, load_tokenizer
-from evals.answering import ABOUT_ARMS, BATCH_TOKENS, HYBRID, Reader, chosen_arms, chosen_lengths
+from evals.answering import (
+    ABOUT_ARMS,
+    ABOUT_BESIDE,
+    HYBRID,
+    Reader,
+    batch_tokens,
+    by_prompt,
+    chosen_arms,
+    chosen_lengths,
+)
 from evals.ledger import Countdown, Ledger
 from evals.protocol import Eval, Job, Result, names
 from evals.ruler_data import SEED, Ruler, RulerSample, cleaned
@@ -30,10 +39,10 @@ def run(job: Job) -> Result:
     """The scores of a model under each arm."""
     ruler, context = Ruler(), job.context
     tasks = names(job.values, "tasks", ruler.tasks, default=",".join(ruler.tasks))
-    groups, lengths, number = chosen_arms(job, HYBRID), chosen_lengths(job, LENGTHS), job.integer("samples", 500)
+    arms, lengths, number = chosen_arms(job, HYBRID), chosen_lengths(job, LENGTHS), job.integer("samples", 500)
     if number > MOST_SAMPLES:
         raise ValueError(f"samples={number}: RULER's question sets have enough for {MOST_SAMPLES} at most")
-    arms = [arm.name for group in groups.values() for arm in group]
+    groups = by_prompt(arms)
     tokenizer = load_tokenizer(job.trained.config.data.tokenizer)
     samples = _samples(job, ruler, tasks, tokenizer, lengths, number)
     settings = {
@@ -44,16 +53,16 @@ def run(job: Job) -> Result:
     ledger = Ledger(job, "ruler", settings)
     job.say(
         f"ruler: {len(tasks)} tasks, {number} samples each, at {', '.join(map(format_length, lengths))} tokens, under "
-        f"{', '.join(arms)}; parts are kept in {ledger.path}"
+        f"{', '.join(arm.name for arm in arms)}; parts are kept in {ledger.path}"
     )
-    mine = list(_units(samples))[context.rank :: context.world_size]
+    mine = list(_units(samples, batch_tokens(context)))[context.rank :: context.world_size]
     work = len(groups) * sum(length * len(indices) for _, length, indices in mine)
     countdown = Countdown(job, "ruler", work, unit="answers")
     sums = torch.zeros(len(arms), len(tasks), len(lengths), number, dtype=torch.float64, device=context.device)
     for name, length, indices in mine:
         task, asked = ruler.tasks[name], samples[name, length]
         for plan, group in groups.items():
-            missing = [i for i in indices if not all((arm.name, name, length, i) in ledger for arm in group)]
+            missing = [i for i in indices if not all((arm.key, name, length, i) in ledger for arm in group)]
             countdown.skip(length * (len(indices) - len(missing)))
             if not missing:
                 continue
@@ -63,18 +72,18 @@ def run(job: Job) -> Result:
                 found = {}
                 for arm in group:
                     written = reader.greedy(task.tokens_to_generate, arm.decode, stop={tokenizer.eos_id})
-                    found |= {(arm.name, name, length, i): tokenizer.decode(ids) for i, ids in zip(missing, written)}
+                    found |= {(arm.key, name, length, i): tokenizer.decode(ids) for i, ids in zip(missing, written)}
             ledger.put(found)
             countdown.step(length * len(missing), len(found))
         for a, arm in enumerate(arms):
-            texts = [cleaned(ledger[arm, name, length, i]) for i in indices]
+            texts = [cleaned(ledger[arm.key, name, length, i]) for i in indices]
             scores = task.scores(texts, [asked[i].answers for i in indices])
             sums[a, tasks.index(name), lengths.index(length), indices] = torch.tensor(scores).to(sums)
     counts = [[len(samples[name, length]) for length in lengths] for name in tasks]
     report = RulerReport(
         tasks=tasks,
         all_tasks=list(ruler.tasks),
-        arms=arms,
+        arms=[arm.name for arm in arms],
         lengths=lengths,
         scores_ATLN=context.reduce(sums).cpu().numpy(),
         counts_TL=counts,
@@ -100,10 +109,10 @@ def _samples(
     return {(name, length): ruler.samples(name, tokenizer, length, number, folder) for name, length in wanted}
 
 
-def _units(samples: dict[tuple[str, int], list[RulerSample]]) -> Iterator[tuple[str, int, list[int]]]:
-    """(task, length, samples) that are read together."""
+def _units(samples: dict[tuple[str, int], list[RulerSample]], tokens: int) -> Iterator[tuple[str, int, list[int]]]:
+    """(task, length, samples) that are read together, of so many tokens."""
     for (name, length), asked in samples.items():
-        size = max(1, BATCH_TOKENS // length)
+        size = max(1, tokens // length)
         for start in range(0, len(asked), size):
             yield name, length, list(range(start, min(start + size, len(asked))))
 
@@ -121,6 +130,7 @@ EVAL = Eval(
         "lengths": f"tokens of a prompt with its answer (default: of {','.join(LENGTHS)} up to the run's own)",
         "samples": "of each task and length (default 500)",
         "arms": f"of {ABOUT_ARMS} (default: {HYBRID})",
+        "beside": ABOUT_BESIDE,
     },
     heading="RULER",
     page=page,

@@ -3,7 +3,8 @@
 A setting is a block size, top_k, gate and first_blocks in the layers that have MoBA (in the full ones, if none has).
 Each is measured on the same held-out documents: mean and trailing loss minus those under full attention, with the share
 of the causal pairs that it attends to beside them. For a run trained or validated on recall tasks also the share of
-right answers. Each finished document is kept (evals/ledger.py), so that an interrupted sweep goes on.
+right answers, and for any model that of probes in the same documents (evals/probes.py). Each finished document is kept
+(evals/ledger.py), so that an interrupted sweep goes on.
 
 Shapes: S settings, full attention first; N documents; B buckets.
 """
@@ -13,15 +14,18 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from fractions import Fraction
 from itertools import product
 
 import numpy as np
 import torch
 
 from conf.numbers import format_length, parse_length
+from data.tokenizer import load_tokenizer
+from evals import probes
 from evals.context import Context
 from evals.ledger import Countdown, Ledger
-from evals.loading import with_moba
+from evals.loading import attention_label, attention_plan, with_moba
 from evals.position_loss import evaluate
 from evals.protocol import Eval, Job, Result, names
 from evals.recall import own_tasks, score, synthetic_source
@@ -40,6 +44,7 @@ def run(job: Job) -> Result:
     """The sweep over the settings that were asked for."""
     seq_len, own = job.seq_len, job.context.model.attention
     plans = {FULL: tuple(spec.dense() for spec in own)} | _settings(job, seq_len)
+    tokenizer = load_tokenizer(job.trained.config.data.tokenizer)
     documents, samples = job.held_out(), job.integer("samples", 64)
     tasks = {name: synthetic_source(job, config) for name, config in own_tasks(job.trained.config.data).items()}
     parts: dict[str, list[tuple[str, Callable[[Context], Sequence[float | None]]]]] = {"loss": []}
@@ -49,11 +54,17 @@ def run(job: Job) -> Result:
         count = min(samples, source.num_documents)
         parts[name] = [(str(i), lambda context, s=source, i=i: _right(context, s.sample(i))) for i in range(count)]
     configs = {name: asdict(source.config) for name, source in tasks.items()}
+    asked = names(job.values, "probes", probes.TASKS, default="") if job.values.get("probes") else []
+    for task in asked:
+        for name, batch in documents:
+            found = probes.of_document(name, batch, tokenizer, task, seq_len)
+            parts.setdefault(task, []).append((name, lambda context, found=found: _known(context, found)))
     ids = [name for name, _ in documents]
     ledger = Ledger(job, "sweep", {"seq_len": seq_len, "documents": ids, "tasks": configs})
+    also = "".join(f", {name}" for name in [*tasks, *asked])
     job.say(
         f"sweep: {len(plans) - 1} settings and full attention on {len(documents)} documents of "
-        f"{format_length(seq_len)} tokens{''.join(f', {name}' for name in tasks)}; parts are kept in {ledger.path}"
+        f"{format_length(seq_len)} tokens{also}; parts are kept in {ledger.path}"
     )
     found = _measure(job, plans, parts, ledger)
     clusters = [job.context.cluster_of(name) for name in ids]
@@ -64,6 +75,7 @@ def run(job: Job) -> Result:
         losses_SNB=found.pop("loss"),
         clusters=clusters,
         right_SN=found,
+        probes=asked,
         seq_len=seq_len,
         title=str(job.trained.config.run.name),
     )
@@ -76,11 +88,12 @@ def _measure(job: Job, plans: Mapping[Setting, Plan], parts, ledger: Ledger) -> 
     mine = {name: list(range(len(own)))[context.rank :: context.world_size] for name, own in parts.items()}
     countdown = Countdown(job, "sweep", len(plans) * sum(map(len, mine.values())), unit="documents")
     alone = replace(context, rank=0, world_size=1, reduce=lambda tensor: tensor, bars=False)
+    keys = {setting: _key(setting, plan) for setting, plan in plans.items()}
     for setting, plan in plans.items():
         with under(context.model, plan):
             for name, indices in mine.items():
                 for i in indices:
-                    key = (*setting, name, i)
+                    key = (*keys[setting], name, i)
                     if key in ledger:
                         countdown.skip(1)
                         continue
@@ -88,14 +101,19 @@ def _measure(job: Job, plans: Mapping[Setting, Plan], parts, ledger: Ledger) -> 
                     countdown.step(1, 1)
     found = {}
     for name, own in parts.items():
-        width = 2 if name != "loss" else default_num_buckets(job.seq_len)
+        width = 3 if name != "loss" else default_num_buckets(job.seq_len)
         values = torch.zeros(len(plans), len(own), width, dtype=torch.float64, device=context.device)
         for s, setting in enumerate(plans):
             for i in mine[name]:
-                row = [np.nan if value is None else value for value in ledger[(*setting, name, i)]]
+                row = [np.nan if value is None else value for value in ledger[(*keys[setting], name, i)]]
                 values[s, i] = torch.tensor(row, dtype=torch.float64)
         found[name] = context.reduce(values).cpu().numpy()
     return found
+
+
+def _key(setting: Setting, plan: Plan) -> tuple:
+    """Of a setting in the ledger; a name may come to stand for another plan."""
+    return setting if setting.block_size or setting == FULL else (*setting, repr(plan))
 
 
 @torch.no_grad()
@@ -107,38 +125,66 @@ def _losses(context: Context, document, seq_len: int) -> list[float | None]:
 
 @torch.no_grad()
 def _right(context: Context, sample) -> list[float]:
-    """[right answers, answers] of a recall document."""
-    right_A = score(context.model, sample, context.device)[0]
-    return [float(right_A.sum()), float(len(right_A))]
+    """[right answers, answers, nats a token summed over answers] of a recall document."""
+    right_A, nats_A = score(context.model, sample, context.device)
+    return [float(right_A.sum()), float(len(right_A)), float(nats_A.sum())]
+
+
+@torch.no_grad()
+def _known(context: Context, asked: Sequence[probes.Probe]) -> list[float]:
+    """The same of a document's probes."""
+    found = probes.score(context.model, asked, context.device)
+    return [float(sum(right for right, _ in found)), float(len(found)), sum(nats for _, nats in found)]
 
 
 def _settings(job: Job, seq_len: int) -> dict[Setting, Plan]:
     """Those that were asked for, without what is full attention at this length. ValueError if none is left."""
     own = job.context.model.attention
+    named = {}
+    for word in _words(job.values.get("attentions", "")):
+        if word:
+            named[Setting(0, 0, attention_label(word), 0)] = attention_plan(word, job.trained)
     routing = next((spec.routing for spec in own if spec.routing is not None), None)
     if "block_sizes" not in job.values and routing is None:
+        if named:
+            return named
         raise ValueError(
             "no layer of the model is MoBA here; name block_sizes=, or an attention such as attention=512x3"
         )
     default = str(routing.block_size) if routing else ""
     blocks = [_length("block_sizes", word) for word in _words(job.values.get("block_sizes", default))]
-    top_ks = whole_numbers(job.values, "top_k", TOP_K, least=1)
     gates = names(job.values, "gates", GATES, default=routing.gate if routing else MEAN)
     firsts = whole_numbers(job.values, "first_blocks", str(routing.first_blocks if routing else 0), least=0)
     plans, dense = {}, 0
-    for block_size, gate, first, top_k in product(blocks, gates, firsts, top_ks):
-        if first and first >= top_k:
-            continue  # they and the query's own block would be more than top_k
-        plan = with_moba(own, block_size, top_k, gate, first)
-        if block_size * top_k >= seq_len:
-            dense += 1
-        else:
-            plans[Setting(block_size, top_k, gate, first)] = plan
+    for block_size, gate, first in product(blocks, gates, firsts):
+        for top_k in _top_ks(job.values, block_size, seq_len):
+            if first and first >= top_k:
+                continue  # they and the query's own block would be more than top_k
+            plan = with_moba(own, block_size, top_k, gate, first)
+            if block_size * top_k >= seq_len:
+                dense += 1
+            else:
+                plans[Setting(block_size, top_k, gate, first)] = plan
     if not plans:
         raise ValueError(f"top_k, block_sizes: every setting is full attention at {format_length(seq_len)} tokens")
     if dense:
         job.say(f"note: {dense} settings are full attention at {format_length(seq_len)} tokens, and left out")
-    return plans
+    return plans | named
+
+
+def _top_ks(values: Mapping[str, str], block_size: int, seq_len: int) -> list[int]:
+    """Those of top_k=, or what fills the shares of budgets= with blocks of this size."""
+    if "budgets" not in values:
+        return whole_numbers(values, "top_k", TOP_K, least=1)
+    if "top_k" in values:
+        raise ValueError(f"budgets={values['budgets']}, top_k={values['top_k']}: give one of the two")
+    try:
+        shares = [Fraction(word) for word in _words(values["budgets"])]
+    except (ValueError, ZeroDivisionError):
+        shares = [Fraction(0)]
+    if not all(0 < share < 1 for share in shares):
+        raise ValueError(f"budgets={values['budgets']}: shares of the length above 0 and below 1, such as 1/4,1/8")
+    return sorted({max(1, int(share * seq_len / block_size)) for share in shares})
 
 
 def whole_numbers(values: Mapping[str, str], key: str, default: str, least: int) -> list[int]:
@@ -174,9 +220,13 @@ EVAL = Eval(
     keys={
         "block_sizes": "such as [128,256] (default: that of the attention in force)",
         "top_k": f"blocks a query sees, its own included: a number, list or range (default {TOP_K})",
+        "budgets": "instead of top_k: shares of the length that a query sees at most, such as 1/4,1/8",
+        "attentions": "more settings, each as attention= takes it: such as plan.yaml,512x3+1",
         "gates": f"of {', '.join(GATES)} (default: that of the attention in force)",
         "first_blocks": "of a document that are always seen, such as [0,1] (default: as the attention in force)",
         "samples": "documents of each recall task the run was trained or validated on (default 64)",
+        "probes": f"of {', '.join(probes.TASKS)}: numbers said once in each document and asked for at its end, four "
+        "places each (default: none)",
     },
     heading="What k is worth",
     page=page,

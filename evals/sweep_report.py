@@ -26,7 +26,8 @@ from moba.kinds.moba import MEAN
 
 
 class Setting(NamedTuple):
-    """A size of MoBA, in the order of its key in the ledger."""
+    """A size of MoBA, in the order of its key in the ledger; with a block size of 0 an attention whose name stands in
+    place of the gate's."""
 
     block_size: int
     top_k: int
@@ -34,7 +35,9 @@ class Setting(NamedTuple):
     first_blocks: int
 
     def __str__(self) -> str:
-        return DENSE if self == FULL else f"{format_length(self.block_size)}x{self.top_k}{self.kind}"
+        if self == FULL or not self.block_size:
+            return self.gate or DENSE
+        return f"{format_length(self.block_size)}x{self.top_k}{self.kind}"
 
     @property
     def kind(self) -> str:
@@ -61,7 +64,9 @@ class SweepReport:
     """Mean loss of each document in each bucket."""
     clusters: list[str]
     right_SN: Mapping[str, np.ndarray]
-    """By recall task: [S, N, 2] right answers and answers of its documents."""
+    """By recall task, or kind of probe: [S, N, 3] right answers, answers, and summed nats of its documents."""
+    probes: Sequence[str]
+    """Those of them that are probes in the documents of the losses."""
     seq_len: int
     title: str
 
@@ -77,21 +82,26 @@ class SweepReport:
             for what, values_SN in (("loss", mean_SN), ("trailing", trailing_SN)):
                 row[what] = document_mean(values_SN[s], self.clusters)
                 row[f"{what}_minus_full"] = document_mean(values_SN[s] - values_SN[0], self.clusters)
-            row["recall"] = {task: self._right(right_SN2[s], right_SN2[0]) for task, right_SN2 in self.right_SN.items()}
+            row["recall"] = {task: self._right(task, found_SN3[s]) for task, found_SN3 in self.right_SN.items()}
             rows.append(row)
         return rows
 
-    @staticmethod
-    def _right(right_N2: np.ndarray, full_N2: np.ndarray) -> dict[str, Any]:
-        """The share of right answers, and its difference from full attention's on the same documents."""
-        clusters = list(range(len(right_N2)))
-        share = clustered_mean(right_N2[:, 0], right_N2[:, 1], clusters)
-        gap = clustered_mean(right_N2[:, 0] - full_N2[:, 0], right_N2[:, 1], clusters)
+    def _right(self, task: str, found_N3: np.ndarray) -> dict[str, Any]:
+        """The share of right answers and their nats, and the differences from full attention's on the same
+        documents."""
+        full_N3 = self.right_SN[task][0]
+        right_N, count_N, nats_N = found_N3.T
+        clusters = self.clusters if task in self.probes else [str(i) for i in range(len(found_N3))]
+        share = clustered_mean(right_N, count_N, clusters)
+        gap = clustered_mean(right_N - full_N3[:, 0], count_N, clusters)
         width = float(half_width(gap.se, gap.freedom))
+        asked_N = np.where(count_N > 0, count_N, np.nan)
         return {
             "right": float(share.mean),
             "interval_95": list(RecallReport.interval(share)),
             "minus_full": {"mean": float(gap.mean), "interval_95": width if np.isfinite(width) else None},
+            "nats": document_mean(nats_N / asked_N, clusters),
+            "nats_minus_full": document_mean((nats_N - full_N3[:, 2]) / asked_N, clusters),
         }
 
     def table(self) -> str:
@@ -143,10 +153,11 @@ class SweepReport:
             for label, shift, style, own in self._lines():
                 means, below, above = np.array([self._value(rows[s], task) for s in own]).T
                 shares = self.attended_S[own] * shift
-                axes.errorbar(
-                    shares, means, yerr=np.nan_to_num([below, above]), label=label, capsize=2, markersize=4, **style
-                )
+                bars = np.nan_to_num([below, above])
+                axes.errorbar(shares, means, yerr=bars, label=label, capsize=2, **{"markersize": 4} | style)
                 for s, share, mean in zip(own, shares, means):
+                    if not self.settings[s].block_size:
+                        continue
                     axes.annotate(
                         str(self.settings[s].top_k),
                         (share, mean),
@@ -162,7 +173,7 @@ class SweepReport:
             axes.xaxis.set_minor_formatter(NullFormatter())
             axes.set_xlabel("attended share of the causal pairs (numbers: top_k)")
             axes.set_ylabel("trailing loss minus full (nats per token)" if task is None else "right answers")
-            axes.set_title("Trailing loss" if task is None else f"Recall: {task}", fontsize="medium")
+            axes.set_title("Trailing loss" if task is None else f"Retrieval: {task}", fontsize="medium")
             axes.grid(alpha=0.3)
         figure.legend(*grid[0].get_legend_handles_labels(), loc="outside right upper", fontsize="small")
         figure.suptitle(f"What k is worth: {self.title}, {format_length(self.seq_len)} tokens", fontsize="medium")
@@ -171,8 +182,8 @@ class SweepReport:
 
     def _lines(self) -> list[tuple[str, float, dict[str, Any], list[int]]]:
         """(label, factor to the right, style, settings by attended share) of each line."""
-        sizes = sorted({setting.block_size for setting in self.settings[1:]})
-        kinds = list(dict.fromkeys(setting.kind for setting in self.settings[1:]))
+        sizes = sorted({setting.block_size for setting in self.settings[1:] if setting.block_size})
+        kinds = list(dict.fromkeys(setting.kind for setting in self.settings[1:] if setting.block_size))
         lines = []
         for i, size in enumerate(sizes):
             for j, kind in enumerate(kinds):
@@ -182,6 +193,10 @@ class SweepReport:
                     style = {"color": f"C{i % 10}", "linestyle": LINES[j % 4], "marker": MARKERS[j % 5]}
                     label = f"blocks of {format_length(size)}{',' if kind else ''}{_in_words(kind)}"
                     lines.append((label, DODGE ** (j - (len(kinds) - 1) / 2), style, own))
+        for s, setting in enumerate(self.settings[1:], 1):
+            if not setting.block_size:
+                style = {"color": f"C{len(lines) % 10}", "linestyle": "none", "marker": "*", "markersize": 9}
+                lines.append((str(setting), 1.0, style, [s]))
         return lines
 
     @staticmethod

@@ -3,8 +3,10 @@
 On a quarter of the documents (by clusters): how far each candidate's output is from full attention's, layer
 by layer, in one pass of the dense model; and what the loss says with one layer sparse at a time, as the candidate that
 comes closest within the budget. Both together predict every candidate's cost in every layer (evals/plan_search.py). The
-best plan layer by layer, and the best with all layers alike, are then measured whole, and the better one is taken. What
-it costs is measured on the other documents.
+best plan layer by layer, and the best with all layers alike, are then measured whole. What layers cost together is not
+what they cost alone (a number is looked up by several, one after the other): from the better of the two one layer at a
+time is made full, and what that gives back deals the budget out once more. The best of the three is taken. What it
+costs is measured on the other documents.
 
 Two costs: `regret`, the loss minus full attention's on the same tokens, and `kl`, the divergence of the predictions
 from full attention's, which is the regret that text drawn from the dense model would have. Single layers move the loss
@@ -28,13 +30,15 @@ from torch import Tensor
 
 from conf.numbers import format_length
 from data.packing import IGNORED, Batch
+from data.tokenizer import load_tokenizer
+from evals import probes
 from evals.ledger import Countdown, Ledger
 from evals.plan_search import allocate, best_alike, pairs_share, predicted_cost
 from evals.position_loss import document_key
-from evals.protocol import Job
+from evals.protocol import Job, names
 from evals.statistics import clustered_mean, half_width
 from evals.swap import under
-from evals.tuning_report import TRAILING, Paired, Plan, Tuning
+from evals.tuning_report import BOTH, LOSS, OBJECTIVES, RETRIEVAL, TRAILING, Judged, Paired, Plan, Tuning
 from moba.documents import Documents
 from moba.gates import select
 from moba.kinds import AttentionSpec, Full, Moba
@@ -47,38 +51,90 @@ CHOOSERS = 4
 """One cluster of documents in so many chooses: it is measured half as often as there are layers, the others thrice."""
 MOST_ROWS = 512
 """Tokens per document whose predictions are compared, and queries whose attention is: the last piece, thinned out."""
-ALIKE, PER_LAYER = "all layers alike", "per layer"
+ALIKE, PER_LAYER, REFINED = "all layers alike", "per layer", "per layer, refined"
+REGRET, KL, FULL_LOSS, RIGHT, FULL_RIGHT = range(5)
+
+
+LEAST_PROBED = 1024
+"""Shorter documents have no room for probes around which there is text."""
 
 
 class Piece(NamedTuple):
-    """A held-out document."""
+    """A held-out document, or a probe in one."""
 
     key: str
     cluster: str
     batch: Batch
     rows_R: Tensor
-    """int64: the tokens whose predictions are compared."""
+    """int64: the tokens whose predictions are compared, ascending."""
 
 
-def split(job: Job) -> tuple[list[Piece], list[Piece]]:
-    """The job's held-out documents: those of every CHOOSERS-th cluster, and the others. ValueError if there are not two
-    clusters."""
-    pieces: list[Piece] = []
-    for name, batch in job.held_out():
+class Split(NamedTuple):
+    """Documents, or probes, that choose a plan, and others that judge it."""
+
+    choosing: list[Piece]
+    others: list[Piece]
+
+
+def chosen_objective(job: Job) -> str:
+    """One of OBJECTIVES: what was asked for, else BOTH, or the loss alone where documents are too short for probes."""
+    asked = job.values.get("objective")
+    if job.seq_len < LEAST_PROBED:
+        if asked in (RETRIEVAL, BOTH):
+            least = format_length(LEAST_PROBED)
+            raise ValueError(f"objective={asked}: probes take seq_len={least} or more; give that, or objective={LOSS}")
+        return LOSS
+    return BOTH if asked is None else names({"objective": asked}, "objective", OBJECTIVES, "")[0]
+
+
+def split(job: Job, objective: str = LOSS) -> dict[str, Split]:
+    """By what they measure (LOSS and RETRIEVAL, or one of them): the job's held-out documents, and probes in them;
+    those of every CHOOSERS-th cluster choose. ValueError if there are not two clusters."""
+    documents = list(job.held_out())
+    parts: dict[str, list[Piece]] = {}
+    if objective in (LOSS, BOTH):
+        parts[LOSS] = _texts(job, documents)
+    if objective in (RETRIEVAL, BOTH):
+        parts[RETRIEVAL] = _probes(job, documents)
+    place = {cluster: i for i, cluster in enumerate(dict.fromkeys(p.cluster for p in next(iter(parts.values()))))}
+    if len(place) < 2:
+        raise ValueError(
+            f"documents: {len(documents)} of {format_length(job.seq_len)} tokens, {len(place)} cluster(s); a plan is "
+            "chosen on some and measured on others: name more by data=, or set documents= higher or seq_len= lower"
+        )
+    chooses = {cluster for cluster, i in place.items() if i % CHOOSERS == 0}
+    return {
+        name: Split([p for p in pieces if p.cluster in chooses], [p for p in pieces if p.cluster not in chooses])
+        for name, pieces in parts.items()
+    }
+
+
+def _texts(job: Job, documents: Sequence[tuple[str, Batch]]) -> list[Piece]:
+    """Of each document its trailing predictions."""
+    pieces = []
+    for name, batch in documents:
         length = batch.tokens.numel()
         rows_R = torch.arange(length - max(1, length // TRAILING), length)
         rows_R = rows_R[batch.labels[rows_R] != IGNORED]
         if len(rows_R):  # a conversation may have no answer there
             rows_R = rows_R[torch.linspace(0, len(rows_R) - 1, min(len(rows_R), MOST_ROWS)).round().long()]
             pieces.append(Piece(document_key(batch), job.context.cluster_of(name), batch, rows_R))
-    place = {cluster: i for i, cluster in enumerate(dict.fromkeys(piece.cluster for piece in pieces))}
-    if len(place) < 2:
-        raise ValueError(
-            f"documents: {len(pieces)} of {format_length(job.seq_len)} tokens, {len(place)} cluster(s); a plan is "
-            "chosen on some and measured on others: name more by data=, or set documents= higher or seq_len= lower"
-        )
-    chooses = {cluster: i % CHOOSERS == 0 for cluster, i in place.items()}
-    return [p for p in pieces if chooses[p.cluster]], [p for p in pieces if not chooses[p.cluster]]
+    return pieces
+
+
+def _probes(job: Job, documents: Sequence[tuple[str, Batch]]) -> list[Piece]:
+    """Of each document a probe of every kind, whose predictions of the answer count; places in turn."""
+    tokenizer, length = load_tokenizer(job.trained.config.data.tokenizer), job.seq_len
+    pieces = []
+    for n, (name, batch) in enumerate(documents):
+        for t, task in enumerate(probes.TASKS):
+            place = probes.ASKED[(n + t * len(probes.ASKED) // len(probes.TASKS)) % len(probes.ASKED)]
+            probe = probes.make_probe(name, batch.tokens.tolist(), tokenizer, task, place, length)
+            labels = torch.cat([probe.tokens_T[1:], torch.tensor(probe.answer[-1:])])
+            own = Batch(probe.tokens_T, labels, torch.arange(length), Documents.from_lengths([length]))
+            rows_R = torch.arange(length - len(probe.answer), length)
+            pieces.append(Piece(document_key(own), job.context.cluster_of(name), own, rows_R))
+    return pieces
 
 
 def tune(job: Job, candidates: Sequence[Moba], budget: float) -> Tuning:
@@ -94,51 +150,80 @@ def tune(job: Job, candidates: Sequence[Moba], budget: float) -> Tuning:
     if not within_C.any():
         hint = f"a layer attends to {pairs_C.min():.3f} of the pairs at least; give a larger budget, or block_sizes="
         raise ValueError(f"budget={budget:g}: {hint}")
-    choosing, others = split(job)
+    objective = chosen_objective(job)
+    parts = split(job, objective)
     with under(model, dense):  # the ledger's files go by the attention in force, which is not what is measured here
         meter = _Meter(job, dense, length)
-        meter.expect(len(choosing), len(others))
-        errors, captured = zip(*(meter.errors(piece, candidates) for piece in choosing))
-        error_LC, captured_LC = (np.mean(values, axis=0) for values in (errors, captured))
-        error_LC = np.pad(error_LC, ((0, 0), (0, 1)))
-        captured_LC = np.pad(captured_LC, ((0, 0), (0, 1)), constant_values=1)
-        reference_L = np.where(within_C, error_LC, np.inf).argmin(1).tolist()
+        meter.expect(*(sum(map(len, pieces)) for pieces in zip(*parts.values())))
+        error, captured = {}, {}
+        for name, (choosing, _) in parts.items():
+            found = [np.mean(x, axis=0) for x in zip(*(meter.errors(piece, candidates) for piece in choosing))]
+            error[name] = np.pad(found[0], ((0, 0), (0, 1)))
+            captured[name] = np.pad(found[1], ((0, 0), (0, 1)), constant_values=1)
+        reference_L = np.where(within_C, sum(error.values()), np.inf).argmin(1).tolist()
         alone = [(*dense[:i], specs[c], *dense[i + 1 :]) for i, c in enumerate(reference_L)]
-        costs_NL2 = meter.costs(choosing, alone)
-        kl_L = costs_NL2[..., 1].mean(0)
-        cost_LC = predicted_cost(kl_L, error_LC, reference_L)
+        costs = {name: meter.costs(choosing, alone) for name, (choosing, _) in parts.items()}
+        kl_L = {name: found[..., KL].mean(0) for name, found in costs.items()}
+        cost_LC = sum((predicted_cost(kl_L[name], error[name], reference_L) for name in parts), np.zeros(()))
 
-        chosen = allocate(pairs_C, cost_LC, total)
         same = best_alike(pairs_C, cost_LC, total)
-        plans = {PER_LAYER: tuple(specs[c] for c in chosen), ALIKE: (specs[same],) * num_layers}
-        whole_kl = meter.costs(choosing, list(plans.values()))[..., 1].mean(0)
-        chosen_kl = {name: float(kl) for name, kl in zip(plans, whole_kl)}
-        how = min(plans, key=lambda name: chosen_kl[name])
-        taken = chosen if how == PER_LAYER else [same] * num_layers
-        found_N23 = meter.costs(others, [plans[how], plans[ALIKE]])
+        at = {PER_LAYER: allocate(pairs_C, cost_LC, total), ALIKE: [same] * num_layers}
+        expected = dict.fromkeys(at, cost_LC)
 
-    clusters = [piece.cluster for piece in others]
-    regret_N2 = found_N23[..., 0]
-    layers = range(num_layers)
+        def whole(plans: Sequence[Plan], base: Plan | None = None) -> dict[str, np.ndarray]:
+            """By part: the divergence of whole plans, mean over what chooses."""
+            return {name: meter.costs(own.choosing, plans, base)[..., KL].mean(0) for name, own in parts.items()}
+
+        def plan_of(name: str) -> Plan:
+            return tuple(specs[c] for c in at[name])
+
+        chosen_kl = dict(zip(at, sum(whole([plan_of(name) for name in at]).values()).tolist()))
+        start = min(at, key=lambda name: chosen_kl[name])
+        opened = [(*plan_of(start)[:i], Full(), *plan_of(start)[i + 1 :]) for i in range(num_layers)]
+        left = whole([plan_of(start), *opened], plan_of(start))
+        in_place = (predicted_cost(kl[0] - kl[1:], error[name], at[start]) for name, kl in left.items())
+        is_sparse_L1 = np.array(at[start])[:, None] < len(candidates)
+        expected[REFINED] = np.where(is_sparse_L1, sum(in_place, np.zeros(())), cost_LC)
+        at[REFINED] = allocate(pairs_C, expected[REFINED], total)
+        chosen_kl[REFINED] = float(sum(whole([plan_of(REFINED)]).values())[0])
+        how = min(at, key=lambda name: chosen_kl[name])
+        taken, plans = at[how], [plan_of(how), plan_of(ALIKE)]
+        judged = {name: meter.costs(own.others, plans) for name, own in parts.items()}
+
+    layers, first = range(num_layers), next(iter(parts))
     return Tuning(
         seq_len=length,
         budget=budget,
-        plan=plans[how],
+        objective=objective,
+        plan=plans[0],
         alike=specs[same],
         how=how,
         reference=tuple(specs[c] for c in reference_L),
-        regret_L=[_paired(costs_NL2[:, i, 0], [piece.cluster for piece in choosing]) for i in layers],
+        regret_L=[_paired(costs[first][:, i, REGRET], [p.cluster for p in parts[first].choosing]) for i in layers],
         kl_L=kl_L,
-        captured_L=captured_LC[layers, taken],
-        expected_L=cost_LC[layers, taken],
+        captured_L={name: found[layers, taken] for name, found in captured.items()},
+        expected_L=expected[how][layers, taken],
         chosen_kl=chosen_kl,
-        full_loss=_paired(found_N23[:, 0, 2], clusters).mean,
+        num_chose=len(parts[first].choosing),
+        judged={name: _judged(found, parts[name].others) for name, found in judged.items()},
+    )
+
+
+def _judged(found_N25: np.ndarray, others: Sequence[Piece]) -> Judged:
+    """What the plan, and that of all layers alike, cost on documents or probes that did not choose."""
+    clusters = [piece.cluster for piece in others]
+    regret_N2, right_N2 = found_N25[..., REGRET], found_N25[..., RIGHT]
+    return Judged(
+        number=len(others),
+        full_loss=_paired(found_N25[:, 0, FULL_LOSS], clusters).mean,
         regret=_paired(regret_N2[:, 0], clusters),
-        kl=float(found_N23[:, 0, 1].mean()),
+        kl=float(found_N25[:, 0, KL].mean()),
         alike_regret=_paired(regret_N2[:, 1], clusters),
-        alike_kl=float(found_N23[:, 1, 1].mean()),
+        alike_kl=float(found_N25[:, 1, KL].mean()),
         minus_alike=_paired(regret_N2[:, 0] - regret_N2[:, 1], clusters),
-        num_documents=(len(choosing), len(others)),
+        full_right=float(found_N25[:, 0, FULL_RIGHT].mean()),
+        right=_paired(right_N2[:, 0], clusters),
+        alike_right=_paired(right_N2[:, 1], clusters),
     )
 
 
@@ -157,15 +242,16 @@ class _Meter:
         job.say(f"parts are kept in {self.ledger.path}: the same command again goes on from there")
 
     def expect(self, choosing: int, others: int) -> None:
-        """How much there is to do, in passes over a document: single layers take half a pass, since what lies below
-        the sparse one is known."""
-        work = choosing * (1 + 1 + len(self.dense) / 2 + 3) + others * 3
+        """How much there is to do, in passes over a document or probe: a change of one layer takes half a pass, since
+        what lies below it is known."""
+        work = choosing * (1 + 1 + len(self.dense) / 2 + 3 + 1 + len(self.dense) / 2 + 2) + others * 3
         self.countdown = Countdown(self.job, "tune_attention", work, unit="measurements")
 
     @torch.inference_mode()
     def errors(self, piece: Piece, candidates: Sequence[Moba]) -> tuple[np.ndarray, np.ndarray]:
         """([L, C] squared distance of the attention's output from full attention's over the squared output, [L, C]
-        share of the probability captured), both over the last queries of the document, in the dense model."""
+        share of the probability captured), both over the last queries of the document, or those that answer, in the
+        dense model."""
         key = ("errors", piece.key, _digest(candidates))
         if key in self.ledger:
             self.countdown.skip(1)
@@ -173,8 +259,10 @@ class _Meter:
             rows: list[Tensor] = []
 
             def observe(layer: MoBAAttention, q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> None:
-                rows.append(distances(q, k, v, candidates))
+                rows.append(distances(q, k, v, candidates, count))
 
+            length = piece.batch.tokens.numel()
+            count = min(length - int(piece.rows_R[0]), MOST_ROWS)
             with _observed(self.model, observe):
                 self._inputs(piece.batch.to(self.device))
             self.ledger.put({key: torch.stack(rows).permute(1, 0, 2).tolist()})
@@ -183,36 +271,46 @@ class _Meter:
         return error_LC, captured_LC
 
     @torch.inference_mode()
-    def costs(self, pieces: Sequence[Piece], plans: Sequence[Plan]) -> np.ndarray:
-        """[N, plans, (regret, kl, full attention's loss)] of whole plans, nats per token."""
-        found = np.zeros((len(pieces), len(plans), 3))
-        work = [1 - self._first(plan) / len(plan) for plan in plans]
+    def costs(self, pieces: Sequence[Piece], plans: Sequence[Plan], base: Plan | None = None) -> np.ndarray:
+        """[N, plans, 5] of whole plans: REGRET, KL and FULL_LOSS in nats per token, RIGHT and FULL_RIGHT: 1 where all
+        tokens are the likeliest. `base`: the plan that they are changes of (default: full attention), which saves
+        work and alters nothing."""
+        found = np.zeros((len(pieces), len(plans), 5))
+        base = self.dense if base is None else base
+        work = [1 - self._first(plan, base) / len(plan) for plan in plans]
         for n, piece in enumerate(pieces):
             keys = [("plan", piece.key, _digest(plan)) for plan in plans]
             missing = [i for i, key in enumerate(keys) if key not in self.ledger]
             self.countdown.skip((not missing) + sum(work[i] for i in range(len(plans)) if i not in missing))
             if missing:
-                self._measure(piece, {keys[i]: plans[i] for i in missing})
+                self._measure(piece, {keys[i]: plans[i] for i in missing}, base)
             found[n] = [self.ledger[key] for key in keys]
         return found
 
-    def _measure(self, piece: Piece, plans: Mapping[tuple, Plan]) -> None:
+    def _measure(self, piece: Piece, plans: Mapping[tuple, Plan], base: Plan) -> None:
         batch, rows_R = piece.batch.to(self.device), piece.rows_R.to(self.device)
         inputs = self._inputs(batch)
         full_R, full_RV = self._predictions(batch, rows_R, inputs[-1])
         self.countdown.step(1, 1)
+        if base != self.dense:
+            with under(self.model, base):
+                inputs = self._inputs(batch)
+            self.countdown.step(1, 1)
         for key, plan in plans.items():
-            first = self._first(plan)
+            first = self._first(plan, base)
             with under(self.model, plan):
                 hidden_TC = self._inputs(batch, inputs[first], first)[-1]
             own_R, own_RV = self._predictions(batch, rows_R, hidden_TC)
             kl = (full_RV.exp() * (full_RV - own_RV)).sum(-1).double().mean()
-            self.ledger.put({key: [x.item() for x in ((own_R - full_R).mean(), kl, full_R.mean())]})
+            labels_R = batch.labels[rows_R]
+            right = [(log_RV.argmax(-1) == labels_R).all().double() for log_RV in (own_RV, full_RV)]
+            self.ledger.put({key: torch.stack([(own_R - full_R).mean(), kl, full_R.mean(), *right]).tolist()})
             self.countdown.step(1 - first / len(plan), 1)
 
-    def _first(self, plan: Plan) -> int:
-        """The first layer that is not as in the dense model."""
-        return next((i for i, (ours, full) in enumerate(zip(plan, self.dense)) if ours != full), len(plan) - 1)
+    @staticmethod
+    def _first(plan: Plan, base: Plan) -> int:
+        """The first layer that is not as in `base`."""
+        return next((i for i, (ours, other) in enumerate(zip(plan, base)) if ours != other), len(plan) - 1)
 
     def _inputs(self, batch: Batch, x_TC: Tensor | None = None, first: int = 0) -> list[Tensor]:
         """What the layers from `first` on get, [T, C] each, and last what the last one gives; x_TC is what `first`
@@ -232,15 +330,14 @@ class _Meter:
         return -log_RV.gather(1, batch.labels[rows_R, None])[:, 0].double(), log_RV
 
 
-def distances(q: Tensor, k: Tensor, v: Tensor, candidates: Sequence[Moba]) -> Tensor:
-    """float64 [2 (squared error over squared output, captured share), C] of the last queries of one document, over them
-    and all heads. q is [T, H, D], k and v [T, G, D].
+def distances(q: Tensor, k: Tensor, v: Tensor, candidates: Sequence[Moba], count: int) -> Tensor:
+    """float64 [2 (squared error over squared output, captured share), C] of the last `count` queries of one document,
+    over them and all heads. q is [T, H, D], k and v [T, G, D].
 
     Attention to each block by itself is computed once for a block size; a candidate's output is the mean of those of
     the blocks it selects, by their shares of the probability.
     """
     length, group = len(q), q.shape[1] // k.shape[1]
-    count = min(max(1, length // TRAILING), MOST_ROWS)
     q_RHD, documents = q[-count:], Documents.from_lengths([count], [length], device=q.device)
     found: dict[Moba, Tensor] = {}
     for size in dict.fromkeys(spec.block_size for spec in candidates):

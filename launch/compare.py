@@ -27,7 +27,7 @@ from evals.run_files import newest_evaluation  # noqa: E402
 from launch.cli import UsageError, exits_on, key_values, split_paths  # noqa: E402
 
 KEYS = {
-    "gap": "a difference in nats to plan for: how many documents would show it (default: the one found)",
+    "gap": "a difference in nats: says how many documents would show it (default: the one found)",
     "to": "folder of the results (default: comparisons/ in the current directory)",
 }
 
@@ -74,7 +74,7 @@ def _evaluation(path: Path) -> Evaluation:
         return load_evaluation(path)
     found = newest_evaluation(path / "position_loss")
     if found is None:
-        raise UsageError(f"{path} has no evaluation in position_loss/; give the .json of one (launch/evaluate.py)")
+        raise UsageError(f"{path} has no evaluation in position_loss/; pass the .json of one (launch/evaluate.py)")
     return found
 
 
@@ -85,12 +85,18 @@ def table(found: Difference, gap: float | None = None) -> str:
     for b, (low, high) in enumerate(zip(found.edges, found.edges[1:])):
         mean, clusters = found.by_bucket.mean[b], found.by_bucket.clusters[b]
         lines.append(f"{low:>7}-{high:<7}  {mean:>+10.4f}  {intervals[b]:>8.4f}  {found.sd[b]:>7.4f}  {clusters:>8.0f}")
-    how = f"{found.num_documents} documents, each under both" if found.paired else "different documents: errors added"
-    lines.append(f"{how}; 95 %: half-width of a bucket's own interval; training seeds vary on top of it")
+    how = (
+        f"{found.num_documents} documents, each evaluated in both"
+        if found.paired
+        else "different documents: errors added"
+    )
+    lines.append(
+        f"{how}; 95 %: half-width of the interval of one bucket; the variation between training seeds is not included"
+    )
     if found.paired and not np.isfinite(intervals).all():
-        lines.append("nan: fewer than two clusters, or one with so many of the documents that no interval would hold")
+        lines.append("nan: fewer than two clusters, or one cluster with too many of the documents for a valid interval")
     if found.no_band is not None:
-        lines.append(f"no band of all buckets at once: {found.no_band}")
+        lines.append(f"no simultaneous band over all buckets: {found.no_band}")
     last = found.by_bucket.mean[-1] if gap is None else gap
     if found.paired and np.isfinite(found.sd[-1]) and last:
         needed = found.summary(abs(last))

@@ -147,7 +147,9 @@ def run_command(main: Callable[[list[str]], None], arguments: list[str], usage: 
         elif flags:
             meant = meant_by(flags[0].partition("=")[0])
             hint = (
-                f"write {meant}" if meant else "unknown option; there are --help and --cfg job. Settings are key=value"
+                f"write {meant}"
+                if meant
+                else "unknown option; the options are --help and --cfg job. Settings are written key=value"
             )
             raise ConfigError([f"{cut(flags[0])}: {hint}"])
         else:
@@ -186,10 +188,11 @@ def help_text(usage: str) -> str:
     lines += [f"  {group}=" + "|".join(choices_of(group)) for group in groups]
     lines += [
         "",
-        "Every key can be set: schedule.tokens=1B, schedule.stages.sparse.attention.top_k=4, ~data.validation.",
+        "Every key can be set, for example schedule.tokens=1B, schedule.stages.sparse.attention.top_k=4, "
+        "~data.validation.",
         f"Their meaning, unit and default: {CONF / 'schema.py'}",
         "--cfg job prints the composed configuration.",
-        "Files of your own, laid out as in conf/: hydra.searchpath=[file:///<folder>] +exp=<name>",
+        "Your own files, in folders named as in conf/: hydra.searchpath=[file:///<folder>] +exp=<name>",
     ]
     return "\n".join(lines)
 
@@ -242,12 +245,12 @@ def _refuse_unreadable(overrides: list[str]) -> None:
             problems.append(f"{cut(text)}: " + (f"write {meant}" if meant else "settings are written key=value"))
         elif not KEY.fullmatch(key):
             near = "".join(key.split())
-            how = f"without spaces: {near}={value}" if KEY.fullmatch(near) else "and keys are words with dots between"
+            how = f"without spaces: {near}={value}" if KEY.fullmatch(near) else "and keys are words joined by dots"
             problems.append(f"{cut(text)}: settings are written key=value, {how}")
         elif _is_value(text) or key.startswith("hydra"):
             continue
         elif key == "exp" and not text.startswith("+"):
-            problems.append(f"{cut(text)}: an experiment takes a plus: +{text}")
+            problems.append(f"{cut(text)}: an experiment needs a plus: +{text}")
         elif key in sections and key not in groups:
             problems.append(f"{cut(text)}: {key} is a section; set its keys, such as {key}.<key>=<value>")
         elif key.partition("@")[0] not in groups:
@@ -275,7 +278,7 @@ def _refuse_new_names(values: list[str], choices: list[str]) -> None:
         known = [*(OmegaConf.select(base, path) or {}), *(other for at, other, _ in added if at == path)]
         if name not in known:
             hint = f"no {path.rpartition('.')[2].removesuffix('s')} is called {name} ({suggestion(name, known)})"
-            problems.append(f"{cut(text)}: {hint}; a new one takes a plus: +{text}")
+            problems.append(f"{cut(text)}: {hint}; a new one needs a plus: +{text}")
     if problems:
         raise ConfigError(problems)
 
@@ -286,5 +289,5 @@ def _explain(message: str) -> str:
     missing = re.search(r"Could not find '([\w-]+)/([^']+)'", line)
     if missing and (CONF / missing[1]).is_dir():
         group, name = missing.groups()
-        return f"{'+' if group == 'exp' else ''}{group}={name}: there is none; {suggestion(name, choices_of(group))}"
+        return f"{'+' if group == 'exp' else ''}{group}={name}: no such choice; {suggestion(name, choices_of(group))}"
     return line

@@ -26,9 +26,9 @@ from train.record.tracking import wandb_mode  # noqa: E402
 FILE = "dashboard.json"
 ALLOWED = {
     "project": f"wandb project (default {LoggingConfig.project})",
-    "entity": "wandb entity (default: the account's own)",
+    "entity": "wandb entity (default: the account's default)",
     "name": "name of the workspace and the report (default MoBA training)",
-    "to": f"write the panels to this JSON file and ask no server (default without a login: {FILE})",
+    "to": f"write the panels to this JSON file without contacting the server (default without a login: {FILE})",
 }
 
 

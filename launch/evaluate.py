@@ -40,17 +40,19 @@ from train.record.tracking import Tracker  # noqa: E402
 MODEL_AND_DOCUMENTS = {
     "run": "run directory (its newest checkpoint), a checkpoint, or, with data=, a Hugging Face directory",
     "evals": "which, such as [position_loss,routing] (default: position_loss)",
-    "attention": "stage (as trained, default), moba (the last trained with), full, <block size>x<top_k> (512x3), "
-    "512x3+1 with the first block always seen, or a file of launch/tune_attention.py",
+    "attention": "stage (of the checkpoint's stage, default), moba (of the last stage with MoBA), full, "
+    "<block size>x<top_k> (512x3), "
+    "512x3+1 with the first block always selected, or a file of launch/tune_attention.py",
     "seq_len": "length of the held-out documents (default: eval.seq_len of the run, else its stage's length)",
-    "documents": "held-out documents at most (default: eval.documents of the run)",
+    "documents": "largest number of held-out documents (default: eval.documents of the run)",
     "data": "held-out documents instead of the run's: embedded, a file, a glob or a directory",
-    "id_field": "column of data= that names a document (default: id)",
-    "cluster": "regular expression; ids with the same match are one cluster of the errors (default: the whole id)",
+    "id_field": "column of data= with the document id (default: id)",
+    "cluster": "regular expression; ids with the same match form one cluster for standard errors (default: "
+    "the whole id)",
 }
 DEVICE_AND_RESULTS = {
     "device": "auto (default), cpu or cuda",
-    "wandb": "disabled (default), auto, online or offline: also send the results there, as a run of their own",
+    "wandb": "disabled (default), auto, online or offline: also send the results there, as a separate run",
     "to": "folder of the results (default: evals/ in the run directory)",
 }
 

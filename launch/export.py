@@ -42,8 +42,8 @@ from train.schedule import build_schedule, last_sparse  # noqa: E402
 KEYS = {
     "run": "run directory (its newest checkpoint), or one checkpoint's directory",
     "to": "directory to write; must not exist, or be empty",
-    "eos": "token that ends a text in other software (default: after training on conversations the end of an "
-    "assistant's turn, else the tokenizer's)",
+    "eos": "end-of-sequence token in other software (default: after training on conversations the end of an "
+    "assistant turn, else the tokenizer's EOS)",
     "attention": "file of launch/tune_attention.py: what each layer has under attn_implementation=moba (default: as "
     "trained)",
     "remote_code": "true: the folder also has the attention as one file of Python, which transformers runs with "
@@ -105,7 +105,7 @@ def main(argv: list[str] | None = None) -> None:
     ends = ", ".join(map(tokenizer.text_of, eos))
     print(
         f"{checkpoint} -> {to}: {description['architectures'][0]}, {dtype}, {len(files)} file(s) of weights, context "
-        f"{format_length(length)}, texts end at {ends}"
+        f"{format_length(length)}, EOS {ends}"
     )
 
 
@@ -124,7 +124,7 @@ def ends_of_text(
         token = tokenizer.special_tokens.get(asked)
         if token is None:
             raise UsageError(
-                f"eos={asked}: no special token of the tokenizer; it has {listed(tokenizer.special_tokens)}"
+                f"eos={asked}: not a special token of the tokenizer, which has {listed(tokenizer.special_tokens)}"
             )
         return list(dict.fromkeys([token, tokenizer.eos_id]))
     if template is None:
@@ -155,7 +155,11 @@ def describe(
     original = source_files.model_file(saved.path, "config.json")
     if original is None:
         return tokenizer, description
-    came = read_json(original, Object, remedy="It was kept from what the run started from; remove it to do without")
+    came = read_json(
+        original,
+        Object,
+        remedy="It was copied from the model that the run started from; remove it to export without it",
+    )
     return tokenizer, hf_export.as_it_came(came, description)
 
 

@@ -1,4 +1,4 @@
-"""Continues a text with a trained model; the continuation streams to the standard output.
+"""Continues a text with a trained model and streams the continuation to standard output.
 
     python launch/generate.py run=runs/quickstart prompt="It was the best of times"
     python launch/generate.py run=runs/moba_32k prompt_file=book.txt attn=moba temperature=0
@@ -35,17 +35,18 @@ N = TypeVar("N", int, float)
 KEYS = {
     "run": "run directory (its newest checkpoint), one checkpoint's directory, or a Hugging Face directory",
     "prompt": "the text to continue",
-    "prompt_file": "a UTF-8 file that holds it",
-    "chat": "true: the prompt is a user's message, to be answered; written as data.chat_template of the run says",
+    "prompt_file": "a UTF-8 text file with the prompt",
+    "chat": "true: the prompt is a user message to be answered, formatted by the run's data.chat_template",
     "max_new_tokens": "tokens to write at most (default 200)",
-    "temperature": "0 takes the likeliest token, 1 draws by the model's probabilities (default 0.8)",
-    "top_k": "draw from this many of the likeliest tokens (default 0: all)",
-    "top_p": "draw from the likeliest tokens that hold this probability together (default 0.95)",
-    "seed": "of the random numbers (default 0); every prompt starts anew from it",
-    "attn": "stage (as trained), moba (the last trained with), full, <block size>x<top_k> (512x3), 512x3+1 with the "
-    "first block always seen, or a file of launch/tune_attention.py",
-    "attn_prefill": "the same for reading the prompt alone (default: attn, else stage)",
-    "attn_decode": "the same for writing alone (default: attn, else full)",
+    "temperature": "0 takes the most likely token, 1 samples from the model's probabilities (default 0.8)",
+    "top_k": "sample from this many most likely tokens (default 0: all)",
+    "top_p": "sample from the most likely tokens with this total probability (default 0.95)",
+    "seed": "random seed (default 0), the same for every prompt",
+    "attn": "stage (of the checkpoint's stage), moba (of the last stage with MoBA), full, <block "
+    "size>x<top_k> (512x3), 512x3+1 with the "
+    "first block always selected, or a file of launch/tune_attention.py",
+    "attn_prefill": "the same, only for reading the prompt (default: attn, else stage)",
+    "attn_decode": "the same, only for new tokens (default: attn, else full)",
     "device": "auto (default), cpu or cuda",
 }
 
@@ -94,7 +95,7 @@ def continuation(
     if chat is not None:
         ids = chat.prompt([{"role": "user", "content": prompt}])
     if not ids:
-        raise UsageError("the prompt is empty, and this model's tokenizer has no BOS to start from: give some text")
+        raise UsageError("the prompt is empty, and this model's tokenizer has no BOS to start from: pass some text")
     longest = len(ids) + options["max_new_tokens"]
     if longest > trained.stage.seq_len:
         trained_for = format_length(trained.stage.seq_len)

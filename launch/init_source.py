@@ -35,7 +35,11 @@ def missing_source(source: str | None) -> str | None:
     if pretrained.HUB_ID.fullmatch(source) and first != RUNS:
         return None
     is_made = first == RUNS and rest and (EXPERIMENTS / f"{'/'.join(rest)}.yaml").is_file()
-    made_by = f"run +exp={'/'.join(rest)} first, or name another" if is_made else "name a run, a checkpoint or a model"
+    made_by = (
+        f"run +exp={'/'.join(rest)} first, or name another source"
+        if is_made
+        else "name a run, a checkpoint or a model directory"
+    )
     return f"init.source={cut(source)} does not exist: {made_by}"
 
 
@@ -52,7 +56,7 @@ def with_source(plain: dict[str, Any], overrides: Sequence[str]) -> dict[str, An
         return plain
     takes = (plain.get("model") or {}).get("name") == FROM_SOURCE
     if takes and source is None:
-        raise ConfigError(["model=from_source: from which? Set init.source=<Hugging Face model, run or checkpoint>"])
+        raise ConfigError(["model=from_source needs init.source=<Hugging Face model, run or checkpoint>"])
     if source is None or not (takes or (user_path(source) / "config.json").is_file()):
         return plain
     from train.hf import pretrained
@@ -67,7 +71,7 @@ def with_source(plain: dict[str, Any], overrides: Sequence[str]) -> dict[str, An
     given = plain["model"] if takes else _complete(plain["model"])
     problems = _differences(given, shape)
     problems += [
-        f"init.{key}=true: a Hugging Face model has weights alone; only runs of this project have more"
+        f"init.{key}=true: a Hugging Face model has weights only; this works with runs of this project"
         for key in ("optimizer", "data")
         if plain["init"].get(key)
     ]
@@ -77,7 +81,7 @@ def with_source(plain: dict[str, Any], overrides: Sequence[str]) -> dict[str, An
     is_set = any(text.lstrip("+").startswith("data.tokenizer=") for text in overrides)
     if takes and not has_tokenizer and not is_set and filled.get("data", {}).get("tokenizer", "bytes") == "bytes":
         problems.append(
-            f"data.tokenizer: {directory} has no tokenizer beside its weights. Say data.tokenizer=<directory or "
+            f"data.tokenizer: {directory} has no tokenizer beside its weights. Set data.tokenizer=<directory or "
             "tokenizer.json> of the one they were trained with (data.tokenizer=bytes if that was bytes)"
         )
     if has_tokenizer:
@@ -121,7 +125,7 @@ def _differences(given: dict[str, Any], shape: ModelConfig) -> list[str]:
         lines = pretrained.differences({key: getattr(built, key) for key in given}, shape)
     except ValueError as error:
         lines = [str(error)]
-    hint = "the model section does not fit init.source; model=from_source takes it from there"
+    hint = "the model section does not match init.source; model=from_source takes it from there"
     return [*lines, hint] if lines else []
 
 
@@ -150,4 +154,4 @@ def _tokenizer_problems(given: str, own: str) -> list[str]:
         is_same = load_tokenizer(given).fingerprint == load_tokenizer(own).fingerprint
     except DataError as error:
         return [str(error)]
-    return [] if is_same else [f"data.tokenizer={given}: init.source has one of its own; use data.tokenizer={own}"]
+    return [] if is_same else [f"data.tokenizer={given}: init.source has its own tokenizer; use data.tokenizer={own}"]

@@ -32,7 +32,7 @@ KEYS = {
     "(owner/name)",
     "to": "directory for the shards: a new one, or an unfinished one of this command",
     "tokenizer": "bytes, bpe-4k, bpe-32k, a tokenizer.json or a Hugging Face tokenizer directory",
-    "format": "text (default); chat: conversations, of which only the assistant's turns are supervised; or another format "
+    "format": "text (default); chat: conversations, of which only assistant turns are supervised; or another format "
     "of conf/formats.py",
     "chat_template": "conversations: chatml, llama3, plain or a jinja file (default: the tokenizer's own)",
     "id_field": "column with the document id (default id; without such a column the document's number)",
@@ -90,7 +90,7 @@ def _source(values: dict[str, str]) -> SourceConfig:
     there = is_shipped(text) or user_path(text).exists() or glob.has_magic(text)
     is_hub = not there and re.fullmatch(r"[\w-]+/[\w.-]+", text) is not None and not Path(text).suffix
     if is_hub:
-        _say(f"{text} is no path here, so it is taken for a hub data set")
+        _say(f"{text} is not a local path, so it is read as a hub data set")
     max_tokens = values.get("max_tokens")
     streaming = values.get("streaming", "false")
     if streaming not in ("true", "false"):
@@ -100,7 +100,7 @@ def _source(values: dict[str, str]) -> SourceConfig:
     except ValueError as error:
         raise UsageError(f"max_tokens={cut(repr(max_tokens))}: {error}") from error
     if limit == 0:
-        raise UsageError(f"max_tokens={max_tokens}: takes 1 at least")
+        raise UsageError(f"max_tokens={max_tokens}: must be at least 1")
     name = values.get("format", "text")
     if name not in FORMATS:
         raise UsageError(f"format={cut(name)!r}: choose one of {', '.join(FORMATS)}")

@@ -1,4 +1,5 @@
-"""Puts runs side by side: loss over tokens, loss by position, speed, and the gaps to the last run named.
+"""Writes an HTML report that compares runs: loss over tokens, loss by position, speed, and the differences from the
+last run named.
 
     python launch/report.py runs/moba_32k runs/full_32k [to=<folder>]
 

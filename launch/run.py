@@ -1,4 +1,4 @@
-"""Trains on the GPUs of this machine: torchrun without its own report on top of a mistake.
+"""Trains on the GPUs of this machine, as torchrun does, but without torchrun's own report after an error.
 
     python launch/run.py --gpus 8 +exp=quickstart
 
@@ -90,7 +90,7 @@ def _parser() -> ArgumentParser:
 
 def _killed(rank: int, failure: ProcessFailure) -> str:
     """What is known of a process that ended without a word."""
-    hint = ", perhaps for want of memory" if failure.signal_name() == "SIGKILL" else ""
+    hint = ", perhaps because memory ran out" if failure.signal_name() == "SIGKILL" else ""
     return f"rank {rank} (process {failure.pid}) was ended by {failure.signal_name()}{hint}"
 
 

@@ -114,7 +114,10 @@ def main(overrides: list[str]) -> None:
             print(plan().text(), flush=True)
         if saved is not None and saved.state["watched"] and saved.tokens >= config.schedule.tokens:
             if launched.rank == 0:
-                print(f"\n{run_dir} is finished. To go on from its weights: another run.dir with init.source={run_dir}")
+                print(
+                    f"\n{run_dir} is finished. To train further from its weights, set another run.dir and "
+                    f"init.source={run_dir}"
+                )
             return
         _train(config, settle(config, vocab_size, hardware).config, tokenizer, plan, watch)
 
@@ -135,7 +138,7 @@ def _mistakes_in_words(config: RunConfig, peers: PeerWatch | None = None) -> Ite
         if error.errno not in FILE_ERRORS:
             raise
         places = f"The run writes into {config.run.dir} and {config.data.cache_dir}"
-        raise ConfigError([f"{error}. {places}. The checkpoints that were saved are as they were"]) from error
+        raise ConfigError([f"{error}. {places}. Saved checkpoints are unchanged"]) from error
 
 
 def _leave_lost_run(config: RunConfig, peer: Peer | None = None) -> NoReturn:
@@ -144,9 +147,10 @@ def _leave_lost_run(config: RunConfig, peer: Peer | None = None) -> NoReturn:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's comes at this moment, and nothing would be said
     which = "another process" if peer is None else f"the process of rank {peer.rank} (pid {peer.pid})"
     _report_once(
-        f"{which} of this run has ended, so all end. If it did not say why, torchrun's report names it and "
-        f"its signal. What was done after the newest checkpoint in {config.run.dir} is lost; the same command again "
-        "goes on from there, or from the start if there is none"
+        f"{which} of this run has ended, so all processes end. If it did not say why, torchrun's report names it and "
+        f"its signal. What was done after the newest checkpoint in {config.run.dir} is lost; run the same "
+        "command again "
+        "to continue from there, or from the start if there is none"
     )
     sys.stdout.flush()
     time.sleep(TORCHRUN_SECONDS)
@@ -156,8 +160,8 @@ def _leave_lost_run(config: RunConfig, peer: Peer | None = None) -> NoReturn:
 def _say_stuck(config: RunConfig, name: str) -> None:
     """What is known of a process that does not come to an end after a signal."""
     _report_once(
-        f"{name} came {signals.STUCK_SECONDS} s ago; the step in hand has not ended or is not saved yet. If another "
-        "process of this run is gone, which torchrun reports, it never will: the same command again goes on from the "
+        f"{name} came {signals.STUCK_SECONDS} s ago; the current step has not ended or is not saved yet. If another "
+        "process of this run has died, which torchrun reports, it never will: the same command then continues from the "
         f"newest checkpoint in {config.run.dir}, if there is one",
         title="waiting",
     )
@@ -181,8 +185,9 @@ def _refuse_another_trajectory(config: RunConfig, saved: store.Saved) -> None:
     differences = trajectory_diff(from_yaml(saved.config_yaml, saved.path / store.CONFIG), config)
     if differences:
         problem = (
-            f"{config.run.dir} holds a run that this configuration would change. Choose another run.dir, go back to "
-            "its settings, or say run.allow_changes=true. It differs in:"
+            f"{config.run.dir} contains a run that this configuration would change. Choose another run.dir, "
+            "restore its "
+            "settings, or set run.allow_changes=true. It differs in:"
         )
         raise ConfigError(["\n      ".join([problem, *differences])])
 
@@ -308,14 +313,16 @@ def _watch(
             progress.update(record)
         elif kind == "stage":
             progress.say(
-                f"stage {record['stage']}: {record['attention']}, length {record['seq_len']}, "
-                f"up to {record['end']:,} tokens"
+                f"stage {record['stage']}: {record['attention']}, context {record['seq_len']}, "
+                f"until {record['end']:,} tokens"
             )
         elif kind == "eval":
             trailing = f"trailing {_figure(record['trailing_loss'])} ({record['documents']} documents"
-            trailing = trailing if record["documents"] else "no answer in the last part of the context (0 documents"
+            trailing = (
+                trailing if record["documents"] else "no supervised token in the last part of the context (0 documents"
+            )
             progress.say(
-                f"held out at {record['tokens']:,} tokens: loss {_figure(record['loss'])}, {trailing} of "
+                f"evaluation at {record['tokens']:,} tokens: loss {_figure(record['loss'])}, {trailing} of "
                 f"{record['eval_seq_len']}){_cost(record)}"
             )
             assert evaluator is not None
@@ -347,8 +354,8 @@ def _figure(value: float | None) -> str:
 def _say_goodbye(finished: bool, reasons: list[str], config: RunConfig, trainer: Trainer) -> None:
     if not finished:
         print(
-            f"stopped by {' and '.join(reasons) or 'a signal'} at {trainer.tokens:,} tokens, saved in "
-            f"{trainer.last_checkpoint}. The same command again goes on from there"
+            f"stopped by {' and '.join(reasons) or 'a signal'} at {trainer.tokens:,} tokens, checkpoint saved: "
+            f"{trainer.last_checkpoint}. Run the same command again to continue"
         )
         return
     figures = f" Figures are in {trainer.run_dir / FIGURES}." if config.logging.figures else ""

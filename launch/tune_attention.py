@@ -4,7 +4,8 @@ it into a plan file.
     python launch/tune_attention.py run=models/SmolLM2-135M data=held_out.parquet budget=0.25 seq_len=2K to=plan.yaml
     python launch/tune_attention.py run=runs/quickstart budget=0.25 block_sizes=32,64
 
-A quarter of the documents chooses, the others say what the plan costs. Interrupted, the same command goes on.
+A quarter of the documents chooses, the others say what the plan costs: in loss, and in answers that stand far back.
+Interrupted, the same command goes on.
 The file is read by attention=<file> of launch/evaluate.py and launch/export.py, attn=<file> of launch/generate.py,
 schedule.stages.<name>.attention.plan=<file> of launch/train.py, and moba.transformers.configure(model, plan="<file>").
 """
@@ -35,13 +36,16 @@ KEYS = {
     "run": "run directory (its newest checkpoint), a checkpoint, or, with data=, a Hugging Face directory",
     "budget": "share of the causal pairs that all layers together may attend to, above 0 and below 1, such as 0.25",
     "seq_len": "length of the held-out documents (default: eval.seq_len of the run, else its stage's length)",
-    "documents": "held-out documents at most, of which a quarter chooses (default: eval.documents of the run)",
+    "documents": "largest number of held-out documents, a quarter of which is used to choose (default: "
+    "eval.documents of the run)",
     "data": "held-out documents instead of the run's: embedded, a file, a glob or a directory",
-    "id_field": "column of data= that names a document (default: id)",
+    "id_field": "column of data= with the document id (default: id)",
     "cluster": "regular expression; ids with the same match are one cluster, which stays whole (default: the id)",
-    "block_sizes": "that layers may have (default: 1/64, 1/32 and 1/16 of the length)",
-    "first_blocks": "that layers may have (default 0,1)",
+    "block_sizes": "block sizes to choose from (default: 1/64, 1/32 and 1/16 of the length)",
+    "first_blocks": "numbers of first blocks to choose from (default 0,1)",
     "device": "auto (default), cpu or cuda",
+    "objective": "what the plan is to keep: loss (the last predictions of documents), retrieval (numbers said far back "
+    "in them and asked for at the end), or both (default; below 1K tokens loss)",
     "to": "the plan file to write (default: evals/attention_<length>_<budget>.yaml in the run directory)",
 }
 

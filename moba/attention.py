@@ -39,11 +39,11 @@ def attend(
     deterministic: bool = False,
     selection: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(attention of this kind [T, H, D] in q's dtype, log-sum-exp [H, T] without gradient or None).
+    """Returns (attention of this kind [T, H, D] in q's dtype, log-sum-exp [H, T] without gradient or None).
 
-    q is [T, H, D], k and v are [S, G, D] of the documents, on their device. The second is there if `return_lse`.
-    `selection`, for kinds that pick blocks: as for `moba_attention`.
-    Raises ValueError for tensors that do not fit, BackendUnavailable (a ValueError) if the kind's backend refuses.
+    q is [T, H, D], k and v are [S, G, D] on the device of `documents`. The second is None unless `return_lse`.
+    `selection`, for kinds that select blocks: as for `moba_attention`. Raises ValueError for tensors that do not fit,
+    BackendUnavailable (a ValueError) if the kind's backend does not support the call.
     """
     check_tensors(q, k, v)
     check_scale(softmax_scale)
@@ -132,28 +132,31 @@ def moba_attention(
     first_blocks: int = 0,
     selection: torch.Tensor | None = None,
 ) -> Output:
-    """MoBA attention [T, H, D] in q's dtype; with `return_lse` also the log-sum-exp [H, T] (natural, no gradient).
+    """Returns MoBA attention [T, H, D] in q's dtype; with `return_lse` also the log-sum-exp [H, T] (natural logarithm,
+    no gradient).
 
-    q is [T, H, D], k and v are [S, G, D], H a multiple of G (grouped queries; each query head routes on its own).
-    Each query attends causally to its own block of `block_size` tokens and to the top_k - 1 complete earlier blocks
-    of its document whose mean key has the largest product with it (MoBA paper, section 2.2). `top_k` counts the own
-    block: 1 is block-local attention, and block_size * top_k >= the length is full attention. It also counts
-    `first_blocks`, the blocks at the start of the document that are always attended to (0: none, as in the paper).
+    q is [T, H, D], k and v are [S, G, D], H a multiple of G (grouped-query attention; each query head selects its own
+    blocks). Each query attends causally to its own block of `block_size` tokens and to the top_k - 1 complete earlier
+    blocks of its document whose mean key has the largest dot product with the query (MoBA paper, section 2.2). `top_k`
+    includes the query's own block: 1 is block-local attention, and block_size * top_k >= length is full attention. It
+    also includes the `first_blocks` blocks at the start of the document, which are always attended to (0: none, as in
+    the paper).
 
     Documents are [cu_seqlens[i], cu_seqlens[i+1]) (int32 [N+1]; a repeated entry is an empty document; None = one
-    document). Blocks are counted from the start of the document. Where keys outnumber queries (decoding, chunked
-    prefill), `cu_seqlens_k` bounds the keys, and queries are the last of their document's keys. `softmax_scale`
-    defaults to D ** -0.5. With float64 inputs everything is float64; half precisions accumulate in float32.
+    document). Blocks start at the first token of the document. If there are more keys than queries (decoding, chunked
+    prefill), `cu_seqlens_k` has the bounds of the keys, and the queries are the last tokens of their document.
+    `softmax_scale` defaults to D ** -0.5. With float64 inputs everything is float64; half precisions accumulate in
+    float32.
 
     `backend`: "triton" (fused, CUDA), "flash" (flash-attn or torch's flash kernels, CUDA), "torch" (block-sparse, any
-    device), "reference" (dense masks, for tests) or "auto": the fastest that can do it, logged once. `deterministic`
-    asks for bitwise repeatable gradients; "torch" always has them. `gate`: "mean", or a control in its place
-    ("local", "random", "oracle": moba/gates.py), for which "torch" and "flash" are there.
+    device), "reference" (dense masks, for tests) or "auto": the fastest that supports the call, logged once.
+    `deterministic` requests bitwise reproducible gradients; "torch" always has them. `gate`: "mean", or a control that
+    replaces it ("local", "random", "oracle": moba/gates.py), supported by "torch" and "flash".
 
-    `selection`, int32 [H, T, top_k] in the form of `moba.route`, takes the place of routing on all backends but
-    "reference": blocks that were recorded elsewhere, such as where a text was sampled. Its values are checked on the
-    CPU alone; on CUDA, blocks that a query cannot have give wrong results or fail. Raises ValueError for bad
-    arguments, BackendUnavailable (a ValueError) if the backend that was named cannot do it.
+    `selection`, int32 [H, T, top_k] in the form of `moba.route`, replaces routing on all backends but "reference": the
+    blocks that were recorded elsewhere, for example where a text was sampled. Its values are checked on the CPU only;
+    on CUDA, blocks that a query cannot have give wrong results or fail. Raises ValueError for bad arguments,
+    BackendUnavailable (a ValueError) if the requested backend does not support the call.
     """
     check_blocks(block_size, top_k)
     _check_backend(backend)
@@ -174,12 +177,12 @@ def full_attention(
     backend: str = "auto",
     deterministic: bool = False,
 ) -> Output:
-    """Dense causal attention within each document: [T, H, D], with `return_lse` also the log-sum-exp [H, T].
+    """Returns dense causal attention within each document, [T, H, D]; with `return_lse` also the log-sum-exp [H, T].
 
     Arguments as for `moba_attention`. Backends: "cudnn" (CUDA, half precision: documents of 4K tokens or more one by
-    one, 8K at head sizes up to 64, shorter ones on varlen flash; bounds on the CPU, gradients that do not repeat bit
-    for bit), "flash" (varlen flash kernels, CUDA, half precision), "torch" (scaled_dot_product attention document by
-    document), "reference". "triton" has no dense kernel: it stands for "auto" here, and is logged.
+    one, 8K at head sizes up to 64, shorter ones on varlen flash; needs the bounds on the CPU; gradients are not bitwise
+    reproducible), "flash" (varlen flash kernels, CUDA, half precision), "torch" (scaled_dot_product_attention document
+    by document), "reference". "triton" has no dense kernel: it means "auto" here, which is logged.
     """
     _check_backend(backend)
     kind = Full(backend=backend)
@@ -199,7 +202,7 @@ def sliding_attention(
     backend: str = "auto",
     deterministic: bool = False,
 ) -> Output:
-    """Attention of each query to the last `window` tokens of its document, its own included: [T, H, D], with
+    """Returns attention of each query to the last `window` tokens of its document, including itself, [T, H, D]; with
     `return_lse` also the log-sum-exp [H, T].
 
     Arguments and backends as for `full_attention`; "torch" computes tiles along the diagonal. Work and memory grow

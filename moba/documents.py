@@ -29,7 +29,7 @@ T = TypeVar("T")
 class Documents:
     """The documents of a pack of T queries and S keys, or the pieces of documents that a process holds.
 
-    Make one by `from_lengths`, or by `from_bounds` where only `cu_seqlens` are at hand.
+    Create it with `from_lengths`, or with `from_bounds` if only `cu_seqlens` is available.
     """
 
     def __init__(
@@ -63,7 +63,8 @@ class Documents:
         starts: Sequence[int] | None = None,
         device: torch.device | str = "cpu",
     ) -> Documents:
-        """Documents of so many queries each, and of so many keys where they differ; nothing waits for the device.
+        """Returns Documents from the number of queries of each, and of keys where it differs, without waiting for the
+        device.
 
         `starts`: position of each piece's first query among its document's keys; None: queries come last.
         """
@@ -85,7 +86,8 @@ class Documents:
         num_keys: int,
         device: torch.device,
     ) -> Documents:
-        """Documents of bounds int32 [N+1]; None is one document. Lengths are known where the bounds lie on the host.
+        """Returns Documents from bounds, int32 [N+1]; None is one document. Lengths are known only if the bounds are on
+        the host.
 
         Raises ValueError for bounds that do not fit, as far as they can be read without waiting for a device.
         """
@@ -204,6 +206,12 @@ class Documents:
 def one_document(num_queries: int, num_keys: int, device: torch.device) -> Documents:
     """One document, whose queries are its last tokens; layers and steps that ask for the same share one."""
     return Documents.from_lengths([num_queries], [num_keys], device=device)
+
+
+@functools.lru_cache(maxsize=16)
+def last_tokens(lengths: tuple[int, ...], lengths_k: tuple[int, ...], device: torch.device) -> Documents:
+    """The last tokens of some documents, so many of so many each; layers that ask for the same share them."""
+    return Documents.from_lengths(lengths, lengths_k, device=device)
 
 
 def _bounds_of(lengths: Sequence[int], device: torch.device | str) -> Tensor:

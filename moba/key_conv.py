@@ -43,7 +43,7 @@ class _Convolution(torch.autograd.Function):
     def forward(ctx, k_TC, weight_WC, offset_T):
         ctx.save_for_backward(k_TC, weight_WC, offset_T)
         mixed_TC = _mixed(k_TC, weight_WC, offset_T)
-        return (k_TC + F.silu(mixed_TC)).to(k_TC.dtype)
+        return in_dtype(k_TC + F.silu(mixed_TC), k_TC.dtype)
 
     @staticmethod
     def backward(ctx, grad_TC):  # pyright: ignore[reportIncompatibleMethodOverride]  # torch: *grad_outputs
@@ -59,6 +59,12 @@ class _Convolution(torch.autograd.Function):
                 reached_TC = _known(dmixed_TC * weight_WC[lag], lag, offset_T)
                 dk_TC = dk_TC + F.pad(reached_TC, (0, 0, 0, lag))[lag:]
         return dk_TC.to(k_TC.dtype), torch.stack(dweights).to(weight_WC.dtype), None
+
+
+def in_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in this dtype, for results of autograd functions: `x.to` of a dtype that x has already is one whose gradient is
+    lost where torch 2.11 compiles it."""
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def _mixed(k_TC: Tensor, weight_WC: Tensor, offset_T: Tensor | None) -> Tensor:

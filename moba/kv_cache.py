@@ -22,7 +22,7 @@ from torch import Tensor
 
 from moba.attention import attend, shape_of
 from moba.backends.choice import choose
-from moba.documents import Documents, one_document
+from moba.documents import Documents, last_tokens, one_document
 from moba.key_conv import KeyConvolution
 from moba.kinds import AttentionSpec, Full, Moba
 from moba.routing import block_means, select_blocks
@@ -30,6 +30,9 @@ from moba.routing import block_means, select_blocks
 DECODE_OWN, DECODE_DENSE = DECODE_MODES = (Moba.name, Full.name)
 """How tokens behind the prompt attend: by their layer's own kind, or to everything that this kind replaces."""
 MIN_CAPACITY = 256
+JOINED_TOKENS = 64
+"""Up to so many new tokens a sequence are attended for all sequences at once, which costs a copy of their keys and
+values, and saves as many launches as there are sequences."""
 
 
 class SequenceCache:
@@ -117,6 +120,9 @@ class LayerCache:
         `documents` says which tokens belong to which sequence.
         """
         bounds = self._bounds(documents)
+        new = [(s, stop - start) for s, start, stop in zip(self.sequences, bounds, bounds[1:]) if stop > start]
+        if self.prompts is None and len(new) > 1 and max(length for _, length in new) <= JOINED_TOKENS:
+            return self._attend_together(q, k, v, spec, [s for s, _ in new], [length for _, length in new])
         outs = [q[:0]]
         for i, (sequence, start, stop) in enumerate(zip(self.sequences, bounds, bounds[1:])):
             prompt = stop - start if self.prompts is None else max(self.prompts[i] - sequence.length, 0)
@@ -127,6 +133,17 @@ class LayerCache:
                     sequence.append(k[first:last], v[first:last])
                     outs.append(self._attend_one(q[first:last], sequence, spec, dense))
         return torch.cat(outs) if len(outs) > 2 else outs[-1]
+
+    @staticmethod
+    def _attend_together(
+        q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, sequences: list[SequenceCache], lengths: list[int]
+    ) -> Tensor:
+        for sequence, *own in zip(sequences, k.split(lengths), v.split(lengths)):
+            sequence.append(*own)
+        documents = last_tokens(tuple(lengths), tuple(sequence.length for sequence in sequences), q.device)
+        if max(lengths) == 1:
+            return spec.decode(q, sequences, documents, dense=False)
+        return attend(q, *joined(sequences), spec, documents)[0]
 
     def convolve(self, convolution: KeyConvolution, k_TC: Tensor, documents: Documents) -> Tensor:
         """The key convolution of new tokens, [T, G * D], where each sequence's follow those it has seen before."""
@@ -150,7 +167,7 @@ class LayerCache:
 
     def _attend_one(self, q: Tensor, sequence: SequenceCache, spec: AttentionSpec, dense: bool) -> Tensor:
         if q.shape[0] == 1 < sequence.length:  # the same as below, reading less
-            return spec.decode(q, sequence, dense=dense)
+            return spec.decode(q, [sequence], sequence.documents(1), dense=dense)
         kind = spec.dense() if dense else spec
         return attend(q, sequence.k, sequence.v, kind, sequence.documents(q.shape[0]))[0]
 
@@ -158,11 +175,12 @@ class LayerCache:
 class KVCache:
     """Caches of all layers of a model: `cache[i]` is layer i's, `cache.lengths` the tokens read so far.
 
-    `decode` says how the tokens behind the prompt attend in MoBA layers: "moba" routes them like any others, "full"
-    lets them see everything, as the paper evaluates (MoBA while reading the prompt, full attention while generating);
-    `prompts`, the tokens of each sequence's prompt, is for "full" alone. Chunks of any size give the same. Full layers
-    and sliding windows stay as they are. Specs may be swapped between calls; a window's cache keeps all keys, so that
-    it may be widened. Raises ValueError for what does not fit.
+    `decode` sets the attention of the tokens after the prompt in MoBA layers: "moba" routes them like all others;
+    "full" is full attention, as in the paper's evaluations (MoBA for the prompt, full attention for new tokens).
+    `prompts`, only for "full", is the number of prompt tokens of each sequence. Results do not depend on how a text is
+    cut into chunks. Full layers and sliding windows are not affected. Specs may be replaced between calls; the cache of
+    a sliding-window layer keeps all keys, so that its window may be widened. Raises ValueError for arguments that do
+    not fit.
     """
 
     def __init__(
@@ -200,34 +218,64 @@ class KVCache:
                 sequence.rewind(mark)
 
 
-def decode_triton(q: Tensor, sequence: SequenceCache, kind: Moba) -> Tensor | None:
-    """`decode_moba` by the Triton kernels; None where they are not to be had, or another backend was asked for."""
-    documents = sequence.documents(1)
-    shape = shape_of(q, sequence.k)._replace(differentiable=False)
+def decode_triton(q: Tensor, sequences: Sequence[SequenceCache], documents: Documents, kind: Moba) -> Tensor | None:
+    """`decode_moba` by the Triton kernels, sequence by sequence without copying keys; None where they cannot run or
+    another backend was requested."""
+    shape = shape_of(q, sequences[0].k)._replace(differentiable=False)
     if not q.is_cuda or choose(kind, shape, documents).backend != "triton":
         return None
     from moba.backends.triton_decode import moba_decode
 
-    assert documents.cu_seqlens_k is not None
-    start, length = documents.cu_seqlens_k.long().split(1)
-    means = sequence.block_means(kind.block_size)
+    bounds_k = (documents.cu_seqlens if documents.cu_seqlens_k is None else documents.cu_seqlens_k).long()
+    lengths_N, zero = bounds_k.diff(), bounds_k[:1]
     sizes = {"block_size": kind.block_size, "top_k": kind.top_k, "first_blocks": kind.first_blocks}
-    return moba_decode(q, sequence.k, sequence.v, means, start, length, start, max_length=sequence.length, **sizes)[0]
+    outs = []
+    for n, sequence in enumerate(sequences):
+        given = (q[n : n + 1], sequence.k, sequence.v, sequence.block_means(kind.block_size))
+        outs.append(moba_decode(*given, zero, lengths_N[n : n + 1], zero, max_length=sequence.length, **sizes)[0])
+    return torch.cat(outs)
 
 
-def decode_moba(q: Tensor, sequence: SequenceCache, block_size: int, top_k: int, first_blocks: int = 0) -> Tensor:
-    """MoBA of the newest token of a sequence, [1, H, D], for its query q [1, H, D], in torch; reads only the blocks it
-    selects."""
-    k, v, length = sequence.k, sequence.v, sequence.length
+def joined(sequences: Sequence[SequenceCache]) -> tuple[Tensor, Tensor]:
+    """Keys and values [S, G, D] of some sequences, one behind the other; of one alone without a copy."""
+    if len(sequences) == 1:
+        return sequences[0].k, sequences[0].v
+    return torch.cat([sequence.k for sequence in sequences]), torch.cat([sequence.v for sequence in sequences])
+
+
+def decode_moba(
+    q: Tensor,
+    sequences: Sequence[SequenceCache],
+    documents: Documents,
+    block_size: int,
+    top_k: int,
+    first_blocks: int = 0,
+) -> Tensor:
+    """MoBA of the newest token of N sequences, [N, H, D], for their queries q [N, H, D]; attends to the blocks it
+    selects alone. `documents` are those tokens as the last of all that is cached."""
+    k, v = joined(sequences)
     num_heads, num_kv_heads = q.shape[1], k.shape[1]
-    layout = sequence.documents(1).layout(block_size)
-    # The means of the complete blocks are all that select_blocks reads, though the layout has slots for more.
-    selection_HK = select_blocks(q, sequence.block_means(block_size), layout, top_k, first_blocks)[:, 0]
-    key_HKB = selection_HK[:, :, None] * block_size + torch.arange(block_size, device=q.device)
-    seen_HKB = (key_HKB >= 0) & (key_HKB < length)
-    key_HS = key_HKB.clamp(0, length - 1).flatten(1)
+    layout = documents.layout(block_size)
+    selection_HNK = select_blocks(q, _means_of(sequences, block_size, layout.num_blocks), layout, top_k, first_blocks)
+    key_HNS = (selection_HNK[..., None] * block_size + torch.arange(block_size, device=q.device)).flatten(2)
+    bounds_k = documents.cu_seqlens if documents.cu_seqlens_k is None else documents.cu_seqlens_k
+    start_N1, length_N1 = bounds_k[:-1, None], bounds_k.diff()[:, None]
+    seen_NHS = ((key_HNS >= 0) & (key_HNS < length_N1)).transpose(0, 1)
+    key_NHS = (torch.minimum(key_HNS.clamp(min=0), length_N1 - 1) + start_N1).transpose(0, 1)
     kv_head_H1 = torch.arange(num_heads, device=q.device)[:, None] // (num_heads // num_kv_heads)
-    out_H1D = torch.nn.functional.scaled_dot_product_attention(
-        q.transpose(0, 1), k[key_HS, kv_head_H1], v[key_HS, kv_head_H1], attn_mask=seen_HKB.flatten(1)[:, None]
+    out_NH1D = torch.nn.functional.scaled_dot_product_attention(
+        q[:, :, None], k[key_NHS, kv_head_H1], v[key_NHS, kv_head_H1], attn_mask=seen_NHS[:, :, None]
     )
-    return out_H1D.transpose(0, 1)
+    return out_NH1D[:, :, 0]
+
+
+def _means_of(sequences: Sequence[SequenceCache], block_size: int, num_blocks: int) -> Tensor:
+    """Block means of some sequences in the slots of their layout, float32 [num_blocks, G, D], 0 where a block is not
+    complete; of one sequence those of the complete blocks, which are all that is read."""
+    means = [sequence.block_means(block_size) for sequence in sequences]
+    if len(sequences) == 1:
+        return means[0]
+    nothing = means[0].new_zeros(1, *means[0].shape[1:])
+    slots = [part for s, own in zip(sequences, means) for part in (own, nothing[: s.length % block_size])]
+    used = sum(map(len, slots))
+    return torch.cat([*slots, nothing.expand(num_blocks - used, -1, -1)])

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from moba.attention import attend
 from moba.documents import Documents
-from moba.key_conv import KeyConvolution
+from moba.key_conv import KeyConvolution, in_dtype
 from moba.kinds import AttentionSpec, Full
 from moba.kv_cache import KVCache, LayerCache
 from moba.sequence import SequenceAxis
@@ -73,14 +73,14 @@ def _rotate(x_THD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
     out_THD = x_THD * cos_TD[:, None]
     out_THD[..., :half].addcmul_(second, sin_T1D, value=-1)
     out_THD[..., half:].addcmul_(first, sin_T1D)
-    return out_THD.to(x_THD.dtype)
+    return in_dtype(out_THD, x_THD.dtype)
 
 
 class MoBAAttention(nn.Module):
-    """Causal self-attention over packed documents, of the kind that `spec` says; `spec` may be replaced at any time.
+    """Causal self-attention over packed documents; `spec` sets the kind of attention and may be replaced at any time.
 
-    Keys are convolved as they leave their projection, if at all: before the norm, which thus bounds what attention
-    sees, and before RoPE, since a convolution of rotated keys would depend on where in the document they stand.
+    The key convolution, if any, is applied right after the projection: before the norm, which thus bounds the keys, and
+    before RoPE, since a convolution of rotated keys would depend on absolute positions.
     """
 
     def __init__(
@@ -121,11 +121,11 @@ class MoBAAttention(nn.Module):
     def forward(
         self, x_TC: Tensor, cos_TD: Tensor, sin_TD: Tensor, documents: Documents, cache: LayerCache | None = None
     ) -> Tensor:
-        """The attention output of every token, [T, C].
+        """Returns the attention output of every token, [T, C].
 
-        The documents' queries are all their keys. With a cache, document i continues the cached sequence i, and cos,
-        sin are those of the positions where it continues. Gradients repeat bit for bit if torch's deterministic
-        algorithms are switched on.
+        Without a cache the documents have as many queries as keys. With a cache, document i continues the cached
+        sequence i, and cos and sin are those of the continued positions. Gradients are bitwise reproducible if torch's
+        deterministic algorithms are switched on.
         """
         qkv = self.project(x_TC, cos_TD, sin_TD, self.offsets(documents), documents, cache)
         return self.o_proj(self.attend(*qkv, documents, cache).flatten(1))

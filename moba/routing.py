@@ -119,16 +119,16 @@ def route(
     cu_seqlens_k: torch.Tensor | None = None,
     backend: str = "torch",
 ) -> torch.Tensor:
-    """The blocks each query attends to, int32 [H, T, K]: -1s where there are none, history ascending, own block last.
+    """Returns the blocks each query attends to, int32 [H, T, K]: earlier blocks in ascending order, then the query's
+    own block; -1s in front if there are fewer than K.
 
-    Indices count blocks from the start of the query's own document. q is [T, H, D], k is [S, G, D]; every query head
-    routes on its own, against the means of the key head it shares. Only blocks wholly before the query's own compete,
-    with the score <q, mean>, unscaled, in float32 (float64 for float64 inputs); of equal scores the earlier block
-    wins (MoBA paper, section 2.2). The first `first_blocks` blocks of the document win over all others, where they
-    compete; 0 as in the paper. No gradient. Rows of non-finite scores give a legal, causal selection, but which
-    is not specified. `backend`: "torch", or "triton" for what `moba_attention` selects there, which may differ where
-    scores are equal but for rounding; to record a selection, ask the backend that attends. Raises ValueError for bad
-    arguments.
+    Block indices count from the start of the query's document. q is [T, H, D], k is [S, G, D]; every query head selects
+    its own blocks, using the means of its key head. Candidates are the blocks wholly before the query's own block.
+    Their score is <q, mean>, unscaled, in float32 (float64 for float64 inputs); ties go to the earlier block (MoBA
+    paper, section 2.2). The first `first_blocks` blocks of the document are always selected if they are candidates; 0
+    as in the paper. No gradient. Rows with non-finite scores give a valid, causal, but unspecified selection.
+    `backend`: "torch", or "triton" for what `moba_attention` selects there, which may differ where scores are equal but
+    for rounding; to record a selection, use the backend that attends. Raises ValueError for bad arguments.
     """
     check_blocks(block_size, top_k)
     check_first_blocks(first_blocks, top_k)

@@ -82,13 +82,14 @@ def configure(
     plan: Sequence[AttentionSpec | Sequence] | str | PathLike | None = None,
     decode: str = DECODE_DENSE,
 ) -> None:
-    """Switches a loaded transformers model to MoBA; no weight is touched, and `save_pretrained` writes it down.
+    """Switches a loaded transformers model to MoBA; weights do not change, and `save_pretrained` saves the setting.
 
-    Either `block_size` and `top_k` (which counts the query's own block) for all layers but the last `full_last`, which
-    keep full attention, or `plan`: one AttentionSpec or (kind, block_size, top_k) a layer, MoBA's also with
-    first_blocks behind, or the path of a file that says so (moba/kinds/plan_file.py). `first_blocks` of the top_k are
-    always the first of the text: 0 as in the paper; 1 keeps the attention sink of a model that was not trained with
-    MoBA. `decode`: "full" or "moba". May be called again. Raises ValueError for anything that does not fit.
+    Either `block_size` and `top_k` (which includes the query's own block) for all layers but the last `full_last`,
+    which keep full attention, or `plan`: one AttentionSpec or (kind, block_size, top_k) per layer, for MoBA optionally
+    with first_blocks as a fourth entry, or the path of a plan file (moba/kinds/plan_file.py). `first_blocks` of the
+    top_k blocks are always the first ones of the text: 0 as in the paper; 1 keeps the attention sink of a model that
+    was not trained with MoBA. `decode`: "full" or "moba". May be called again. Raises ValueError for arguments that do
+    not fit.
     """
     config = model.config.get_text_config()
     num_layers = getattr(config, "decoder_layers", None) or config.num_hidden_layers
@@ -131,15 +132,16 @@ _PROMPT: ContextVar[int | None] = ContextVar("prompt", default=None)
 
 @contextmanager
 def prompt(tokens: int) -> Iterator[None]:
-    """Context in which the first `tokens` columns of each text, padding included, are prompt and later ones decoded.
+    """Context in which the first `tokens` columns of each row, padding included, are the prompt and later ones are
+    decoded.
 
-    So decode="full" means the same however a text is cut: a prompt in chunks, several new tokens per step (speculative
-    decoding), everything again at each step (use_cache=False).
+    With it, decode="full" gives the same results however a text is cut: prompts in chunks, several new tokens per step
+    (speculative decoding), or rereading everything at each step (use_cache=False).
 
         with moba.transformers.prompt(ids.shape[1]):
             model.generate(ids, prompt_lookup_num_tokens=4)
 
-    For the thread that enters it. Raises ValueError unless it is an integer of at least 1.
+    Applies to the current thread. Raises ValueError unless `tokens` is an integer of at least 1.
     """
     if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:
         raise ValueError(f"prompt({tokens!r}): needs the number of the prompt's tokens, such as ids.shape[1]")

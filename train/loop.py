@@ -434,11 +434,11 @@ class Trainer:
             often = f", the {MAX_ROLLBACKS + 1}th since the newest checkpoint" if action == "rollback" else ""
             kept = f"The newest checkpoint is {path}" if path else "There is no checkpoint yet"
             raise SpikeError(
-                f"{found}{often}: run.on_spike={action} ends the run, and nothing was updated in it. {kept}. The same "
-                "command with run.on_spike=skip (or rollback) and run.allow_changes=true goes past the spike"
+                f"{found}{often}: run.on_spike={action} ends the run; the step was not applied. {kept}. The same "
+                "command with run.on_spike=skip (or rollback) and run.allow_changes=true continues past the spike"
             )
         if path is None:
-            self.observers.say(f"{found}: skipped, since there is no checkpoint yet to go back to")
+            self.observers.say(f"{found}: skipped, since there is no checkpoint to go back to yet")
             return False
         self._rollbacks += 1
         self.engine.reset_moments()  # a checkpoint of no steps has none
@@ -452,7 +452,7 @@ class Trainer:
             self.observers.evaluate.forget_after(self.tokens)
         where = {"stage": stage.name, "from_tokens": at, "loss": loss, "grad_norm": norm, "in_a_row": self._rollbacks}
         self._emit(self.metrics.write("rollback", self.tokens, **where))
-        self.observers.say(f"{found}: going back to {path}, and on with the data behind it")
+        self.observers.say(f"{found}: going back to {path} and continuing with the data after the spike")
         return True
 
     def _take_up_sums(self, stage: Stage) -> None:
@@ -484,7 +484,7 @@ class Trainer:
         if theirs["fingerprint"] != self._tokenizer["fingerprint"]:
             raise store.CheckpointError(
                 f"init.source={source} was trained with another tokenizer, {theirs['name']!r}; here data.tokenizer is "
-                f"{self._tokenizer['name']!r}, whose tokens have other numbers"
+                f"{self._tokenizer['name']!r}, which has other token ids"
             )
         store.load_engine(self.engine, path, optimizer=self.config.init.optimizer)
         taken = ["weights"] + ["optimizer state"] * self.config.init.optimizer

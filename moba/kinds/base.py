@@ -89,7 +89,7 @@ class BadOption(NamedTuple):
 
 @dataclass(frozen=True)
 class AttentionSpec(ABC):
-    """The attention of one layer; a model holds one for each layer (its plan)."""
+    """The attention of one layer; the attention plan of a model has one per layer."""
 
     name: ClassVar[str]
     """What plans, configurations and config.json call it."""
@@ -118,11 +118,11 @@ class AttentionSpec(ABC):
 
     @abstractmethod
     def is_dense_at(self, length: int) -> bool:
-        """True if every query of a document of `length` tokens attends to all earlier tokens."""
+        """Returns True if every query of a document of `length` tokens attends to all earlier tokens."""
 
     @abstractmethod
     def attended_pairs(self, length: int) -> int:
-        """Number of (query, key) pairs that one head computes over a document of `length` tokens, exactly."""
+        """Returns the exact number of (query, key) pairs that one head computes over a document of `length` tokens."""
 
     @property
     def routing(self) -> Routing | None:
@@ -171,12 +171,13 @@ class AttentionSpec(ABC):
         """(output [T, H, D], log-sum-exp [H, T]) by a backend that did not refuse; the second may be None unless
         `return_lse`. `selection`: of blocks, instead of routing; only kinds that pick blocks are given one."""
 
-    def decode(self, q: Tensor, sequence: SequenceCache, dense: bool) -> Tensor:
-        """The attention [1, H, D] of the newest token of a cached sequence; `dense`: of all it replaces."""
+    def decode(self, q: Tensor, sequences: Sequence[SequenceCache], documents: Documents, dense: bool) -> Tensor:
+        """The attention [N, H, D] of the newest token of N cached sequences, which `documents` says are the last of all
+        that is cached; `dense`: of all it replaces."""
         from moba.attention import attend
+        from moba.kv_cache import joined
 
-        kind = self.dense() if dense else self
-        return attend(q, sequence.k, sequence.v, kind, sequence.documents(1))[0]
+        return attend(q, *joined(sequences), self.dense() if dense else self, documents)[0]
 
     # -------------------- in configurations and checkpoints
 

@@ -16,12 +16,12 @@ GATES = (MEAN, "local", "random", "oracle")
 
 @dataclass(frozen=True)
 class Moba(AttentionSpec):
-    """Attention to `top_k` blocks of `block_size` tokens, the query's own included.
+    """Attention to `top_k` blocks of `block_size` tokens, including the query's own block.
 
-    `top_k=1` is block-local attention, and `block_size * top_k >= length` is full attention. `gate` picks the blocks:
+    `top_k=1` is block-local attention, and `block_size * top_k >= length` is full attention. `gate` selects the blocks:
     "mean" is MoBA, the others are controls (moba/gates.py). The first `first_blocks` blocks of the query's document are
-    always among them, counted in `top_k` as the own block is. 0 is the paper's MoBA; with 1 a pretrained model, whose
-    heads park their attention on the first tokens, does not depend on a gate that judges a block by its mean.
+    always selected, and `top_k` includes them, like the query's own block. 0 is MoBA as in the paper; 1 keeps the
+    attention sink of a pretrained model, which a gate by block means misses.
     """
 
     name = "moba"
@@ -131,13 +131,15 @@ class Moba(AttentionSpec):
 
         return moba_flash(q, k, v, documents, **options, deterministic=deterministic)
 
-    def decode(self, q, sequence, dense):
+    def decode(self, q, sequences, documents, dense):
         if dense or self.gate != MEAN:
-            return super().decode(q, sequence, dense)
+            return super().decode(q, sequences, documents, dense)
         from moba.kv_cache import decode_moba, decode_triton
 
-        out = decode_triton(q, sequence, self)
-        return decode_moba(q, sequence, self.block_size, self.top_k, self.first_blocks) if out is None else out
+        out = decode_triton(q, sequences, documents, self)
+        if out is not None:
+            return out
+        return decode_moba(q, sequences, documents, self.block_size, self.top_k, self.first_blocks)
 
     @classmethod
     def check_options(cls, values: Mapping[str, Any], seq_len: int | None, used: bool) -> Iterator[BadOption]:

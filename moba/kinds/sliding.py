@@ -12,7 +12,7 @@ from moba.kinds.base import AttentionSpec, Backend, BadOption, Option, at_least_
 
 @dataclass(frozen=True)
 class Sliding(AttentionSpec):
-    """Attention to the last `window` tokens, the query's own included, of its own document."""
+    """Attention to the last `window` tokens of the query's document, including the query itself."""
 
     name = "sliding"
     letter = "S"
@@ -62,14 +62,17 @@ class Sliding(AttentionSpec):
 
         return dense_flash(q, k, v, documents, **options, deterministic=deterministic, return_lse=True)
 
-    def decode(self, q, sequence, dense):
+    def decode(self, q, sequences, documents, dense):
         """The cache keeps all keys, so that a window may be widened; a new token reads the last ones."""
+        import torch
+
         from moba.attention import attend
-        from moba.documents import one_document
+        from moba.documents import last_tokens
         from moba.kinds.full import Full
 
-        seen = min(self.window, sequence.length)
-        return attend(q, sequence.k[-seen:], sequence.v[-seen:], Full(), one_document(1, seen, q.device))[0]
+        seen = tuple(min(self.window, sequence.length) for sequence in sequences)
+        k, v = (torch.cat([x[-n:] for x, n in zip(xs, seen)]) for xs in zip(*((s.k, s.v) for s in sequences)))
+        return attend(q, k, v, Full(), last_tokens((1,) * len(seen), seen, q.device))[0]
 
     @classmethod
     def check_options(cls, values: Mapping[str, Any], seq_len: int | None, used: bool) -> Iterator[BadOption]:

@@ -12,11 +12,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks import gate_study
-from benchmarks.gate_probes import ASKED, PAIRS, TASKS, make_probe, score
 from benchmarks.gate_study import Setting, settings
 from benchmarks.gate_tables import GATES, loss_summary, retrieval_summary
 from conf.schema import ModelConfig
 from data.tokenizer import EMBEDDED, ByteTokenizer
+from evals.probes import ASKED, PAIRS, TASKS, make_probe, score
 from moba.documents import Documents
 from train.model.decoder import Decoder
 
@@ -66,7 +66,9 @@ def test_scores_are_of_the_answer():
     model = Decoder(ModelConfig(**sizes), 258).eval()
     model.init_weights(1)
     probe = make_probe("book", [7] * 600, ByteTokenizer(), "pass_key", 3, 512)
-    _, nats = score(model, probe, torch.device("cpu"))
+    other = make_probe("other", [9] * 600, ByteTokenizer(), "key_value", 5, 500)
+    (_, nats), second = score(model, [probe, other], torch.device("cpu"))
+    assert second == pytest.approx(score(model, [other], torch.device("cpu"))[0])
     logits = model.logits(probe.tokens_T, torch.arange(512), Documents.from_lengths([512])).log_softmax(-1)
     targets = torch.cat([probe.tokens_T[1:], torch.tensor(probe.answer[-1:])])
     expected = -logits[-len(probe.answer) :].gather(1, targets[-len(probe.answer) :, None]).mean()

@@ -142,7 +142,10 @@ CASES = [
         [(f"{STAGES}.sparse.attention.pattern", "MF"), (f"{STAGES}.sparse.attention.full_last", 1)],
         ["attention.pattern=MF", "full_last=1", "set one"],
     ),
-    ([(f"{STAGES}.full.attention", {"kind": "full", "pattern": "SM", "window": 8})], ["pattern=SM", "F takes"]),
+    (
+        [(f"{STAGES}.full.attention", {"kind": "full", "pattern": "SM", "window": 8})],
+        ["pattern=SM", "write F instead of M"],
+    ),
     ([(f"{STAGES}.sparse.attention.pattern", "SM")], ["sparse.attention.window=null", "schedule.window", "256"]),
     ([(f"{STAGES}.sparse.attention.window", 64)], ["sparse.attention.window=64", "no effect", "SM"]),
     ([(f"{STAGES}.sparse.attention", {"pattern": "SM", "window": 0})], ["attention.window=0", "at least 1"]),
@@ -491,6 +494,6 @@ def test_mistakes_in_a_plan(tmp_path):
     beside = {"kind": "full", "full_last": 1, "pattern": "M", "block_size": 64, "top_k": 3, "first_blocks": 1}
     found = problems_of(planned(ENTRIES, *((f"{STAGES}.sparse.attention.{k}", v) for k, v in beside.items())))
     for key, value in beside.items():
-        assert any(f"attention.{key}={value}: {PLAN} says it of each layer; set {key}=" in line for line in found), key
+        assert any(f"attention.{key}={value}: {PLAN} sets it for each layer; set {key}=" in line for line in found), key
     (line,) = problems_of(planned(ENTRIES[:1] * 4, (f"{STAGES}.sparse.attention.backend", "cudnn")))
-    assert "backend=cudnn" in line and "take flash, reference, torch, triton or auto" in line
+    assert "backend=cudnn" in line and "support flash, reference, torch, triton or auto" in line

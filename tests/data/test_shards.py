@@ -88,7 +88,7 @@ def edit_meta(directory):
 @pytest.mark.parametrize(
     ("damage", "named"),
     [
-        (truncate, "00001.bin has 12 bytes instead of 14"),
+        (truncate, "00001.bin has 12 bytes; meta.json says 14"),
         (lambda d: (d / "00000.bin").unlink(), "00000.bin is missing"),
         (flip("00000.idx"), "00000.idx is missing or damaged"),
         (flip("00001.bin"), "00001.bin is damaged: its checksum"),

@@ -45,7 +45,7 @@ class Copier:
 
 def make_job(tmp_path, model, **values):
     tmp_path.mkdir(exist_ok=True)
-    stage = SimpleNamespace(seq_len=2048)
+    stage = SimpleNamespace(seq_len=2048, attention=PLAN)
     data, run = SimpleNamespace(tokenizer="bytes"), SimpleNamespace(name="toy")
     config = SimpleNamespace(data=data, run=run)
     trained = SimpleNamespace(

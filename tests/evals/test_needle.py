@@ -18,7 +18,8 @@ from evals.needle_report import page
 from evals.needle_text import CANDIDATES, FORMS, SPARE_TOKENS, make_sample
 from evals.protocol import Job
 from evals.statistics import wilson
-from moba.kinds import Full
+from moba.kinds import Full, Moba
+from moba.kinds.plan_file import write_plan
 
 
 def lookup(text, attention=None, wrong=False):
@@ -105,6 +106,23 @@ def test_arms_attend_as_they_say(tmp_path):
     assert found["key_value_full_exact"] == 1 and found["key_value_hybrid_exact"] == 0
 
 
+def test_other_attentions_stand_beside(tmp_path):
+    """Catches an attention of beside= that is not in force for prompt or answer, answers of a plan's file that are
+    taken for those of a plan that stood in it before, and two arms of one name."""
+    wanted = Moba(64, 3, first_blocks=1)
+    model = Copier(lambda text, attention: lookup(text) if attention == (wanted,) else "?")
+    arguments = {"lengths": "1K", "forms": "key_value", "arms": "full"}
+    beside = f"64x3,64x3+1,{tmp_path / 'plan.yaml'}"
+    for plan, expected in ((wanted, 1), (Moba(64, 3), 0)):
+        write_plan(tmp_path / "plan.yaml", [plan], {})
+        found = run(make_job(tmp_path, model, beside=beside, **arguments))
+        assert list(found.record["cells"]["key_value"]) == ["full", "64x3", "64x3+1", "plan"]
+        values = {name: found.numbers[f"key_value_{name}_exact"] for name in found.record["cells"]["key_value"]}
+        assert values == {"full": 0, "64x3": 0, "64x3+1": 1, "plan": expected}
+    with pytest.raises(ValueError, match="two have the same name"):
+        run(make_job(tmp_path, model, beside="64x3,64x3", **arguments))
+
+
 def test_an_interrupted_grid_goes_on(tmp_path):
     """Catches finished cells that are measured again, or lost, and a line that was cut off taken for a result."""
     arguments = {"lengths": "[1K,2K]", "forms": "key_value", "arms": "[moba,full]"}
@@ -140,7 +158,7 @@ def test_an_interrupted_grid_goes_on(tmp_path):
 
 def test_two_processes_share_the_cells(tmp_path, monkeypatch):
     """Catches cells that no process measures, or two count."""
-    monkeypatch.setattr(needle, "BATCH_TOKENS", 1024)
+    monkeypatch.setattr(needle, "batch_tokens", lambda _: 1024)
     parts, arguments = [], {"lengths": "[1K,1536]", "forms": "key_value", "arms": "full"}
     for rank in (0, 1):
         job = make_job(tmp_path, Copier(lookup), **arguments)

@@ -141,7 +141,7 @@ def test_a_task_that_does_not_fit_ends(tmp_path, capsys):
 @needs_package
 def test_an_interrupted_evaluation_goes_on(tmp_path, samples, monkeypatch):
     """Catches answers that are written again, or lost."""
-    monkeypatch.setattr("evals.ruler.BATCH_TOKENS", 1024)
+    monkeypatch.setattr("evals.ruler.batch_tokens", lambda _: 1024)
     whole = Speaker(lambda index: " abc" * index)
     expected = run(make(tmp_path / "whole", samples, whole, "fwe"))
 

@@ -10,6 +10,8 @@ from PIL import Image
 
 from conf.schema import DataConfig, ModelConfig, SourceConfig, SyntheticConfig
 from data.packing import Batch
+from data.tokenizer import ByteTokenizer
+from evals import probes
 from evals.context import Context
 from evals.position_loss import evaluate
 from evals.protocol import Job
@@ -19,6 +21,7 @@ from evals.sweep import run, whole_numbers
 from evals.sweep_report import page
 from moba.documents import Documents
 from moba.kinds import Full, Moba
+from moba.kinds.plan_file import write_plan
 from train.model.decoder import Decoder
 
 LENGTH, COUNT = 64, 5
@@ -70,7 +73,7 @@ def make_job(tmp_path, model, documents, context=None, synthetic=False, **values
     sources = {"main": SourceConfig(synthetic=TASK)} if synthetic else {}
     config = SimpleNamespace(data=DataConfig(tokenizer="bytes", sources=sources), run=SimpleNamespace(name="toy"))
     config.eval = SimpleNamespace(seq_len=None, documents=COUNT)
-    stage = SimpleNamespace(seq_len=LENGTH)
+    stage = SimpleNamespace(seq_len=LENGTH, attention=(MOBA, MOBA, FULL))
     trained = SimpleNamespace(config=config, stage=stage, tokens=7, checkpoint=tmp_path, device=torch.device("cpu"))
 
     class ToyJob(Job):
@@ -111,6 +114,38 @@ def test_settings_are_the_plans_they_name(model, documents, tmp_path):
     causal = LENGTH * (LENGTH + 1) // 2
     assert rows["8x2"]["attended_share"] == pytest.approx((2 * pairs + causal) / (3 * causal))
     assert rows["full"]["attended_share"] == 1
+
+
+def test_probes_and_named_attentions(model, tmp_path):
+    """Catches probes of another document, length or attention than the setting's, a plan's file read as another one, a
+    changed plan answered from what the old one gave, and shares of the length that become other numbers of blocks."""
+    generator = torch.Generator().manual_seed(3)
+    documents = []
+    for i in range(3):
+        tokens = torch.randint(97, 120, (1025,), generator=generator)
+        documents.append((f"d{i}", Batch(tokens[:-1], tokens[1:], torch.arange(1024), Documents.from_lengths([1024]))))
+
+    def swept():
+        values = {"seq_len": "1K", "block_sizes": "[64,128]", "budgets": "1/4,1/8", "probes": "key_value"}
+        job = make_job(tmp_path, model, documents, attentions=str(tmp_path / "plan.yaml"), **values)
+        return {row["attention"]: row for row in run(job).record["settings"]}
+
+    for plan in ((Moba(64, 5, first_blocks=1), FULL, FULL), (FULL, Moba(32, 3), FULL)):
+        write_plan(tmp_path / "plan.yaml", plan, {})
+        rows = swept()
+        assert list(rows) == ["full", "64x2", "64x4", "128x1", "128x2", "plan"]
+        for name, specs in (("full", [FULL] * 3), ("64x4", [Moba(64, 4)] * 2 + [FULL]), ("plan", plan)):
+            asked = [p for d in documents for p in probes.of_document(*d, ByteTokenizer(), "key_value", 1024)]
+            with under(model, specs), torch.no_grad():
+                found = probes.score(model, asked, "cpu")
+            recall = rows[name]["recall"]["key_value"]
+            assert recall["right"] == np.mean([right for right, _ in found]) and len(found) == 12
+            assert recall["nats"]["mean"] == pytest.approx(np.mean([nats for _, nats in found]), abs=1e-5), name
+        assert rows["64x4"]["recall"]["key_value"]["nats_minus_full"]["mean"] != 0
+    with pytest.raises(ValueError, match="budgets=2: shares of the length"):
+        run(make_job(tmp_path, model, documents, block_sizes="8", budgets="2"))
+    with pytest.raises(ValueError, match="give one of the two"):
+        run(make_job(tmp_path, model, documents, block_sizes="8", budgets="1/2", top_k="3"))
 
 
 def test_an_interrupted_sweep_goes_on(model, documents, tmp_path):

@@ -13,13 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conf.validate import freeze
+from data.tokenizer import load_tokenizer
 from evals import tuning
 from evals.context import Context
 from evals.loading import TrainedModel
 from evals.plan_search import allocate, best_alike, candidates, pairs_share, predicted_cost
 from evals.protocol import Job
 from evals.swap import under
-from evals.tuning import ALIKE, PER_LAYER, distances, split, tune
+from evals.tuning import ALIKE, KL, PER_LAYER, REFINED, chosen_objective, distances, split, tune
+from evals.tuning_report import BOTH, LOSS, RETRIEVAL
 from launch import tune_attention
 from moba.attention import attend
 from moba.documents import Documents
@@ -129,9 +131,9 @@ def test_distances_are_those_of_attention(length, monkeypatch):
     count = length // 8
     documents = Documents.from_lengths([count], [length])
     full, full_lse = attend(q[-count:], k, v, Full(), documents, return_lse=True)
-    whole = distances(q, k, v, CHOICE)
+    whole = distances(q, k, v, CHOICE, count)
     monkeypatch.setattr(tuning, "MASS_ELEMENTS", 1 << 14)
-    torch.testing.assert_close(distances(q, k, v, CHOICE), whole)
+    torch.testing.assert_close(distances(q, k, v, CHOICE, count), whole)
     for spec, (error, captured) in zip(CHOICE, whole.T.tolist()):
         out, lse = attend(q[-count:], k, v, spec, documents, return_lse=True)
         expected = (out - full).square().sum() / full.square().sum()
@@ -145,11 +147,12 @@ def test_a_tuning_says_what_whole_passes_say(job, capsys):
     that does not need them, and a plan beyond its budget."""
     found = tune(job, CHOICE, 0.3)
     assert found.pairs <= 0.3 and found.how in (ALIKE, PER_LAYER)
-    assert found.kl_L[IDLE] == 0 and found.expected_L[IDLE] == 0
-    assert min(found.kl_L[i] for i in range(LAYERS) if i != IDLE) > 1e-4
+    (kl_L,), (judged,) = found.kl_L.values(), found.judged.values()
+    assert kl_L[IDLE] == 0 and found.expected_L[IDLE] == 0
+    assert min(kl_L[i] for i in range(LAYERS) if i != IDLE) > 1e-4
     if found.how == PER_LAYER:
         assert pairs_share(found.plan[IDLE], LENGTH) == min(pairs_share(spec, LENGTH) for spec in CHOICE)
-    choosing, others = split(job)
+    choosing, others = split(job)[LOSS]
     assert {piece.cluster for piece in choosing} == {"book0", "book4"} and len(choosing) == 4
     assert {piece.cluster for piece in others} == {"book1", "book2", "book3"} and len(others) == 6
 
@@ -160,22 +163,86 @@ def test_a_tuning_says_what_whole_passes_say(job, capsys):
 
     dense = [Full()] * LAYERS
     regret = np.mean([(losses(p, found.plan) - losses(p, dense)).mean().item() for p in others])
-    assert found.regret.mean == pytest.approx(regret, abs=1e-6) and abs(regret) > 1e-4
-    assert found.full_loss == pytest.approx(np.mean([losses(p, dense).mean().item() for p in others]), abs=1e-5)
+    assert judged.regret.mean == pytest.approx(regret, abs=1e-6) and abs(regret) > 1e-4
+    assert judged.full_loss == pytest.approx(np.mean([losses(p, dense).mean().item() for p in others]), abs=1e-5)
     for layer in range(LAYERS):
         plan = [*dense[:layer], found.reference[layer], *dense[layer + 1 :]]
         alone = np.mean([(losses(p, plan) - losses(p, dense)).mean().item() for p in choosing])
         assert found.regret_L[layer].mean == pytest.approx(alone, abs=1e-6)
-    assert np.isfinite(found.regret.width) and np.isfinite(found.regret_L[0].width), "three clusters, and two"
+    assert np.isfinite(judged.regret.width) and np.isfinite(found.regret_L[0].width), "three clusters, and two"
     assert job.context.model.attention == (Full(),) * LAYERS, "given back"
     assert len(found.table().splitlines()) == LAYERS + 7
+
+
+def test_a_plan_for_both_is_judged_by_both(job, tmp_path):
+    """Catches probes of other documents than those that choose, predictions of other tokens than the answer's, costs of
+    one part counted for the other, and right answers that are not: against whole passes over each probe."""
+    rows = [
+        {"id": f"book{i // 2}-{i}", "text": "".join(chr(97 + (i * j * j) % 23) for j in range(1200))} for i in range(8)
+    ]
+    (tmp_path / "long.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    values = {"data": str(tmp_path / "long.jsonl"), "seq_len": "1K"}
+    job = replace(job, values=values)
+    assert chosen_objective(job) == BOTH
+    choice = candidates(1024, 0.3, [32, 64], [0, 1])
+    found = tune(job, choice, 0.3)
+    parts = split(job, BOTH)
+    assert list(found.judged) == list(parts) == [LOSS, RETRIEVAL]
+    assert {p.cluster for p in parts[RETRIEVAL].choosing} == {p.cluster for p in parts[LOSS].choosing} == {"book0"}
+    assert [len(part) for part in parts[RETRIEVAL]] == [2 * len(part) for part in parts[LOSS]] == [4, 12]
+    tokenizer = load_tokenizer("bytes")
+    full, own, right = [], [], []
+    for piece in parts[RETRIEVAL].others:
+        batch, rows_R = piece.batch, piece.rows_R
+        said = tokenizer.decode(batch.tokens.tolist() + batch.labels[-1:].tolist())
+        answer = tokenizer.decode(batch.labels[rows_R].tolist())
+        assert said.endswith(answer) and answer.strip().isdigit() and said.count(f"{answer}. Remember it.") == 1
+        for plan, losses in (([Full()] * LAYERS, full), (found.plan, own)):
+            with torch.no_grad(), under(job.context.model, plan):
+                scores = job.context.model.logits(batch.tokens, batch.positions, batch.documents, rows=rows_R)
+            losses.append(torch.nn.functional.cross_entropy(scores, batch.labels[rows_R]).item())
+        right.append((scores.argmax(-1) == batch.labels[rows_R]).all().item())
+    judged = found.judged[RETRIEVAL]
+    assert judged.regret.mean == pytest.approx(np.mean(own) - np.mean(full), abs=1e-5) and judged.number == 12
+    assert judged.right.mean == np.mean(right) and judged.full_loss == pytest.approx(np.mean(full), abs=1e-4)
+    alone = tune(replace(job, values=values | {"objective": "loss"}), choice, 0.3)
+    assert list(alone.judged) == [LOSS]
+    same = [i for i in range(LAYERS) if alone.reference[i] == found.reference[i]]
+    assert same and [alone.kl_L[LOSS][i] for i in same] == [found.kl_L[LOSS][i] for i in same]
+    assert "answers right: full" in found.table() and found.record()["retrieval"]["number"] == 12
+
+
+def test_probes_need_room(job):
+    """Catches sentences that do not fit, found out in the middle."""
+    assert chosen_objective(job) == LOSS
+    with pytest.raises(ValueError, match="objective=both: probes take seq_len=1K or more"):
+        chosen_objective(replace(job, values={"objective": "both"}))
+    with pytest.raises(ValueError, match="objective=needle: choose from loss, retrieval, both"):
+        chosen_objective(replace(job, values={"objective": "needle", "seq_len": "2K"}))
+
+
+def test_refining_starts_from_what_was_best(job):
+    """Catches changes of a plan that are measured over other layers than its own, and a refined plan that is taken
+    though it is no better: saving work alters nothing, and the least divergence on the documents that chose wins."""
+    found = tune(job, CHOICE, 0.3)
+    assert list(found.chosen_kl) == [PER_LAYER, ALIKE, REFINED]
+    assert found.chosen_kl[found.how] == min(found.chosen_kl.values()) and found.pairs <= 0.3
+    base = (CHOICE[0], CHOICE[3], CHOICE[5])
+    changed = [(*base[:i], Full(), *base[i + 1 :]) for i in range(LAYERS)]
+    costs = []
+    for folder, start in (("with", base), ("without", None)):
+        meter = tuning._Meter(replace(job, folder=job.folder / folder), (Full(),) * LAYERS, LENGTH)
+        meter.expect(1, 0)
+        costs.append(meter.costs(split(job)[LOSS].choosing[:1], changed, start))
+    np.testing.assert_allclose(costs[0], costs[1], atol=1e-6)
+    assert np.ptp(costs[0][0, :, KL]) > 1e-4
 
 
 def test_divergence_is_the_regret_of_text_from_the_dense_model(job):
     """Catches a divergence the other way round, or of other tokens: as the mean over the vocabulary of the losses'
     difference, weighted by full attention's probabilities."""
     found = tune(job, CHOICE, 0.3)
-    (piece, *_), _ = split(job)
+    (piece, *_), _ = split(job)[LOSS]
     meter = tuning._Meter(job, (Full(),) * LAYERS, LENGTH)
     meter.expect(1, 0)
     batch, logs = piece.batch, []
@@ -185,7 +252,7 @@ def test_divergence_is_the_regret_of_text_from_the_dense_model(job):
         logs.append(scores.double().log_softmax(-1))
     expected = sum(logs[0][:, i].exp() * (logs[0][:, i] - logs[1][:, i]) for i in range(384)).mean().item()
     (row,) = meter.costs([piece], [found.plan])
-    assert row[0, 1] == pytest.approx(expected, rel=1e-3) and expected > 1e-3
+    assert row[0, KL] == pytest.approx(expected, rel=1e-3) and expected > 1e-3
 
 
 def test_interrupted_it_goes_on_where_it_was(job, monkeypatch):

@@ -11,7 +11,6 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 from damage import assert_one_line, in_equal_parts, put, quick, scalars, thorough, values
-from hypothesis import given
 from hypothesis import strategies as st
 
 from conf.build import ConfigError
@@ -122,6 +121,7 @@ def fuzz(how) -> None:
         assert make_plan(frozen, 512, Hardware()).text()
 
     in_equal_parts(how, [meant(), anything()], check)
+    print(seen)
     assert seen["accepted"] >= seen["all"] / 3 and seen["refused"] >= seen["all"] / 8, seen
 
 
@@ -151,17 +151,30 @@ def test_null_at_every_key(path):
 WORDS = st.text(st.sampled_from("abz019=.+~-_[]{}(),:'\"$@/% \\\n"), max_size=30)
 
 
+TYPED = [f"{key}={value}" for key, meant in GOOD.items() for value in meant if isinstance(value, (str, int, float))]
+
+
 def fuzz_command_line(how) -> None:
-    @how
-    @given(st.sampled_from([".".join(path) for path in ALL]), WORDS, st.sampled_from(["=", " = ", "", "=="]))
-    def check(key, text, equals):
+    seen = {"accepted": 0, "refused": 0}
+    anything = st.tuples(
+        st.sampled_from([".".join(path) for path in ALL]), st.sampled_from(["=", " = ", "", "=="]), WORDS
+    )
+    meant = st.tuples(st.sampled_from(TYPED), st.integers(0, 2**32).map(lambda seed: f"run.name=x{seed}"))
+
+    def check(typed):
+        words = list(typed) if len(typed) == 2 else ["".join(typed)]
         try:
-            load(["+exp=quickstart", f"{key}{equals}{text}"], Hardware())
+            load(["+exp=quickstart", *words], Hardware())
+            seen["accepted"] += 1
         except ConfigError as error:
+            assert len(typed) == 3, error
+            seen["refused"] += 1
             for line in error.problems:
                 assert_one_line(line)
 
-    check()
+    in_equal_parts(how, [meant, anything], check)
+    print(seen)
+    assert seen["accepted"] >= sum(seen.values()) / 3 and seen["refused"] >= sum(seen.values()) / 8, seen
 
 
 def test_whatever_is_typed():
@@ -228,7 +241,7 @@ def test_what_is_not_there_is_said_before_the_plan(tmp_path, monkeypatch):
     with pytest.raises(ConfigError) as error:
         refuse_missing(load(overrides), overrides, continues=False)
     source, data, template = error.value.problems
-    assert source == "init.source=runs/moba_32k does not exist: run +exp=moba_32k first, or name another"
+    assert source == "init.source=runs/moba_32k does not exist: run +exp=moba_32k first, or name another source"
     assert data.startswith("data.path=nope.jsonl: no such file") and template.startswith("data.chat_template=x.jinja")
     refuse_missing(load(["+exp=sft_hybrid"]), [], continues=True)
 

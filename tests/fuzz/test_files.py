@@ -228,6 +228,7 @@ def fuzz(folder: Path, path: str, how) -> None:
         in_equal_parts(how, half_valid(valid, json.loads(valid) if case.json else None), check)
     finally:
         file.write_bytes(valid)
+    print(case.name, seen)
     assert seen["valid"] >= seen["all"] / 3 and seen["refused"] > 0, seen
 
 

@@ -292,6 +292,7 @@ def fuzz(how) -> None:
         seen["sparse"] += any(e[0] == "moba" and e[1] * e[2] < 10 for e in case.plan)
 
     in_equal_parts(how, [valid(), invalid()], check)
+    print(seen)
     everything = seen["computed"] + seen["refused"]
     assert min(seen["computed"], seen["refused"]) >= everything / 3 and seen["sparse"] >= seen["computed"] / 3, seen
 

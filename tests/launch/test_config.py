@@ -59,7 +59,7 @@ def test_every_choice_composes(group):
         if choice == "custom":
             assert "schedule.stages={}" in problem_of(*overrides)
         elif choice == "from_source":
-            assert "model=from_source: from which?" in problem_of(*overrides)
+            assert "model=from_source needs init.source=" in problem_of(*overrides)
         else:
             load(overrides)
 
@@ -134,7 +134,7 @@ def test_advice_on_the_shipped_books_is_given_where_they_are_read(experiment):
     for arguments, wanted in ((shipped, experiment != "quickstart"), (own, False)):
         notice = make_plan(load(arguments), 32768, Hardware(0)).notice or ""
         assert any(word in notice for word in words) == wanted, notice
-    assert experiment != "extend_64k" or "comes first" in notice, "what is not about the books stays"
+    assert experiment != "extend_64k" or "has to be trained first" in notice, "what is not about the books stays"
 
 
 def test_real_data_as_the_notice_says():
@@ -309,7 +309,7 @@ def test_a_new_name_needs_its_plus_once():
     late = load(stage).schedule.stages["late"]
     assert (late.tokens, late.seq_len, late.rope.theta) == (1_015_808, 4096, 5e5)
     problem = problem_of(stage[0], "schedule.stages.lat.seq_len=4K")
-    assert "no stage is called lat (did you mean late?); a new one takes a plus" in problem
+    assert "no stage is called lat (did you mean late?); a new one needs a plus" in problem
 
 
 def test_own_experiments(tmp_path):

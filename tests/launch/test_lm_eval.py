@@ -139,7 +139,8 @@ def test_requests_under_moba_beyond_block_size_x_top_k(whole, exported, capsys):
     requests = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
 
     def scores(prefill, decode):
-        model = RunLM(Context(trained.model, "cpu"), Arm("x", prefill, decode), load_tokenizer(tokens), LENGTH)
+        arm = Arm("x", prefill, decode)
+        model = RunLM(Context(trained.model, "cpu"), arm, load_tokenizer(tokens), LENGTH, Kept())
         return [total for total, _ in model.loglikelihood(requests)], model.lengths
 
     full = tuple(spec.dense() for spec in plan)
@@ -154,6 +155,44 @@ def test_requests_under_moba_beyond_block_size_x_top_k(whole, exported, capsys):
     assert 3 < short.sum() < len(pairs) - 3 and gaps[short].max() < 1e-5 and (gaps[~short] > 1e-4).mean() > 0.7
     hybrid, _ = scores(plan, full)
     assert hybrid[-1] != sparse[-1] and hybrid[-1] != dense[-1], "the answer alone is read with full attention"
+
+
+class Kept(dict):
+    """A ledger without a file."""
+
+    put = dict.update
+
+
+@needs_package
+def test_interrupted_it_goes_on(whole, folder, tmp_path, monkeypatch, capsys):
+    """Catches answers that are lost, read again, or taken for another arm's or request's."""
+    passes, forward = [], Reader._forward
+
+    def counted(self, *arguments):
+        passes.append(1)
+        if len(passes) == stop_at:
+            raise KeyboardInterrupt
+        return forward(self, *arguments)
+
+    monkeypatch.setattr(Reader, "_forward", counted)
+    monkeypatch.setattr("evals.lm_eval_model.batch_tokens", lambda _: 600)
+
+    def scores(name):
+        arguments = [f"run={whole}", "device=cpu", "evals=[lm_eval]", "attention=moba", "arms=[moba,full]"]
+        main([*arguments, f"tasks_folder={folder}", f"to={tmp_path / name}"])
+        record = json.loads(next((tmp_path / name).glob("lm_eval_*.json")).read_text())
+        return [{arm: value["value"] for arm, value in row["arms"].items()} for row in record["scores"]]
+
+    stop_at = -1
+    expected, whole_passes = scores("whole"), len(passes)
+    assert any(row["moba"] != row["full"] for row in expected)
+    stop_at = len(passes) + whole_passes // 2
+    with pytest.raises(KeyboardInterrupt):
+        scores("cut")
+    assert scores("cut") == expected
+    assert whole_passes <= len(passes) - whole_passes < whole_passes * 1.25, "a batch is read again"
+    before = len(passes)
+    assert scores("cut") == expected and len(passes) == before
 
 
 @needs_package

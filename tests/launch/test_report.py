@@ -263,7 +263,7 @@ def test_a_running_run_can_be_reported(tmp_path):
         (lambda folder: (folder.mkdir(), (folder / "metrics.jsonl").write_text("")), "no train line yet"),
         (
             lambda folder: (folder.mkdir(), (folder / "metrics.jsonl").write_text("x\ny\n")),
-            "line 1: not a metrics line",
+            "line 1: not a line of metrics",
         ),
     ],
 )

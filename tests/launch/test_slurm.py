@@ -77,7 +77,7 @@ def test_a_mistake_ends_the_job(environment, tmp_path):
     done = subprocess.run(
         ["bash", SCRIPT, "+exp=nothing"], env=environment, cwd=tmp_path, capture_output=True, text=True
     )
-    assert done.returncode != 0 and "there is none" in done.stderr
+    assert done.returncode != 0 and "no such choice" in done.stderr
     assert "requeue" not in (tmp_path / "asked").read_text()
     assert subprocess.run(["bash", SCRIPT], env=environment, cwd=tmp_path, capture_output=True).returncode == 2
 

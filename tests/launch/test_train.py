@@ -59,7 +59,7 @@ from train.record.metrics import read_metrics
 def test_the_real_command_leaves_all_it_promises(house, whole):
     """Catches a missing or empty output, ends of stages that are not kept, and a trailing loss that does not fall."""
     out = (house.root / "whole.txt").read_text()
-    assert out.startswith("Plan of quickstart") and "stage full: full, length 512" in out
+    assert out.startswith("Plan of quickstart") and "stage full: full, context 512" in out
     assert f"finished: {END:,} tokens" in out and str(end_of(whole)) in out
     plan, data = (whole / "plan.txt").read_text().split("  data ")
     epochs = next(line for line in data.splitlines() if "epochs of" in line).strip()
@@ -270,7 +270,9 @@ def test_signals_save_and_the_same_command_goes_on(launcher, command, house, who
         ended = launcher.run(command("stopped"), act=act)
         assert ended.code == 128 + signal.Signals[name] and ended.err == "", ended
         assert "finished" not in ended.out, ended
-        assert f"stopped by {name} at {at:,} tokens, saved in {run_dir}/checkpoints/tokens_{at:015d}" in ended.out
+        assert (
+            f"stopped by {name} at {at:,} tokens, checkpoint saved: {run_dir}/checkpoints/tokens_{at:015d}" in ended.out
+        )
         assert "The same command again goes on" in ended.out and course(run_dir)[-1]["tokens"] == at
         assert course(run_dir)[-1]["kind"] == "train", "an evaluation that is due has to wait"
 
@@ -335,7 +337,7 @@ def test_ranks_may_come_and_go(launcher, command, house, whole):
     wait_until(lambda: has_lines(run_dir, before + 1), process)
     process.send_signal(signal.SIGTERM)
     ended = finish_real(process)
-    assert "continuing from" in ended.out and "The same command again goes on from there" in ended.out, ended
+    assert "continuing from" in ended.out and "Run the same command again to continue" in ended.out, ended
     assert ended.code > 0 and ended.out.count("stopped by SIGTERM at") == 1 and "finished:" not in ended.out, ended
     for ended in launcher.run_ranks(command("one-two", "checkpoint.asynchronous=false"), 2):
         assert ended.code == 0, ended

@@ -176,7 +176,7 @@ def test_a_full_disk_costs_nothing_that_was_saved(launcher, command, house, whol
     a traceback, and either that cannot be continued once there is room."""
     run_dir = house.runs / interrupted
     ended = launcher.run(command(interrupted), prepare=partial(limit_file_size, 100_000))
-    words = f"could not save tokens_{SWITCH:015d}", "Earlier checkpoints are as they were"
+    words = f"could not save tokens_{SWITCH:015d}", "Earlier checkpoints are unchanged"
     assert_refused(ended, "1 problem:", *words)
     assert saved_in(run_dir) == [f"tokens_{tokens:015d}" for tokens in (1536, 3072)]
     for name in saved_in(run_dir):
@@ -186,9 +186,7 @@ def test_a_full_disk_costs_nothing_that_was_saved(launcher, command, house, whol
     size = (run_dir / "metrics.jsonl").stat().st_size
     assert size > (run_dir / "config.yaml").stat().st_size, "otherwise that would fail first"
     ended = launcher.run(command(interrupted), prepare=partial(limit_file_size, size))
-    assert_refused(
-        ended, "1 problem:", "File too large", str(run_dir), "The checkpoints that were saved are as they were"
-    )
+    assert_refused(ended, "1 problem:", "File too large", str(run_dir), "Saved checkpoints are unchanged")
     assert launcher.run(command(interrupted)).code == 0
     assert_same_run(run_dir, whole)
 

@@ -137,7 +137,7 @@ def test_the_newest_token_equals_the_definition(length):
     sequence = SequenceCache()
     sequence.append(k, v)
     for first_blocks in (1, 2):
-        got = decode_moba(q[-1:], sequence, block_size=8, top_k=3, first_blocks=first_blocks)
+        got = decode_moba(q[-1:], [sequence], sequence.documents(1), block_size=8, top_k=3, first_blocks=first_blocks)
         want = reference_attention(q, k, v, block_size=8, top_k=3, first_blocks=first_blocks)
         torch.testing.assert_close(got, want[-1:])
 

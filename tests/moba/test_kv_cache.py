@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 import moba.kv_cache
 from moba.documents import Documents
-from moba.kinds import Full, Moba
+from moba.kinds import Full, Moba, Sliding
 from moba.kv_cache import KVCache, SequenceCache, decode_moba
 from moba.layer import MoBAAttention
 from moba.reference import reference_attention, reference_selection
@@ -196,7 +196,7 @@ def test_newest_token_equals_the_definition(length, top_k, heads):
     q, k, v = make_qkv(length, *heads)
     sequence = SequenceCache()
     sequence.append(k, v)
-    got = decode_moba(q[-1:], sequence, block_size=8, top_k=top_k)
+    got = decode_moba(q[-1:], [sequence], sequence.documents(1), block_size=8, top_k=top_k)
     want = reference_attention(q, k, v, block_size=8, top_k=top_k)[-1:]
     torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
 
@@ -206,13 +206,67 @@ def test_decoding_reads_only_selected_blocks():
     q, k, v = make_qkv(200)
     sequence = SequenceCache()
     sequence.append(k, v)
-    want = decode_moba(q[-1:], sequence, block_size=8, top_k=3)
+    want = decode_moba(q[-1:], [sequence], sequence.documents(1), block_size=8, top_k=3)
     selected = reference_selection(q, k, block_size=8, top_k=3)[:, -1].unique()
     spoiled = torch.tensor([b not in selected for b in range(25)]).repeat_interleave(8)
     assert spoiled.sum() >= 8 * 8
     sequence.k[spoiled] = float("nan")
     sequence.v[spoiled] = float("nan")
-    assert torch.equal(decode_moba(q[-1:], sequence, block_size=8, top_k=3), want)
+    assert torch.equal(decode_moba(q[-1:], [sequence], sequence.documents(1), block_size=8, top_k=3), want)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    lengths=st.lists(st.integers(1, 70), min_size=2, max_size=4),
+    steps=st.lists(st.lists(st.sampled_from([0, 1, 1, 1, 5]), min_size=4, max_size=4), min_size=1, max_size=4),
+    spec=st.sampled_from([SPARSE, Moba(8, 4, first_blocks=2), Moba(8, 3, gate="local"), Full(), Sliding(11)]),
+)
+def test_sequences_together_are_each_alone(lengths, steps, spec):
+    """Catches sequences that see each other's keys, means in another one's slots, blocks counted from the wrong start,
+    and sequences without new tokens that shift the others; from one new token to several."""
+    with torch.no_grad():
+        steps = [lengths, *(step[: len(lengths)] for step in steps)]
+        qkv = [make_qkv(sum(sizes), seed=i) for i, sizes in enumerate(zip(*steps))]
+        together, alone, done = KVCache(1, len(lengths)), [KVCache(1) for _ in lengths], [0] * len(lengths)
+        for step in steps:
+            parts = [[x[d : d + n] for x in one] for one, d, n in zip(qkv, done, step)]
+            done = [d + n for d, n in zip(done, step)]
+            got = together[0].attend(*map(torch.cat, zip(*parts)), spec, Documents.from_lengths(step)).split(step)
+            for i, (part, n) in enumerate(zip(parts, step)):
+                if n:
+                    want = alone[i][0].attend(*part, spec, Documents.from_lengths([n]))
+                    torch.testing.assert_close(got[i], want, rtol=1e-9, atol=1e-9)
+
+
+def test_sequences_are_decoded_in_one_call(monkeypatch):
+    """Catches a batch whose new tokens are attended one sequence after the other: one choice of blocks for all."""
+    chosen = []
+    select = moba.kv_cache.select_blocks
+    monkeypatch.setattr(moba.kv_cache, "select_blocks", lambda q, *rest: chosen.append(len(q)) or select(q, *rest))
+    cache = KVCache(1, 3)
+    for sizes in ([40, 33, 64], [1, 1, 1], [1, 0, 1]):
+        qkv = make_qkv(sum(sizes))
+        cache[0].attend(*qkv, SPARSE, Documents.from_lengths(sizes))
+    assert chosen == [3, 2]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("spec", [Moba(32, 3), Moba(32, 4, first_blocks=1), Full()])
+def test_cuda_sequences_together_are_each_alone(spec):
+    """Catches what only a GPU shows: blocks of several documents scored together in half precision."""
+    lengths, steps = [300, 77, 640], ([1, 1, 1], [7, 0, 3], [1, 1, 0])
+    qkv = [[x.cuda() for x in make_qkv(n + 9, dtype=torch.bfloat16, seed=n)] for n in lengths]
+    together, alone, done = KVCache(1, 3), [KVCache(1) for _ in lengths], [0] * 3
+    for step in (lengths, *steps):
+        parts = [[x[d : d + n] for x in one] for one, d, n in zip(qkv, done, step)]
+        done = [d + n for d, n in zip(done, step)]
+        documents = Documents.from_lengths(step, device="cuda")
+        got = together[0].attend(*map(torch.cat, zip(*parts)), spec, documents).split(step)
+        for i, (part, n) in enumerate(zip(parts, step)):
+            if n:
+                want = alone[i][0].attend(*part, spec, Documents.from_lengths([n], device="cuda"))
+                torch.testing.assert_close(got[i], want, rtol=0, atol=2e-2)
 
 
 @pytest.mark.gpu

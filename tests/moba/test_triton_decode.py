@@ -170,7 +170,7 @@ def test_a_cache_on_a_gpu_decodes_by_the_kernels(monkeypatch):
     sequence.append(k[0][:100].cuda(), v[0][:100].cuda())
     for place in range(100, 300):
         sequence.append(k[0][place : place + 1].cuda(), v[0][place : place + 1].cuda())
-        out = spec.decode(queries[place : place + 1].cuda(), sequence, dense=False)
+        out = spec.decode(queries[place : place + 1].cuda(), [sequence], sequence.documents(1), dense=False)
         if place % 31 == 0 or place % 32 in (0, 31):
             some = slice(0, place + 1)
             want = definition(queries[place], k[0][some], v[0][some], block_size=32, top_k=3, first_blocks=1)[0]

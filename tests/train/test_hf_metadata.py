@@ -7,15 +7,19 @@ import os
 from dataclasses import replace
 
 import pytest
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from conf.schema import DataConfig, RunConfig, SourceConfig
+from conf.schema import DataConfig, ModelConfig, RopeConfig, RunConfig, SourceConfig
 from data.tokenizer import load_tokenizer
 from launch import export
 from launch.cli import UsageError
+from moba.kinds.full import Full
 from train.checkpoint import checkpoint_dir
-from train.hf import hf_metadata
+from train.hf import hf_export, hf_metadata
+from train.model.rope import Rope
 
 
 @pytest.fixture
@@ -76,6 +80,51 @@ def test_both_layouts_of_rope_say_the_same(scaling):
         given = {key: value for key, value in both.items() if key not in kept}
         assert AutoConfig.for_model(**given).rope_parameters == wanted, kept
     assert AutoConfig.for_model(**both).rope_parameters == wanted
+
+
+OWN = {
+    "none": None,
+    "linear": {"rope_type": "linear", "factor": 2.0},
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512},
+    "llama3": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+               "original_max_position_embeddings": 512},
+    "dynamic": {"rope_type": "dynamic", "factor": 2.0},
+}  # fmt: skip
+IN_A_STAGE = {
+    "none": RopeConfig(),
+    "theta": RopeConfig(theta=4e5),
+    "linear": RopeConfig(scaling="linear", factor=4.0),
+    "ntk": RopeConfig(scaling="ntk", factor=4.0),
+    "yarn": RopeConfig(theta=2e4, scaling="yarn", factor=4.0, original_length=2048),
+    "llama3": RopeConfig(scaling="llama3", factor=4.0, original_length=2048),
+}
+EXPORTED = [("none", stage) for stage in IN_A_STAGE] + [(own, "theta") for own in OWN if own != "none"]
+EXPORTED += [("yarn", "none"), ("llama3", "none"), ("linear", "linear"), ("linear", "ntk"), ("dynamic", "yarn")]
+
+
+@pytest.mark.parametrize(("own", "stage"), EXPORTED)
+def test_an_export_has_the_angles_of_the_training_up_to_its_length(own, stage):
+    """Catches a scaling whose original length was raised to the new context, or left out, or a base that one layout
+    lacks: transformers' own embedding of the exported config, in each layout, against the run's."""
+    length, old = 8192, 2048
+    model = ModelConfig(hidden_size=256, num_heads=4, ffn_size=64, rope_scaling=OWN[own], pretrained_length=old)
+    full = (Full(),) * model.num_layers
+    written = hf_metadata.with_both_ropes(
+        hf_export.config_json(
+            model, num_embeddings=64, rope=IN_A_STAGE[stage], attention=full, plan=full, max_length=length,
+            dtype="fp32", bos_id=None, eos_id=1,
+        )
+    )  # fmt: skip
+    assert written["max_position_embeddings"] == length
+    positions = torch.tensor([0, 1, 511, 512, 2047, 2048, 8191])
+    wanted = Rope(model, IN_A_STAGE[stage]).cos_sin(positions, torch.float32, "cpu")
+    for left_out in ((), ("rope_parameters",), ("rope_theta", "rope_scaling")):
+        config = AutoConfig.for_model(**{key: value for key, value in written.items() if key not in left_out})
+        found = LlamaRotaryEmbedding(config)(torch.zeros(1), positions[None])
+        for ours, theirs in zip(wanted, found):
+            torch.testing.assert_close(theirs[0], ours, rtol=0, atol=2e-3)  # a rounding of a frequency, 8,000 times
+    for scaling in (written["rope_scaling"] or {}, written["rope_parameters"]):
+        assert scaling.get("original_max_position_embeddings") in (None, 512, old), "not the new length"
 
 
 def test_files_have_the_mode_that_the_umask_allows(tmp_path):

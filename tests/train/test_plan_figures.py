@@ -126,8 +126,8 @@ def test_text_says_what_an_extension_changes():
     for words in (
         "theta 10000, the model's own llama3 x8, then linear x4",
         "then ntk x4 (theta 4.876e+04)",
-        "1 sequence per step; learning rate set by this stage: constant, peak 1e-05, warm-up 409 tokens; fresh optimizer"
-        " moments",
+        "1 sequence per step; learning rate set by this stage: constant, peak 1e-05, warm-up 409 tokens; fresh"
+        " optimizer moments",
         "4 sequences per step; learning rate set by optim.lr; optimizer moments kept",
         "long: 0.0% of the tokens come from documents that reach 1K. Warning",
         "full: 3.0% of the tokens come from documents that reach 256. Warning",

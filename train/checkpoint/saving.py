@@ -87,6 +87,6 @@ def attempt(temporary: Path, action: Callable[[], T]) -> T:
         barrier()
         raise CheckpointError(
             f"could not save {temporary.name.removeprefix(checkpoint_dir.SAVING)} in {temporary.parent}: "
-            f"{'; '.join(failures)}. Earlier checkpoints are as they were"
+            f"{'; '.join(failures)}. Earlier checkpoints are unchanged"
         )
     return done[0]

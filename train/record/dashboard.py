@@ -89,8 +89,8 @@ class Dashboard:
         if skipped > self._skipped:
             self._alert(
                 "Skipped steps",
-                f"{skipped - self._skipped} step(s) up to {tokens:,} tokens had a loss or gradients that were not "
-                f"finite, and were skipped; {skipped} in all",
+                f"{skipped - self._skipped} step(s) up to {tokens:,} tokens had a non-finite loss or "
+                f"gradient and were skipped; {skipped} in total",
             )
         self._skipped = max(self._skipped, skipped)
 

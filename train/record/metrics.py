@@ -170,8 +170,8 @@ def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
             record = _record(line)
         except FileError as error:
             if number < len(lines) or line.endswith(b"\n"):
-                what = f"{path}, line {number}: not a metrics line: {cut(repr(line)[1:], 80)} {error}"
-                raise MetricsError(f"{what}; remove it to go on") from error
+                what = f"{path}, line {number}: not a line of metrics: {cut(repr(line)[1:], 80)} {error}"
+                raise MetricsError(f"{what}; remove it to continue") from error
             return  # torn by a kill
         if line.endswith(b"\n"):
             yield line, record

@@ -142,7 +142,7 @@ class Tracker:
             return
         _, error = _attempt(action)
         if error:
-            self._warn(f"wandb is off from here on, training continues: {error}")
+            self._warn(f"wandb failed and is off from now on, training continues: {error}")
             self._run = None
 
     def _open(self, logging: LoggingConfig) -> Any:
@@ -159,7 +159,7 @@ class Tracker:
         for attempt in dict.fromkeys((mode, "offline")):
             run, error = _attempt(lambda attempt=attempt: self._init(attempt))
             if error is None:
-                kept = f"offline run in {self._run_dir / 'wandb'} (`wandb sync` sends it)"
+                kept = f"offline run in {self._run_dir / 'wandb'} (`wandb sync` uploads it)"
                 self._warn(f"wandb: {run.url if attempt == 'online' else kept}")
                 return run
             self._warn(f"wandb {attempt} did not start: {error}")

@@ -8,8 +8,9 @@ their edges. Numbers depend on nothing but the document, task and depth.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from data.packing import Batch
 from data.tokenizer import Tokenizer
-from moba.documents import one_document
+from moba.documents import Documents
 from train.model.decoder import Decoder
 
 PAIRS = 8
@@ -46,8 +47,12 @@ def probes(documents: Iterable[tuple[str, Batch]], tokenizer: Tokenizer, length:
     """A probe for each document (of at least `length` tokens), task and depth, each of `length` tokens."""
     for name, batch in documents:
         for task in TASKS:
-            for place in ASKED:
-                yield make_probe(name, batch.tokens.tolist(), tokenizer, task, place, length)
+            yield from of_document(name, batch, tokenizer, task, length)
+
+
+def of_document(name: str, batch: Batch, tokenizer: Tokenizer, task: str, length: int) -> list[Probe]:
+    """Its probes of a task, one a place."""
+    return [make_probe(name, batch.tokens.tolist(), tokenizer, task, place, length) for place in ASKED]
 
 
 def make_probe(document: str, filler: list[int], tokenizer: Tokenizer, task: str, place: int, length: int) -> Probe:
@@ -74,15 +79,20 @@ def make_probe(document: str, filler: list[int], tokenizer: Tokenizer, task: str
     return Probe(document, task, (place + 0.5) / PAIRS, torch.tensor(tokens[:-1]), answer)
 
 
-def score(model: Decoder, probe: Probe, device: torch.device) -> tuple[bool, float]:
-    """(whether each token of the answer is the likeliest, given those before it; mean nats of these tokens)."""
-    length, count = len(probe.tokens_T), len(probe.answer)
-    positions, answer = torch.arange(length, device=device), torch.tensor(probe.answer, device=device)
-    logits_aV = model.logits(
-        probe.tokens_T.to(device), positions, one_document(length, length, device), rows=positions[length - count :]
-    ).float()
-    nats = torch.nn.functional.cross_entropy(logits_aV, answer)
-    return bool((logits_aV.argmax(dim=-1) == answer).all()), float(nats)
+def score(model: Decoder, asked: Sequence[Probe], device: torch.device | str) -> list[tuple[bool, float]]:
+    """Of each probe (whether each token of the answer is the likeliest, given those before it; mean nats of these
+    tokens). All are read in one pass, as documents of a pack."""
+    lengths = [len(probe.tokens_T) for probe in asked]
+    rows = [end - len(p.answer) + torch.arange(len(p.answer)) for p, end in zip(asked, accumulate(lengths))]
+    positions = torch.cat([torch.arange(length) for length in lengths]).to(device)
+    tokens = torch.cat([probe.tokens_T for probe in asked]).to(device)
+    answers = torch.tensor([token for probe in asked for token in probe.answer], device=device)
+    documents = Documents.from_lengths(lengths, device=device)
+    logits_aV = model.logits(tokens, positions, documents, rows=torch.cat(rows).to(device)).float()
+    nats = torch.nn.functional.cross_entropy(logits_aV, answers, reduction="none").tolist()
+    right = (logits_aV.argmax(dim=-1) == answers).tolist()
+    ends = list(accumulate((len(probe.answer) for probe in asked), initial=0))
+    return [(all(right[a:b]), sum(nats[a:b]) / (b - a)) for a, b in pairwise(ends)]
 
 
 def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
