@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import replace
+from pathlib import Path
 
 from conf.build import Problems
 from conf.formats import FORMATS, all_format_options, formats_with
@@ -490,6 +491,9 @@ def _check_parallel(config: RunConfig, problems: Problems) -> None:
 
 
 def _check_rest(config: RunConfig, problems: Problems) -> None:
+    name = str(config.run.name)
+    if Path(name).is_absolute() or {"", ".", ".."} & set(name.split("/")):
+        problems.add("run.name", name, "a name, such as books or books/first; run.dir=<directory> is for the place")
     _one_of("run.device", config.run.device, DEVICES, problems)
     _at_least("run.seed", config.run.seed, 0, problems)
     _one_of("run.on_spike", config.run.on_spike, ON_SPIKE, problems)

@@ -8,7 +8,10 @@ whole number is an error, never rounded.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from fractions import Fraction
+
+from conf.words import cut
 
 LENGTH_UNITS = {"": 1, "K": 1024, "M": 1024**2}
 TOKEN_UNITS = {"": 1, "K": 1000, "M": 1000**2, "B": 1000**3, "T": 1000**4}
@@ -51,6 +54,17 @@ def _scaled(text: object, units: dict[str, int], example: str) -> int:
 def parse_length(text: object) -> int:
     """Tokens of a sequence, block or batch: K = 1024, M = 1024**2. "32K" is 32768; ValueError if unreadable."""
     return _scaled(text, LENGTH_UNITS, '"32K" (= 32768)')
+
+
+def given_length(values: Mapping[str, str], key: str) -> int:
+    """The length of at least 1 that `key` has; ValueError with the key."""
+    try:
+        length = parse_length(values[key])
+    except ValueError as error:
+        raise ValueError(f"{key}={cut(values[key])}: {error}") from None
+    if length < 1:
+        raise ValueError(f"{key}={values[key]}: must be at least 1")
+    return length
 
 
 def parse_tokens(text: object) -> int:

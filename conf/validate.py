@@ -89,7 +89,7 @@ def from_yaml(text: str, where: object) -> RunConfig:
 
 
 def _fill_run(config: RunConfig) -> Any:
-    name = config.run.name or "run"
+    name = "run" if config.run.name is None else config.run.name
     return replace(config.run, name=name, dir=str(user_path(config.run.dir or f"runs/{name}")))
 
 

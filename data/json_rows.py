@@ -45,7 +45,7 @@ def _list_of(text: bytes, path: Path) -> Iterator[dict[str, Any]]:
 
 def _parsed(text: bytes, path: Path, number: int) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text.decode("utf-8", "surrogatepass"))  # of bytes it would guess UTF-16 or UTF-32
     except RecursionError:
         raise DataError(f"{path} cannot be read as json: line {number} is nested too deep") from None
     except ValueError as error:

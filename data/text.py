@@ -71,6 +71,8 @@ def find_files(path: str) -> list[Path]:
     glob is read as text whatever its ending (source code, say). Raises DataError if nothing matches.
     """
     root = user_path(path)
+    if root.is_dir() and (root / "plan.json").is_file() and not (root / "meta.json").is_file():
+        raise DataError(f"path={cut(path)!r}: shards that are not finished: run their launch/prepare_data.py again")
     if root.is_dir():
         files = [
             f

@@ -162,7 +162,8 @@ def _from_directory(name: str, path: Path) -> FastTokenizer:
     try:
         loaded = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
     except Exception as error:  # whatever a file there makes transformers or tokenizers stumble over
-        raise DataError(f"data.tokenizer={name!r}: no usable tokenizer in {path} ({first_line(error)})") from error
+        why = "no tokenizer.json" if not (path / "tokenizer.json").is_file() else first_line(error)
+        raise DataError(f"data.tokenizer={name!r}: no usable tokenizer in {path} ({why})") from error
     backend = getattr(loaded, "backend_tokenizer", None)
     if backend is None:
         raise DataError(

@@ -22,7 +22,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from conf.files import user_path
-from conf.numbers import format_length, parse_length
+from conf.numbers import format_length, given_length
 from conf.words import listed
 from data.tokenizer import load_tokenizer
 from evals.answering import ABOUT_ARMS, ABOUT_BESIDE, chosen_arms
@@ -46,7 +46,7 @@ def run(job: Job) -> Result:
     manager, tasks = _tasks(job)
     arms = chosen_arms(job, OWN)
     tokenizer = load_tokenizer(job.trained.config.data.tokenizer)
-    max_length = parse_length(job.values["max_length"]) if "max_length" in job.values else job.trained.stage.seq_len
+    max_length = given_length(job.values, "max_length") if "max_length" in job.values else job.trained.stage.seq_len
     samples = job.integer("samples", 1) if "samples" in job.values else None
     shots = _shots(job)
     job.say(f"lm_eval: {listed(tasks)}, up to {format_length(max_length)} tokens, under {listed(a.name for a in arms)}")

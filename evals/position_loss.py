@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from conf.files import Count, read_json
-from conf.numbers import format_length, parse_length
+from conf.numbers import format_length, given_length
 from data.packing import IGNORED, Batch
 from data.validation import COHORTS
 from evals.context import Context
@@ -254,8 +254,8 @@ def run(job: Job) -> Result:
 def _num_buckets(job: Job, seq_len: int) -> int:
     if "bucket" not in job.values:
         return default_num_buckets(seq_len)
-    bucket = parse_length(job.values["bucket"])
-    if bucket < 1 or seq_len % bucket:
+    bucket = given_length(job.values, "bucket")
+    if seq_len % bucket:
         raise ValueError(f"bucket={job.values['bucket']}: must divide the length, {format_length(seq_len)}")
     return seq_len // bucket
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from conf.files import user_path
-from conf.numbers import parse_length
+from conf.numbers import given_length
 from conf.schema import SourceConfig
 from data.sources import open_validation
 from data.validation import HeldOut, held_out_documents
@@ -54,7 +54,7 @@ class Job:
     def seq_len(self) -> int:
         """Length of the held-out documents."""
         if "seq_len" in self.values:
-            return parse_length(self.values["seq_len"])
+            return given_length(self.values, "seq_len")
         return self.trained.config.eval.seq_len or self.trained.stage.seq_len
 
     def integer(self, key: str, default: int) -> int:

@@ -38,6 +38,7 @@ from train.record.throughput import batch_work
 
 Plan = tuple[AttentionSpec, ...]
 TOP_K = "1..8"
+MOST = 10_000
 
 
 def run(job: Job) -> Result:
@@ -125,7 +126,7 @@ def _losses(context: Context, document, seq_len: int) -> list[float | None]:
 
 @torch.no_grad()
 def _right(context: Context, sample) -> list[float]:
-    """[right answers, answers, nats a token summed over answers] of a recall document."""
+    """[right answers, answers, nats per token summed over answers] of a recall document."""
     right_A, nats_A = score(context.model, sample, context.device)
     return [float(right_A.sum()), float(len(right_A)), float(nats_A.sum())]
 
@@ -193,9 +194,9 @@ def whole_numbers(values: Mapping[str, str], key: str, default: str, least: int)
     for word in _words(values.get(key, default)):
         match = re.fullmatch(r"(\d+)(?:\.\.(\d+))?", word)
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, -1)
-        if last < first or first < least:
+        if last < first or first < least or last > MOST:
             raise ValueError(
-                f"{key}={values.get(key, default)}: {word!r} is no number from {least} on, or range as 1..8"
+                f"{key}={values.get(key, default)}: {word!r} is no number from {least} to {MOST:,}, or range as 1..8"
             )
         found |= set(range(first, last + 1))
     return sorted(found)
@@ -219,7 +220,7 @@ EVAL = Eval(
     run=run,
     keys={
         "block_sizes": "such as [128,256] (default: that of the attention in force)",
-        "top_k": f"blocks a query sees, its own included: a number, list or range (default {TOP_K})",
+        "top_k": f"blocks a query attends to, including its own: a number, list or range (default {TOP_K})",
         "budgets": "instead of top_k: shares of the length that a query sees at most, such as 1/4,1/8",
         "attentions": "more settings, each as attention= takes it: such as plan.yaml,512x3+1",
         "gates": f"of {', '.join(GATES)} (default: that of the attention in force)",

@@ -12,12 +12,16 @@ from __future__ import annotations
 
 import difflib
 import functools
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from conf.files import user_path
 from conf.words import LONGEST_MESSAGE, cut
+
+OF_HELD_OUT = {"path=": "data=", "eval.seq_len": "seq_len=", "data.validation": "data="}
+"""Keys of held-out documents in a run -> in the commands that measure."""
 
 
 class UsageError(Exception):
@@ -69,9 +73,23 @@ def usage(allowed: Mapping[str, str], about: str | None) -> str:
     return "\n".join([about.strip(), "", "arguments, as key=value:", *lines] if about else lines)
 
 
-def exits_on(*errors: type[Exception], speaks: Callable[[], bool] = lambda: True) -> Callable:
+def result_folder(values: Mapping[str, str], default: Path) -> Path:
+    """The directory that to= names, or the default, made if it is not there; UsageError where that cannot be. Called
+    before the work, which it would be a pity to lose."""
+    folder = user_path(values["to"]) if "to" in values else default
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"to={cut(folder)}: cannot be made a directory ({error.strerror}); choose another") from None
+    return folder
+
+
+def exits_on(
+    *errors: type[Exception], speaks: Callable[[], bool] = lambda: True, typed: Mapping[str, str] | None = None
+) -> Callable:
     """Decorator for a command's main(): UsageError and these errors become one message on stderr and exit code 2,
-    Ctrl-C 130. `speaks`: whether this process prints it (one of several does)."""
+    Ctrl-C 130. `speaks`: whether this process prints it (one of several does). `typed`: keys of a run -> what the user
+    of this command typed in their place, in messages."""
 
     def decorate(main: Callable) -> Callable:
         @functools.wraps(main)
@@ -81,6 +99,8 @@ def exits_on(*errors: type[Exception], speaks: Callable[[], bool] = lambda: True
             except (UsageError, *errors) as error:
                 if speaks():
                     text = str(error)
+                    for key, own in (typed or {}).items():
+                        text = re.sub(rf"(?<![\w.]){re.escape(key)}", own, text)
                     text = text if len(text) <= LONGEST_MESSAGE else f"{text[:LONGEST_MESSAGE]}..."
                     print(f"error: {text}", file=sys.stderr)
                 raise SystemExit(2) from None

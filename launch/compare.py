@@ -18,13 +18,12 @@ sys.path[:] = [str(ROOT)] + [p for p in sys.path if Path(p or ".").resolve() != 
 
 import numpy as np  # noqa: E402
 
-from conf.files import user_path  # noqa: E402
 from evals.comparison import plot_positions  # noqa: E402
 from evals.paired import Difference, difference  # noqa: E402
 from evals.position_loss import Evaluation, load_evaluation  # noqa: E402
 from evals.results import commit, write_json  # noqa: E402
 from evals.run_files import newest_evaluation  # noqa: E402
-from launch.cli import UsageError, exits_on, key_values, split_paths  # noqa: E402
+from launch.cli import UsageError, exits_on, key_values, result_folder, split_paths  # noqa: E402
 
 KEYS = {
     "gap": "a difference in nats: says how many documents would show it (default: the one found)",
@@ -50,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
     sides = {_label(path, paths): _evaluation(path) for path in paths}
     (first, run), (second, reference) = sides.items()
     found = difference(run, reference)
-    folder = user_path(values.get("to", "comparisons"))
+    folder = result_folder(values, Path("comparisons"))
     stem = f"{first}_vs_{second}".replace("/", "_")
     folder.mkdir(parents=True, exist_ok=True)
     plot_positions(sides, folder / f"{stem}.png")

@@ -9,6 +9,7 @@ a source, needs its `+`, once: otherwise a slip of the pen would make a stage.
 
 from __future__ import annotations
 
+import errno
 import functools
 import importlib.util
 import os
@@ -164,6 +165,11 @@ def run_command(main: Callable[[list[str]], None], arguments: list[str], usage: 
         return EXIT_INTERRUPTED
     except BrokenPipeError:  # `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return EXIT_USER_ERROR
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else EXIT_USER_ERROR
     return 0
@@ -286,7 +292,7 @@ def _refuse_new_names(values: list[str], choices: list[str]) -> None:
 def _explain(message: str) -> str:
     """Hydra's message in one line that says what would work."""
     line = cut(message, 500)
-    missing = re.search(r"Could not find '([\w-]+)/([^']+)'", line)
+    missing = re.search(r"Could not find '([\w-]+)/([^']*)'", line)
     if missing and (CONF / missing[1]).is_dir():
         group, name = missing.groups()
         return f"{'+' if group == 'exp' else ''}{group}={name}: no such choice; {suggestion(name, choices_of(group))}"

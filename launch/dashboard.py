@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import sys
 from dataclasses import asdict
 from importlib import import_module
@@ -19,6 +20,7 @@ sys.path[:] = [str(ROOT)] + [p for p in sys.path if Path(p or ".").resolve() != 
 
 from conf.files import user_path  # noqa: E402
 from conf.schema import LoggingConfig  # noqa: E402
+from conf.words import cut  # noqa: E402
 from launch.cli import UsageError, exits_on, key_values  # noqa: E402
 from train.record.series import AXIS, PANELS, Panel  # noqa: E402
 from train.record.tracking import wandb_mode  # noqa: E402
@@ -36,6 +38,9 @@ ALLOWED = {
 def main(argv: list[str]) -> None:
     values = key_values(argv, ALLOWED, about=__doc__)
     name, project = values.get("name", "MoBA training"), values.get("project", LoggingConfig.project)
+    for key in ("project", "entity"):
+        if not re.fullmatch(r"[^/\\#?%:]+", values.get(key, "-")):
+            raise UsageError(f"{key}={cut(values[key])}: the name of a wandb {key}, without / \\ # ? % :")
     if "to" in values or wandb_mode("auto") != "online":
         path = user_path(values.get("to", FILE))
         path.write_text(json.dumps(definition(name), indent=1) + "\n", encoding="utf-8")

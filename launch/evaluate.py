@@ -23,7 +23,6 @@ from train.engine.world import init_world, launch_environment, leave, shutdown  
 
 # isort: split
 
-from conf.files import user_path  # noqa: E402
 from conf.numbers import format_length  # noqa: E402
 from data.errors import DataError  # noqa: E402
 from evals.context import Context, clusters_by  # noqa: E402
@@ -31,7 +30,7 @@ from evals.loading import TrainedModel, attention_label, attention_plan, load_tr
 from evals.protocol import Eval, Job, names  # noqa: E402
 from evals.results import Stopwatch, provenance  # noqa: E402
 from evals.table import EVALS  # noqa: E402
-from launch.cli import UsageError, exits_on, key_values  # noqa: E402
+from launch.cli import OF_HELD_OUT, UsageError, exits_on, key_values, result_folder  # noqa: E402
 from train.checkpoint.store import CheckpointError  # noqa: E402
 from train.engine.collectives import all_reduce_sum  # noqa: E402
 from train.hf.source_files import run_directory  # noqa: E402
@@ -57,7 +56,9 @@ DEVICE_AND_RESULTS = {
 }
 
 
-@exits_on(CheckpointError, DataError, ValueError, OSError, speaks=lambda: launch_environment().rank == 0)
+@exits_on(
+    CheckpointError, DataError, ValueError, OSError, speaks=lambda: launch_environment().rank == 0, typed=OF_HELD_OUT
+)
 def main(argv: list[str] | None = None) -> None:
     """The command; see the module's text."""
     values = key_values(sys.argv[1:] if argv is None else argv, keys(), about=about(), required=["run"])
@@ -77,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
         cluster_of=clusters_by(values.get("cluster")),
         bars=True,
     )
-    folder = user_path(values["to"]) if "to" in values else run_directory(trained.checkpoint) / "evals"
+    folder = result_folder(values, run_directory(trained.checkpoint) / "evals")
     job = Job(context, trained, values, folder)
     tracker = _open_tracker(trained, values, folder) if launched.rank == 0 else None
     for one in chosen:

@@ -15,13 +15,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:] = [str(ROOT)] + [p for p in sys.path if Path(p or ".").resolve() != ROOT / "launch"]
 
-from conf.files import user_path  # noqa: E402
 from data.errors import DataError  # noqa: E402
 from evals.results import commit, write_json  # noqa: E402
 from evals.run_files import ReportError  # noqa: E402
 from evals.scaling import Scaling, read_points  # noqa: E402
 from evals.scaling_figures import plot_layers, plot_scaling  # noqa: E402
-from launch.cli import UsageError, exits_on, key_values, split_paths  # noqa: E402
+from launch.cli import UsageError, exits_on, key_values, result_folder, split_paths  # noqa: E402
 
 KEYS = {"to": "folder of the results (default: scaling/ beside the first run)"}
 
@@ -34,7 +33,7 @@ def main(argv: list[str] | None = None) -> None:
     if not folders:
         raise UsageError("name run directories of three sizes or more: python launch/fit_scaling.py runs/* (--help)")
     scaling = Scaling(read_points(folders))
-    to = user_path(values["to"]) if "to" in values else folders[0].parent / "scaling"
+    to = result_folder(values, folders[0].parent / "scaling")
     path = write_json(to / "scaling.json", {"commit": commit(), **scaling.summary()})
     text = scaling.text()
     (to / "table.md").write_text(text + "\n", encoding="utf-8")

@@ -25,11 +25,21 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
 def missing_source(source: str | None) -> str | None:
-    """What is wrong with an init.source that names a path where nothing is; None for one that is there, a hub id, or
-    none."""
+    """What is wrong with an init.source that names a path where nothing is, or no weights are; None for one that is
+    there, a hub id, or none."""
+    from train.checkpoint import store
     from train.hf import pretrained
 
-    if source is None or user_path(source).exists():
+    if source is None:
+        return None
+    if user_path(source).exists():
+        if pretrained.is_model(source):
+            return None
+        try:
+            store.find(user_path(source))
+        except store.CheckpointError as error:
+            nor = "" if (user_path(source) / "checkpoints").is_dir() else "; nor is it a Hugging Face model"
+            return f"init.source={cut(source)}: {error}{nor}"
         return None
     first, *rest = Path(source).parts
     if pretrained.HUB_ID.fullmatch(source) and first != RUNS:
@@ -100,8 +110,7 @@ def _with_run(plain: dict[str, Any], source: str, overrides: Sequence[str]) -> d
         found = store.find(user_path(source))
         config_yaml = store.read(found).config_yaml
     except store.CheckpointError as error:
-        nor = "" if (user_path(source) / "checkpoints").is_dir() else "; nor is it a Hugging Face model"
-        raise ConfigError([f"init.source={source}: {error}{nor}"]) from error
+        raise ConfigError([f"init.source={source}: {error}"]) from error
     saved = from_yaml(config_yaml, found / store.CONFIG)
     tokenizer = source_files.tokenizer_name(saved, found)
     problems = _differences(plain["model"], saved.model)

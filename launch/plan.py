@@ -12,11 +12,13 @@ ROOT = Path(__file__).resolve().parents[1]
 # Python puts launch/ itself first, where `train` would be launch/train.py.
 sys.path[:] = [str(ROOT)] + [p for p in sys.path if Path(p or ".").resolve() != ROOT / "launch"]
 
+import re  # noqa: E402
 from dataclasses import replace  # noqa: E402
 
 from conf.build import ConfigError, Problems, quantity  # noqa: E402
 from conf.hardware import Hardware  # noqa: E402
 from conf.numbers import parse_memory  # noqa: E402
+from conf.words import cut  # noqa: E402
 from data.errors import DataError  # noqa: E402
 from data.sources import known_sources  # noqa: E402
 from data.tokenizer import load_tokenizer  # noqa: E402
@@ -26,6 +28,7 @@ from train.model.rope import check_stages  # noqa: E402
 from train.model.sizes import embedding_rows  # noqa: E402
 from train.plan.plan import make_plan  # noqa: E402
 
+SMALLEST_GPU = 2**30
 USAGE = """\
 usage: python launch/plan.py +exp=<name> [group=choice ...] [key=value ...] [num_gpus=8] [gpu_memory=80GB]
 
@@ -55,13 +58,17 @@ def split_machine(arguments: list[str]) -> tuple[list[str], Hardware]:
     for text in arguments:
         key, _, value = text.partition("=")
         if key in machine:
+            if machine[key] is not None:
+                problems.add(key, value, f"is given twice: {key}={cut(machine[key])} and this")
             machine[key] = value
         else:
             overrides.append(text)
     num_gpus = machine["num_gpus"]
-    if num_gpus is not None and (not num_gpus.isdecimal() or int(num_gpus) < 1):
+    if num_gpus is not None and not re.fullmatch(r"[1-9]\d{0,5}", num_gpus):
         problems.add("num_gpus", num_gpus, "how many GPUs the run will have, such as num_gpus=8")
     memory = quantity(parse_memory, "gpu_memory", machine["gpu_memory"], problems)
+    if memory is not None and memory < SMALLEST_GPU:
+        problems.add("gpu_memory", machine["gpu_memory"], f"is {memory:,} bytes; write a GPU's, such as 80GB")
     problems.raise_if_any()
     hardware = detect_hardware()
     if num_gpus is not None or memory is not None:

@@ -45,7 +45,16 @@ KEYS = {
 }
 
 
-@exits_on(DataError, OSError)
+@exits_on(
+    DataError,
+    OSError,
+    typed={
+        "path=": "source=",
+        "data.tokenizer=": "tokenizer=",
+        "data.cache_dir": "to=",
+        "Set text_field": "Set text_field=",
+    },
+)
 def main(argv: list[str] | None = None) -> None:
     """The command; see the module's text."""
     values = key_values(

@@ -15,10 +15,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:] = [str(ROOT)] + [p for p in sys.path if Path(p or ".").resolve() != ROOT / "launch"]
 
-from conf.files import user_path  # noqa: E402
 from evals.report import ReportError, write_report  # noqa: E402
 from evals.run_files import unique_names  # noqa: E402
-from launch.cli import UsageError, exits_on, key_values, split_paths  # noqa: E402
+from launch.cli import UsageError, exits_on, key_values, result_folder, split_paths  # noqa: E402
 
 KEYS = {"to": "folder of the report (default: one run's own directory; for several, report_<names> beside the first)"}
 
@@ -30,7 +29,7 @@ def main(argv: list[str] | None = None) -> None:
     values = key_values(arguments, KEYS, about=__doc__)
     if not folders:
         raise UsageError("name at least one run directory: python launch/report.py runs/a runs/b (--help explains)")
-    to = user_path(values["to"]) if "to" in values else _default_folder(folders)
+    to = result_folder(values, _default_folder(folders))
     print(f"report: {write_report(folders, to)}")
 
 

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:] = [str(ROOT)] + [p for p in sys.path if Path(p or ".").resolve() != ROOT / "launch"]
 
 from conf.files import user_path  # noqa: E402
-from conf.numbers import format_length, parse_length  # noqa: E402
+from conf.numbers import format_length, given_length  # noqa: E402
 from data.errors import DataError  # noqa: E402
 from evals.context import Context, clusters_by  # noqa: E402
 from evals.loading import load_trained  # noqa: E402
@@ -27,7 +27,7 @@ from evals.plan_search import candidates  # noqa: E402
 from evals.protocol import Job  # noqa: E402
 from evals.results import Stopwatch, provenance  # noqa: E402
 from evals.tuning import tune  # noqa: E402
-from launch.cli import UsageError, exits_on, key_values  # noqa: E402
+from launch.cli import OF_HELD_OUT, UsageError, exits_on, key_values  # noqa: E402
 from moba.kinds.plan_file import write_plan  # noqa: E402
 from train.checkpoint.store import CheckpointError  # noqa: E402
 from train.hf.source_files import run_directory  # noqa: E402
@@ -50,7 +50,7 @@ KEYS = {
 }
 
 
-@exits_on(CheckpointError, DataError, ValueError, OSError)
+@exits_on(CheckpointError, DataError, ValueError, OSError, typed=OF_HELD_OUT)
 def main(argv: list[str] | None = None) -> None:
     """The command; see the module's text."""
     values = key_values(sys.argv[1:] if argv is None else argv, KEYS, about=__doc__, required=["run", "budget"])
@@ -92,10 +92,7 @@ def _budget(text: str) -> float:
 def _block_sizes(values: dict[str, str], length: int) -> list[int]:
     if "block_sizes" not in values:
         return sorted({max(1, length // parts) for parts in (64, 32, 16)})
-    sizes = [parse_length(text) for text in values["block_sizes"].strip("[]").split(",")]
-    if any(size < 1 for size in sizes):
-        raise UsageError(f"block_sizes={values['block_sizes']}: each must be at least 1")
-    return sizes
+    return [given_length({"block_sizes": text}, "block_sizes") for text in values["block_sizes"].strip("[]").split(",")]
 
 
 def _first_blocks(values: dict[str, str]) -> list[int]:

@@ -79,7 +79,7 @@ SMALLER = {
         f"run.name=small/{stage}": [f"schedule.stages.{stage}.tokens=4K"]
         for stage in ("cpt_256k", "cpt_512k", "cpt_1m", "moba_100b", "sft_32k", "sft_256k", "sft_1m")
     },
-    "data.path=shards/train": ["schedule.stages.sparse.tokens=100%"],
+    "run.dir=runs/continual_cpu": ["optim.lr.warmup_tokens=5%"],
 }  # fmt: skip
 """What a command that holds the text on the left is run with, in place of its own values of these keys."""
 RENAMED = ("position_loss_000000000303104_", "position_loss_000000000010240_")

@@ -9,6 +9,7 @@ from conf.numbers import (
     format_length,
     format_memory,
     format_tokens,
+    given_length,
     parse_length,
     parse_memory,
     parse_share,
@@ -103,3 +104,11 @@ def test_formatting_is_short():
     assert format_count(999_900) == "1000K"
     assert format_memory(80 * 1024**3) == "80.0 GB"
     assert parse_memory("80GB") == parse_memory("80GiB") == parse_memory("80g") == 80 * 1024**3
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "1.5", "x", ""])
+def test_a_length_that_is_given_is_at_least_one(text):
+    """Catches a length of 0, which fails somewhere inside, and a message without the key."""
+    with pytest.raises(ValueError, match=f"^seq_len={text}: "):
+        given_length({"seq_len": text}, "seq_len")
+    assert given_length({"seq_len": "2K"}, "seq_len") == 2048

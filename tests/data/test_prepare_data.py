@@ -149,17 +149,26 @@ def test_command(tmp_path, capsys):
     [
         ([], "source=... is missing; to=... is missing; tokenizer=... is missing"),
         (["workes=2"], "unknown key 'workes' (do you mean 'workers'?)"),
-        (["source={}/nope", "to={}/o", "tokenizer=bytes"], "nope': no such file or directory"),
-        (["source={}", "to={}/o", "tokenizer=byts"], "data.tokenizer='byts': no such tokenizer"),
+        (["source={}/nope", "to={}/o", "tokenizer=bytes"], "/nope': no such file or directory"),
+        (["source={}", "to={}/o", "tokenizer=byts"], "error: tokenizer='byts': no such tokenizer"),
+        (["source={}/u16.jsonl", "to={}/o", "tokenizer=bytes"], "'utf-8' codec"),
+        (["source={}/half", "to={}/o", "tokenizer=bytes"], "shards that are not finished"),
         (["source={}/a.txt", "to={}/o", "tokenizer=bytes", "workers=-1"], "workers='-1': a whole number of at least 0"),
         (["source={}/a.txt", "to={}/o", "tokenizer=bytes", "max_tokens=x"], "max_tokens='x': "),
-        (["source={}/a.txt", "to={}", "tokenizer=bytes"], "is not empty (a.txt) and holds no token shards"),
+        (["source={}/a.txt", "to={}/o", "tokenizer=bytes", "max_tokens=0"], "max_tokens=0: must be at least 1"),
+        (
+            ["source={}/a.txt", "to={}", "tokenizer=bytes"],
+            "is not empty (a.txt, half, u16.jsonl) and holds no",
+        ),
         (["source={}/a.txt", "to={}/a.txt", "tokenizer=bytes"], "File exists"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(arguments, named, tmp_path, capsys):
     """Catches tracebacks and other exit codes."""
     (tmp_path / "a.txt").write_text("hello")
+    (tmp_path / "u16.jsonl").write_bytes('{"text": "a"}\n'.encode("utf-16"))
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "plan.json").write_text("{}")
     with pytest.raises(SystemExit) as exited:
         main([a.format(tmp_path) for a in arguments])
     error = capsys.readouterr().err

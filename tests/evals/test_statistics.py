@@ -106,6 +106,7 @@ def coverage_of_band(sizes, together, alike, buckets=8, missing=False, experimen
     return covered / experiments, np.concatenate(factors)
 
 
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("alike", [0.0, 0.5])
 @pytest.mark.parametrize("together", [0.0, 0.8])
 @pytest.mark.parametrize(
@@ -126,6 +127,7 @@ def test_bands_cover_at_their_rate(name, together, alike):
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize(("buckets", "missing"), [(2, False), (32, False), (8, True)])
 def test_bands_of_other_shapes_cover_at_their_rate(buckets, missing):
     """The same for few and many buckets, and where documents end early."""

@@ -208,4 +208,6 @@ def test_mistakes_are_refused_by_name(model, documents, tmp_path):
         rows = run(make_job(tmp_path, model, documents, block_sizes="8", top_k="2")).record["settings"]
     assert [row["attention"] for row in rows] == ["full", "8x2"] and rows[1]["attended_share"] < 0.4
     assert whole_numbers({"top_k": "[4,1..3]"}, "top_k", "1", 1) == [1, 2, 3, 4]
+    with pytest.raises(ValueError, match=r"from 1 to 10,000"):  # rather than count to it
+        whole_numbers({"top_k": "1..999999999"}, "top_k", "1", 1)
     assert own_tasks(DataConfig()) == {}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import fields, is_dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import pytest
@@ -244,6 +245,11 @@ def test_what_is_not_there_is_said_before_the_plan(tmp_path, monkeypatch):
     assert source == "init.source=runs/moba_32k does not exist: run +exp=moba_32k first, or name another source"
     assert data.startswith("data.path=nope.jsonl: no such file") and template.startswith("data.chat_template=x.jinja")
     refuse_missing(load(["+exp=sft_hybrid"]), [], continues=True)
+    Path("books").mkdir()
+    Path("a.txt").touch()
+    for place in ("books", "a.txt"):
+        with pytest.raises(ConfigError, match=f"init.source={place}: .*neither a checkpoint.*; nor is it"):
+            refuse_missing(load(["+exp=quickstart", f"init.source={place}"]), [], continues=False)
 
 
 def test_the_plan_warns_of_what_cannot_be_meant():

@@ -26,7 +26,10 @@ def test_without_a_login_the_panels_become_a_file(tmp_path, capsys):
     assert titles == [panel.title for panels in PANELS.values() for panel in panels]
 
 
-@pytest.mark.parametrize(("argument", "word"), [("porject=x", "project"), ("x", "key=value")])
+@pytest.mark.parametrize(
+    ("argument", "word"),
+    [("porject=x", "project"), ("x", "key=value"), ("project=", "project=: "), ("entity=a/b", "entity=a/b: ")],
+)
 def test_mistakes_are_a_line(argument, word, capsys):
     """Catches a traceback for a slip of the pen."""
     with pytest.raises(SystemExit) as ended:

@@ -1,5 +1,6 @@
 """The plan as a user meets it: every experiment, and the command itself from another directory."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -72,6 +73,12 @@ def test_the_command(tmp_path):
         (["+exp=moba_32k", "modl=tiny", "run=x"], ["2 problems", "modl=tiny", "run=x"]),
         (["+exp=moba_32k", "num_gpus=3"], ["batch_tokens=256K", "3 processes", "288K"]),
         (["+exp=moba_32k", "num_gpus=none", "gpu_memory=big"], ["num_gpus=none", "gpu_memory=big", "80GB"]),
+        (["+exp=moba_32k", "num_gpus=1000000000000"], ["num_gpus=1000000000000: how many GPUs"]),
+        (["+exp=moba_32k", "num_gpus=1", "num_gpus=2"], ["num_gpus=2: is given twice"]),
+        (["+exp=moba_32k", "gpu_memory=80"], ["gpu_memory=80: is 80 bytes; write a GPU's, such as 80GB"]),
+        (["+exp="], ["+exp=: there is none; known here: continual_smollm2"]),
+        (["+exp=moba_32k", "run.name="], ["run.name=: a name", "run.dir="]),
+        (["+exp=moba_32k", "run.name=../books"], ["run.name=../books: a name", "run.dir="]),
         (["+exp=moba_32k", "data.tokenizer=/no/such/file.json"], ["/no/such/file.json"]),
         (["+exp=moba_32k", "model.vocab_size=100"], ["model.vocab_size=100", "32768"]),
     ],
@@ -94,3 +101,13 @@ def test_the_machine_is_not_part_of_the_run():
     overrides, hardware = split_machine(["+exp=quickstart", "num_gpus=16", "gpu_memory=141GB"])
     assert overrides == ["+exp=quickstart"]
     assert (hardware.num_gpus, hardware.world_size, hardware.gpu_memory) == (16, 16, 141 * 1024**3)
+
+
+def test_a_full_disk_behind_a_pipe_of_ours_is_a_line(capsys):
+    """Catches a traceback where the output goes to a file on a full disk."""
+
+    def full(arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    assert run_command(full, [], USAGE) == 2
+    assert capsys.readouterr().err == "error: [Errno 28] No space left on device\n"

@@ -112,6 +112,7 @@ def test_ends_before_a_stop_token_and_never_draws_unused_rows(model):
         (Sampling(top_p=1e-6), [0, 1, 0, 0, 0]),
         (Sampling(top_k=3, top_p=0.8), [0, 0.4, 0, 0.3, 0]),  # 0.7 of the 0.85 that top_k leaves
         (Sampling(top_k=50), [0.05, 0.4, 0.15, 0.3, 0.1]),
+        (Sampling(temperature=1e-320), [0, 1, 0, 0, 0]),
     ],
 )
 def test_draws_follow_the_options(sampling, expected):
@@ -150,7 +151,13 @@ def test_characters_wait_for_their_last_byte():
 
 @pytest.mark.parametrize(
     "arguments,message",
-    [({"temperature": -1.0}, "temperature=-1"), ({"top_k": -1}, "top_k=-1"), ({"top_p": 0.0}, "top_p=0")],
+    [
+        ({"temperature": -1.0}, "temperature=-1"),
+        ({"top_k": -1}, "top_k=-1"),
+        ({"top_p": 0.0}, "top_p=0"),
+        ({"seed": -1}, "seed=-1"),
+        ({"seed": 2**63}, "seed=9223"),
+    ],
 )
 def test_senseless_sampling_is_refused(arguments, message):
     """Catches options out of range that would fail inside torch, or do something else."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import re
 import sys
 import warnings
 from dataclasses import dataclass
@@ -82,9 +83,18 @@ class Launched(NamedTuple):
 
 
 def launch_environment() -> Launched:
-    """Returns this process's place, before anything is started."""
+    """Returns this process's place, before anything is started. Ends the process, with a line and exit code 2, where
+    the environment names a place that there is not: no command can go on from there."""
     defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-    return Launched(*(int(os.environ.get(key, default)) for key, default in defaults.items()))
+    given = {key: os.environ.get(key, default) for key, default in defaults.items()}
+    if all(re.fullmatch(r"\d{1,9}", text) for text in given.values()):
+        launched = Launched(*map(int, given.values()))
+        if launched.rank < launched.world_size and launched.local_world_size > 0:
+            return launched
+    found = " ".join(f"{key}={text[:20]}" for key, text in given.items())
+    hint = "torchrun sets these for several processes; for one, unset them"
+    print(f"error: {found} in the environment: {hint}", file=sys.stderr, flush=True)
+    raise SystemExit(2)
 
 
 def own_cores() -> int:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from conf.words import cut
 from data.tokenizer import Tokenizer
 from moba.documents import one_document
 from moba.kinds import AttentionSpec
@@ -20,6 +21,7 @@ from moba.layer import KVCache
 from train.model.decoder import Decoder
 
 CHUNK_TOKENS = 8192
+COLDEST = 1e-30  # scores divided by less overflow in float32; it takes the greatest score long before
 CONTEXT_TOKENS = 8
 """Tokens before a piece of text that decide how it is spelt (leading spaces, characters of several tokens)."""
 
@@ -43,6 +45,8 @@ class Sampling:
             raise ValueError(f"top_k={self.top_k}: needs a whole number of at least 0 (0: all tokens)")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p}: needs a number above 0 and at most 1")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed={cut(str(self.seed))}: needs a whole number from 0 to 2^63 - 1")
 
 
 def generate(
@@ -93,7 +97,8 @@ def draw(scores_V: Tensor, sampling: Sampling, generator: torch.Generator) -> in
     scores_V = scores_V.float().cpu()
     if sampling.temperature == 0:
         return int(scores_V.argmax())
-    probability_V, token_V = (scores_V / sampling.temperature).softmax(-1).sort(descending=True, stable=True)
+    temperature = max(sampling.temperature, COLDEST)
+    probability_V, token_V = (scores_V / temperature).softmax(-1).sort(descending=True, stable=True)
     if sampling.top_k:
         probability_V = probability_V[: sampling.top_k] / probability_V[: sampling.top_k].sum()
     before_V = probability_V.cumsum(-1) - probability_V
