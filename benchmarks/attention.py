@@ -19,8 +19,8 @@ import argparse
 import functools
 import json
 import statistics
-import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from itertools import pairwise
@@ -33,6 +33,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from matplotlib.figure import Figure  # noqa: E402
+
+from benchmarks.common import cell, device_name  # noqa: E402
+from evals.results import commit, write_json  # noqa: E402
+from evals.style import look, save  # noqa: E402
 from moba.documents import Documents  # noqa: E402
 from moba.flops import attended_pairs, attention_flops  # noqa: E402
 from moba.kinds import Full, Moba  # noqa: E402
@@ -51,8 +56,6 @@ class Row:
     num_tokens: int
     block_size: int
     top_k: int
-    asked: float | None = None
-    """Ratio to dense cuDNN that the design aims at."""
     heads: tuple[int, int] = (32, 8)
     head_dim: int = 128
     dense: tuple[str, ...] = ("cudnn", "fa2")
@@ -66,31 +69,29 @@ class Row:
 
 def document_lengths(total: int, shortest: int, longest: int, seed: int) -> tuple[int, ...]:
     """Random document lengths that fill a pack of `total` tokens."""
-    generator = torch.Generator().manual_seed(seed)
-    lengths = []
-    while sum(lengths) < total:
-        length = int(torch.randint(shortest, longest + 1, (1,), generator=generator))
-        lengths.append(min(length, total - sum(lengths)))
+    generator, lengths = torch.Generator().manual_seed(seed), []
+    while (left := total - sum(lengths)) > 0:
+        lengths.append(min(left, int(torch.randint(shortest, longest + 1, (1,), generator=generator))))
     return tuple(lengths)
 
 
 ROWS = [
-    Row("8K 128x8", 8 * K, 128, 8, asked=1.3),
+    Row("8K 128x8", 8 * K, 128, 8),
     Row("16K 128x8", 16 * K, 128, 8),
-    Row("32K 128x8", 32 * K, 128, 8, asked=6),
-    Row("64K 128x8", 64 * K, 128, 8, asked=12),
+    Row("32K 128x8", 32 * K, 128, 8),
+    Row("64K 128x8", 64 * K, 128, 8),
     Row("64K 128x8 skewed", 64 * K, 128, 8, dense=("cudnn",), flash=False, skewed=True),
     Row("128K 128x8", 128 * K, 128, 8, dense=("cudnn",), flash=False),
-    Row("256K 128x8", 256 * K, 128, 8, asked=36, dense=("cudnn",), flash=False),
-    Row("512K 128x8", 512 * K, 128, 8, asked=55, dense=("cudnn",), flash=False),
-    Row("64K 512x3", 64 * K, 512, 3, asked=10, dense=("cudnn",)),
+    Row("256K 128x8", 256 * K, 128, 8, dense=("cudnn",), flash=False),
+    Row("512K 128x8", 512 * K, 128, 8, dense=("cudnn",), flash=False),
+    Row("64K 512x3", 64 * K, 512, 3, dense=("cudnn",)),
     Row("64K 512x3 skewed", 64 * K, 512, 3, dense=("cudnn",), flash=False, skewed=True),
-    Row("64K 2048x3", 64 * K, 2048, 3, asked=3.5, dense=("cudnn",)),
-    Row("128K 4096x12", 128 * K, 4096, 12, asked=1, dense=("cudnn",), flash=False),
-    Row("64K 128x8 16/16 d64", 64 * K, 128, 8, asked=12, heads=(16, 16), head_dim=64, dense=("cudnn",)),
-    Row("32K pack 512x3", 32 * K, 512, 3, asked=1, dense=("varlen",), lengths=document_lengths(32 * K, K, 4 * K, 0)),
+    Row("64K 2048x3", 64 * K, 2048, 3, dense=("cudnn",)),
+    Row("128K 4096x12", 128 * K, 4096, 12, dense=("cudnn",), flash=False),
+    Row("64K 128x8 16/16 d64", 64 * K, 128, 8, heads=(16, 16), head_dim=64, dense=("cudnn",)),
+    Row("32K pack 512x3", 32 * K, 512, 3, dense=("varlen",), lengths=document_lengths(32 * K, K, 4 * K, 0)),
     # Its ratio is to four times the dense forward at 512K.
-    Row("1M 4096x12 forward", 1024 * K, 4096, 12, asked=8, dense=(), flash=False, backward=False),
+    Row("1M 4096x12 forward", 1024 * K, 4096, 12, dense=(), flash=False, backward=False),
 ]
 
 
@@ -324,56 +325,42 @@ def add_ratios(results: list[Result]) -> None:
             r.ratio_to_cudnn = 4 * forward["512K 128x8"] / r.forward_ms
 
 
+COLUMNS = {"forward_ms": 2, "total_ms": 2, "routing_ms": 2, "peak_gib": 1, "tflops": 0, "ratio_to_cudnn": 2}
+
+
 def format_line(r: Result) -> str:
-    def number(x, digits=2):
-        return "-" if x is None else f"{x:.{digits}f}"
-
-    asked = next((row.asked for row in ROWS if row.name == r.row and r.implementation == "triton"), None)
-    cells = (number(r.forward_ms), number(r.total_ms), number(r.routing_ms), number(r.peak_gib, 1), number(r.tflops, 0))
-    ratios = f"{number(r.ratio_to_cudnn):>7}x {number(asked, 1):>6}"
-    return f"{r.row:22s} {r.implementation:8s}" + "".join(f"{c:>10s}" for c in cells) + f" {ratios}  {r.error or ''}"
+    cells = "".join(f"{cell(getattr(r, key), f'{{:.{digits}f}}'):>15}" for key, digits in COLUMNS.items())
+    return f"{r.row:22s} {r.implementation:8s}{cells}  {r.error or ''}"
 
 
-HEADER = (
-    f"{'row':22s} {'':8s}" + "".join(f"{c:>10s}" for c in ("fwd ms", "total ms", "route ms", "peak GiB", "TFLOP/s"))
-) + f" {'ratio':>8} {'asked':>6}"
+HEADER = f"{'row':22s} {'':8s}" + "".join(f"{key:>15}" for key in COLUMNS)
+NAMES = {
+    "triton": "MoBA, Triton kernels",
+    "flash": "MoBA, two varlen flash calls",
+    "cudnn": "dense, cuDNN",
+    "fa2": "dense, FlashAttention 2",
+}
 
 
-def draw(results: list[Result], path: Path) -> None:
-    """Forward+backward time over length, for the 128x8 rows."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+def draw(record: Mapping, path: Path) -> None:
+    """Forward + backward time over length, for the 128x8 rows of an attention.json."""
     lengths = {row.name: row.num_tokens for row in ROWS if row.name.endswith("K 128x8")}
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-    for implementation in ("triton", "flash", "cudnn", "fa2"):
-        points = [
-            (lengths[r.row], r.total_ms)
-            for r in results
-            if r.implementation == implementation and r.row in lengths and r.total_ms
-        ]
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    for i, (implementation, label) in enumerate(NAMES.items()):
+        own = [r for r in record["results"] if r["implementation"] == implementation and r["row"] in lengths]
+        points = sorted((lengths[r["row"]], r["total_ms"]) for r in own if r["total_ms"])
         if points:
-            axes.loglog(*zip(*sorted(points)), marker="o", label=implementation)
-    axes.set(xlabel="tokens", ylabel="forward + backward, ms", title="block 128, top-k 8, 32/8 heads, d 128, bf16")
+            axes.loglog(*zip(*points), label=label, **(look(i) | {"markersize": 5}))
+    title = "Forward and backward of one layer, blocks of 128, top 8, 32/8 heads of 128, bf16"
+    axes.set(xlabel="tokens of the document", ylabel="milliseconds")
+    axes.set_title(f"{title}\n{record['device']}, commit {(record['commit'] or 'unknown')[:7]}", fontsize="medium")
     ticks = sorted(set(lengths.values()))
     axes.set_xticks(ticks, [f"{n // K}K" for n in ticks])
     axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=140)
-
-
-def commit() -> str | None:
-    done = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return done.stdout.strip() or None
-
-
-def write(results: list[Result], environment: dict, folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    body = {**environment, "results": [asdict(r) for r in results]}
-    (folder / "attention.json").write_text(json.dumps(body, indent=1) + "\n")
+    save(figure, path)
 
 
 def main() -> None:
@@ -388,7 +375,7 @@ def main() -> None:
 
     check()
     environment = {
-        "device": torch.cuda.get_device_name(),
+        "device": device_name(),
         "torch": torch.__version__,
         "triton": triton.__version__,
         "commit": arguments.commit,
@@ -403,13 +390,15 @@ def main() -> None:
     print(json.dumps({k: v for k, v in environment.items() if k != "convention"}))
     print(HEADER)
     results: list[Result] = []
+    record = environment
     for i, row in enumerate(row for row in ROWS if arguments.rows in row.name):
         for implementation in (*row.dense, *(["flash"] if row.flash else []), "triton"):
             results.append(measure(row, implementation, seed=i))
             add_ratios(results)
             print(format_line(results[-1]), flush=True)
-            write(results, environment, arguments.out)
-    draw(results, arguments.out / "attention.png")
+            record = {**environment, "results": [asdict(r) for r in results]}
+            write_json(arguments.out / "attention.json", record)
+    draw(record, arguments.out / "attention.png")
 
 
 if __name__ == "__main__":

@@ -29,13 +29,26 @@ sys.path.insert(0, str(ROOT))
 import psutil  # noqa: E402
 import torch  # noqa: E402
 
-from benchmarks.scaling_runs import Failed, failure_reason, started, train_lines  # noqa: E402
+from benchmarks.common import (  # noqa: E402
+    QUIET,
+    Failed,
+    cell,
+    device_name,
+    failure_reason,
+    markdown,
+    origin,
+    read_json,
+    speeds,
+    split,
+    started,
+    steps_logged,
+    train_lines,
+    write,
+)
 from benchmarks.scaling_tables import communication  # noqa: E402
-from benchmarks.step_profile import QUIET, write_documents  # noqa: E402
-from benchmarks.study import origin, read_json, speeds, split, steps_logged  # noqa: E402
+from benchmarks.step_profile import write_documents  # noqa: E402
 from conf.numbers import format_length, parse_length  # noqa: E402
 from data.tokenizer import load_tokenizer  # noqa: E402
-from evals.results import write_json  # noqa: E402
 from launch.cli import exits_on, key_values  # noqa: E402
 from launch.config import detect_hardware, load  # noqa: E402
 from train.model.sizes import embedding_rows  # noqa: E402
@@ -101,7 +114,7 @@ def main() -> None:
     ends = time.monotonic() + float(values.get("seconds", 540))
     record = {
         **origin(sys.argv[1:], values.get("commit")),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "device": device_name(),
         "torch": torch.__version__,
         "convention": CONVENTION,
         "rows": [],
@@ -119,7 +132,7 @@ def main() -> None:
         except Failed as error:
             row["failed"] = str(error)
         record["rows"].append(row)
-        text = _publish(record, to)
+        text = write(record, _table(record), to)
     print(text)
 
 
@@ -183,41 +196,36 @@ def _watch_host(process: psutil.Popen, peak: list[float]) -> None:
             time.sleep(0.5)
 
 
-def _publish(record: dict, to: Path) -> str:
-    """Writes results.json and table.md; returns the table's text."""
-    write_json(to / "results.json", record)
-    lines = [
-        f"{record['device']}; torch {record['torch']}, commit {record['commit']}",
-        "",
-        f"`{record['command']}`",
-        "",
-        "One document of the full length a step and group of processes. Peak GPU: rank 0's, as torch allocates; host: "
-        f"resident memory of all processes together. {record['convention']}",
-        "",
-        "| model | context | GPUs | with | tokens/s | MFU attended | step s | GPU GiB (plan) | host GiB (plan) | "
-        "in communication, exposed | losses |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+HEADS = ("model", "context", "GPUs", "with", "tokens/s", "MFU attended", "step s", "GPU GiB (plan)", "host GiB (plan)")
+HEADS += ("in communication, exposed", "losses")
+
+
+ABOUT = (
+    "One document of the full length a step and group of processes. Peak GPU: rank 0's, as torch allocates; host: "
+    "resident memory of all processes together."
+)
+
+
+def _table(record: dict) -> list[str]:
+    lines = [f"{record['device']}; torch {record['torch']}, commit {record['commit']}", "", f"`{record['command']}`"]
+    return [*lines, "", f"{ABOUT} {record['convention']}", "", *markdown(HEADS, map(_cells, record["rows"]))]
+
+
+def _cells(row: dict) -> list[str]:
+    start = [row["model"], format_length(row["seq_len"]), str(row["num_gpus"]), " ".join(row["overrides"])]
+    if "failed" in row:
+        return [*start, row["failed"], *[""] * (len(HEADS) - len(start) - 1)]
+    memory = (("peak_memory_gib", "gpu_gib"), ("host_gib", "host_gib"))
+    shares = (row.get("communication"), row.get("communication_exposed"))
+    return [
+        *start,
+        f"{row['tokens_per_second']:,.0f}",
+        cell(row["mfu"], "{:.1%}"),
+        f"{row['seconds_a_step'][-1]:.1f}",
+        *(f"{cell(row[key], '{:.1f}')} ({row['planned'][plan]:.1f})" for key, plan in memory),
+        ", ".join(cell(share, "{:.1%}") for share in shares),
+        ", ".join(f"{loss:.4f}" for loss in row["losses"][:3]),
     ]
-    for row in record["rows"]:
-        start = (
-            f"| {row['model']} | {format_length(row['seq_len'])} | {row['num_gpus']} | {' '.join(row['overrides'])} |"
-        )
-        if "failed" in row:
-            lines.append(f"{start} {row['failed']} | | | | | | |")
-            continue
-        shares = (row.get("communication"), row.get("communication_exposed"))
-        share = ", ".join("-" if share is None else f"{share:.1%}" for share in shares)
-        mfu = "-" if row["mfu"] is None else f"{row['mfu']:.1%}"
-        gpu = "-" if row["peak_memory_gib"] is None else f"{row['peak_memory_gib']:.1f}"
-        planned = row["planned"]
-        lines.append(
-            f"{start} {row['tokens_per_second']:,.0f} | {mfu} | {row['seconds_a_step'][-1]:.1f} | "
-            f"{gpu} ({planned['gpu_gib']:.1f}) | {row['host_gib']:.1f} ({planned['host_gib']:.1f}) | {share} | "
-            f"{', '.join(f'{loss:.4f}' for loss in row['losses'][:3])} |"
-        )
-    text = "\n".join(lines)
-    (to / "table.md").write_text(text + "\n", encoding="utf-8")
-    return text
 
 
 if __name__ == "__main__":

@@ -23,12 +23,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 from matplotlib.figure import Figure
 
-from benchmarks.study import evaluate, origin, read_json, split, train
+from benchmarks.common import evaluate, markdown, origin, read_json, split, train, write
 from conf.numbers import format_length, parse_length, parse_tokens
 from data import retrieval_set
 from data.sources import SHIPPED_TEXT
-from evals.figures import save
-from evals.results import write_json
+from evals.style import save
 from launch import prepare_data
 from launch.cli import UsageError, exits_on, key_values
 
@@ -93,9 +92,7 @@ def main() -> None:
         sizes = [f"{key}={values[key]}" for key in ("depths", "samples") if key in values]
         found[name] = read_json(evaluate(run, "needle", *asked, *sizes, f"device={device}"))
     record = {**origin(sys.argv[1:], values.get("commit")), "seed": seed, "trained": found}
-    write_json(to / "results.json", record)
-    text = table(found)
-    (to / "table.md").write_text(text + "\n", encoding="utf-8")
+    text = write(record, table(found), to)
     draw(found, to / "retrieval.png")
     print(text)
 
@@ -140,18 +137,14 @@ def _write(folder: Path, index: int, numbers: list[int]) -> None:
     file.with_suffix(".part").rename(file)
 
 
-def table(found: dict[str, dict]) -> str:
+def table(found: dict[str, dict]) -> list[str]:
     """Markdown: right answers of each training under each attention, exact and ranked, at all lengths together."""
     arms = list(dict.fromkeys(row["arm"] for record in found.values() for row in record["shares"]))
-    lines = [
-        f"| trained with | {' | '.join(f'{arm}: exact, ranked (%)' for arm in arms)} |",
-        f"|---|{'---|' * len(arms)}",
-    ]
+    rows = []
     for name, record in found.items():
-        rows = {row["arm"]: row for row in record["shares"] if row["length"] is None}
-        cells = [", ".join(_share(rows[arm][score]) for score in ("exact", "ranked")) for arm in arms]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        own = {row["arm"]: row for row in record["shares"] if row["length"] is None}
+        rows.append([name, *(", ".join(_share(own[arm][score]) for score in ("exact", "ranked")) for arm in arms)])
+    return markdown(["trained with", *(f"{arm}: exact, ranked (%)" for arm in arms)], rows)
 
 
 def _share(found: dict) -> str:

@@ -2,7 +2,7 @@
 
     python benchmarks/scaling.py to=results/scaling gpus=1,2,4,8
     python benchmarks/scaling.py to=runs/scaling_cpu device=cpu gpus=1,2 models=tiny seq_len=512 tokens_per_gpu=1K \\
-        steps=3 warmup=1 loss_steps=10 longest=1K schedule.block_size=64 data.tokenizer=bytes
+        steps=3 warmup=1 loss_steps=10 schedule.block_size=64 data.tokenizer=bytes
 
 The second tries it on a CPU with a tiny model, in ten minutes or so; what it measures means nothing. Parts (parts=):
 
@@ -12,7 +12,8 @@ losses      the first model with the same batch on one process and on the most: 
 kill        the first model and attention: one process is killed with SIGKILL on the way, then torchrun itself. How long
             until all have ended, what is said, and does the run, continued on one process and then on all again, have
             the losses of one that was not disturbed?
-longest     the longest context that trains on the most GPUs, one sequence a GPU, by doubling seq_len.
+
+The longest context that trains is a matter of benchmarks/longest_context.py.
 
 Runs are stopped when their steps are done, before they save a model. A measurement that was made is kept in `runs`, so
 the same command goes on after an interruption. Writes results.json, table.md and scaling.png into `to`. Arguments with
@@ -25,7 +26,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import re
 import shutil
 import signal
 import sys
@@ -40,10 +40,23 @@ sys.path.insert(0, str(ROOT))
 import psutil  # noqa: E402
 import torch  # noqa: E402
 
-from benchmarks.scaling_runs import ENDED_SECONDS, kept, plain, started, train_lines, wait  # noqa: E402
+from benchmarks.common import (  # noqa: E402
+    ENDED_SECONDS,
+    QUIET,
+    kept,
+    origin,
+    plain,
+    refuse_own,
+    speeds,
+    split,
+    started,
+    steps_logged,
+    train_lines,
+    wait,
+    whole_numbers,
+)
 from benchmarks.scaling_tables import add_efficiency, communication, publish  # noqa: E402
-from benchmarks.study import origin, speeds, split, steps_logged  # noqa: E402
-from conf.numbers import format_length, parse_length  # noqa: E402
+from conf.numbers import parse_length  # noqa: E402
 from launch.cli import UsageError, exits_on, key_values  # noqa: E402
 from launch.config import detect_hardware, load  # noqa: E402
 from train.checkpoint.checkpoint_dir import newest  # noqa: E402
@@ -52,7 +65,7 @@ from train.record.metrics import FILE_NAME, read_metrics  # noqa: E402
 KEYS = {
     "to": "folder of the results",
     "runs": "folder of the runs (default: runs/ in it)",
-    "parts": "which, comma-separated (default throughput,losses,kill,longest)",
+    "parts": "which, comma-separated (default throughput,losses,kill)",
     "gpus": "numbers of GPUs (default 1,2,4,8 as far as there are)",
     "models": "files of conf/model (default paper_545m,paper_1_5b,llama3_8b)",
     "attentions": "files of conf/exp, of which the first stage is run (default moba_32k,full_32k)",
@@ -63,10 +76,9 @@ KEYS = {
     "warmup": "steps not counted (default 3)",
     "steps": "steps measured (default 8)",
     "loss_steps": "steps compared in losses and kill (default 50)",
-    "longest": "where the doubling ends (default 1M)",
     "commit": "commit of the code, where this is no git checkout",
 }
-PARTS = ("throughput", "losses", "kill", "longest")
+PARTS = ("throughput", "losses", "kill")
 # What a GPU of 80 GB cannot hold otherwise: only this ZeRO stage, and from so many GPUs on.
 LARGE = {"llama3_8b": (3, 4)}
 PROFILED_STEPS = 2
@@ -80,8 +92,7 @@ CONVENTION = (
     "kernel runs (it waits for slower ranks, too); exposed: in which nothing but NCCL runs. On a CPU: gloo. "
     "Activations are recomputed unless overridden, which MFU does not count."
 )
-QUIET = ("data.validation=null", "logging.wandb=disabled", "logging.figures=false", "logging.progress=false")
-QUIET += ("logging.every_tokens=0", "model.activation_checkpointing=true")
+RECOMPUTED = "model.activation_checkpointing=true"
 
 
 @dataclass(frozen=True)
@@ -115,7 +126,6 @@ class Study:
     warmup: int
     steps: int
     loss_steps: int
-    longest: int
 
     def setups(self, gpus: Sequence[int]) -> list[Setup]:
         """Those that can be run on these numbers of GPUs."""
@@ -126,7 +136,7 @@ class Study:
     def arguments(self, setup: Setup, steps: int, batch_tokens: int, seq_len: int) -> list[str]:
         """Overrides of a run that is stopped after `steps`; its budget is twice that, so that it does not end first."""
         own = [f"+exp={setup.attention}", f"model={setup.model}", f"deepspeed=zero{setup.zero}", *QUIET]
-        own += [f"run.device={self.device}", "checkpoint.every_tokens=0", *self.overrides]
+        own += [RECOMPUTED, f"run.device={self.device}", *self.overrides]
         own += [f"schedule.seq_len={seq_len}", f"schedule.batch_tokens={batch_tokens}"]
         return [*own, f"schedule.tokens={2 * steps * batch_tokens}"]
 
@@ -150,7 +160,6 @@ def main() -> None:
         "throughput": (throughput, study.setups(study.gpus)),
         "losses": (losses, first),
         "kill": (kill, [s for s in first if s.attention == study.attentions[0]]),
-        "longest": (longest, study.setups([most])),
     }
     for model in sorted({*study.models} - {setup.model for setup in study.setups(study.gpus)}):
         zero, least = LARGE[model]
@@ -179,26 +188,23 @@ def _study(values: dict[str, str], to: Path, overrides: list[str]) -> Study:
     if device == "cuda" and not there:
         raise UsageError("device=cuda: torch sees no GPU here; device=cpu measures processes on the CPU")
     default = ",".join(str(n) for n in (1, 2, 4, 8) if n <= there) if device == "cuda" else "1,2"
-    gpus = _numbers(values, "gpus", default, least=1)
+    gpus = whole_numbers(values, "gpus", default)
     if device == "cuda" and max(gpus) > there:
         fit = ",".join(str(n) for n in gpus if n <= there) or there
         raise UsageError(f"gpus={values['gpus']}: GPUs on this host: {there}; use gpus={fit}, or device=cpu")
-    fixed = ("schedule.seq_len", "schedule.batch_tokens", "schedule.tokens", "model", "deepspeed", "run.dir", "+exp")
-    if taken := [text for text in overrides if text.partition("=")[0] in fixed]:
-        raise UsageError(f"{', '.join(taken)}: the study sets this itself; its keys are {', '.join(KEYS)}")
+    refuse_own(overrides, KEYS)
     study = Study(
         runs=Path(values.get("runs", to / "runs")),
         overrides=tuple(overrides),
         device=device,
         models=tuple(values.get("models", "paper_545m,paper_1_5b,llama3_8b").split(",")),
         attentions=tuple(values.get("attentions", "moba_32k,full_32k").split(",")),
-        zero=_numbers(values, "zero", "1,2,3", least=1),
+        zero=whole_numbers(values, "zero", "1,2,3"),
         gpus=gpus,
         seq_len=parse_length(values.get("seq_len", "32K")),
         tokens_per_gpu=parse_length(values.get("tokens_per_gpu", "128K")),
-        longest=parse_length(values.get("longest", "1M")),
         **{
-            key: _numbers(values, key, n, least=5 if key == "loss_steps" else 1)[0]
+            key: whole_numbers(values, key, n, least=5 if key == "loss_steps" else 1)[0]
             for key, n in (("warmup", "3"), ("steps", "8"), ("loss_steps", "50"))
         },
     )
@@ -206,13 +212,6 @@ def _study(values: dict[str, str], to: Path, overrides: list[str]) -> Study:
         batch = study.tokens_per_gpu * setup.gpus
         load(study.arguments(setup, 1, batch, study.seq_len), detect_hardware(setup.gpus, setup.gpus))
     return study
-
-
-def _numbers(values: dict[str, str], key: str, default: str, least: int) -> tuple[int, ...]:
-    text = values.get(key, default)
-    if not re.fullmatch(r"\d+(,\d+)*", text) or min(numbers := sorted({int(n) for n in text.split(",")})) < least:
-        raise UsageError(f"{key}={text}: whole numbers from {least} on, separated by commas")
-    return tuple(numbers)
 
 
 def _origin(values: dict[str, str], study: Study) -> dict:
@@ -316,26 +315,6 @@ def _killed(process: psutil.Popen, folder: Path, victim: Callable) -> dict:
 def _reached(folder: Path, batch: int, step: float) -> bool:
     """Whether a run's newest step is that or a later one."""
     return steps_logged(folder) > 0 and train_lines(folder)[-1]["tokens"] >= step * batch
-
-
-def longest(study: Study, setup: Setup) -> dict:
-    """The longest context that trains for two steps, the memory it takes, and what stopped the search."""
-    found: dict = {"longest": None, "peak_memory_gib": None, "stopped_by": f"longest={format_length(study.longest)}"}
-    seq_len = study.seq_len
-    while seq_len <= study.longest:
-        arguments = study.arguments(setup, 2, seq_len * setup.gpus, seq_len)
-
-        def make(folder: Path, arguments: list[str] = arguments) -> dict:
-            with started(["launch/train.py"], arguments, setup.gpus, folder) as process:
-                wait(process, folder, lambda: steps_logged(folder) >= 2)
-            return speeds(train_lines(folder))
-
-        made = kept(study.runs / "longest" / f"{setup.name}_{format_length(seq_len)}", arguments, make)
-        if "failed" in made:
-            return found | {"stopped_by": f"{format_length(seq_len)}: {made['failed']}"}
-        found |= {"longest": seq_len, "peak_memory_gib": made["peak_memory_gib"]}
-        seq_len *= 2
-    return found
 
 
 def _curve(study: Study, setup: Setup, gpus: int) -> dict:

@@ -8,9 +8,9 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter
 
+from benchmarks.common import markdown, write
 from conf.numbers import format_count, format_length
-from evals.figures import save
-from evals.results import write_json
+from evals.style import color, save
 
 COLUMNS = {
     "throughput": {
@@ -42,7 +42,6 @@ COLUMNS = {
         "tolerance": "tolerance",
         "same": "same",
     },
-    "longest": {"longest": "longest context", "peak_memory_gib": "peak GiB", "stopped_by": "stopped by"},
 }
 SHARES = {"efficiency", "mfu", "mfu_dense_equivalent", "communication", "communication_exposed"}
 LABELS = ("model", "attention", "zero")
@@ -83,29 +82,20 @@ def _covered(events: Iterable[Mapping]) -> float:
 
 def publish(record: Mapping, to: Path) -> str:
     """Writes results.json, table.md and, of more than one number of GPUs, scaling.png; returns the tables' text."""
-    write_json(to / "results.json", dict(record))
-    text = table(record)
-    (to / "table.md").write_text(text + "\n", encoding="utf-8")
     if len({row["gpus"] for row in record.get("throughput", ()) if "failed" not in row}) > 1:
         draw(record, to / "scaling.png")
-    return text
-
-
-def table(record: Mapping) -> str:
-    """Markdown: where it was measured, and a table for each part."""
     versions = f"torch {record['torch']}, DeepSpeed {record['deepspeed']}, commit {record['commit']}"
     lines = [f"{record['hardware']}; {versions}", "", f"`{record['command']}`", "", record["convention"]]
-    for part, columns in COLUMNS.items():
-        if part not in record:
-            continue
-        heads = ["model", "attention", "ZeRO", "GPUs", *columns.values()]
-        lines += ["", f"{part}:", "", f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
-        for row in record[part]:
-            cells = [row["model"], row["attention"], str(row["zero"]), str(row["gpus"])]
-            failed = [f"failed: {row.get('failed')}", *[""] * (len(columns) - 1)]
-            cells += failed if "failed" in row else [_cell(key, row[key], row) for key in columns]
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    for part in (part for part in COLUMNS if part in record):
+        heads = ["model", "attention", "ZeRO", "GPUs", *COLUMNS[part].values()]
+        lines += ["", f"{part}:", "", *markdown(heads, [_cells(row, COLUMNS[part]) for row in record[part]])]
+    return write(record, lines, to)
+
+
+def _cells(row: Mapping, columns: Mapping[str, str]) -> list[str]:
+    failed = [f"failed: {row.get('failed')}", *[""] * (len(columns) - 1)]
+    measured = failed if "failed" in row else [_cell(key, row[key], row) for key in columns]
+    return [row["model"], row["attention"], str(row["zero"]), str(row["gpus"]), *measured]
 
 
 def _cell(key: str, value, row: Mapping) -> str:
@@ -113,8 +103,6 @@ def _cell(key: str, value, row: Mapping) -> str:
         return "-"
     if isinstance(value, bool):
         return "yes" if value else "no"
-    if key == "longest":
-        return format_length(value)
     if key in SHARES:
         beside = f" (against {row['against']} GPUs)" if key == "efficiency" and row["against"] > 1 else ""
         return f"{value:.1%}{beside}"
@@ -130,7 +118,7 @@ def draw(record: Mapping, path: Path) -> None:
     rows = [row for row in record["throughput"] if "failed" not in row]
     figure = Figure(figsize=(12, 5), layout="constrained")
     speed, efficiency = figure.subplots(1, 2)
-    colours = {kind: f"C{i % 10}" for i, kind in enumerate(dict.fromkeys((r["model"], r["attention"]) for r in rows))}
+    colours = {kind: color(i) for i, kind in enumerate(dict.fromkeys((r["model"], r["attention"]) for r in rows))}
     for label in dict.fromkeys(tuple(row[key] for key in LABELS) for row in rows):
         points = [row for row in rows if tuple(row[key] for key in LABELS) == label]
         gpus, style = [row["gpus"] for row in points], {1: "o-", 2: "s--", 3: "^:"}[label[2]]

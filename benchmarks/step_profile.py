@@ -36,11 +36,21 @@ sys.path.insert(0, str(ROOT))
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
+from benchmarks.common import (  # noqa: E402
+    QUIET,
+    device_name,
+    failure_reason,
+    origin,
+    read_json,
+    refuse_own,
+    speeds,
+    split,
+    train_lines,
+    whole_numbers,
+)
 from benchmarks.kernel_kinds import idle_share, longest_kernels, milliseconds_by_kind  # noqa: E402
 from benchmarks.profiled_train import START_FILE  # noqa: E402
-from benchmarks.scaling_runs import failure_reason, train_lines  # noqa: E402
 from benchmarks.step_tables import publish  # noqa: E402
-from benchmarks.study import origin, read_json, speeds, split  # noqa: E402
 from conf.build import ConfigError  # noqa: E402
 from conf.numbers import parse_length  # noqa: E402
 from conf.schema import RunConfig  # noqa: E402
@@ -77,8 +87,6 @@ KEYS = {
     "seconds": "seconds for all runs together (default 540)",
     "commit": "commit of the code, where this is no git checkout",
 }
-QUIET = ("data.validation=null", "logging.wandb=disabled", "logging.figures=false", "logging.progress=false")
-QUIET += ("logging.every_tokens=0", "checkpoint.every_tokens=0")
 PLAIN = ("model.compile=false", "model.activation_checkpointing=false")
 WORKLOADS = ("long", "packs")
 DOCUMENTS = 64
@@ -141,9 +149,7 @@ def _study(values: dict[str, str], overrides: Sequence[str]) -> Study:
     workload = values.get("workload", "long")
     if workload not in WORKLOADS:
         raise UsageError(f"workload={workload}: choose long or packs")
-    fixed = ("+exp", "model", "run.dir", "schedule.seq_len", "schedule.batch_tokens", "schedule.tokens")
-    if taken := [text for text in overrides if text.partition("=")[0] in fixed]:
-        raise UsageError(f"{', '.join(taken)}: the study sets this itself; its keys are {', '.join(KEYS)}")
+    refuse_own(overrides, KEYS)
     return Study(
         to=Path(values["to"]),
         workload=workload,
@@ -151,21 +157,17 @@ def _study(values: dict[str, str], overrides: Sequence[str]) -> Study:
         seq_len=parse_length(values.get("seq_len", "32K")),
         batch_tokens=parse_length(values.get("batch_tokens", "64K")),
         limit=float(values.get("limit", 170)),
-        **{key: _count(values, key, default) for key, default in (("warmup", 5), ("steps", 20), ("profiled", 2))},
+        **{
+            key: whole_numbers(values, key, default)[0]
+            for key, default in (("warmup", "5"), ("steps", "20"), ("profiled", "2"))
+        },
     )
-
-
-def _count(values: dict[str, str], key: str, default: int) -> int:
-    text = values.get(key, str(default))
-    if not text.isdecimal() or int(text) < 1:
-        raise UsageError(f"{key}={text}: must be a whole number of at least 1")
-    return int(text)
 
 
 def _origin(values: dict[str, str], study: Study) -> dict:
     return {
         **origin(sys.argv[1:], values.get("commit")),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "device": device_name(),
         "torch": torch.__version__,
         "convention": CONVENTION,
         "workload": study.workload,

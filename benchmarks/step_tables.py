@@ -7,10 +7,10 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from benchmarks.common import cell, markdown, write
 from benchmarks.kernel_kinds import KINDS
 from conf.numbers import format_length
-from evals.figures import save
-from evals.results import write_json
+from evals.style import color, save
 
 COLUMNS = {
     "tokens_per_second": ("tokens/s", "{:,.0f}"),
@@ -22,6 +22,8 @@ COLUMNS = {
     "start_seconds": ("start s", "{:.0f}"),
     "first_step_seconds": ("first step s", "{:.1f}"),
 }
+COLORS = [color(i) for i in (0, 1, 2, 6, 4, 7)]
+HATCHES = ("", "//", "", "..", "", "")
 LONGEST = 6
 WORKLOADS = {
     "long": "one document of the full length a sequence",
@@ -31,15 +33,12 @@ WORKLOADS = {
 
 def publish(record: Mapping, to: Path) -> str:
     """Writes results.json, table.md and figure.png; returns the table's text."""
-    write_json(to / "results.json", dict(record))
-    text = table(record)
-    (to / "table.md").write_text(text + "\n", encoding="utf-8")
     if any("milliseconds" in row for row in record["rows"]):
         draw(record, to / "figure.png")
-    return text
+    return write(record, table(record), to)
 
 
-def table(record: Mapping) -> str:
+def table(record: Mapping) -> list[str]:
     """Markdown: where it was measured, a row a variant, and what took longest."""
     setting = record["setting"]
     lengths = {key: format_length(setting[key]) for key in ("seq_len", "batch_tokens")}
@@ -57,54 +56,52 @@ def table(record: Mapping) -> str:
         "",
     ]
     heads = ["variant", *(head for head, _ in COLUMNS.values()), *(f"{kind} ms" for kind in KINDS)]
-    lines += [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
-    for row in record["rows"]:
-        failed = [f"failed: {row.get('failed')}", *[""] * (len(heads) - 2)]
-        cells = failed if "failed" in row else [_cell(row.get(key), form) for key, (_, form) in COLUMNS.items()]
-        if "failed" not in row:
-            cells += [_cell(row.get("milliseconds", {}).get(kind), "{:.0f}") for kind in KINDS]
-        lines.append(f"| {' | '.join([row['variant'], *cells])} |")
+    lines += markdown(heads, [[row["variant"], *_cells(row)] for row in record["rows"]])
     for kind in ("attention", "elementwise", "other"):
         lines += ["", f"Longest of {kind}, ms a step:", ""]
         for row in record["rows"]:
             kernels = row.get("longest", {}).get(kind, [])
             names = "; ".join(f"{name} {ms:.1f}" for name, ms in kernels[:LONGEST] if ms >= 0.1)
             lines += [f"- {row['variant']} ({row['attention']}): {names}"] if names else []
-    return "\n".join(lines)
+    return lines
 
 
-def _cell(value: float | None, form: str) -> str:
-    return "-" if value is None else form.format(value)
+def _cells(row: Mapping) -> list[str]:
+    if "failed" in row:
+        return [f"failed: {row['failed']}", *[""] * (len(COLUMNS) + len(KINDS) - 1)]
+    cells = [cell(row.get(key), form) for key, (_, form) in COLUMNS.items()]
+    return cells + [cell(row.get("milliseconds", {}).get(kind), "{:.0f}") for kind in KINDS]
 
 
 def draw(record: Mapping, path: Path) -> None:
     """A bar a variant, of the milliseconds of each kind of kernel on top of each other, and a tick where the step
     ended."""
     rows = [row for row in record["rows"] if "milliseconds" in row]
-    figure = Figure(figsize=(11, 1.5 + 0.55 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(11, 2 + 0.6 * len(rows)), layout="constrained")
     axes = figure.subplots()
-    names = [row["variant"].replace("activation_checkpointing=true", "recomputed") for row in rows]
+    names = [_name(row["variant"]) for row in rows]
     left = [0.0] * len(rows)
     for index, kind in enumerate(KINDS):
         widths = [row["milliseconds"][kind] for row in rows]
-        axes.barh(names, widths, left=left, color=f"C{index}", label=kind)
+        axes.barh(names, widths, left=left, color=COLORS[index], hatch=HATCHES[index], edgecolor="white", label=kind)
         left = [a + b for a, b in zip(left, widths)]
-    for place, row in enumerate(rows):
+    ends = [max(row["step_milliseconds"], end) for row, end in zip(rows, left)]
+    for place, (row, end) in enumerate(zip(rows, ends)):
         axes.plot([row["step_milliseconds"]] * 2, [place - 0.4, place + 0.4], color="black", linewidth=1.5)
-        axes.annotate(
-            f" {row['tokens_per_second']:,.0f} tokens/s",
-            (max(row["step_milliseconds"], left[place]), place),
-            va="center",
-            fontsize="small",
-        )
+        axes.annotate(f" {row['tokens_per_second']:,.0f} tokens/s", (end, place), va="center", fontsize="small")
     axes.invert_yaxis()
-    axes.set_xlim(0, 1.2 * max(*left, *(row["step_milliseconds"] for row in rows)))
+    axes.set_xlim(0, 1.2 * max(ends))
     axes.set_xlabel("milliseconds a step (black: the step as measured without a profiler)")
-    figure.legend(loc="outside right upper", fontsize="small")
-    length = format_length(record["setting"]["seq_len"])
-    figure.suptitle(
-        f"{record['device']}, {length}, {WORKLOADS[record['workload']].split(';')[0]}, commit "
-        f"{(record['commit'] or 'unknown')[:7]}",
-        fontsize="small",
-    )
+    figure.legend(loc="outside lower center", fontsize="small", ncols=len(KINDS))
+    length, workload = format_length(record["setting"]["seq_len"]), WORKLOADS[record["workload"]].split(";")[0]
+    about = f"{record['device']}, {length}, {workload}, commit {(record['commit'] or 'unknown')[:7]}"
+    figure.suptitle(f"Where a training step's time goes\n{about}", fontsize="medium")
     save(figure, path)
+
+
+def _name(variant: str) -> str:
+    """Experiment and model, and below them the options."""
+    experiment, model, *options = variant.split("/")
+    return "\n".join(
+        filter(None, (f"{experiment}, {model}", ", ".join(o.rpartition("attention.")[2] for o in options)))
+    )

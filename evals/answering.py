@@ -23,7 +23,7 @@ from evals.protocol import Job, names
 from evals.swap import DENSE, OWN, under
 from moba.documents import Documents
 from moba.kinds import AttentionSpec
-from moba.layer import KVCache
+from moba.layer import KVCache, MoBAAttention
 from train.model.decoder import Decoder
 
 HYBRID = "hybrid"
@@ -110,8 +110,9 @@ def batch_tokens(context: Context) -> int:
     """How many tokens of prompts to cache at a time: the same on every process."""
     if torch.device(context.device).type != "cuda":
         return BATCH_TOKENS
-    weight, layers = context.model.model.embed_tokens.weight, context.model.model.layers
-    bytes_each = sum(2 * layer.self_attn.k_proj.out_features for layer in layers) * weight.element_size()
+    weight = context.model.model.embed_tokens.weight
+    layers = [module for module in context.model.modules() if isinstance(module, MoBAAttention)]
+    bytes_each = sum(2 * layer.k_proj.out_features for layer in layers) * weight.element_size()
     memory = torch.cuda.get_device_properties(weight.device).total_memory
     fit = int(CACHE_SHARE * memory / (2 * bytes_each))  # a cache doubles when it is full
     tokens = torch.tensor(max(BATCH_TOKENS, min(fit, MOST_BATCH_TOKENS)), device=weight.device)

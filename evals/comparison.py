@@ -14,11 +14,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from conf.numbers import format_count
-from evals.figures import Boundaries, interval, length_axis, mark_dense, mark_stages, save, token_axis
+from evals.figures import Boundaries, interval, length_axis, mark_dense, mark_stages, token_axis
 from evals.paired import difference
 from evals.position_loss import Evaluation
+from evals.style import LOSS, POSITION, add_legend, color, look, marker, save
 
 Records = Sequence[Mapping[str, Any]]
+MOST_BANDS = 2  # more would be seen as one
 SMOOTHING = 40  # a smoothed value is the mean of about a fortieth of the points
 
 
@@ -60,15 +62,16 @@ def plot_losses(
         if len(tokens) == 0:
             continue
         smoothed = smooth(tokens, values, boundaries)
-        axes.plot(tokens, values, color=f"C{i % 10}", alpha=0.25, linewidth=0.8)
-        axes.plot(tokens, smoothed, color=f"C{i % 10}", linewidth=1.4, label=f"{label} (at the end {smoothed[-1]:.3f})")
+        style = look(i, len(runs)) | {"marker": None}
+        axes.plot(tokens, values, color=color(i), alpha=0.25, linewidth=0.8)
+        axes.plot(tokens, smoothed, label=f"{label} (at the end {smoothed[-1]:.3f})", **style)
         low, typical = np.percentile(smoothed, [0, 90])
         extents.append((low - 0.3 * (typical - low), typical + 0.5 * (typical - low)))
         if below is not None and i < len(runs) - 1 and len(reference[0]):
             shared = tokens[(tokens >= reference[0][0]) & (tokens <= reference[0][-1])]
             gap = np.interp(shared, tokens, values) - np.interp(shared, *reference)
-            below.plot(shared, gap, color=f"C{i % 10}", alpha=0.25, linewidth=0.8)
-            below.plot(shared, smooth(shared, gap, boundaries), color=f"C{i % 10}", linewidth=1.4)
+            below.plot(shared, gap, color=color(i), alpha=0.25, linewidth=0.8)
+            below.plot(shared, smooth(shared, gap, boundaries), **style)
     low, high = min(low for low, _ in extents), max(high for _, high in extents)
     if high > low:  # the first steps from random weights would flatten all that follows
         axes.set_ylim(low, high)
@@ -76,7 +79,7 @@ def plot_losses(
         _gap_axis(below, list(runs))
     axes.set_xlim(left=0)
     mark_stages(axes, boundaries)
-    axes.set_ylabel("loss (nats per token)")
+    axes.set_ylabel(LOSS)
     axes.set_title(title)
     token_axis(below or axes)
     _finish(figure, axes, path)
@@ -86,32 +89,29 @@ def plot_positions(runs: Mapping[str, Evaluation], path: Path | str, dense_up_to
     """Draws held-out loss by position; with two runs or more also each run's gap to the last one, bucket by bucket.
 
     Where both runs were evaluated on the same documents the gap is that of the documents' own differences (evals/
-    paired.py), far sharper than the two curves suggest; otherwise it adds both curves' errors. Bars are 95 % intervals
-    of one bucket, the shaded band holds all buckets at once. Runs of other buckets, or that share one document only,
-    have no gap drawn. `dense_up_to`: block size x top k, marked.
+    paired.py), far sharper than the spread of the documents, which is drawn of a single run alone; otherwise it adds
+    both curves' errors. Bars are 95 % intervals of one bucket; the shaded band, drawn of one or two gaps, holds all
+    buckets at once. Runs of other buckets, or that share one document only, have no gap drawn. `dense_up_to`: block
+    size x top k, marked.
     """
     figure, axes, below = _panels(len(runs) > 1)
     reference, extents = list(runs.values())[-1], [0.0]
     for i, (label, run) in enumerate(runs.items()):
-        curve = run.curve
+        curve, style = run.curve, look(i, len(runs))
         centres = (curve.edges[:-1] + curve.edges[1:]) / 2
-        style: dict[str, Any] = {
-            "color": f"C{i % 10}",
-            "marker": "o",
-            "markersize": 3.5,
-            "linewidth": 1.3,
-            "capsize": 2,
-        }
         text = f"{label}: trailing {curve.trailing.value:.3f}" if np.isfinite(curve.trailing.value) else label
-        axes.errorbar(centres, curve.mean, yerr=interval(curve.se, curve.interval_freedom), label=text, **style)
+        errors = interval(curve.se, curve.interval_freedom) if below is None else None
+        axes.errorbar(centres, curve.mean, yerr=errors, label=text, capsize=2, **style)
         gap = _gap(run, reference) if i < len(runs) - 1 else None
         if below is not None and gap is not None:
             same = f"{gap.num_documents} same documents" if gap.paired else "documents differ"
             same += "" if gap.no_band is None else ", no band"
             mean, bars, band = gap.by_bucket.mean, np.nan_to_num(gap.interval()), np.nan_to_num(gap.band())
             extents += [np.nanmin(mean - 1.5 * bars), np.nanmax(mean + 1.5 * bars)]
-            below.errorbar(centres, mean, yerr=bars, label=f"{label}, {same}", **style)
-            below.fill_between(centres, mean - band, mean + band, color=style["color"], alpha=0.15, linewidth=0)
+            aside = centres + (i - (len(runs) - 2) / 2) * np.diff(curve.edges).min() / 12  # bars beside each other
+            below.errorbar(aside, mean, yerr=bars, label=f"{label}, {same}", capsize=2, **(style | {"linewidth": 1.3}))
+            if len(runs) <= MOST_BANDS + 1:
+                below.fill_between(centres, mean - band, mean + band, color=color(i), alpha=0.15, linewidth=0)
     longest = max(run.curve.max_length for run in runs.values())
     mark_dense(axes, dense_up_to, longest)
     if below is not None:
@@ -119,15 +119,13 @@ def plot_positions(runs: Mapping[str, Evaluation], path: Path | str, dense_up_to
         if max(extents) > min(extents):  # with few documents the band would flatten everything
             below.set_ylim(min(extents), max(extents))
         below.axvline(dense_up_to or np.nan, color="0.4", linestyle=":", linewidth=1.2)
-        if below.get_legend_handles_labels()[0]:
-            below.legend(fontsize="small")
+        add_legend(below)
     length_axis((below or axes).xaxis, longest)
-    (below or axes).set_xlabel("visible tokens of the own document")
-    axes.set_ylabel("loss (nats per token)")
-    axes.set_title(
-        "Held-out loss by position\n(bars: 95 % interval of a bucket, band: of all at once; documents as clusters)",
-        fontsize="medium",
-    )
+    (below or axes).set_xlabel(POSITION)
+    axes.set_ylabel(LOSS)
+    bars = "bars: 95 % interval of a bucket" + (", band: of all at once" if 1 < len(runs) <= MOST_BANDS + 1 else "")
+    what = "" if below is None else ", and its difference, document by document"
+    axes.set_title(f"Held-out loss by position{what}\n({bars}; documents as clusters)", fontsize="medium")
     _finish(figure, axes, path)
 
 
@@ -148,12 +146,11 @@ def plot_held_out(runs: Mapping[str, Records], path: Path | str, boundaries: Bou
         freedom = column(known, "trailing_freedom")  # of older runs the documents are known alone
         freedom = np.where(np.isnan(freedom), column(known, "documents") - 1, freedom)
         width = interval(column(known, "trailing_se"), freedom)
-        style = {"color": f"C{i % 10}"}
-        axes.plot(tokens, values, marker="o", markersize=3, linewidth=1.3, label=label, **style)
-        axes.fill_between(tokens, values - width, values + width, alpha=0.15, linewidth=0, **style)
+        axes.plot(tokens, values, label=label, **look(i, len(runs)))
+        axes.fill_between(tokens, values - width, values + width, alpha=0.15, linewidth=0, color=color(i))
     axes.set_xlim(left=0)
     mark_stages(axes, boundaries)
-    axes.set_ylabel("loss (nats per token)")
+    axes.set_ylabel(LOSS)
     axes.set_title("Held-out trailing loss over training (band: 95 %, documents as clusters)")
     token_axis(axes)
     _finish(figure, axes, path)
@@ -166,7 +163,7 @@ def plot_routing_history(runs: Mapping[str, Records], path: Path | str, boundari
     for i, (label, records) in enumerate(runs.items()):
         for name, (what, line) in kinds.items():
             tokens, values = _points(records, f"route/{name}")
-            axes.plot(tokens, values, line, color=f"C{i % 10}", marker="o", markersize=3, label=f"{label}: {what}")
+            axes.plot(tokens, values, line, color=color(i), marker=marker(i), ms=3, label=f"{label}: {what}")
     axes.set_xlim(left=0)
     axes.set_ylim(0, 1.02)
     mark_stages(axes, boundaries)
@@ -185,12 +182,12 @@ def plot_speed(runs: Mapping[str, Records], path: Path | str, boundaries: Bounda
     has_mfu = all(np.isfinite(column(records, "mfu")).any() for records in runs.values())
     for i, (label, records) in enumerate(runs.items()):
         tokens, speed = _points(records, "tokens_per_second")
-        upper.plot(tokens, speed, color=f"C{i % 10}", linewidth=1.2, label=label)
+        upper.plot(tokens, speed, **(look(i, len(runs)) | {"marker": None}), label=label)
         tokens, rate = _points(records, "mfu" if has_mfu else "tflops")
-        lower.plot(tokens, 100 * rate if has_mfu else rate, color=f"C{i % 10}", linewidth=1.2)
+        lower.plot(tokens, 100 * rate if has_mfu else rate, **(look(i, len(runs)) | {"marker": None}))
         for axes in memory:
             tokens, peak = _points(records, "peak_memory_gib")
-            axes.plot(tokens, peak, color=f"C{i % 10}", linewidth=1.2)
+            axes.plot(tokens, peak, **(look(i, len(runs)) | {"marker": None}))
             axes.set_ylabel("peak memory (GiB)")
     upper.set_title("Speed of training; FLOPs of attended pairs; evaluations and checkpoints not timed")
     upper.set_ylabel("tokens/s, all devices")
@@ -218,19 +215,18 @@ def _panels(with_gap: bool) -> tuple[Figure, Any, Any]:
     figure = Figure(figsize=(8, 6.5 if with_gap else 5), layout="constrained")
     if not with_gap:
         return figure, figure.add_subplot(), None
-    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(1, 1))
     return figure, upper, lower
 
 
 def _gap_axis(axes: Any, labels: list[str]) -> None:
     axes.axhline(0.0, color="black", linewidth=0.8)
-    what = labels[0] if len(labels) == 2 else "run"
-    axes.set_ylabel(f"gap: {what} - {labels[-1]}")
+    axes.set_title(f"minus {labels[-1]}", fontsize="medium")
+    axes.set_ylabel("difference (nats per token)")
     axes.grid(alpha=0.3)
 
 
 def _finish(figure: Figure, axes: Any, path: Path | str) -> None:
     axes.grid(alpha=0.3)
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize="small")
+    add_legend(axes)
     save(figure, path)

@@ -1,8 +1,6 @@
 """Draws PNG figures: loss by position, its heat map over training, and losses over tokens.
 
-Each function takes data and a path, and draws on a Figure of its own: pyplot's global state is never touched, so that
-figures can be drawn in a training process, on any thread, without a display. What a bucket, an error bar and
-"trailing" mean stands in the figure itself.
+Each function takes data and a path. What a bucket, an error bar and "trailing" mean stands in the figure itself.
 """
 
 from __future__ import annotations
@@ -17,6 +15,7 @@ from matplotlib.ticker import FuncFormatter
 
 from conf.numbers import format_count, format_length
 from evals.statistics import half_width
+from evals.style import LOSS, POSITION, look, save
 from train.record.position_loss import PositionCurve
 
 Boundaries = Sequence[tuple[int, str]]  # (tokens at which a stage starts, its name)
@@ -39,20 +38,17 @@ def plot_curves(
     axes = figure.add_subplot()
     for i, (label, curve) in enumerate(curves.items()):
         centres = (curve.edges[:-1] + curve.edges[1:]) / 2
-        color = f"C{i % 10}"
+        style = look(i, len(curves))
         axes.errorbar(
             centres,
             curve.mean,
             yerr=interval(curve.se, curve.interval_freedom),
-            color=color,
-            marker="o",
-            markersize=3.5,
             capsize=2,
-            linewidth=1.3,
             elinewidth=0.9,
             label=f"{label}: {_trailing_text(curve)}",
+            **style,
         )
-        axes.plot(centres[-1], curve.trailing.value, marker="*", markersize=11, color=color, markeredgecolor="black")
+        axes.plot(centres[-1], curve.trailing.value, marker="*", markersize=11, color=style["color"], mec="black")
     longest = max(curve.max_length for curve in curves.values())
     shortest_bucket, longest_bucket = (f(_bucket_size(c) for c in curves.values()) for f in (min, max))
     size = f"{shortest_bucket}" if shortest_bucket == longest_bucket else f"{shortest_bucket} to {longest_bucket}"
@@ -60,8 +56,8 @@ def plot_curves(
     mark_dense(axes, dense_up_to, longest)
     axes.set_xlim(0, longest * 1.01)
     length_axis(axes.xaxis, longest)
-    axes.set_xlabel(f"visible tokens of the own document (buckets of {size} tokens)")
-    axes.set_ylabel("loss (nats per token)")
+    axes.set_xlabel(f"{POSITION}, in buckets of {size}")
+    axes.set_ylabel(LOSS)
     axes.set_title(title)
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
@@ -79,7 +75,7 @@ def plot_heatmap(
     boundaries: Boundaries = (),
     title: str = "Loss by position over training",
 ) -> None:
-    """Draws loss by visible tokens (upwards) and training tokens (to the right), a column a curve.
+    """Draws loss by context position (upwards) and training tokens (to the right), a column a curve.
 
     `curves` are (tokens seen at its end, curve) in order; a column reaches back to the end of the one before. Lengths
     may change on the way. Colours span the 2nd to 90th percentile of the losses, or the first steps would wash out
@@ -105,7 +101,7 @@ def plot_heatmap(
     length_axis(axes.yaxis, longest)
     token_axis(axes)
     mark_stages(axes, boundaries)
-    axes.set_ylabel("visible tokens of the own document")
+    axes.set_ylabel(POSITION)
     axes.set_title(title)
     label = "loss (nats per token; colours from the 2nd to the 90th percentile)"
     colorbar = figure.colorbar(mesh, ax=axes, extend="both", label=label)
@@ -119,7 +115,7 @@ def plot_history(
     path: Path | str,
     boundaries: Boundaries = (),
     title: str = "Loss over training",
-    ylabel: str = "loss (nats per token)",
+    ylabel: str = LOSS,
 ) -> None:
     """Draws one line a series `(tokens, values)` over training tokens, with the stages marked; NaN leaves a gap.
 
@@ -128,8 +124,9 @@ def plot_history(
     """
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
-    for label, (tokens, values) in series.items():
-        axes.plot(tokens, values, label=label, linewidth=1.2, marker="o" if len(tokens) < 40 else None, markersize=3)
+    for i, (label, (tokens, values)) in enumerate(series.items()):
+        style = look(i, len(series)) | ({} if len(tokens) < 40 else {"marker": None})
+        axes.plot(tokens, values, label=label, **style)
     values = np.concatenate([np.asarray(values, dtype=float) for _, values in series.values()])
     values = values[np.isfinite(values)]
     if len(values) >= 20:
@@ -187,26 +184,23 @@ def token_axis(axes) -> None:
 
 def mark_stages(axes, boundaries: Boundaries) -> None:
     """A dashed line with the stage's name where each stage starts, as far as the axis reaches."""
-    right = axes.get_xlim()[1]
+    left, right = axes.get_xlim()
     for tokens, name in boundaries:
         if tokens > right:  # of another run: its name, outside the axes, would be given their room
             continue
         if tokens > 0:
             axes.axvline(tokens, color="black", linestyle="--", linewidth=1)
+        before = tokens > left + 0.6 * (right - left)  # a name must not run over the right edge
         axes.annotate(
             name,
             (tokens, 1),
             xycoords=("data", "axes fraction"),
-            xytext=(4, -4),
+            xytext=(-4 if before else 4, -4),
             textcoords="offset points",
+            ha="right" if before else "left",
             va="top",
+            in_layout=False,
             fontsize="small",
             zorder=5,
             bbox={"facecolor": "white", "alpha": 0.7, "linewidth": 0, "pad": 1},
         )
-
-
-def save(figure: Figure, path: Path | str) -> None:
-    """Writes the figure as PNG; makes the directory if it is missing."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)

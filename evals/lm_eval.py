@@ -26,11 +26,11 @@ from conf.numbers import format_length, given_length
 from conf.words import listed
 from data.tokenizer import load_tokenizer
 from evals.answering import ABOUT_ARMS, ABOUT_BESIDE, chosen_arms
-from evals.figures import save
 from evals.ledger import Ledger
 from evals.page import image, note
 from evals.page import table as html_table
 from evals.protocol import Eval, Job, Result
+from evals.style import color, marker, save
 from evals.swap import OWN
 
 PACKAGE, SEED = "lm_eval", 1234
@@ -216,7 +216,9 @@ class LmEvalReport:
                 found = [row["arms"][arm] for row in own]
                 widths = [1.96 * (one["stderr"] or 0) for one in found]
                 values = [one["value"] for one in found]
-                axes.errorbar(values, places, xerr=widths, fmt="o", color=f"C{a}", markersize=4, capsize=2, label=arm)
+                axes.errorbar(
+                    values, places, xerr=widths, fmt=marker(a), color=color(a), markersize=4, capsize=2, label=arm
+                )
             axes.set_title(metric, fontsize="small")
             axes.set_yticks(range(len(tasks)), tasks, fontsize="small")
             axes.tick_params(axis="x", labelsize="x-small")

@@ -16,12 +16,12 @@ from matplotlib.figure import Figure
 
 from conf.numbers import format_length
 from evals.answering import ABOUT_ARMS
-from evals.figures import save
 from evals.page import image, note
 from evals.page import table as html_table
 from evals.protocol import Result
 from evals.recall_report import RecallReport
 from evals.statistics import Estimate, clustered_mean, wilson
+from evals.style import save
 from evals.swap import DENSE
 
 SCORES = ("exact", "ranked")

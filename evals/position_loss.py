@@ -59,6 +59,18 @@ class Evaluation:
     """Tokens whose loss was infinite, NaN or beyond LARGEST, which are left out of every mean."""
     cohort: str = "fixed"
 
+    @classmethod
+    def of_documents(
+        cls, edges: np.ndarray, ids: list[str], keys: list[str], clusters: list[str], loss_NB: np.ndarray
+    ) -> Evaluation:
+        """The evaluation of documents that all reach the length, from each one's mean loss in each bucket, every token
+        of which counts; without what is known of single positions."""
+        count_NB = np.broadcast_to(np.diff(edges), loss_NB.shape)
+        length = int(edges[-1])
+        unknown_2T = np.zeros((2, length))
+        curve = _curve(loss_NB * count_NB, count_NB, np.ones(len(ids), bool), unknown_2T, clusters, length)
+        return cls(curve, ids, keys, clusters, loss_NB, num_non_finite=0)
+
     def result(self, title: str, dense_up_to: int | None = None) -> Result:
         """The evaluation as files and text. `title` is the curve's in the figure, `dense_up_to` a line there."""
         value, se, _, clusters = self.curve.trailing

@@ -15,9 +15,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from data.synthetic import SyntheticSource
-from evals.figures import save
 from evals.position_loss import plain
 from evals.statistics import Estimate, clustered_mean, wilson
+from evals.style import color, marker, save
 from evals.swap import VARIANTS
 from moba.kinds import Routing
 
@@ -148,7 +148,7 @@ def draw_recall(reports: Mapping[str, RecallReport], path: Path) -> None:
             low, high = report.interval(found)
             height = float(np.nan_to_num(found.mean))
             error = np.nan_to_num([[height - low], [high - height]]).clip(min=0)
-            bars.bar(w, height, yerr=error, color=_color(name), capsize=3)
+            bars.bar(w, height, yerr=error, color=color(_place(name)), ecolor="0.35", capsize=3)
         bars.set_xticks(range(len(report.variants)), report.variants, fontsize="x-small")
         note = "" if report.gate_matters is not False else "\n(too few blocks to judge the gate)"
         far = "all answers" if report.routing is None else f"evidence {report.routing.top_k}+ blocks back"
@@ -170,11 +170,11 @@ def _over_distance(report: RecallReport, axes) -> None:
             inside = (report.distance_NA >= low) & (report.distance_NA <= high)
             points.append(((low + high) / 2, report.accuracy(name, inside).mean))
         if points:
-            axes.plot(*zip(*points), marker="o", markersize=3, color=_color(name), label=name)
+            axes.plot(*zip(*points), color=color(_place(name)), marker=marker(_place(name)), markersize=3, label=name)
     if len(edges) > 1:
         axes.legend(fontsize="x-small")
     axes.set_xlabel("tokens back to the evidence", fontsize="small")
 
 
-def _color(name: str) -> str:
-    return f"C{VARIANTS.index(name)}"
+def _place(name: str) -> int:
+    return VARIANTS.index(name)

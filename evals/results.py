@@ -66,12 +66,6 @@ def commit() -> str | None:
     return head + ("-dirty" if _git("status", "--porcelain", "--untracked-files=no") else "")
 
 
-def short_commit() -> str:
-    """The commit of this checkout as a label, with "-dirty" behind it if files were changed; `unknown` outside of
-    one."""
-    return _git("describe", "--always", "--dirty") or "unknown"
-
-
 def _git(*arguments: str) -> str | None:
     try:
         done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=False)

@@ -9,12 +9,14 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
-from evals.figures import interval, length_axis, save
+from evals.figures import interval, length_axis
 from evals.routing_numbers import model_hit_rate
 from evals.routing_report import SHARES, RoutingReport
+from evals.style import color, look, marker, save
 
 HEAT_MAPS = {
     "captured_all": "captured share",
@@ -24,6 +26,7 @@ HEAT_MAPS = {
     "load_entropy": "entropy of the load",
     "snr": "signal to noise",
 }
+PARTS = (color(0), color(5), color(1), "0.85")
 LABELS = {
     "captured": "picked by the gate",
     "oracle": "best blocks",
@@ -33,13 +36,9 @@ LABELS = {
 }
 
 
-STYLE = {"marker": "o", "markersize": 3, "capsize": 2}
-LINES = {"oracle": "--"}  # the gate may come close
-
-
 def figures(report: RoutingReport, title: str = "") -> dict[str, Callable[[Path], None]]:
     """The figures as a Result has them: `_heads`, `_curves` and `_maps`."""
-    drawn = {"_heads": _draw_heads, "_curves": _draw_curves, "_maps": _draw_maps}
+    drawn = {"_heads": _draw_heads, "_curves": draw_curves, "_maps": _draw_maps}
     return {ending: partial(draw, report, title=title) for ending, draw in drawn.items()}
 
 
@@ -65,7 +64,8 @@ def _draw_heads(report: RoutingReport, path: Path, title: str) -> None:
     save(figure, path)
 
 
-def _draw_curves(report: RoutingReport, path: Path, title: str) -> None:
+def draw_curves(report: RoutingReport, path: Path, title: str) -> None:
+    """Shares by position and distance, hits against the model, and where the probability goes by layer."""
     figure = Figure(figsize=(11, 8), layout="constrained")
     (position, distance), (hits, layers) = figure.subplots(2, 2)
     _by_position(report, position)
@@ -79,13 +79,26 @@ def _draw_curves(report: RoutingReport, path: Path, title: str) -> None:
     save(figure, path)
 
 
+def draw_layers(report: RoutingReport, path: Path, title: str) -> None:
+    """The lower half of the curves, for which the means of each head are enough."""
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    hits, layers = figure.subplots(1, 2)
+    _hits(report, hits)
+    _by_layer(report, layers)
+    for axes in (hits, layers):
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="x-small", ncols=2)
+    figure.suptitle(title, fontsize="medium")
+    save(figure, path)
+
+
 def _by_position(report: RoutingReport, axes) -> None:
     found = report.by_position()
     centres = (report.edges[:-1] + report.edges[1:]) / 2
     for i, name in enumerate(SHARES):
         width = interval(found.se[:, i], found.freedom[:, i])
         axes.errorbar(
-            centres, found.mean[:, i], yerr=width, label=LABELS[name], **STYLE, linestyle=LINES.get(name, "-")
+            centres, found.mean[:, i], yerr=width, label=LABELS[name], capsize=2, **look(i, 2), elinewidth=0.9
         )
     length_axis(axes.xaxis, int(report.edges[-1]))
     axes.set_ylim(0, 1.02)
@@ -99,7 +112,7 @@ def _by_distance(report: RoutingReport, axes) -> None:
     last = int(np.flatnonzero(mean_2E.sum(0) > 0).max())
     octaves = np.arange(last + 1)
     for i, (label, offset) in enumerate((("picks", -0.2), ("full attention's probability", 0.2))):
-        axes.bar(octaves + offset, mean_2E[i, : last + 1], width=0.4, label=label)
+        axes.bar(octaves + offset, mean_2E[i, : last + 1], width=0.4, color=color(i), label=label)
     names = [f"{2**e}" if e == 0 else f"{2**e}-{2 ** (e + 1) - 1}" for e in octaves]
     axes.set_xticks(octaves, names, fontsize="x-small")
     axes.set_ylim(0, 1.2 * mean_2E.max())  # room for the legend
@@ -112,7 +125,10 @@ def _hits(report: RoutingReport, axes) -> None:
     """Each head's hits over its signal to noise; the model's curve for its picks and the mean number of candidates."""
     snr_LH, hit_LH = report.head("snr").mean, report.head("hit").mean
     for i, layer in enumerate(report.layers):
-        axes.scatter(snr_LH[i], hit_LH[i], s=14, label=f"layer {layer}" if len(report.layers) <= 8 else None)
+        few = len(report.layers) <= 8
+        shade = color(i) if few else colormaps["viridis"](i / (len(report.layers) - 1))
+        shape = marker(i) if few else "o"
+        axes.scatter(snr_LH[i], hit_LH[i], s=14, color=shade, marker=shape, label=f"layer {layer}" if few else None)
     low, high = min(0.0, float(np.nanmin(snr_LH))), max(3.0, float(np.nanmax(snr_LH)))
     grid = np.linspace(low, high, 100)
     routings = [spec.routing for spec in report.specs if spec.routing is not None]
@@ -122,19 +138,22 @@ def _hits(report: RoutingReport, axes) -> None:
     axes.set_ylim(0, 1.02)
     axes.set_xlabel("signal to noise of the best block's score")
     axes.set_ylabel("best block picked")
-    axes.set_title("Hits of each head against FlashMoBA's model", fontsize="small")
+    shades = "" if len(report.layers) <= 8 else " (dark: first layers, bright: last)"
+    axes.set_title(f"Hits of each head against FlashMoBA's model{shades}", fontsize="small")
 
 
 def _by_layer(report: RoutingReport, axes) -> None:
     bottom = np.zeros(len(report.layers))
     own, captured, oracle = (np.nanmean(report.head(name).mean, axis=1) for name in ("own", "captured", "oracle"))
     parts = (("own block", own), ("picked by the gate", captured - own), ("lost by the gate", oracle - captured))
-    for label, height in (*parts, ("lost to sparsity", 1 - oracle)):
-        axes.bar(range(len(report.layers)), height, bottom=bottom, label=label)
+    for i, (label, height) in enumerate((*parts, ("lost to sparsity", 1 - oracle))):
+        looks = {"color": PARTS[i], "edgecolor": "white", "linewidth": 0.4}
+        axes.bar(range(len(report.layers)), height, bottom=bottom, label=label, **looks)
         bottom = bottom + height
     step = -(-len(report.layers) // 16)  # more labels would run into each other
     axes.set_xticks(range(0, len(report.layers), step), report.layers[::step])
     axes.set_ylim(0, 1.35)  # room for the legend
+    axes.set_yticks(np.linspace(0, 1, 6))
     axes.set_xlabel("layer")
     axes.set_ylabel("share of full attention")
     axes.set_title("Where the probability goes (mean over heads)", fontsize="small")

@@ -5,8 +5,10 @@ Shapes: N documents, L MoBA layers, H query heads, P buckets of positions, E oct
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ import numpy as np
 from evals.position_loss import plain
 from evals.statistics import Estimate, clustered_mean, half_width
 from moba.kinds import AttentionSpec
+from moba.kinds.plan_file import entries_of, plan_of
 
 SHARES = ("captured", "oracle", "local", "random", "own")
 # What is kept of each head. Shares are of full attention's probability.
@@ -85,9 +88,21 @@ class RoutingReport:
             "overall": {name: dict(zip(("mean", "se"), plain([e.mean, e.se]))) for name, e in overall.items()},
             "layers": self.layers,
             "specs": [str(spec) for spec in self.specs],
+            "plan": entries_of(self.specs),
+            "clusters": self.clusters,
             "heads": {name: [plain(row) for row in self.head(name).mean] for name in HEAD},
             "heads_se": {name: [plain(row) for row in self.head(name).se] for name in HEAD},
         }
+
+    @classmethod
+    def load(cls, path: Path) -> RoutingReport:
+        """The report whose .json and .npz launch/evaluate.py wrote."""
+        record = json.loads(path.read_text(encoding="utf-8"))
+        with np.load(path.with_suffix(".npz")) as arrays:
+            kept = {name: arrays[name] for name in ("shares_NLPS", "edges", "distance_NL2E", "maps_LH2YY")}
+            heads = {name: arrays[f"heads_{name}"] for name in HEAD}
+        specs = list(plan_of(record["plan"]))
+        return cls(record["layers"], specs, heads, candidates=record["candidates"], clusters=record["clusters"], **kept)
 
     def arrays(self) -> dict[str, np.ndarray]:
         """What an .npz keeps."""

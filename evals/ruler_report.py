@@ -15,12 +15,12 @@ from matplotlib.figure import Figure
 
 from conf.numbers import format_length
 from evals.answering import ABOUT_ARMS
-from evals.figures import save
 from evals.page import image, note
 from evals.page import table as html_table
 from evals.protocol import Result
 from evals.ruler_data import STAND_IN
 from evals.statistics import wilson
+from evals.style import save
 
 THRESHOLD = 85.6
 """Percent: what Llama-2-7B has at 4K. A length is effective if the average of all tasks is above (RULER, section 4)."""

@@ -7,13 +7,14 @@ its figure 5b (MoBA alone at the left, full attention at the right, layer-wise h
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from evals.figures import save
 from evals.scaling import AXES, MEAN, TRAILING, Scaling
+from evals.style import LOSS, color, look, marker, save
 
 TITLES = {MEAN: "mean held-out loss", TRAILING: "trailing held-out loss"}
 
@@ -25,7 +26,7 @@ def plot_scaling(scaling: Scaling, path: Path) -> None:
     for row, axis in zip(grid, AXES):
         for x, (axes, name) in enumerate(zip(row, TITLES)):
             for i, series in enumerate(scaling.series):
-                _series(axes, scaling, series, axis, x, color=f"C{i % 10}")
+                _series(axes, scaling, series, axis, x, i)
             axes.set_xscale("log")
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
@@ -34,7 +35,7 @@ def plot_scaling(scaling: Scaling, path: Path) -> None:
             axes.tick_params(axis="both", which="minor", labelsize="x-small")
             axes.set_title(TITLES[name], fontsize="medium")
             axes.set_xlabel(f"PFLOP/s-days ({AXES[axis]})")
-            axes.set_ylabel("loss (nats per token)")
+            axes.set_ylabel(LOSS)
             axes.grid(alpha=0.3)
             axes.legend(fontsize="small")
     points = [scaling.losses_RX[:, x] for x in range(2)]
@@ -50,21 +51,22 @@ def plot_scaling(scaling: Scaling, path: Path) -> None:
     save(figure, path)
 
 
-def _series(axes, scaling: Scaling, series: str, axis: str, x: int, color: str) -> None:
+def _series(axes, scaling: Scaling, series: str, axis: str, x: int, i: int) -> None:
+    style: dict[str, Any] = {"color": color(i)}
     own = scaling.of(series)
     for point in own:
         curve = [(compute[axis], *losses) for compute, *losses in point.history]
-        axes.plot([c for c, *_ in curve], [losses[x] for _, *losses in curve], color=color, alpha=0.35, linewidth=1)
+        axes.plot([c for c, *_ in curve], [losses[x] for _, *losses in curve], alpha=0.35, linewidth=1, **style)
     compute = np.array([point.compute[axis] for point in own])
     rows = [list(scaling.points).index(point) for point in own]
-    axes.plot(compute, scaling.losses_RX[rows, x], "o", color=color, markersize=5)
+    axes.plot(compute, scaling.losses_RX[rows, x], marker(i), markersize=5, **style)
     fit = scaling.fit(series, axis)
     label = f"{series}: {fit.a[x]:.3f} x C^{fit.b[x]:.3f}"
     line = np.geomspace(compute.min() / 1.3, compute.max() * 1.3, 50)
-    axes.plot(line, fit.at(line, x), "--", color=color, linewidth=1.4, label=label)
+    axes.plot(line, fit.at(line, x), "--", linewidth=1.4, label=label, **style)
     a_DX, b_DX = scaling.draws(series, axis)
     low, high = np.quantile(a_DX[:, x, None] * line ** b_DX[:, x, None], (0.025, 0.975), axis=0)
-    axes.fill_between(line, low, high, color=color, alpha=0.12, linewidth=0)
+    axes.fill_between(line, low, high, alpha=0.12, linewidth=0, **style)
 
 
 def plot_layers(scaling: Scaling, path: Path) -> None:
@@ -83,14 +85,14 @@ def plot_layers(scaling: Scaling, path: Path) -> None:
                     places.append(place)
                     values.append(scaling.losses_RX[rows, x].mean())
             label = next(point.label for point in scaling.points if point.size == size)
-            axes.plot(places, values, marker="o", color=f"C{i % 10}", label=f"{label} parameters without embeddings")
+            axes.plot(places, values, label=f"{label} parameters without embeddings", **look(i, len(sizes)))
             for place, value in zip(places, values):
                 axes.annotate(f"{value:.3f}", (place, value), xytext=(0, 5), textcoords="offset points", fontsize=7)
         axes.set_xticks(range(len(order)), [_ticks(scaling, series) for series in order], fontsize="small")
         axes.set_xlim(-0.4, len(order) - 0.6)
         axes.margins(y=0.12)
         axes.set_title(TITLES[name], fontsize="medium")
-        axes.set_ylabel("loss (nats per token)")
+        axes.set_ylabel(LOSS)
         axes.grid(alpha=0.3)
     handles, labels = grid[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=4, fontsize="x-small")

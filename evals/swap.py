@@ -149,6 +149,12 @@ class SwapReport:
             "prefill_decode": self.cells(),
         }
 
+    def _documents(self) -> dict[str, Any]:
+        """What an .npz keeps of the documents, which are the same under every attention."""
+        own = self.evaluations[DENSE]
+        kept = {name: getattr(own, name) for name in ("document_ids", "document_keys", "document_clusters")}
+        return {"edges": own.curve.edges, **kept}
+
     def result(self, dense_up_to: int | None = None) -> Result:
         """The report as files and text; the figure has each variant's loss by position and its gap to full."""
         losses = {f"document_loss_{name}": one.document_loss for name, one in self.evaluations.items()}
@@ -157,9 +163,18 @@ class SwapReport:
             record=self.summary(),
             text=self.table(),
             numbers={f"trailing_{row['attention']}": row["trailing"]["mean"] for row in self.rows()},
-            arrays={**losses, "last_loss": self.last_loss_NPD, "last_kl": self.last_kl_NPD},
+            arrays={**self._documents(), **losses, "last_loss": self.last_loss_NPD, "last_kl": self.last_kl_NPD},
             figures={"": lambda path: plot_positions(self.evaluations, path, dense_up_to)},
         )
+
+
+def load_evaluations(path: Path) -> dict[str, Evaluation]:
+    """The evaluation under each attention, from the .npz that launch/evaluate.py wrote beside a swap's .json: loss by
+    position of documents that reach the length, without what is known of single positions."""
+    with np.load(path.with_suffix(".npz")) as arrays:
+        edges, own = arrays["edges"], {key: arrays[f"document_loss_{key}"] for key in VARIANTS}
+        about = [arrays[f"document_{name}"].tolist() for name in ("ids", "keys", "clusters")]
+    return {name: Evaluation.of_documents(edges, *about, loss_NB) for name, loss_NB in own.items()}
 
 
 def document_mean(values_N: np.ndarray, clusters: Sequence[str]) -> dict[str, float | None]:

@@ -126,7 +126,7 @@ def _losses(context: Context, document, seq_len: int) -> list[float | None]:
 
 @torch.no_grad()
 def _right(context: Context, sample) -> list[float]:
-    """[right answers, answers, nats a token summed over answers] of a recall document."""
+    """[right answers, answers, nats per token summed over answers] of a recall document."""
     right_A, nats_A = score(context.model, sample, context.device)
     return [float(right_A.sum()), float(len(right_A)), float(nats_A.sum())]
 
@@ -220,7 +220,7 @@ EVAL = Eval(
     run=run,
     keys={
         "block_sizes": "such as [128,256] (default: that of the attention in force)",
-        "top_k": f"blocks a query sees, its own included: a number, list or range (default {TOP_K})",
+        "top_k": f"blocks a query attends to, including its own: a number, list or range (default {TOP_K})",
         "budgets": "instead of top_k: shares of the length that a query sees at most, such as 1/4,1/8",
         "attentions": "more settings, each as attention= takes it: such as plan.yaml,512x3+1",
         "gates": f"of {', '.join(GATES)} (default: that of the attention in force)",

@@ -15,12 +15,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
 
 from conf.numbers import format_length
-from evals.figures import save
 from evals.page import image
 from evals.page import table as html_table
 from evals.protocol import Result
 from evals.recall_report import RecallReport
 from evals.statistics import clustered_mean, half_width
+from evals.style import LINES, MARKERS, color, save
 from evals.swap import DENSE, document_mean, with_error
 from moba.kinds.moba import MEAN
 
@@ -48,7 +48,6 @@ class Setting(NamedTuple):
 
 FULL = Setting(0, 0, "", 0)
 TICKS = [mantissa * 10.0**power for power in range(-5, 0) for mantissa in (1, 2, 3, 5, 7)] + [1.0]
-LINES, MARKERS = ("-", "--", ":", "-."), "osv^D"
 DODGE = 1.012
 """By which lines of one block size stand apart."""
 
@@ -190,7 +189,7 @@ class SweepReport:
                 own = [s for s, one in enumerate(self.settings) if (one.block_size, one.kind) == (size, kind)]
                 if own:
                     own.sort(key=lambda s: self.attended_S[s])
-                    style = {"color": f"C{i % 10}", "linestyle": LINES[j % 4], "marker": MARKERS[j % 5]}
+                    style = {"color": color(i), "linestyle": LINES[j % 5], "marker": MARKERS[j % 8]}
                     label = f"blocks of {format_length(size)}{',' if kind else ''}{_in_words(kind)}"
                     lines.append((label, DODGE ** (j - (len(kinds) - 1) / 2), style, own))
         for s, setting in enumerate(self.settings[1:], 1):

@@ -160,11 +160,11 @@ def tune(job: Job, candidates: Sequence[Moba], budget: float) -> Tuning:
             found = [np.mean(x, axis=0) for x in zip(*(meter.errors(piece, candidates) for piece in choosing))]
             error[name] = np.pad(found[0], ((0, 0), (0, 1)))
             captured[name] = np.pad(found[1], ((0, 0), (0, 1)), constant_values=1)
-        reference_L = np.where(within_C, sum(error.values()), np.inf).argmin(1).tolist()
+        reference_L = np.where(within_C, _total(error), np.inf).argmin(1).tolist()
         alone = [(*dense[:i], specs[c], *dense[i + 1 :]) for i, c in enumerate(reference_L)]
         costs = {name: meter.costs(choosing, alone) for name, (choosing, _) in parts.items()}
         kl_L = {name: found[..., KL].mean(0) for name, found in costs.items()}
-        cost_LC = sum((predicted_cost(kl_L[name], error[name], reference_L) for name in parts), np.zeros(()))
+        cost_LC = _total({name: predicted_cost(kl_L[name], error[name], reference_L) for name in parts})
 
         same = best_alike(pairs_C, cost_LC, total)
         at = {PER_LAYER: allocate(pairs_C, cost_LC, total), ALIKE: [same] * num_layers}
@@ -177,15 +177,15 @@ def tune(job: Job, candidates: Sequence[Moba], budget: float) -> Tuning:
         def plan_of(name: str) -> Plan:
             return tuple(specs[c] for c in at[name])
 
-        chosen_kl = dict(zip(at, sum(whole([plan_of(name) for name in at]).values()).tolist()))
+        chosen_kl = dict(zip(at, _total(whole([plan_of(name) for name in at])).tolist()))
         start = min(at, key=lambda name: chosen_kl[name])
         opened = [(*plan_of(start)[:i], Full(), *plan_of(start)[i + 1 :]) for i in range(num_layers)]
         left = whole([plan_of(start), *opened], plan_of(start))
-        in_place = (predicted_cost(kl[0] - kl[1:], error[name], at[start]) for name, kl in left.items())
+        in_place = {name: predicted_cost(kl[0] - kl[1:], error[name], at[start]) for name, kl in left.items()}
         is_sparse_L1 = np.array(at[start])[:, None] < len(candidates)
-        expected[REFINED] = np.where(is_sparse_L1, sum(in_place, np.zeros(())), cost_LC)
+        expected[REFINED] = np.where(is_sparse_L1, _total(in_place), cost_LC)
         at[REFINED] = allocate(pairs_C, expected[REFINED], total)
-        chosen_kl[REFINED] = float(sum(whole([plan_of(REFINED)]).values())[0])
+        chosen_kl[REFINED] = float(_total(whole([plan_of(REFINED)]))[0])
         how = min(at, key=lambda name: chosen_kl[name])
         taken, plans = at[how], [plan_of(how), plan_of(ALIKE)]
         judged = {name: meter.costs(own.others, plans) for name, own in parts.items()}
@@ -207,6 +207,11 @@ def tune(job: Job, candidates: Sequence[Moba], budget: float) -> Tuning:
         num_chose=len(parts[first].choosing),
         judged={name: _judged(found, parts[name].others) for name, found in judged.items()},
     )
+
+
+def _total(by_part: Mapping[str, np.ndarray]) -> np.ndarray:
+    """The parts of an objective count alike."""
+    return np.sum(list(by_part.values()), axis=0)
 
 
 def _judged(found_N25: np.ndarray, others: Sequence[Piece]) -> Judged:

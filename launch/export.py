@@ -2,12 +2,14 @@
 
     python launch/export.py run=runs/moba_32k to=hf/moba_32k
     python launch/export.py run=runs/moba_32k/checkpoints/tokens_000000180092928 to=hf/sparse dtype=bf16
+    python launch/export.py run=runs/moba_32k to=hf/alone remote_code=true
 
 The architecture is that of the model it started from, or a plain Llama, Qwen2 or Qwen3, with the RoPE of the
 checkpoint's stage. Loaded as it is, the model attends to everything; after `import moba.transformers`,
 attn_implementation="moba" gives each layer the attention of that stage, or of the last one before that had MoBA:
-config.json holds it. The tokenizer, the chat template that the run was trained with, else the tokenizer's own, and
-generation settings come along.
+config.json holds it. With remote_code=true the folder has this attention in a file of its own, and
+from_pretrained(folder, trust_remote_code=True) needs torch and transformers alone. The tokenizer, the chat template
+that the run was trained with, else the tokenizer's own, and generation settings come along.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ from moba.kinds import AttentionSpec  # noqa: E402
 from moba.kinds.plan_file import read_plan  # noqa: E402
 from train.checkpoint import checkpoint_dir  # noqa: E402
 from train.checkpoint.store import CONFIG, CheckpointError, Saved, find, read, verify  # noqa: E402
-from train.hf import hf_export, hf_metadata, source_files  # noqa: E402
+from train.hf import hf_export, hf_metadata, remote_code, source_files  # noqa: E402
 from train.hf.hf_metadata import GENERATION  # noqa: E402
 from train.schedule import build_schedule, last_sparse  # noqa: E402
 
@@ -44,6 +46,8 @@ KEYS = {
     "assistant turn, else the tokenizer's EOS)",
     "attention": "file of launch/tune_attention.py: what each layer has under attn_implementation=moba (default: as "
     "trained)",
+    "remote_code": "true: the folder also has the attention as one file of Python, which transformers runs with "
+    "trust_remote_code=True where this project is not installed (default: false)",
     "dtype": "bf16 or fp32 (default: the precision the run computed in). Checkpoints hold fp32",
 }
 
@@ -57,6 +61,8 @@ def main(argv: list[str] | None = None) -> None:
         raise UsageError(f"to={to}: exists and is not an empty directory")
     if values.get("dtype", "fp32") not in hf_export.DTYPES:
         raise UsageError(f"dtype={values['dtype']}: choose one of {', '.join(hf_export.DTYPES)}")
+    if values.get("remote_code", "false") not in ("true", "false"):
+        raise UsageError(f"remote_code={values['remote_code']}: choose true or false")
     checkpoint = find(user_path(values["run"]))
     verify(checkpoint, [f for f in checkpoint_dir.manifest(checkpoint) if not f.startswith(("optimizer", "rng"))])
     saved = read(checkpoint)
@@ -80,6 +86,10 @@ def main(argv: list[str] | None = None) -> None:
         temporary.mkdir(parents=True)
     except OSError as error:
         raise UsageError(f"to={values['to']}: cannot be made ({error.strerror}); choose another") from None
+    if values.get("remote_code") == "true":
+        architecture = description["architectures"][0]
+        description["auto_map"] = remote_code.auto_map(architecture)
+        (temporary / remote_code.FILE).write_text(remote_code.source(architecture), encoding="utf-8")
     hf_metadata.write_json(temporary / "config.json", hf_metadata.with_both_ropes(description))
     save_tokenizer(tokenizer, temporary, None if config.data.chat_template is None else template)
     hf_metadata.finish_tokenizer(

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 
 from moba.backends.choice import choose, log_choice
 from moba.backends.refusals import BackendUnavailable, shortest_on_cudnn
-from moba.checks import check_blocks, check_scale, check_tensors, check_window
+from moba.checks import check_blocks, check_scale, check_selection, check_tensors, check_window
 from moba.documents import Documents
 from moba.kinds import BACKENDS, AttentionSpec, Full, Moba, QueryShape, Sliding
 
@@ -36,20 +37,28 @@ def attend(
     softmax_scale: float | None = None,
     return_lse: bool = False,
     deterministic: bool = False,
+    selection: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Returns (attention of this kind [T, H, D] in q's dtype, log-sum-exp [H, T] without gradient or None).
 
-    q is [T, H, D], k and v are [S, G, D] on the device of `documents`. The second is None unless `return_lse`. Raises
-    ValueError for tensors that do not fit, BackendUnavailable (a ValueError) if the kind's backend does not support the
-    call.
+    q is [T, H, D], k and v are [S, G, D] on the device of `documents`. The second is None unless `return_lse`.
+    `selection`, for kinds that select blocks: as for `moba_attention`. Raises ValueError for tensors that do not fit,
+    BackendUnavailable (a ValueError) if the kind's backend does not support the call.
     """
     check_tensors(q, k, v)
     check_scale(softmax_scale)
     assert (documents.num_queries, documents.num_keys) == (q.shape[0], k.shape[0]), (documents, q.shape, k.shape)
-    kind = kind.at(documents.longest_k)
-    choice = choose(kind, shape_of(q, k, softmax_scale, deterministic), documents)
+    options: dict[str, Any] = {}
+    if selection is None:
+        kind = kind.at(documents.longest_k)
+    else:
+        check_selection(selection, q, kind, documents)
+        options["selection"] = selection
+    shape = shape_of(q, k, softmax_scale, deterministic)
+    differentiable = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    choice = choose(kind, shape._replace(differentiable=differentiable), documents)
     log_choice(kind.name, choice)
-    options = {"softmax_scale": softmax_scale, "deterministic": deterministic, "return_lse": return_lse}
+    options |= {"softmax_scale": softmax_scale, "deterministic": deterministic, "return_lse": return_lse}
     out, lse = kind.run(choice.backend, q, k, v, documents, **options)
     return out, lse.detach() if return_lse and lse is not None else None
 
@@ -121,6 +130,7 @@ def moba_attention(
     deterministic: bool = False,
     gate: str = "mean",
     first_blocks: int = 0,
+    selection: torch.Tensor | None = None,
 ) -> Output:
     """Returns MoBA attention [T, H, D] in q's dtype; with `return_lse` also the log-sum-exp [H, T] (natural logarithm,
     no gradient).
@@ -141,13 +151,18 @@ def moba_attention(
     `backend`: "triton" (fused, CUDA), "flash" (flash-attn or torch's flash kernels, CUDA), "torch" (block-sparse, any
     device), "reference" (dense masks, for tests) or "auto": the fastest that supports the call, logged once.
     `deterministic` requests bitwise reproducible gradients; "torch" always has them. `gate`: "mean", or a control that
-    replaces it ("local", "random", "oracle": moba/gates.py), supported by "torch" and "flash". Raises ValueError for
-    bad arguments, BackendUnavailable (a ValueError) if the requested backend does not support the call.
+    replaces it ("local", "random", "oracle": moba/gates.py), supported by "torch" and "flash".
+
+    `selection`, int32 [H, T, top_k] in the form of `moba.route`, replaces routing on all backends but "reference": the
+    blocks that were recorded elsewhere, for example where a text was sampled. Its values are checked on the CPU only;
+    on CUDA, blocks that a query cannot have give wrong results or fail. Raises ValueError for bad arguments,
+    BackendUnavailable (a ValueError) if the requested backend does not support the call.
     """
     check_blocks(block_size, top_k)
     _check_backend(backend)
     kind = Moba(block_size, top_k, gate=gate, first_blocks=first_blocks, backend=backend)
-    return _packed(q, k, v, kind, cu_seqlens, cu_seqlens_k, softmax_scale, return_lse, deterministic)
+    bounds = (cu_seqlens, cu_seqlens_k)
+    return _packed(q, k, v, kind, *bounds, softmax_scale, return_lse, deterministic, selection)
 
 
 def full_attention(
@@ -200,13 +215,13 @@ def sliding_attention(
 
 
 def _packed(
-    q, k, v, kind: AttentionSpec, cu_seqlens, cu_seqlens_k, softmax_scale, return_lse: bool, deterministic: bool
+    q, k, v, kind: AttentionSpec, cu_seqlens, cu_seqlens_k, softmax_scale, return_lse, deterministic, selection=None
 ) -> Output:
     """`attend` over the documents of these bounds; the output alone unless `return_lse`."""
     check_tensors(q, k, v)
     documents = Documents.from_bounds(cu_seqlens, cu_seqlens_k, q.shape[0], k.shape[0], q.device)
     options = {"softmax_scale": softmax_scale, "return_lse": return_lse, "deterministic": deterministic}
-    out, lse = attend(q, k, v, kind, documents, **options)
+    out, lse = attend(q, k, v, kind, documents, **options, selection=selection)
     return out if lse is None else (out, lse)
 
 

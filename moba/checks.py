@@ -8,8 +8,13 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from moba.documents import Documents
+    from moba.kinds.base import AttentionSpec
 
 
 def check_blocks(block_size: int, top_k: int) -> None:
@@ -50,6 +55,32 @@ def check_scale(softmax_scale: float | None) -> None:
     """Raises ValueError unless it is None or a finite number."""
     if softmax_scale is not None and not (isinstance(softmax_scale, int | float) and math.isfinite(softmax_scale)):
         raise ValueError(f"softmax_scale={softmax_scale!r}: needs a finite number, or None for head size ** -0.5")
+
+
+def check_selection(selection: torch.Tensor, q: torch.Tensor, kind: AttentionSpec, documents: Documents) -> None:
+    """Raises ValueError unless it is int32 [H, T, top_k] on q's device for a kind that picks blocks and a backend that
+    takes it, and where it lies in host memory of blocks that are there, the query's own last."""
+    routing = kind.routing
+    if routing is None or kind.backend == "reference":
+        raise ValueError(f"selection with {kind}, backend={kind.backend!r}: for MoBA on auto, triton, flash or torch")
+    shape = [q.shape[1], q.shape[0], routing.top_k]
+    if selection.dtype != torch.int32 or list(selection.shape) != shape or selection.device != q.device:
+        raise ValueError(
+            f"selection is {selection.dtype} {list(selection.shape)} on {selection.device}: needs torch.int32 {shape} "
+            f"([heads, tokens, top_k]) on {q.device}, as moba.route gives it"
+        )
+    if selection.device.type == "cpu" and selection.numel():
+        layout = documents.layout(routing.block_size)
+        own_T = (layout.query_block_T - layout.query_first_block_T).to(torch.int32)
+        history, own = selection[:, :, :-1], selection[:, :, -1]
+        ascending = history.sort(dim=-1).values
+        is_twice = (ascending.diff(dim=-1) == 0) & (ascending[:, :, 1:] >= 0)
+        wrong = (own != own_T).any() | (history < -1).any() | (history >= own_T[:, None]).any() | is_twice.any()
+        if bool(wrong):
+            raise ValueError(
+                "selection has blocks that a query cannot have: its own block last, before it different blocks from "
+                "its document's past, or -1"
+            )
 
 
 def check_documents(

@@ -78,10 +78,10 @@ def watch_all(model: nn.Module, name: str) -> None:
 
 def watch(model: PreTrainedModel, name: str) -> None:
     """Refuses a model that cannot run the attention `name`, and has the inputs of its forward passes checked."""
-    if any(isinstance(hook, _Inputs) for hook in model._forward_pre_hooks.values()):
+    if any(isinstance(hook, InputsCheck) for hook in model._forward_pre_hooks.values()):
         return
     refuse_unless_it_follows(model)
-    inputs = _Inputs(name)
+    inputs = InputsCheck(name)
     model.register_forward_pre_hook(inputs, with_kwargs=True)
     if isinstance(model, GenerationMixin):
         model.register_forward_hook(_Reached(inputs))
@@ -103,7 +103,7 @@ class Calls:
     number = 0
 
 
-class _Inputs:
+class InputsCheck:
     """Forward pre-hook of a model: refuses a 2-D attention_mask that would be read as something else."""
 
     def __init__(self, name: str):
@@ -125,7 +125,7 @@ class _Inputs:
 class _Reached:
     """Forward hook of a language model: MoBA's attention was called in its forward pass."""
 
-    def __init__(self, inputs: _Inputs):
+    def __init__(self, inputs: InputsCheck):
         self.inputs = inputs
 
     def __call__(self, model: nn.Module, _args: tuple, _outputs: Any) -> None:

@@ -20,7 +20,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from moba.attention import attend
+from moba.attention import attend, shape_of
+from moba.backends.choice import choose
 from moba.documents import Documents, last_tokens, one_document
 from moba.key_conv import KeyConvolution
 from moba.kinds import AttentionSpec, Full, Moba
@@ -30,7 +31,7 @@ DECODE_OWN, DECODE_DENSE = DECODE_MODES = (Moba.name, Full.name)
 """How tokens behind the prompt attend: by their layer's own kind, or to everything that this kind replaces."""
 MIN_CAPACITY = 256
 JOINED_TOKENS = 64
-"""Up to so many new tokens a sequence are attended for all sequences at once, which costs a copy of their keys and
+"""Up to so many new tokens per sequence are attended for all sequences at once, which costs a copy of their keys and
 values, and saves as many launches as there are sequences."""
 
 
@@ -215,6 +216,24 @@ class KVCache:
         for layer, own in zip(self.layers, marks):
             for sequence, mark in zip(layer.sequences, own):
                 sequence.rewind(mark)
+
+
+def decode_triton(q: Tensor, sequences: Sequence[SequenceCache], documents: Documents, kind: Moba) -> Tensor | None:
+    """`decode_moba` by the Triton kernels, sequence by sequence without copying keys; None where they cannot run or
+    another backend was requested."""
+    shape = shape_of(q, sequences[0].k)._replace(differentiable=False)
+    if not q.is_cuda or choose(kind, shape, documents).backend != "triton":
+        return None
+    from moba.backends.triton_decode import moba_decode
+
+    bounds_k = (documents.cu_seqlens if documents.cu_seqlens_k is None else documents.cu_seqlens_k).long()
+    lengths_N, zero = bounds_k.diff(), bounds_k[:1]
+    sizes = {"block_size": kind.block_size, "top_k": kind.top_k, "first_blocks": kind.first_blocks}
+    outs = []
+    for n, sequence in enumerate(sequences):
+        given = (q[n : n + 1], sequence.k, sequence.v, sequence.block_means(kind.block_size))
+        outs.append(moba_decode(*given, zero, lengths_N[n : n + 1], zero, max_length=sequence.length, **sizes)[0])
+    return torch.cat(outs)
 
 
 def joined(sequences: Sequence[SequenceCache]) -> tuple[Tensor, Tensor]:

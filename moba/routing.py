@@ -117,6 +117,7 @@ def route(
     first_blocks: int = 0,
     cu_seqlens: torch.Tensor | None = None,
     cu_seqlens_k: torch.Tensor | None = None,
+    backend: str = "torch",
 ) -> torch.Tensor:
     """Returns the blocks each query attends to, int32 [H, T, K]: earlier blocks in ascending order, then the query's
     own block; -1s in front if there are fewer than K.
@@ -125,13 +126,22 @@ def route(
     its own blocks, using the means of its key head. Candidates are the blocks wholly before the query's own block.
     Their score is <q, mean>, unscaled, in float32 (float64 for float64 inputs); ties go to the earlier block (MoBA
     paper, section 2.2). The first `first_blocks` blocks of the document are always selected if they are candidates; 0
-    as in the paper. No gradient. Rows with non-finite scores give a valid, causal, but unspecified selection. Raises
-    ValueError for bad arguments.
+    as in the paper. No gradient. Rows with non-finite scores give a valid, causal, but unspecified selection.
+    `backend`: "torch", or "triton" for what `moba_attention` selects there, which may differ where scores are equal but
+    for rounding; to record a selection, use the backend that attends. Raises ValueError for bad arguments.
     """
     check_blocks(block_size, top_k)
     check_first_blocks(first_blocks, top_k)
     check_tensors(q, k)
     documents = Documents.from_bounds(cu_seqlens, cu_seqlens_k, q.shape[0], k.shape[0], q.device)
+    if backend == "triton":
+        if documents.cu_seqlens_k is not None:
+            raise ValueError("backend='triton' routes from all tokens of a document: leave cu_seqlens_k out")
+        from moba.backends.triton_attention import route_triton
+
+        return route_triton(q, k, documents, block_size, top_k, first_blocks)
+    if backend != "torch":
+        raise ValueError(f"backend={backend!r}: choose torch or triton")
     layout = documents.layout(block_size)
     return select_blocks(q, layout_means(k, layout), layout, top_k, first_blocks)
 

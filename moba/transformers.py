@@ -9,10 +9,10 @@ entry per layer]}` needs no `configure`: `from_pretrained(..., attn_implementati
 
 Generation reads the prompt with MoBA and decodes, by default, with full attention, as the paper evaluates (section
 3.3). `decode="moba"` routes new tokens like any others; block means are then recomputed from the cached keys at every
-step, so that a step reads all keys (but not all values). With decode="full" it matters what is prompt: `with
-prompt(tokens):` says so. Without it, it is what was read into the empty cache, tokens that follow one by one are
-decoded, and several at a time over a cache are refused, since they may be either. So generate() needs prompt() for a
-prompt in chunks, speculative decoding and use_cache=False.
+step, so that a step reads all keys (but not all values); on CUDA the Triton kernels do the rest. With decode="full" it
+matters what is prompt: `with prompt(tokens):` says so. Without it, it is what was read into the empty cache, tokens
+that follow one by one are decoded, and several at a time over a cache are refused, since they may be either. So
+generate() needs prompt() for a prompt in chunks, speculative decoding and use_cache=False.
 
 Padding, left or right, is taken out before attention and put back as zeros, so blocks start at each row's first real
 token. Documents packed into rows are kept apart where transformers says that there are any: by position_ids without
@@ -52,11 +52,16 @@ from moba.hf_refusals import (
 )
 from moba.kinds import AttentionSpec, Full, Moba, from_entry
 from moba.kinds.plan_file import read_plan
-from moba.kv_cache import DECODE_DENSE, DECODE_MODES
+from moba.kv_cache import DECODE_DENSE, DECODE_MODES, DECODE_OWN
 
 NAME = Moba.name
-"""What transformers, and the settings in a config, call it."""
+"""What transformers calls it."""
+KEY = Moba.name
+"""Where a config has the settings."""
 SETTINGS = ("plan", "decode")
+SET_PLAN = "call moba.transformers.configure(model, block_size=..., top_k=...), or put"
+TELL_PROMPT = "moba.transformers.prompt(tokens)"
+"""How a plan is set, and the prompt told, in messages."""
 
 
 def register() -> None:
@@ -108,13 +113,13 @@ def configure(
     for layer in range(num_layers):
         _layer_spec(settings, layer)
     watch_all(model, NAME)
-    before, settings_before = model.config._attn_implementation, getattr(config, NAME, None)
-    setattr(config, NAME, settings)
+    before, settings_before = model.config._attn_implementation, getattr(config, KEY, None)
+    setattr(config, KEY, settings)
     model.set_attn_implementation(NAME)
     try:
         refuse_unless_switched(model, NAME)
     except ValueError:
-        delattr(config, NAME) if settings_before is None else setattr(config, NAME, settings_before)
+        delattr(config, KEY) if settings_before is None else setattr(config, KEY, settings_before)
         model.set_attn_implementation(before or "eager")
         raise
 
@@ -157,7 +162,7 @@ def _first_decoded(num_queries: int, num_keys: int) -> int:
         raise ValueError(
             f"{num_queries} new tokens over {earlier} in the cache may be a chunk of the prompt or several decoded "
             "tokens, which attn_implementation='moba' computes differently: run it within "
-            "`with moba.transformers.prompt(tokens):`, or configure(..., decode='moba')"
+            f"`with {TELL_PROMPT}:`, or set config.moba['decode']={DECODE_OWN!r}"
         )
     return earlier or num_keys
 
@@ -183,7 +188,7 @@ def attention_forward(
     Calls.number += 1
     num_rows, num_queries, num_keys = query.shape[0], query.shape[2], key.shape[2]
     refuse_unsupported(module, attention_mask, dropout, (num_rows, num_queries, num_keys), kwargs)
-    settings = getattr(module.config, NAME, None)
+    settings = getattr(module.config, KEY, None)
     spec = _layer_spec(settings, getattr(module, "layer_idx", None))
     assert settings is not None
     layout = _packed_layout(query, key, kwargs, attention_mask)
@@ -241,8 +246,8 @@ def _layer_spec(settings: dict | None, layer: int | None) -> AttentionSpec:
     """The plan's entry for a layer; ValueError, naming the key, if the settings (`config.moba`) are not in order."""
     if not isinstance(settings, dict) or "plan" not in settings:
         raise ValueError(
-            f"config.moba={settings!r} has no plan: call moba.transformers.configure(model, block_size=..., top_k=...)"
-            ', or put {"plan": [[kind, block_size, top_k], ...]} with one entry per layer into the config'
+            f"config.moba={settings!r} has no plan: {SET_PLAN} "
+            '{"plan": [[kind, block_size, top_k], ...]} with one entry per layer into the config'
         )
     unknown = sorted(settings.keys() - set(SETTINGS))
     if unknown:

@@ -6,6 +6,7 @@ import re
 import sys
 from collections import defaultdict
 from pathlib import Path
+from textwrap import wrap
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -13,9 +14,11 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from wandb_files import history
 
+from conf.numbers import format_count
+from evals.style import look, save
 from train.record.series import PANELS
 
-COLUMNS = 6
+COLUMNS = 4
 
 
 def draw(run_dir: Path, to: Path) -> None:
@@ -37,19 +40,20 @@ def draw(run_dir: Path, to: Path) -> None:
         axes = figure.add_subplot(rows, COLUMNS, place + 1)
         many = len(names) > 6
         for number, name in enumerate(names):
-            color = colormaps["viridis"](number / len(names)) if many else f"C{number}"
-            step = {"drawstyle": "steps-post"} if section == "schedule" else {}
-            label = name.partition("/")[2]
-            axes.plot(*zip(*points[name]), marker=".", markersize=3, linewidth=1, color=color, label=label, **step)
-        axes.set_title(f"{section}: {panel.title}", fontsize=7)
-        axes.set_ylabel(panel.y, fontsize=6)
+            style = {"color": colormaps["viridis"](number / len(names))} if many else look(number, len(names))
+            style |= {"drawstyle": "steps-post"} if section == "schedule" else {}
+            axes.plot(*zip(*points[name]), **style, label=name.partition("/")[2])
+        shades = f" (dark: {names[0].partition('/')[2]}, bright: {names[-1].partition('/')[2]})" if many else ""
+        axes.set_title("\n".join(wrap(f"{section}: {panel.title}{shades}", 48)), fontsize=8)
+        axes.set_ylabel(panel.y, fontsize=7)
+        axes.xaxis.set_major_formatter(lambda tokens, _: format_count(tokens))
         axes.set_yscale("log" if panel.log_y and min(v for n in names for _, v in points[n]) > 0 else "linear")
-        axes.tick_params(which="both", labelsize=6)
+        axes.tick_params(which="both", labelsize=7)
         axes.grid(alpha=0.3)
-        if len(names) > 1:
-            axes.legend(fontsize=4 if many else 5, ncols=2 if many else 1)
-    figure.supxlabel("tokens", fontsize=8)
-    figure.savefig(to, dpi=100)
+        if len(names) > 1 and not many:
+            axes.legend(fontsize=6)
+    figure.supxlabel("training tokens", fontsize=9)
+    save(figure, to)
 
 
 if __name__ == "__main__":

@@ -217,7 +217,7 @@ WRONG = {
     "```bash\npip install -e '.[devel]'\n```": "there is no extra devel",
     "```bash\npython launch/generat.py run=x\n```": "there is no launch/generat.py",
     "```bash\npython launch/generate.py run=x prompt_text=y\n```": "launch/generate.py knows no prompt_text",
-    "```bash\npython benchmarks/recipes.py to=x seed=1 optim.lr.peak=1\n```": "benchmarks/recipes.py knows no seed",
+    "```bash\npython benchmarks/study.py recipes to=x seed=1 optim.lr.peak=1\n```": "benchmarks/study.py knows no seed",
     "```bash\npython launch/compare.py docs/results/nope.json a.json\n```": "there is no docs/results/nope.json",
     "```bash\ntorchrun --nproc=8 launch/train.py +exp=quickstart\n```": "torchrun has no --nproc=8",
     "```bash\nmoba-trian +exp=quickstart\n```": "moba-trian is no program",

@@ -114,6 +114,11 @@ def moba_flash(kind: AttentionSpec, q: QueryShape, documents: Documents | None) 
     return flash(kind, q, documents)
 
 
+def decodes(documents: Documents) -> bool:
+    """True if it is known that each document has one query, its last token."""
+    return documents.ends_with_queries and documents.lengths is not None and set(documents.lengths) == {1}
+
+
 def triton(kind: AttentionSpec, q: QueryShape, documents: Documents | None) -> str | None:
     """For the fused kernels, which run on the CPU in Triton's interpreter alone."""
     routing = kind.routing
@@ -126,8 +131,11 @@ def triton(kind: AttentionSpec, q: QueryShape, documents: Documents | None) -> s
     group = q.num_heads // q.num_kv_heads
     if routing.gate != "mean":
         return "backend='triton' knows MoBA's own gate alone: use 'torch' or 'flash' for another"
-    if documents is not None and documents.cu_seqlens_k is not None:
-        problem = "cu_seqlens_k is given, but the triton backend attends from all tokens of a document"
+    if documents is not None and documents.cu_seqlens_k is not None and (q.differentiable or not decodes(documents)):
+        problem = (
+            "cu_seqlens_k is given, but the triton backend attends from all tokens of a document, or without gradient "
+            "from the last of each"
+        )
     elif q.dtype not in dtypes:
         names = " and ".join(f"torch.{name}" for name in dtypes)
         problem = f"dtype torch.{q.dtype}: the triton backend takes {names}"

@@ -40,17 +40,40 @@ def moba_triton(
     top_k: int,
     first_blocks: int = 0,
     softmax_scale: float | None = None,
+    selection: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """MoBA attention [T, H, D] and its log-sum-exp, float32 [H, T] (natural log); sizes as in `moba.moba_attention`.
 
-    Both outputs are differentiable. Gradients are bitwise repeatable: no step uses float atomics. What these kernels
-    cannot do is said by moba/backends/refusals.py.
+    `selection`: int32 [H, T, K] as of `moba.route`, to be used instead of routing. Both outputs are differentiable.
+    Gradients are bitwise repeatable: no step uses float atomics. What these kernels cannot do is said by
+    moba/backends/refusals.py.
     """
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
     with device_of(q):
         layout = documents.kernel_layout(block_size)
     tensors = (layout.start_M, layout.length_M, layout.first_block_T, layout.own_block_T)
-    return triton_forward(q, k, v, *tensors, block_size, top_k, scale, first_blocks)[:2]
+    selection_THK = None if selection is None else _moved(selection, layout.first_block_T[:, None]).transpose(0, 1)
+    return triton_forward(q, k, v, *tensors, block_size, top_k, scale, first_blocks, selection_THK)[:2]
+
+
+@torch.no_grad()
+def route_triton(
+    q: Tensor, k: Tensor, documents: Documents, block_size: int, top_k: int, first_blocks: int = 0
+) -> Tensor:
+    """What `moba_triton` selects, int32 [H, T, K] as of `moba.route`."""
+    q, k = q.contiguous(), k.contiguous()
+    with device_of(q):
+        layout = documents.kernel_layout(block_size)
+        if q.shape[0] == 0:
+            return layout.first_block_T.new_empty(q.shape[1], 0, top_k)
+        selection_THK = select_blocks(q, k, layout, block_size, top_k, first_blocks)
+    selection_HTK = selection_THK.sort(dim=-1).values.transpose(0, 1)  # history lies before the own block
+    return _moved(selection_HTK, -layout.first_block_T[:, None]).contiguous()
+
+
+def _moved(selection_HTK: Tensor, by_T1: Tensor) -> Tensor:
+    """A selection whose blocks are counted from elsewhere; -1s stay."""
+    return torch.where(selection_HTK >= 0, selection_HTK + by_T1, -1)
 
 
 @torch.library.custom_op("moba::triton_forward", mutates_args=())
@@ -66,23 +89,44 @@ def triton_forward(
     top_k: int,
     softmax_scale: float,
     first_blocks: int = 0,
+    selection_THK: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(out [T, H, D], lse float32 [H, T], and the tensors of `Lists` for the backward: rows, slots, list_start), from
-    the tensors of a `Layout`."""
-    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    the tensors of a `Layout`. `selection_THK`: int32 blocks counted through the pack, None: route."""
     if q.shape[0] == 0:
         return _empty_outputs(q, k, start_M, top_k)
-    with device_of(q):
-        layout = Layout(start_M.shape[0], start_M, length_M, first_block_T, own_block_T)
-        selection = select_blocks(q, k, layout, block_size, top_k, first_blocks)
-        lists = build_lists(selection, layout, k.shape[1])
-        del selection
-        out, lse = attention_forward(q, k, v, lists, block_size, softmax_scale, WORKSPACE_BYTES)
+    layout = Layout(start_M.shape[0], start_M, length_M, first_block_T, own_block_T)
+    out, lse, lists = routed_forward(q, k, v, layout, block_size, top_k, softmax_scale, first_blocks, selection_THK)
     return out, lse, lists.rows, lists.slots, lists.list_start
 
 
+def routed_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: Layout,
+    block_size: int,
+    top_k: int,
+    softmax_scale: float,
+    first_blocks: int = 0,
+    selection_THK: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Lists]:
+    """(out [T, H, D], lse float32 [H, T], the lists of the selected blocks) of at least one token; no gradient."""
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    with device_of(q):
+        if selection_THK is None:
+            selection_THK = select_blocks(q, k, layout, block_size, top_k, first_blocks)
+        lists = build_lists(selection_THK.contiguous(), layout, k.shape[1])
+        del selection_THK
+        out, lse = attention_forward(q, k, v, lists, block_size, softmax_scale, WORKSPACE_BYTES)
+    return out, lse, lists
+
+
 @triton_forward.register_fake
-def _(q, k, v, start_M, length_M, first_block_T, own_block_T, block_size, top_k, softmax_scale, first_blocks=0):
+def _(
+    q, k, v, start_M, length_M, first_block_T, own_block_T, block_size, top_k, softmax_scale, first_blocks=0,
+    selection_THK=None,
+):  # fmt: skip
     return _empty_outputs(q, k, start_M, top_k)
 
 
@@ -132,7 +176,7 @@ def _(d_out, d_lse, q, k, v, out, lse, rows, slots, list_start, start_M, length_
 
 
 def _save(ctx, inputs, output) -> None:
-    q, k, v, start_M, length_M, _, _, ctx.block_size, _, ctx.softmax_scale, _ = inputs
+    q, k, v, start_M, length_M, _, _, ctx.block_size, _, ctx.softmax_scale, *_ = inputs
     ctx.save_for_backward(q, k, v, *output, start_M, length_M)
     ctx.set_materialize_grads(False)
 
@@ -141,7 +185,7 @@ def _gradients(ctx, d_out, d_lse, *_):
     q, k, v, out, lse, *lists = ctx.saved_tensors
     d_out = torch.zeros_like(out) if d_out is None else d_out
     d_q, d_k, d_v = triton_backward(d_out, d_lse, q, k, v, out, lse, *lists, ctx.block_size, ctx.softmax_scale)
-    return d_q, d_k, d_v, *[None] * 8
+    return d_q, d_k, d_v, *[None] * 9
 
 
 triton_forward.register_autograd(_gradients, setup_context=_save)

@@ -123,7 +123,7 @@ def select_kernel(
         score = _gate_scores(query, mean_high, mean_low, block, num_blocks, HEAD_DIM, BLOCK_D, SPLIT)
         if FIRST_BLOCKS:
             score = tl.where(block[None, :] - first[:, None] < FIRST_BLOCKS, infinity, score)
-        best, best_block, worst = _keep_best(score, block, best, best_block, worst)
+        best, best_block, worst = keep_best(score, block, best, best_block, worst)
     for tile_begin in range(full_end, scan_end, BLOCKS):
         block = tile_begin + tl.arange(0, BLOCKS)
         score = _gate_scores(query, mean_high, mean_low, block, num_blocks, HEAD_DIM, BLOCK_D, SPLIT)
@@ -131,7 +131,7 @@ def select_kernel(
             score = tl.where(block[None, :] - first[:, None] < FIRST_BLOCKS, infinity, score)
         is_history = (block[None, :] >= first[:, None]) & (block[None, :] < own[:, None])
         score = tl.where(is_history, score, -infinity)
-        best, best_block, worst = _keep_best(score, block, best, best_block, worst)
+        best, best_block, worst = keep_best(score, block, best, best_block, worst)
 
     picks = (token * NUM_HEADS + head).to(tl.int64) * TOP_K
     best_block = tl.where(best > -infinity, best_block, -1)
@@ -154,7 +154,7 @@ def _gate_scores(
 
 
 @triton.jit
-def _keep_best(score, block, best, best_block, worst):
+def keep_best(score, block, best, best_block, worst):
     """(best, best_block, worst) after the blocks of one tile of scores."""
     top = tl.max(score, axis=1)
     while tl.max((top > worst).to(tl.int32), axis=0) > 0:

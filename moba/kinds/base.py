@@ -38,6 +38,8 @@ class QueryShape(NamedTuple):
     """Tokens of the longest document of packs that are planned; None: as many as the pack."""
     deterministic: bool = False
     """Gradients have to repeat bit for bit."""
+    differentiable: bool = True
+    """Gradients are asked for."""
     has_cudnn: bool = True
     """On CUDA: torch comes with cuDNN, and the GPU's compute capability is 8.0 or newer."""
 
@@ -164,9 +166,10 @@ class AttentionSpec(ABC):
         softmax_scale: float | None,
         deterministic: bool,
         return_lse: bool,
+        selection: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """(output [T, H, D], log-sum-exp [H, T]) by a backend that did not refuse; the second may be None unless
-        `return_lse`."""
+        `return_lse`. `selection`: of blocks, instead of routing; only kinds that pick blocks are given one."""
 
     def decode(self, q: Tensor, sequences: Sequence[SequenceCache], documents: Documents, dense: bool) -> Tensor:
         """The attention [N, H, D] of the newest token of N cached sequences, which `documents` says are the last of all

@@ -31,7 +31,7 @@ class Full(AttentionSpec):
     def attended_pairs(self, length: int) -> int:
         return causal_pairs(length)
 
-    def run(self, backend, q, k, v, documents, *, softmax_scale, deterministic, return_lse):
+    def run(self, backend, q, k, v, documents, *, softmax_scale, deterministic, return_lse, selection=None):
         if backend == "reference":
             from moba.reference import reference_attention
 

@@ -41,7 +41,7 @@ class Moba(AttentionSpec):
             is_length=True,
         ),
         "num_blocks": Option(int, "Blocks a full-length context is cut into, instead of block_size."),
-        "top_k": Option(int, "Blocks a query attends to, its own included; null = schedule.top_k."),
+        "top_k": Option(int, "Blocks a query attends to, including its own; null = schedule.top_k."),
         "gate": Option(
             str,
             "What picks the blocks of MoBA layers: `mean` (MoBA), or a control for comparison: `local` (the latest), "
@@ -97,23 +97,29 @@ class Moba(AttentionSpec):
         others = {name: replace(self, gate=name) for name in self.VARIANTS[1:-1]}
         return {self.name: self, **others, Full.name: Full()}
 
-    def run(self, backend, q, k, v, documents, *, softmax_scale, deterministic, return_lse):
+    def run(self, backend, q, k, v, documents, *, softmax_scale, deterministic, return_lse, selection=None):
         options: dict[str, Any] = {
             "block_size": self.block_size,
             "top_k": self.top_k,
             "softmax_scale": softmax_scale,
         }
+        if selection is not None:
+            options["selection"] = selection
         if backend == "reference":
             from moba.reference import reference_attention
 
             options["first_blocks"] = self.first_blocks
             out, lse = reference_attention(q, k, v, **documents.bounds, **options, return_lse=True)
             return out, lse
+        if backend == "triton" and documents.cu_seqlens_k is not None:
+            from moba.backends.triton_decode import moba_of_last_tokens
+
+            return moba_of_last_tokens(q, k, v, documents, **options, first_blocks=self.first_blocks)
         if backend == "triton":
             from moba.backends.triton_attention import moba_triton
 
             return moba_triton(q, k, v, documents, **options, first_blocks=self.first_blocks)
-        if self.gate != MEAN or self.first_blocks:
+        if selection is None and (self.gate != MEAN or self.first_blocks):
             from moba.gates import select
 
             options["selection"] = select(self.routing, q, k, documents=documents, softmax_scale=softmax_scale)
@@ -128,8 +134,11 @@ class Moba(AttentionSpec):
     def decode(self, q, sequences, documents, dense):
         if dense or self.gate != MEAN:
             return super().decode(q, sequences, documents, dense)
-        from moba.kv_cache import decode_moba
+        from moba.kv_cache import decode_moba, decode_triton
 
+        out = decode_triton(q, sequences, documents, self)
+        if out is not None:
+            return out
         return decode_moba(q, sequences, documents, self.block_size, self.top_k, self.first_blocks)
 
     @classmethod

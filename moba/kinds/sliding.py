@@ -47,7 +47,7 @@ class Sliding(AttentionSpec):
         growing = min(length, self.window)
         return causal_pairs(growing) + (length - growing) * self.window
 
-    def run(self, backend, q, k, v, documents, *, softmax_scale, deterministic, return_lse):
+    def run(self, backend, q, k, v, documents, *, softmax_scale, deterministic, return_lse, selection=None):
         options = {"window": self.window, "softmax_scale": softmax_scale}
         if backend == "reference":
             from moba.reference import reference_sliding

@@ -5,9 +5,8 @@ import sys
 import pytest
 
 from benchmarks import scaling
-from benchmarks.scaling_runs import Failed, kept, started, wait
+from benchmarks.common import Failed, kept, speeds, started, wait
 from benchmarks.scaling_tables import add_efficiency, communication, publish
-from benchmarks.study import speeds
 
 RECORD = {
     "hardware": "8 x GPU",

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.common import read_json
 from benchmarks.kernel_kinds import KINDS, idle_share, longest_kernels, milliseconds_by_kind
 from benchmarks.profiled_train import Window
 from benchmarks.step_tables import publish
-from benchmarks.study import read_json
 
 ROOT = Path(__file__).resolve().parents[2]
 

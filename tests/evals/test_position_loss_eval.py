@@ -169,7 +169,7 @@ def test_figures_say_what_is_drawn(tmp_path, monkeypatch):
     monkeypatch.setattr(figures, "save", lambda figure, path: drawn.append(figure))
     plot_curves({"run": make_curve(64)}, tmp_path / "x.png")
     axes = drawn[0].axes[0]
-    assert axes.get_xlabel() == "visible tokens of the own document (buckets of 4 tokens)"
+    assert axes.get_xlabel() == "context position (tokens), in buckets of 4"
     assert "nats" in axes.get_ylabel()
     assert axes.get_legend().get_texts()[0].get_text() == "run: trailing 3.000 +- 2.484 (3 clusters)"
     note = drawn[0].get_supxlabel()

@@ -13,7 +13,7 @@ from evals import routing
 from evals.context import Context
 from evals.routing import diagnose
 from evals.routing_numbers import model_hit_rate
-from evals.routing_report import HEAD
+from evals.routing_report import HEAD, RoutingReport
 from evals.swap import under
 from moba.documents import Documents
 from moba.gates import select
@@ -180,6 +180,9 @@ def test_results_can_be_written_and_dense_attention_is_refused(model, tmp_path):
     assert len(report.table().splitlines()) == len(HEAD)
     for figure in ("heads", "curves", "maps"):
         assert (tmp_path / f"routing_{figure}.png").stat().st_size > 10_000
+    loaded = RoutingReport.load(path)
+    assert loaded.table() == report.table() and loaded.specs == report.specs
+    assert np.array_equal(loaded.by_position().se, report.by_position().se, equal_nan=True)
     plan = model.attention
     for spec, words in (
         (Full(), "no layer"),

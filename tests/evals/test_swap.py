@@ -9,7 +9,7 @@ import torch
 from conf.schema import ModelConfig
 from data.packing import Batch
 from evals.context import Context
-from evals.swap import VARIANTS, swap, under, variant
+from evals.swap import VARIANTS, load_evaluations, swap, under, variant
 from moba.documents import Documents
 from moba.kinds import Full, Moba
 from moba.layer import KVCache
@@ -107,6 +107,10 @@ def test_report_is_written_and_needs_moba(model, documents, report, tmp_path):
     assert [row["attention"] for row in record["variants"]] == list(VARIANTS) and len(record["prefill_decode"]) == 4
     assert path.with_suffix(".png").stat().st_size > 10_000
     assert all(name in report.table() for name in VARIANTS)
+    for name, loaded in load_evaluations(path).items():
+        own = report.evaluations[name]
+        assert loaded.curve.mean == pytest.approx(own.curve.mean) and loaded.curve.se == pytest.approx(own.curve.se)
+        assert loaded.curve.trailing == pytest.approx(own.curve.trailing) and loaded.document_keys == own.document_keys
     with under(model, [FULL] * 3), pytest.raises(ValueError, match="512x3"):
         swap(Context(model, "cpu"), documents)
     with pytest.raises(ValueError, match="last_tokens=64"):

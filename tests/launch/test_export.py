@@ -1,6 +1,8 @@
 """Export: what came in goes out bit for bit, and transformers computes from it what our model computes."""
 
+import importlib.util
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -19,8 +21,9 @@ from data.tokenizer import load_tokenizer
 from evals.loading import load_trained
 from launch import export
 from moba.documents import Documents
-from moba.kinds import Full
+from moba.kinds import Full, from_entry
 from train.hf import hf_export, pretrained
+from train.model.generation import Sampling, generate
 from train.model.rope import Rope
 
 HERE = Path(__file__).resolve().parent
@@ -143,6 +146,68 @@ def test_transformers_computes_what_our_model_does(folder, name):
         assert (sparse - full).abs().max() > 0.1
         theirs.set_attn_implementation("moba")
         torch.testing.assert_close(theirs(tokens[None]).logits[0], sparse, **close)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_a_folder_with_its_own_code_computes_what_our_model_does(folder, tmp_path, name):
+    """Catches an export whose attention is not the checkpoint's where nothing of ours can be imported: logits, greedy
+    tokens (prompt sparse, new tokens dense or not), padding, chunks of the prompt, gradients, a copy of it saved there,
+    without Triton or with it; and one that forgets what our integration refuses. llama has a dense layer in its plan,
+    qwen3 first blocks; both have grouped heads."""
+    length, new = 700, 12
+    tokens = torch.randint(0, 258, (length,), generator=torch.Generator().manual_seed(5))
+    out = tmp_path / "alone"
+    export.main([f"run={folder / 'run' / name}", f"to={out}", "dtype=fp32", "remote_code=true"])
+    torch.save({"tokens": tokens, "new": new}, tmp_path / "request.pt")
+    worker = [sys.executable, "-I", str(HERE / "remote_worker.py"), str(out), str(tmp_path / "request.pt")]
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    environment |= {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [*worker, str(tmp_path / "answer.pt"), *(["without-triton"] if name == "llama" else [])],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=tmp_path,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr[-5000:]
+    found = torch.load(tmp_path / "answer.pt")
+    architecture = RUNS[name][0].__class__.__name__.replace("Config", "ForCausalLM")
+    assert found["hidden"] and found["class"] == f"Moba{architecture}"
+    assert found["triton"] == (name != "llama" and importlib.util.find_spec("triton") is not None)
+
+    trained = load_trained(folder / "run" / name, "cpu")
+    plan = [from_entry(entry) for entry in json.loads((out / "config.json").read_text())["moba"]["plan"]]
+    assert all(spec.block_size * spec.top_k < length / 2 for spec in plan if spec.routing is not None)
+
+    @torch.no_grad()
+    def ours(plan, tokens=tokens):
+        trained.model.set_attention(plan)
+        places = torch.arange(len(tokens))
+        return trained.model.logits(tokens, places, Documents.from_lengths([len(tokens)]))
+
+    dense, sparse = ours([Full()] * 3), ours(plan)
+    close = {"rtol": 1e-5, "atol": 2e-5 * dense.abs().max().item()}
+    assert (dense - sparse).abs().max() > 0.1
+    for same in ("sparse", "again"):
+        torch.testing.assert_close(found[same], sparse, **close)
+    torch.testing.assert_close(found["chunks"], sparse[length // 2 :], **close)
+    torch.testing.assert_close(found["padded"][length // 2 :], ours(plan, tokens[: -(length // 2)]), **close)
+    for same in ("dense", "plain"):
+        torch.testing.assert_close(found[same], dense, **close)
+    greedy = {"max_new_tokens": new, "sampling": Sampling(temperature=0.0), "prefill": plan}
+    assert found["greedy"].tolist() == list(generate(trained.model, tokens.tolist(), **greedy))
+    assert found["greedy, sparse"].tolist() == list(generate(trained.model, tokens.tolist(), **greedy, decode=plan))
+    assert "with model.prompt(tokens)" in found["refusal"] and "has no plan: put" in found["no plan"]
+    assert "attention_mask has values such as 2" in found["bad mask"]
+    assert found["auto_map"]["AutoModelForCausalLM"].endswith(found["class"])
+
+    import moba.transformers  # noqa: F401 - registers "moba"
+
+    reference = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, attn_implementation="moba")
+    reference(tokens[None], labels=tokens[None]).loss.backward()
+    for parameter, p in reference.named_parameters():
+        torch.testing.assert_close(found["gradients"][parameter], p.grad, rtol=1e-4, atol=1e-5 * p.grad.abs().max())
 
 
 def test_the_config_says_what_the_run_did(folder):

@@ -372,8 +372,8 @@ def _block(title: str, *entries: str) -> list[str]:
     """Entries under a title in the margin, wrapped."""
     lines: list[str] = []
     for entry in entries:
-        for line in textwrap.wrap(entry, WIDTH - 16, break_long_words=False, break_on_hyphens=False):
-            lines.append(f"  {'' if lines else title:<13} {line}")
+        for line in textwrap.wrap(entry, WIDTH - 17, break_long_words=False, break_on_hyphens=False):
+            lines.append(f"  {'' if lines else title:<14} {line}")
     return lines
 
 

@@ -1,0 +1,301 @@
+"""What benchmarks/study.py makes of its results.json: tables, and the panels of its figure. Each panel is drawn from
+the record alone, so that a figure can be made again without a run."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure, SubFigure
+
+from benchmarks.common import cell, markdown
+from conf.numbers import format_count, format_length
+from evals.figures import length_axis, mark_dense, token_axis
+from evals.style import LOSS, POSITION, color, look, marker, save
+
+Record = Mapping[str, Any]
+
+
+def draw(record: Record, panels: Sequence[str], path: Path) -> None:
+    """The study's panels beside each other, with what it is and where it was measured."""
+    figure = Figure(figsize=(1.5 + 5.5 * sum(WIDTHS.get(name, 1) for name in panels), 5), layout="constrained")
+    parts = figure.subfigures(1, len(panels), squeeze=False, width_ratios=[WIDTHS.get(name, 1) for name in panels])[0]
+    for part, name in zip(parts, panels):
+        PANELS[name](part, record)
+    figure.suptitle(
+        f"{record['about']}\n{record['device']}, commit {(record['commit'] or 'unknown')[:7]}", fontsize="medium"
+    )
+    save(figure, path)
+
+
+def one(figure: SubFigure, title: str, ylabel: str) -> Axes:
+    """A panel with one pair of axes."""
+    axes = figure.add_subplot()
+    axes.set_title(title, fontsize="medium")
+    axes.set_ylabel(ylabel)
+    axes.grid(alpha=0.3)
+    return axes
+
+
+def arms(rows: Sequence[Record]) -> list[str]:
+    """The names of the arms in their order."""
+    return list(dict.fromkeys(row["arm"] for row in rows))
+
+
+def training(figure: SubFigure, record: Record) -> None:
+    """Held-out trailing loss, or the share of right answers, over training. An arm that is the one before it up to a
+    switch is drawn from there on."""
+    recalled = any(row["recall_all"] is not None for row in record["runs"][0]["held_out"])
+    key, title = ("recall_all", "Right answers") if recalled else ("trailing_loss", "Held-out trailing loss")
+    axes = one(figure, f"{title} over training, own attention", "share of right answers" if recalled else LOSS)
+    names = [name for name in arms(record["runs"]) if len(_course(record, name, key)) > 2]
+    known: list[dict[int, tuple[float, ...]]] = []
+    for i, name in enumerate(names):
+        course = _course(record, name, key)
+        same = [[t for t in course if other.get(t) == course[t]] for other in known]
+        start = max((max(tokens) for tokens in same if len(tokens) > 1), default=0)
+        known.append(course)
+        course = {tokens: values for tokens, values in course.items() if tokens >= start}
+        style, values = look(i, len(names)), np.array([*course.values()])
+        axes.plot(list(course), values.mean(1), label=name, **style)
+        if values.shape[1] > 1:
+            axes.fill_between(list(course), values.min(1), values.max(1), color=style["color"], alpha=0.15, linewidth=0)
+    axes.set_xlim(left=0)
+    token_axis(axes)
+    figure.legend(loc="outside lower center", ncols=3, fontsize="small")
+
+
+def _course(record: Record, name: str, key: str) -> dict[int, tuple[float, ...]]:
+    """Tokens -> the value of each seed."""
+    seeds = [run["held_out"] for run in record["runs"] if run["arm"] == name]
+    return {rows[0]["tokens"]: tuple(row[key] for row in rows) for rows in zip(*seeds)}
+
+
+def own_differences(record: Record) -> list[Record]:
+    """The differences of arms under the attention that they were trained with at that place; all of untrained ones."""
+    stages = {(run["arm"], stage["stage"]): stage["attention"] for run in record["runs"] for stage in run["stages"]}
+    return [d for d in record["differences"] if stages.get((d["arm"], d["stage"]), d["attention"]) == d["attention"]]
+
+
+def difference(figure: SubFigure, record: Record) -> None:
+    """Loss by position minus the reference's, document by document."""
+    rows = own_differences(record)
+    longest = max(row["seq_len"] for row in rows)
+    rows = [row for row in rows if row["seq_len"] == longest]
+    axes = one(figure, "Loss by position, document by document", f"minus {rows[0]['reference']} (nats per token)")
+    names = [row["arm"] for row in rows]
+    for i, row in enumerate(rows):
+        edges = np.array(row["edges"])
+        aside = (i - (len(rows) - 1) / 2) * np.diff(edges).min() / 10
+        widths = [np.nan if width is None else width for width in row["interval_95"]]
+        label = f"{row['arm']} at {format_count(row['tokens'])} tokens, under {row['attention']}"
+        style = {"capsize": 2, "label": label if names.count(row["arm"]) > 1 else row["arm"]}
+        centres = (edges[:-1] + edges[1:]) / 2 + aside
+        axes.errorbar(centres, row["difference"], yerr=widths, **look(i), **style)
+    mark_dense(axes, next((row["dense_up_to"] for row in rows if row["dense_up_to"]), None), longest)
+    axes.axhline(0, color="black", linewidth=0.8)
+    length_axis(axes.xaxis, longest)
+    axes.set_xlabel(POSITION)
+    axes.legend(fontsize="small", title="bars: 95 %, documents as draws", title_fontsize="small")
+
+
+def _curve(axes: Axes, row: Record, label: str, style: dict) -> None:
+    edges = np.array(row["edges"])
+    axes.plot((edges[:-1] + edges[1:]) / 2, row["mean"], label=label, **style)
+
+
+def stages(figure: SubFigure, record: Record) -> None:
+    """Loss by position at the end of each stage, a panel a stage; what the stage added to the context is shaded."""
+    ends = {stage["stage"]: stage["seq_len"] for stage in record["runs"][0]["stages"]}
+    names = list(ends)[1:]
+    panels = np.atleast_1d(figure.subplots(1, len(names), sharey=True))
+    for axes, before, name in zip(panels, list(ends), names):
+        rows = [row for row in record["measured"] if row["stage"] == name]
+        for i, row in enumerate(rows):
+            _curve(axes, row, row["arm"], look(i, len(rows)))
+        axes.axvspan(ends[before], ends[name], color="0.9", zorder=0)
+        length_axis(axes.xaxis, row["seq_len"])
+        axes.set(title=f"after {format_length(ends[before])} to {format_length(ends[name])}", xlabel=POSITION)
+        axes.set_ylim(top=1.02 * max(max(row["mean"][1:]) for row in record["measured"]))
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel(LOSS)
+    panels[0].legend(fontsize="small", title="shaded: what was added", title_fontsize="small")
+
+
+def trailing(figure: SubFigure, record: Record) -> None:
+    """The trailing loss minus the reference's at each length, document by document."""
+    rows = own_differences(record)
+    axes = one(figure, "Trailing loss, document by document", f"minus {rows[0]['reference']} (nats per token)")
+    for i, name in enumerate(arms(rows)):
+        own = [row for row in rows if row["arm"] == name]
+        gaps, widths = ([row[key][-1] for row in own] for key in ("difference", "interval_95"))
+        known = [np.nan if width is None else width for width in widths]
+        axes.errorbar(range(len(own)), gaps, yerr=known, capsize=4, label=name, **look(i))
+    axes.axhline(0, color="black", linewidth=0.8)
+    axes.set_xticks(range(len(own)), [format_length(row["seq_len"]) for row in own])
+    axes.set_xlabel("length in training and evaluation (bars: 95 %)")
+    axes.legend(fontsize="small")
+
+
+def speed(figure: SubFigure, record: Record) -> None:
+    """tokens/s at each length."""
+    axes = one(figure, "Speed", "tokens/s")
+    for i, name in enumerate(arms(record["runs"])):
+        own = next(run for run in record["runs"] if run["arm"] == name)["stages"]
+        axes.plot(range(len(own)), [stage["tokens_per_second"] for stage in own], label=name, **look(i, 2))
+    axes.set_xticks(range(len(own)), [format_length(stage["seq_len"]) for stage in own])
+    axes.yaxis.set_major_formatter(lambda value, _: format_count(value))
+    axes.set_xlabel("length in training")
+    axes.set_ylim(bottom=0)
+    axes.legend(fontsize="small")
+
+
+def layers(figure: SubFigure, record: Record) -> None:
+    """Held-out loss in the end over the number of full layers: means, and a dot a seed."""
+    axes = one(figure, "Held-out answers after fine-tuning", "loss (nats per supervised token)")
+    runs = [run for run in record["runs"] if run["arm"].endswith(" full")]
+    counts = sorted({int(run["arm"].split()[0]) for run in runs})
+    for i, (key, label) in enumerate({"loss": "all answers", "trailing_loss": "in the last sixteenth"}.items()):
+        values = [[run["held_out"][-1][key] for run in runs if run["arm"] == f"{n} full"] for n in counts]
+        axes.plot(counts, [statistics.fmean(v) for v in values], label=label, **look(i, 2))
+        for n, seeds in zip(counts, values):
+            axes.plot([n] * len(seeds), seeds, ".", color=color(i), markersize=3)
+    axes.set_xticks(
+        counts, [f"{n}\n(MoBA)" if n == 0 else f"{n}\n(all)" if n == counts[-1] else str(n) for n in counts]
+    )
+    axes.set_xlabel("full-attention layers, counted from the last (dots: seeds)")
+    axes.set_ylim(bottom=0)
+    axes.legend(fontsize="small")
+
+
+def recall(figure: SubFigure, record: Record) -> None:
+    """Right answers of far evidence, of the weights of each arm under each attention."""
+    axes = one(
+        figure, "The same weights under other blocks: answers that only the gate reaches", "share of right answers"
+    )
+    names, variants = arms(record["measured"]), list(record["measured"][0]["right"])
+    for v, variant in enumerate(variants):
+        for a, name in enumerate(names):
+            seeds = [row["right"][variant]["far"] for row in record["measured"] if row["arm"] == name]
+            place, label = a + 0.14 * (v - (len(variants) - 1) / 2), variant if a == 0 else None
+            axes.plot([place] * 2, [min(seeds), max(seeds)], color=color(v), linewidth=1)
+            axes.plot(place, statistics.fmean(seeds), marker(v), markersize=6, color=color(v), label=label)
+    axes.set_xticks(range(len(names)), [name.replace(", ", ",\n") for name in names], fontsize="small")
+    axes.set_xlabel("trained with (lines: least to most of the seeds)")
+    axes.set_ylim(0, 1.02)
+    axes.legend(fontsize="small", title="evaluated with", loc="upper right", ncols=2)
+
+
+def gates(figure: SubFigure, record: Record) -> None:
+    """What each gate's loss is above full attention's."""
+    axes = one(figure, "Loss of the last eighth, document by document", "")
+    rows = sorted(record["measured"][0]["settings"][1:], key=lambda row: -row["minus_full"]["mean"])
+    for i, row in enumerate(rows):
+        gap = row["minus_full"]
+        style = {"fmt": marker(row["first_blocks"]), "color": color(row["first_blocks"]), "capsize": 3}
+        axes.errorbar(gap["mean"], i, xerr=gap["interval_95"], **style)
+        axes.text(gap["mean"], i + 0.12, f"{gap['mean']:+.3f}", ha="center", va="bottom", fontsize="small")
+    axes.set_yticks(
+        range(len(rows)), [GATES[row["gate"]] + ("\nand the first" if row["first_blocks"] else "") for row in rows]
+    )
+    axes.set_ylim(-0.6, len(rows) - 0.3)
+    axes.set_xscale("log")
+    axes.set_xlabel("minus full attention (nats per token, log scale; bars: 95 %)")
+
+
+GATES = {"mean": "the gate's (MoBA)", "local": "latest", "random": "random", "oracle": "best"}
+WIDTHS = {"stages": 2.4, "recall": 1.5}
+PANELS: dict[str, Callable[[SubFigure, Record], None]] = {
+    f.__name__: f for f in (training, difference, stages, trailing, speed, layers, recall, gates)
+}
+
+
+# -------------------- tables
+
+
+def table(record: Record) -> list[str]:
+    """Markdown: where it was measured, and what was."""
+    lines = [record["about"], "", f"{record['device']}, commit {record['commit']}", "", f"`{record['command']}`"]
+    losses = [row for row in record["measured"] if "trailing" in row]
+    if losses:
+        heads = ["arm", "evaluation", "tokens", "length", "loss", "trailing loss", "minus reference (95 %)", "by seed"]
+        lines += ["", *markdown(heads, _losses(record, losses))]
+    answers = [row for row in record["measured"] if "right" in row]
+    if answers:
+        lines += ["", *markdown(["trained with", *answers[0]["right"]], _answers(answers))]
+    for row in record["measured"]:
+        heads = ["attention", "attended", "last eighth", "minus full (95 %)", "right answers"]
+        lines += ["", *markdown(heads, map(_setting, row["settings"]))] if "settings" in row else []
+    for heads, rows in ((HELD_OUT, _held_out(record["runs"])), (SPEEDS, _speeds(record["runs"]))):
+        lines += ["", *markdown(heads, found)] if (found := list(rows)) else []
+    for switch in record.get("switches", ()):
+        gaps = f"{switch['first']:+.3f} in the first step, {switch['largest']:+.3f} at most"
+        at = f"Switch, seed {switch['seed']}, at {switch['tokens']:,} tokens"
+        lines += ["", f"{at}: against `{switch['against']}` on the same batches {gaps}."]
+    return lines
+
+
+def _setting(row: Record) -> list[str]:
+    right = ", ".join(f"{task} {cell(share, '{:.0%}')}" for task, share in row["right"].items())
+    loss = [f"{row['last_eighth']:.4f}", _gap(row["minus_full"])]
+    return [row["attention"], cell(row.get("attended_share"), "{:.1%}"), *loss, right]
+
+
+def _gap(value: Record) -> str:
+    width = value["interval_95"]
+    return f"{value['mean']:+.4f}" + ("" if width is None else f" +- {width:.4f}")
+
+
+def _losses(record: Record, losses: Sequence[Record]) -> Iterator[list[str]]:
+    gaps = {_place(row): row for row in record.get("differences", ())}
+    for place in dict.fromkeys(map(_place, losses)):
+        own, gap = [row for row in losses if _place(row) == place], gaps.get(place)
+        name, line, tokens, seq_len = place
+        means = [f"{statistics.fmean(row[key] for row in own):.4f}" for key in ("loss", "trailing")]
+        paired = ["", ""]
+        if gap is not None:
+            paired = [
+                _gap({"mean": gap["difference"][-1], "interval_95": gap["interval_95"][-1]}),
+                ", ".join(f"{x:+.4f}" for x in gap["by_seed"]),
+            ]
+        yield [name, line, format_count(tokens), format_length(seq_len), *means, *paired]
+
+
+def _place(row: Record) -> tuple:
+    return row["arm"], row["eval"], row["tokens"], row["seq_len"]
+
+
+def _answers(rows: Sequence[Record]) -> Iterator[list[str]]:
+    for name in arms(rows):
+        found = [row["right"] for row in rows if row["arm"] == name]
+        seeds = {variant: [right[variant]["far"] for right in found] for variant in found[0]}
+        yield [name, *(f"{statistics.fmean(own):.3f} ({min(own):.3f} to {max(own):.3f})" for own in seeds.values())]
+
+
+HELD_OUT = ("arm", "held out, in the end: loss", "trailing loss", "right answers")
+SPEEDS = ("arm", "stage", "attention", "tokens", "tokens/s", "MFU", "peak GiB")
+
+
+def _held_out(runs: Sequence[Record]) -> Iterator[list[str]]:
+    for name in arms(runs):
+        ends = [run["held_out"][-1] for run in runs if run["arm"] == name and run["held_out"]]
+        seeds = [[end[key] for end in ends] for key in ("loss", "trailing_loss", "recall_all")]
+        cells = ["-" if None in own else f"{statistics.fmean(own):.3f} ({_list(own)})" for own in seeds if own]
+        if cells:
+            yield [name, *cells]
+
+
+def _speeds(runs: Sequence[Record]) -> Iterator[list[str]]:
+    for run in runs:
+        for stage in run["stages"] if run["seed"] == runs[0]["seed"] else ():
+            forms = {"tokens_per_second": "{:,.0f}", "mfu": "{:.1%}", "peak_memory_gib": "{:.1f}"}
+            cells = [cell(stage.get(key), form) for key, form in forms.items()]
+            yield [run["arm"], stage["stage"], stage["attention"], format_count(stage["tokens"]), *cells]
+
+
+def _list(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:.3f}" for value in values)

@@ -1,0 +1,240 @@
+"""The training studies, declared: what benchmarks/study.py trains and evaluates for each.
+
+An arm is a run of launch/train.py for each seed, by the overrides of its study and its own, or the model that was
+given, untrained (`train` None); then each line of `evals` is a call of launch/evaluate.py for its checkpoints. Names in
+braces are the command's arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+QUIET = "logging.wandb=disabled logging.figures=false checkpoint.every_tokens=0"
+GIVEN = (
+    f"{QUIET} model=from_source init.source={{model}} data=files data.path={{data}} "
+    "data.validation.path={validation} eval.documents={documents}"
+)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One of the things that are compared."""
+
+    train: str | None = ""
+    """Overrides besides the study's; None: the given model as it is."""
+    start: str | None = None
+    """The arm from whose run, of the same seed, it starts."""
+    evals: tuple[str, ...] | None = None
+    """None: those of the study."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is compared, and how it is drawn."""
+
+    about: str
+    """For the figure's title."""
+    common: str
+    """Overrides of all its runs."""
+    arms: Mapping[str, Arm]
+    panels: tuple[str, ...]
+    """Functions of benchmarks/panels.py."""
+    evals: tuple[str, ...] = ()
+    every_stage: bool = False
+    """Evaluates the end of each stage, not only the last."""
+    reference: str | None = None
+    """The arm that others are held against, document by document, in its first evaluation."""
+    switch: tuple[str, str] | None = None
+    """(an arm, another that reads the same batches with the first one's first attention to the end): how their training
+    losses differ right after the switch."""
+    seeds: int = 1
+    defaults: Mapping[str, str] = field(default_factory=dict)
+    """Values of the command's arguments where it does not say."""
+
+
+def at_stages(lengths: Mapping[str, str], **settings: list[object]) -> str:
+    """Overrides of one stage a length (name -> its tokens), each setting having a value a stage."""
+    found = []
+    for i, (length, tokens) in enumerate(lengths.items()):
+        key = f"schedule.stages.at_{length}"
+        found += [f"+{key}.tokens={tokens}", f"{key}.seq_len={length}"]
+        found += [f"{key}.{name.replace('__', '.')}={values[i]}" for name, values in settings.items() if values[i]]
+    return " ".join(found)
+
+
+# -------------------- a pretrained model, continued at twice its length
+
+
+THETA = "schedule.stages.{}.rope.theta=400000"
+AT_16K = (
+    f"{GIVEN} schedule.tokens=3932160 schedule.seq_len=16K schedule.batch_tokens=64K schedule.block_size=512 "
+    "schedule.top_k=3 optim.lr.peak=3e-4 optim.lr.warmup_tokens=10% eval.every_tokens=0 logging.every_tokens=65536"
+)
+RECIPES = {
+    "moba": Arm(f"schedule=moba_only {THETA.format('sparse')}"),
+    "moba, then full": Arm(f"schedule=moba_then_full {THETA.format('sparse')} {THETA.format('full')}"),
+    "full": Arm(f"schedule=full_only {THETA.format('full')}"),
+}
+BOTH = ("position_loss attention=full", "position_loss attention=512x3")
+CONTINUAL = (
+    f"+exp=continual_smollm2 {GIVEN} schedule.batch_tokens=128K schedule.micro_tokens=64K optim.lr.peak=3e-4 "
+    "model.compile=true eval.every_tokens=25%"
+)
+
+
+# -------------------- recall, on a CPU
+
+
+MQAR = (
+    f"{QUIET} model=tiny model.num_layers=2 model.hidden_size=64 model.num_heads=1 model.num_kv_heads=1 "
+    # With a key convolution a value's own key says whose it is; without, two layers have to find the look-up together.
+    "model.head_dim=64 model.ffn_size=64 model.init_std=0.06 model.key_conv=3 model.rope_pattern=N data=synthetic/mqar "
+    "'data.sources.mqar.synthetic={task: mqar, pairs: 8, min_pairs: 4, symbols: 128, repeats: 7}' "
+    "'data.validation.synthetic={task: mqar, pairs: 8, min_pairs: 4, symbols: 128}' "
+    # 400 steps, of which 90 % are whole too. 32 blocks, of which 4 are seen: with fewer, random ones do as well.
+    "schedule.tokens=1638400 schedule.seq_len=256 schedule.batch_tokens=4K schedule.micro_tokens=4K "
+    "schedule.block_size=8 schedule.top_k=4 optim.lr.peak=5e-3 optim.lr.warmup_tokens=2% optim.weight_decay=0.01 "
+    "eval.documents=64 eval.every_tokens=5% logging.every_tokens=100K"
+)
+OF_SPARSE = "schedule=moba_only schedule.stages.sparse.attention"
+
+
+# -------------------- longer contexts
+
+
+EXTENSION_CPU = {"2K": "240K", "4K": "24K", "8K": "24K", "16K": "32K"}
+EXTENSION_GPU = {"8K": "37.1M", "32K": "9.9M", "128K": "5M"}
+# Two layers on bytes, the first sparse and the second full: so that 16K is affordable on a CPU.
+SMALL = (
+    f"{QUIET} model=tiny model.hidden_size=128 model.num_layers=2 model.num_heads=2 model.num_kv_heads=1 "
+    "model.ffn_size=384 data=embedded data.tokenizer=bytes optim.lr.warmup_tokens=5% eval.every_tokens=0 "
+    "eval.documents=2 run.device=cpu"
+)
+
+
+def extended(**ways: list[object]) -> Arm:
+    """The small model over its lengths."""
+    attention = {"attention__num_blocks": [32] * 4, "attention__top_k": [4] * 4, "attention__full_last": [1] * 4}
+    rates = {"batch_tokens": [*EXTENSION_CPU], "lr__peak": ["3e-3", "1e-3", "1e-3", "1e-3"]}
+    return Arm(at_stages(EXTENSION_CPU, **attention, **rates, **ways))
+
+
+def over_lengths(**attention: list[object]) -> Arm:
+    """The 125m model over its lengths."""
+    rates = {"rope__theta": ["1e4", "1e5", "1e6"], "lr__peak": ["6e-4", "3e-4", "3e-4"]}
+    return Arm(at_stages(EXTENSION_GPU, batch_tokens=["32K", "64K", "128K"], **rates, **attention))
+
+
+LAYERS = (0, 1, 3, 5, 10, 20, 30)
+SFT = (
+    f"{QUIET} data=sft data.path=embedded-chat:16K data.chat_template=plain "
+    "'data.validation={path: embedded-chat:16K, format: chat}' schedule=moba_only schedule.tokens=2M "
+    "schedule.seq_len=16K schedule.batch_tokens=64K schedule.micro_tokens=16K schedule.block_size=512 "
+    f"schedule.top_k=3 {THETA.format('sparse')} optim.lr.peak=2e-4 optim.lr.warmup_tokens=10% eval.documents=48 "
+    "eval.every_tokens=0 model=from_source"
+)
+UNTRAINED = [f"position_loss attention={{}} seq_len={length} bucket=2K data={{validation}}" for length in ("8K", "16K")]
+
+STUDIES: dict[str, Study] = {
+    "recipes": Study(
+        "MoBA, full attention, and MoBA with full attention for the last tenth, on the same tokens",
+        AT_16K,
+        RECIPES,
+        panels=("difference",),
+        evals=("position_loss",),
+        reference="full",
+        switch=("moba, then full", "moba"),
+        seeds=3,
+    ),
+    "continual": Study(
+        "A pretrained model continued at twice its length, with MoBA and then full attention, or full throughout",
+        CONTINUAL,
+        {
+            # The larger RoPE base without any training: one step that moves nothing.
+            "as it came": Arm(None, evals=tuple(f"{line} seq_len=16K data={{validation}}" for line in BOTH)),
+            "larger RoPE base": Arm("schedule.tokens=128K optim.lr.peak=1e-30"),
+            "moba": Arm("schedule.tokens=20M"),
+            "full": Arm("schedule.tokens=20M schedule.stages.sparse.attention.kind=full"),
+        },
+        panels=("training", "difference"),
+        evals=BOTH,
+        every_stage=True,
+        reference="full",
+    ),
+    "sft_layers": Study(
+        "Fine-tuning with full attention in the last layers, 30 layers, 16K, MoBA 512x3",
+        "",
+        {"base": Arm(f"{AT_16K} {RECIPES['moba'].train}")}
+        | {f"{n} full": Arm(f"{SFT} schedule.stages.sparse.attention.full_last={n}", "base") for n in LAYERS},
+        panels=("layers",),
+        seeds=3,
+    ),
+    "mqar": Study(
+        "Multi-query recall in 256 tokens, 32 blocks of 8, of which a query sees 4",
+        MQAR,
+        {
+            "full": Arm("schedule=full_only"),
+            "moba": Arm("schedule=moba_only"),
+            "moba, last layer full": Arm(f"{OF_SPARSE}.full_last=1"),
+            "moba, then full": Arm("schedule=moba_then_full"),
+            "random": Arm(f"{OF_SPARSE}.gate=random", evals=("recall samples=256",)),
+            "local": Arm(f"{OF_SPARSE}.gate=local", evals=("recall samples=256",)),
+        },
+        panels=("training", "recall"),
+        evals=("recall samples=256 attention=8x4",),
+        seeds=3,
+    ),
+    "extension_cpu": Study(
+        "A two-layer model on bytes from 2K to 16K on a CPU",
+        SMALL,
+        {
+            "RoPE base raised": extended(rope__theta=[None, 40000, 160000, 640000]),
+            "positions interpolated": extended(rope__scaling=[None, *["linear"] * 3], rope__factor=[None, 2, 4, 8]),
+            "nothing done": extended(),
+        },
+        panels=("stages",),
+        evals=("position_loss seq_len=16K",),
+        every_stage=True,
+    ),
+    "extension": Study(
+        "The 125m model from nothing through 8K, 32K and 128K",
+        f"{QUIET} model=125m data=files data.path={{data}} data.tokenizer=bpe-32k data.validation.path={{validation}} "
+        "eval.documents=8 eval.every_tokens=0 optim.lr.warmup_tokens=5% model.compile=true",
+        {
+            "MoBA, last 3 layers full": over_lengths(
+                attention__block_size=[512, "2K", "2K"], attention__top_k=[3] * 3, attention__full_last=[3] * 3
+            ),
+            "full": over_lengths(attention__kind=["full"] * 3),
+        },
+        panels=("trailing", "speed"),
+        evals=("position_loss",),
+        every_stage=True,
+        reference="full",
+    ),
+    "pretrained": Study(
+        "MoBA switched on in a model that was not trained with it",
+        "",
+        {
+            name: Arm(None, evals=tuple(line.replace("{}", name.split()[-1]) for line in UNTRAINED))
+            for name in ("full", "MoBA 128x8", "MoBA 512x3")
+        },
+        panels=("difference",),
+        reference="full",
+    ),
+    "gates": Study(
+        "What picks the blocks of a model that was not trained with MoBA: 16 blocks of 128 at 8K",
+        "",
+        {
+            "as it came": Arm(
+                None,
+                evals=(
+                    "sweep block_sizes=128 top_k=16 gates=[mean,local,random,oracle] first_blocks=[0,1] seq_len=8K "
+                    "probes=[pass_key,key_value] data={validation}",
+                ),
+            )
+        },
+        panels=("gates",),
+        defaults={"validation": "embedded"},
+    ),
+}

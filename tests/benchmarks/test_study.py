@@ -1,0 +1,109 @@
+"""benchmarks/study.py: its declared arms compose, and a small study is trained, evaluated, compared and drawn once."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks import panels, study
+from benchmarks.studies import STUDIES, Arm, Study
+from conf.build import ConfigError
+from launch.config import load
+from launch.evaluate import keys
+
+TINY = "+exp=quickstart model.num_layers=2 model.hidden_size=32 model.num_heads=2 model.num_kv_heads=2 "
+TINY += "model.ffn_size=32 data.validation.path=embedded schedule.tokens=2K schedule.seq_len=256 "
+TINY += "schedule.batch_tokens=512 schedule.block_size=16 schedule.top_k=2 optim.lr.warmup_tokens=0 eval.documents=3 "
+TINY += "eval.every_tokens=0 checkpoint.every_tokens=0 logging=quiet run.device=cpu"
+FULL = "schedule.stages.sparse.attention.kind=full"
+
+
+def command(name, tmp_path, values=()):
+    """The command of a declared study."""
+    given = {"model": "models/x", "data": "embedded", "validation": "embedded", "documents": "2"}
+    return study.Command(STUDIES[name], given | dict(values), (), tmp_path)
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_declared_arm_composes_and_every_evaluation_is_known(name, tmp_path):
+    """Catches an override or an argument of an evaluation that was renamed since, found when a GPU has been waiting."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 30, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes)).save_pretrained(tmp_path / "model")
+    declared = command(name, tmp_path, {"model": str(tmp_path / "model")})
+    for arm_name, arm in declared.study.arms.items():
+        if arm.train is not None:
+            words = [
+                w.replace(str(declared.folder("base", 0)), str(tmp_path / "model"))
+                for w in declared.training(arm_name, 0)
+            ]
+            try:
+                config = load(words)
+            except ConfigError as error:  # the model here has no tokenizer
+                assert all("tokenizer" in problem for problem in error.problems), error.problems
+            else:
+                assert config.run.seed == 0
+        for line in declared.evals(arm):
+            what, *words = declared.filled(line)
+            assert what in study.READ and {word.partition("=")[0] for word in words} <= keys().keys()
+    assert {*declared.study.panels} <= panels.PANELS.keys()
+
+
+def test_a_missing_argument_and_unequal_tokens_are_named(tmp_path, monkeypatch, capsys):
+    """Catches a brace that goes to a run as it stands, and arms of unlike budgets that are compared."""
+    for words in (
+        ["recipes"],
+        ["nothing", "to=x"],
+        ["mqar", f"to={tmp_path}", "arms=best"],
+        ["recipes", f"to={tmp_path}", "arms=moba"],
+    ):
+        monkeypatch.setattr(sys, "argv", ["study.py", *words, *([f"to={tmp_path}"] if len(words) == 1 else [])])
+        with pytest.raises(SystemExit) as ended:
+            study.main()
+        assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert "model=... is missing" in error and "recipes" in error and "arms=best" in error and "'full'; add it" in error
+    arms = {"a": Arm("schedule.stages.sparse.tokens=50%"), "b": Arm("~schedule.stages.full")}
+    with pytest.raises(ValueError, match=r"not equal tokens: a .*, b "):
+        study.check(study.Command(Study("", TINY, arms, ()), {}, (), tmp_path), list(arms))
+
+
+@pytest.mark.timeout(900)
+def test_a_small_study_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
+    """Catches arms that train alike, a run or evaluation that is made twice, differences with the wrong sign or
+    partner, a stage that is not evaluated, and a figure that cannot be drawn from the results alone."""
+    small = Study(
+        "A small one", TINY, {"moba": Arm(""), "full": Arm(FULL, evals=("position_loss",))},
+        panels=("difference", "trailing", "speed"),
+        evals=("position_loss", "position_loss attention=16x1"), every_stage=True, reference="full",
+    )  # fmt: skip
+    monkeypatch.setitem(STUDIES, "small", small)
+    monkeypatch.setattr(
+        sys, "argv", ["study.py", "small", f"to={tmp_path}", "commit=abc", "jobs=2", f"data.cache_dir={tmp_path}"]
+    )
+    study.main()
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["commit"] == "abc" and str(tmp_path) not in json.dumps(results["command"])
+    tokens = sorted({row["tokens"] for row in results["measured"]})
+    assert len(tokens) == 2 and len(results["measured"]) == 6, "two stages, of one arm under two attentions"
+    found = {(row["arm"], row["eval"], row["tokens"]): row for row in results["measured"]}
+    gaps = {(row["arm"], row["eval"], row["tokens"]): row for row in results["differences"]}
+    assert len(gaps) == 4 and {arm for arm, *_ in gaps} == {"moba"}
+    for (arm, line, at), gap in gaps.items():
+        expected = np.array(found[arm, line, at]["mean"]) - found["full", "position_loss", at]["mean"]
+        assert gap["difference"] == pytest.approx(expected.tolist(), abs=1e-9)
+    assert gaps["moba", "position_loss", tokens[0]]["attention"] == "moba 16x2"
+    assert gaps["moba", "position_loss", tokens[0]]["difference"][-1] != 0
+    attention = [[stage["attention"] for stage in run["stages"]] for run in results["runs"]]
+    assert attention == [["moba 16x2", "full"], ["full", "full"]]
+    (tmp_path / "figure.png").unlink()
+    panels.draw(results, small.panels, tmp_path / "again.png")
+    assert (tmp_path / "again.png").stat().st_size > 10_000
+
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*.json*")}
+    capsys.readouterr()
+    study.main()
+    assert "evaluate.py" not in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in times} == times
+    assert json.loads((tmp_path / "results.json").read_text()) == results

@@ -1,0 +1,349 @@
+"""README's and docs' figures and numbers: each is of the kept result files, which docs/make_figures.py draws."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PHOTOGRAPHED = {"docs/results/dashboard.png"}
+"""Of a run, not of kept numbers."""
+MODELS = {"paper_545m": "545M", "paper_1_5b": "1.5B", "125m": "125m"}
+
+
+@cache
+def make_figures():
+    """docs/make_figures.py as a module."""
+    spec = importlib.util.spec_from_file_location("make_figures", ROOT / "docs" / "make_figures.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@cache
+def kept(path: str) -> dict:
+    """A kept result."""
+    return json.loads((ROOT / path).read_text(encoding="utf-8"))
+
+
+@cache
+def page(name: str) -> str:
+    """A page's text with single spaces."""
+    return " ".join((ROOT / name).read_text(encoding="utf-8").split())
+
+
+def table(name: str, head: str) -> list[list[str]]:
+    """The cells of a page's table whose first line begins with `head`."""
+    text = (ROOT / name).read_text(encoding="utf-8")
+    assert text.count(f"\n{head}") == 1, f"{name} has no table that begins with {head!r}"
+    lines = text.partition(f"\n{head}")[2].split("\n\n")[0].splitlines()[2:]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def shown() -> set[str]:
+    """Every picture of the pages, by its path in the repository."""
+    found = set()
+    for path in PAGES:
+        for target in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", path.read_text(encoding="utf-8")):
+            found.add(str((path.parent / target).resolve().relative_to(ROOT)))
+    return found
+
+
+def test_every_figure_is_drawn_from_kept_results_as_they_are():
+    """Catches a picture that no command makes, and one that is older than the numbers beside it."""
+    drawings = {str(path): drawing for path, drawing in make_figures().drawings().items()}
+    assert shown() - PHOTOGRAPHED <= drawings.keys() and len(shown()) > 12
+    stale = []
+    for path, drawing in drawings.items():
+        assert (ROOT / path).is_file(), f"{path}: run docs/make_figures.py"
+        with Image.open(ROOT / path) as image:
+            if image.text.get(make_figures().DRAWN_FROM) != drawing.checksum():
+                stale.append(path)
+    assert not stale, "older than their results: run docs/make_figures.py and look at them"
+
+
+def test_a_figure_is_drawn_again(tmp_path):
+    """Catches results that the drawing code does not understand any more."""
+    drawings = make_figures().drawings()
+    for name in ("docs/results/recipes_h100/figure.png", "benchmarks/results/attention.png"):
+        drawings[Path(name)].draw(tmp_path / "figure.png")
+        with Image.open(tmp_path / "figure.png") as new, Image.open(ROOT / name) as old:
+            assert new.size == old.size
+
+
+# -------------------- tables
+
+
+def measured(study: str, **what) -> dict:
+    """The mean over seeds of what a study measured, of the rows with these values."""
+    rows = [r for r in kept(f"docs/results/{study}/results.json")["measured"] if what.items() <= r.items()]
+    assert rows, (study, what)
+    return rows[0] | {key: float(np.mean([row[key] for row in rows])) for key in ("loss", "trailing")}
+
+
+def gap(study: str, digits: int, sign: str = "+", **what) -> str:
+    """The paired difference in the last bucket, with its interval."""
+    rows = kept(f"docs/results/{study}/results.json")["differences"]
+    (row,) = [r for r in rows if what.items() <= r.items()]
+    return f"{row['difference'][-1]:{sign}.{digits}f} +- {row['interval_95'][-1]:.{digits}f}"
+
+
+def hundreds(value: float) -> str:
+    return f"{round(value, -2):,.0f}"
+
+
+def step_rows():
+    rows = {r["variant"]: r for r in kept("benchmarks/results/step_profile_h100/results.json")["rows"]}
+    for model, name in MODELS.items():
+        own = [rows.get(f"{kind}_32k/{model}/compile=auto/activation_checkpointing=auto") for kind in ("moba", "full")]
+        cells = [x for r in own for x in ((hundreds(r["tokens_per_second"]), f"{r['mfu']:.0%}") if r else ("", ""))]
+        memory = {f"{r['peak_memory_gib']:.0f} GiB" for r in own if r}
+        yield [name, *(cell.replace("%", " %") for cell in cells), "/".join(sorted(memory))]
+
+
+def recipe_rows():
+    for arm, name in {"moba": "MoBA", "moba, then full": "MoBA, then full", "full": "full"}.items():
+        row, paired = measured("recipes_h100", arm=arm), ["", ""]
+        if arm != "full":
+            (own,) = [d for d in kept("docs/results/recipes_h100/results.json")["differences"] if d["arm"] == arm]
+            paired = [gap("recipes_h100", 3, arm=arm), ", ".join(f"{x:+.3f}" for x in own["by_seed"])]
+        yield [name, f"{row['loss']:.3f}", f"{row['trailing']:.3f}", *paired]
+
+
+def recall_rows():
+    rows = kept("docs/results/mqar_cpu/results.json")["measured"]
+    for arm in dict.fromkeys(row["arm"] for row in rows):
+        seeds = {name: [r["right"][name]["far"] for r in rows if r["arm"] == arm] for name in rows[0]["right"]}
+        yield [arm, *(f"{np.mean(own):.3f} ({min(own):.3f} to {max(own):.3f})" for own in seeds.values())]
+
+
+def swap_rows():
+    names = {"moba": "the gate's (MoBA)", "oracle": "best", "random": "random", "local": "latest"}
+    for row in kept("docs/results/routing_h100/swap.json")["variants"]:
+        cells = [names.get(row["attention"], "all (full attention)")]
+        for what in ("loss", "trailing"):
+            own = row[f"{what}_minus_full"]
+            paired = f"{own['mean']:+.3f} +- {own['interval_95']:.3f}" if row["attention"] in names else ""
+            cells += [f"{row[what]['mean']:.3f}", paired]
+        yield cells
+
+
+def sft_rows():
+    runs = kept("docs/results/sft_layers_h100/results.json")["runs"]
+    for arm in dict.fromkeys(run["arm"] for run in runs):
+        ends = [run["held_out"][-1] for run in runs if run["arm"] == arm]
+        name = {"0": "0 (MoBA)", "30": "30 (full)"}.get(arm.split()[0], arm.split()[0])
+        yield [name, *(f"{np.mean([end[key] for end in ends]):.3f}" for key in ("loss", "trailing_loss"))]
+
+
+def untrained_rows():
+    for length in (8192, 16384):
+        for arm in ("full", "MoBA 128x8", "MoBA 512x3"):
+            mean = measured("pretrained_h100", arm=arm, seq_len=length)["mean"]
+            head = f"{length // 1024}K" if arm == "full" else ""
+            yield [head, arm, *(f"{x:.3f}" for x in mean), *[""] * (8 - len(mean))]
+
+
+def continued_rows():
+    full, sparse = "full", "moba 512x3"
+    runs = {run["arm"]: run["stages"] for run in kept("docs/results/continual_h100/results.json")["runs"]}
+    names = {("as it came", 0): "as it came", ("larger RoPE base", 0): "as it came, with the larger RoPE base"}
+    names |= {("moba", 18087936): "MoBA run at 18.1M tokens", ("moba", 20185088): "MoBA run at its end, 20.2M"}
+    names |= {("full", 20185088): "full twin at 20.2M"}
+    speeds = {("moba", 18087936, sparse): ("moba", 0), ("moba", 20185088, full): ("moba", 1)}
+    speeds |= {("full", 20185088, full): ("full", 1)}
+    for (arm, tokens), name in names.items():
+        order = (sparse, full) if tokens == 18087936 else (full,) if arm == "moba" else (full, sparse)
+        for place, attention in enumerate(order):
+            row, known = measured("continual_h100", arm=arm, tokens=tokens, attention=attention), ""
+            if at := speeds.get((arm, tokens, attention)):
+                known = f"{hundreds(runs[at[0]][at[1]]['tokens_per_second'])} tokens/s"
+            cells = [f"{row['loss']:.3f}", f"{row['trailing']:.3f}", known]
+            yield ["" if place else name, attention.replace("moba", "MoBA"), *cells]
+
+
+def at_4k_rows():
+    names = [("as it came", "before", "full"), ("", "before", "moba")]
+    for name, when, attention in [*names, ("after 197K tokens with MoBA", "after", "moba"), ("", "after", "full")]:
+        found = kept(f"docs/results/continual_cpu/{when}_{attention}.json")
+        label = "MoBA 128x8" if attention == "moba" else "full"
+        yield [name, label, f"{np.mean(found['mean']):.3f}", f"{found['trailing']['value']:.3f}"]
+
+
+def extended_cpu_rows():
+    rows = kept("docs/results/extension_cpu/results.json")["measured"]
+    curves = {(row["arm"], row["stage"]): row for row in rows}
+
+    def within(arm: str, stage: str, low: int, high: int) -> float:
+        edges, mean = np.array(curves[arm, stage]["edges"]), np.array(curves[arm, stage]["mean"])
+        return mean[(edges[:-1] >= low * 1024) & (edges[1:] <= high * 1024)].mean()
+
+    for low in (2, 4, 8):
+        cells = []
+        for arm in dict.fromkeys(row["arm"] for row in rows):
+            both = (within(arm, f"at_{length}K", low, 2 * low) for length in (low, 2 * low))
+            cells.append(" -> ".join(f"{x:.3f}" for x in both))
+        yield [f"{low}K to {2 * low}K", *cells]
+
+
+def extended_rows():
+    sparse, full = "MoBA, last 3 layers full", "full"
+    stages = {run["arm"]: run["stages"] for run in kept("docs/results/extension_h100/results.json")["runs"]}
+    for i, (length, blocks) in enumerate({"8K": "512x3", "32K": "2Kx3", "128K": "2Kx3"}.items()):
+        own, other = stages[sparse][i], stages[full][i]
+        memory = {f"{stage['peak_memory_gib']:.{0 if length == '128K' else 1}f}" for stage in (own, other)}
+        assert max(map(float, memory)) - min(map(float, memory)) < 0.2
+        losses = [measured("extension_h100", arm=arm, stage=f"at_{length}")["trailing"] for arm in (sparse, full)]
+        cells = [f"{own['tokens'] / 1e6:.1f}M", *(hundreds(s["tokens_per_second"]) for s in (own, other))]
+        cells += [f"{min(memory, key=float)} GiB", *(f"{loss:.3f}" for loss in losses)]
+        yield [f"{length}, {blocks}", *cells, gap("extension_h100", 3, stage=f"at_{length}")]
+
+
+def gate_rows():
+    names = {(None, None): "full attention", ("mean", 0): "mean (MoBA)"}
+    names |= {("mean", 1): "mean, first block always selected (`first_blocks=1`)"}
+    names |= {("local", 1): "the latest blocks and the first (a window with a sink)"}
+    names |= {("random", 1): "random blocks and the first", ("oracle", 1): "the best blocks and the first (oracle)"}
+    (row,) = kept("docs/results/gates_h200/results.json")["measured"]
+    found = {(one.get("gate"), one.get("first_blocks")): one for one in row["settings"]}
+    for key, name in names.items():
+        own = found[key]["minus_full"]
+        text = f"{own['mean']:+.3f} +- {own['interval_95']:.3f}"
+        right = ["not measured" if x is None else f"{x:.0%}".replace("%", " %") for x in found[key]["right"].values()]
+        yield [name, f"0 ({found[key]['last_eighth']:.3f})" if key == (None, None) else text, *right]
+
+
+LONG = {"two": "benchmarks/results/longest_context/h200_two", "one": "benchmarks/results/longest_context/h100_one"}
+
+
+def long_rows():
+    rows = [r for name in ("", "_1m") for r in kept(f"{LONG['two']}{name}/results.json")["rows"] if "failed" not in r]
+    for r in rows:
+        shares = [f"{r[key]:.1%}".replace("%", " %") for key in ("communication", "communication_exposed")]
+        exchange = "" if r["num_gpus"] == 1 else shares[0]
+        exchange += f", of which {shares[1]} is not hidden" if shares[0] != shares[1] else ""
+        length = f"{r['seq_len'] // 1024}K" if r["seq_len"] < 2**20 else "1M"
+        speed = [hundreds(r["tokens_per_second"]), f"{r['mfu']:.1%}".replace("%", " %")]
+        yield [MODELS[r["model"]], length, str(r["num_gpus"]), *speed, f"{r['peak_memory_gib']:.1f} GiB", exchange]
+
+
+TABLES = {
+    ("README.md", "| model | MoBA 2048x3"): step_rows,
+    ("docs/evals.md", "| recipe | loss"): recipe_rows,
+    ("docs/evals.md", "| trained with"): recall_rows,
+    ("docs/evals.md", "| blocks | loss"): swap_rows,
+    ("docs/runs.md", "| full layers"): sft_rows,
+    ("docs/bring-your-model.md", "| length | attention"): untrained_rows,
+    ("docs/bring-your-model.md", "| model | attention"): continued_rows,
+    ("docs/bring-your-model.md", "| | attention"): at_4k_rows,
+    ("docs/recipes.md", "| | RoPE base times 4"): extended_cpu_rows,
+    ("docs/recipes.md", "| length, blocks"): extended_rows,
+    ("docs/findings.md", "| gate | trailing"): gate_rows,
+}
+
+
+@pytest.mark.parametrize("name, head", TABLES, ids=lambda text: text.strip("| "))
+def test_a_table_has_the_numbers_of_its_results(name, head):
+    """Catches a number that was changed in the text, and results that were replaced without it."""
+    expected = list(TABLES[name, head]())  # but for the first column, which has words
+    assert [row[1:] for row in table(name, head)] == [row[1:] for row in expected] and len(expected) > 1
+
+
+def test_the_table_of_long_contexts_has_the_numbers_of_its_results():
+    """The same, of rows from two files in an order of their own, with settings in words."""
+    shown = [[*row[:2], row[2].split(",")[0], *row[4:]] for row in table("docs/long.md", "| model | context | GPUs |")]
+    assert len(shown) == 8
+    assert [row for row in shown if row not in list(long_rows())] == []
+
+
+def test_the_table_of_kernels_has_the_numbers_of_its_results():
+    """The same, of the kernels: forward, total, routing, TFLOP/s, memory and ratio of each row."""
+    results = kept("benchmarks/results/attention.json")["results"]
+    found = {(r["row"].replace(" ", ", ", 1), r["implementation"]): r for r in results}
+    rows = [row for row in table("docs/kernels.md", "| N, B x k") if "pack" not in row[0] and "forward" not in row[0]]
+    for row in rows:
+        name = row[0].replace("128x8, skewed", "128x8 skewed").replace("512x3, skewed", "512x3 skewed")
+        own = found[name.replace("128x8, 16/16 heads, d 64", "128x8 16/16 d64"), "triton"]
+        said = [float(x) for x in re.findall(r"[\d.]+", " ".join(row[2:6]))]
+        dense = found[name.replace("128x8, 16/16 heads, d 64", "128x8 16/16 d64"), "cudnn"]
+        true = [own[key] for key in ("forward_ms", "total_ms", "routing_ms", "tflops", "peak_gib")]
+        true += [dense["peak_gib"], own["ratio_to_cudnn"]]
+        assert said == pytest.approx(true, rel=6e-3, abs=0.051), row[0]
+    assert len(rows) >= 12
+
+
+# -------------------- sentences
+
+
+def ratio(row: str) -> float:
+    results = kept("benchmarks/results/attention.json")["results"]
+    return next(r["ratio_to_cudnn"] for r in results if r["row"] == row and r["implementation"] == "triton")
+
+
+def sentences():
+    """(page, what it has to say)"""
+    last = {arm: gap("recipes_h100", 2, "", arm=arm).split(" ")[0] for arm in ("moba", "moba, then full")}
+    yield "README.md", f"MoBA alone is {last['moba']} nats behind full attention"
+    yield "README.md", f"the gap is {last['moba, then full']}, without a loss spike"
+    end = {"arm": "moba", "tokens": 20185088, "attention": "full"}
+    yield "README.md", f"With 20M tokens it is {gap('continual_h100', 2, '', **end).split(' ')[0]}"
+    at = ("8K 128x8", "32K 128x8", "64K 512x3", "512K 128x8")
+    short, middle, blocks, long = map(ratio, at)
+    yield "README.md", f"{short:.1f} times as fast at 8K with blocks of 128, top 8, and {middle:.1f} times at 32K"
+    yield "README.md", f"{blocks:.0f} times at 64K with 512x3; {long:.0f} times at 512K with 128x8"
+    gates = {row[0]: row[1].split(" ")[0].strip("+") for row in gate_rows()}
+    first = gates["mean, first block always selected (`first_blocks=1`)"]
+    yield "README.md", f"loses {float(gates['mean (MoBA)']):.2f} nats on the last eighth"
+    yield "README.md", f"and {float(first):.2f} with `attention.first_blocks=1`"
+    yield (
+        "docs/findings.md",
+        f"Always selecting the first block closes {1 - float(first) / float(gates['mean (MoBA)']):.0%}".replace(
+            "%", " %"
+        ),
+    )
+    swap = {r["attention"]: r["trailing_minus_full"] for r in kept("docs/results/quickstart/swap.json")["variants"]}
+    own, random = (f"{swap[key]['mean']:.3f} +- {swap[key]['interval_95']:.3f}" for key in ("moba", "random"))
+    yield "README.md", f"MoBA is {own} above full attention, random blocks {random}"
+    rows = kept(f"{LONG['two']}_1m/results.json")["rows"]
+    one, two = (r["tokens_per_second"] for r in rows[:2])
+    yield (
+        "README.md",
+        f"1.5B at 128K reaches {hundreds(two)} tokens/s, {two / one:.1f} times the {hundreds(one)} of one",
+    )
+    yield "README.md", f"1.5B trains at 1M with {rows[2]['peak_memory_gib']:.0f} GiB per GPU"
+    firsts = [-one["first"] for one in kept("docs/results/recipes_h100/results.json")["switches"]]
+    yield (
+        "docs/evals.md",
+        f"the first step after it is {min(firsts):.2f} to {max(firsts):.2f} below MoBA on the same batch",
+    )
+    overall = kept("docs/results/routing_h100/routing.json")["overall"]
+    share = {key: f"{overall[key]['mean']:.0%}".replace("%", " %") for key in ("oracle", "captured", "local", "random")}
+    yield "docs/evals.md", f"although these blocks hold only {share['oracle']} of full attention's probability"
+    yield "docs/evals.md", f"captures {share['captured']}, compared with {share['local']} in the most recent blocks"
+    yield "docs/evals.md", f"blocks and {share['random']} in random ones"
+    sparse = gap("continual_h100", 3, "", arm="moba", tokens=18087936, attention="moba 512x3")
+    yield "docs/bring-your-model.md", f"the model is {sparse} above the full-attention run"
+    yield "docs/bring-your-model.md", f"with full attention {gap('continual_h100', 3, '', **end)} (95 %"
+
+
+@pytest.mark.parametrize("name, text", list(sentences()), ids=lambda text: text[:60])
+def test_a_sentence_has_the_numbers_of_its_results(name, text):
+    """Catches a number that was changed in the text, and results that were replaced without it."""
+    assert text in page(name)
+
+
+def test_what_is_compared_would_be_missed(monkeypatch):
+    """Catches comparisons that pass whatever the text says: any digit of a number of the text changed."""
+    name, text = next(iter(sentences()))
+    changed = re.sub(r"\d(?=\D*$)", lambda m: str((int(m[0]) + 1) % 10), text)
+    assert changed != text and changed not in page(name)
+    rows = table("docs/evals.md", "| recipe | loss")
+    assert [[cell.replace("2.052", "2.051") for cell in row] for row in rows] != list(recipe_rows())
