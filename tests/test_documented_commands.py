@@ -74,6 +74,7 @@ SMALLER = {
     "+exp=sft_hybrid init.source": [
         "data.sources.main.path=embedded-chat:2K", "data.sources.short.path=embedded-chat:1K",
         "data.validation.path=embedded-chat:2K"],
+    "run.name=chats": ["data.validation.path=embedded-chat:2K"],
     "+exp=continual_smollm2": ["model=from_source", *_LENGTHS, *_BLOCKS],
     **{
         f"run.name=small/{stage}": [f"schedule.stages.{stage}.tokens=4K"]

@@ -5,6 +5,7 @@ import gzip
 import json
 import lzma
 from dataclasses import replace
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -96,6 +97,11 @@ def test_cache_goes_by_content(tmp_path, config_of, monkeypatch):
     changed = open_sources(config_of(path=str(path)))["main"]
     bpe = open_sources(config_of(path=str(path), tokenizer="bpe-4k"))["main"]
     assert len(calls) == 3 and len({first.fingerprint, changed.fingerprint, bpe.fingerprint}) == 3
+    config = config_of(path=str(path))
+    memos = list((Path(config.cache_dir) / "content").iterdir())
+    for memo in memos:  # damage there costs a reading, no more
+        memo.write_bytes(b"\xff\xfe")
+    assert memos and open_sources(config)["main"].fingerprint == changed.fingerprint and len(calls) == 3
 
 
 def test_lengths_are_known_once_a_run_has_tokenised(tmp_path, config_of):
