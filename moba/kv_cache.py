@@ -15,6 +15,7 @@ K = top_k.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import accumulate
 
 import torch
@@ -228,11 +229,11 @@ def decode_triton(q: Tensor, sequences: Sequence[SequenceCache], documents: Docu
 
     bounds_k = (documents.cu_seqlens if documents.cu_seqlens_k is None else documents.cu_seqlens_k).long()
     lengths_N, zero = bounds_k.diff(), bounds_k[:1]
-    sizes = {"block_size": kind.block_size, "top_k": kind.top_k, "first_blocks": kind.first_blocks}
+    run = partial(moba_decode, block_size=kind.block_size, top_k=kind.top_k, first_blocks=kind.first_blocks)
     outs = []
     for n, sequence in enumerate(sequences):
         given = (q[n : n + 1], sequence.k, sequence.v, sequence.block_means(kind.block_size))
-        outs.append(moba_decode(*given, zero, lengths_N[n : n + 1], zero, max_length=sequence.length, **sizes)[0])
+        outs.append(run(*given, zero, lengths_N[n : n + 1], zero, max_length=sequence.length)[0])
     return torch.cat(outs)
 
 

@@ -100,8 +100,10 @@ def attend(
     differentiable = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     shape = shape_of(q, k, softmax_scale, deterministic)
     whole = documents.cu_seqlens_k is None
-    if q.is_cuda and whole and not differentiable and triton_refuses(kind, shape, documents) is None:
-        return moba_triton(q, k, v, routing, documents, softmax_scale), None
+    if q.is_cuda and whole and not differentiable:
+        refusal = triton_refuses(kind, shape, documents)  # pyright: ignore[reportArgumentType]  # it reads routing alone
+        if refusal is None:
+            return moba_triton(q, k, v, routing, documents, softmax_scale), None
     layout = documents.layout(routing.block_size)
     selection_HTK = select_blocks(q, layout_means(k, layout), layout, routing.top_k, routing.first_blocks)
     sizes = {"block_size": routing.block_size, "top_k": routing.top_k, "softmax_scale": softmax_scale}
@@ -136,7 +138,7 @@ class RemoteModel:
         AttentionMaskInterface.register(NAME, token_layout)
         if config._attn_implementation is None:
             config._attn_implementation = NAME
-        super().__init__(config, *args, **kwargs)
+        super().__init__(config, *args, **kwargs)  # pyright: ignore[reportCallIssue]  # the model's, not object's
         self.register_forward_pre_hook(InputsCheck(NAME), with_kwargs=True)  # pyright: ignore[reportAttributeAccessIssue]
 
 
