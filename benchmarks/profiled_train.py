@@ -119,7 +119,7 @@ def main(windows: str, *overrides: str) -> None:
     config_yaml = yaml.safe_dump(to_dict(config), sort_keys=False)
     observers = Observers(record=[profiles])
     settled = settle(config, embedding_rows(config.model, tokenizer.vocab_size), hardware).config
-    trainer = Trainer(settled, build_schedule(config), sources, tokenizer, world, observers, config_yaml=config_yaml)
+    trainer = Trainer(settled, build_schedule(settled), sources, tokenizer, world, observers, config_yaml=config_yaml)
     trainer.fit(PreemptionFlag())
 
 

@@ -205,8 +205,9 @@ def _pairs_share(study: Study, config: RunConfig) -> float:
     """Causal pairs of the measured steps' documents, as a share of those of documents that fill every sequence."""
     loader = Loader(open_sources(config.data), seed=config.data.seed, interleave=config.data.interleave)
     stage = build_schedule(config).stages[0]
-    micro = config.schedule.micro_tokens or stage.seq_len
-    loader.set_stage(seq_len=stage.seq_len, batch_tokens=stage.batch_tokens, micro_tokens=micro, mix=stage.mix)
+    loader.set_stage(
+        seq_len=stage.seq_len, batch_tokens=stage.batch_tokens, micro_tokens=stage.micro_tokens, mix=stage.mix
+    )
     steps = [loader.next_step() for _ in range(study.warmup + study.steps)][study.warmup :]
     pairs = sum(causal_pairs(batch.lengths) for step in steps for batch in step)
     return pairs / (study.steps * study.batch_tokens // study.seq_len * causal_pairs([study.seq_len]))

@@ -240,8 +240,6 @@ def _check_schedule(config: RunConfig, problems: Problems) -> None:
             {},
             "no stages; choose an experiment (+exp=quickstart) or a schedule (schedule=moba_then_full)",
         )
-    if schedule.micro_tokens is not None:
-        _at_least("schedule.micro_tokens", schedule.micro_tokens, 1, problems)
     if schedule.window is not None and _at_least("schedule.window", schedule.window, 1, problems):
         patterns = [stage.attention.pattern or "" for stage in schedule.stages.values()]
         letter = Sliding.letter
@@ -250,7 +248,7 @@ def _check_schedule(config: RunConfig, problems: Problems) -> None:
             problems.add("schedule.window", schedule.window, hint)
     for name, stage in schedule.stages.items():
         key = f"schedule.stages.{name}"
-        _check_batch(key, stage, schedule.micro_tokens, problems)
+        _check_batch(key, stage, problems)
         _check_attention(f"{key}.attention", stage.attention, stage.seq_len, config.model.num_layers, problems)
         _check_rope(f"{key}.rope", stage.rope, problems)
         _check_mix(f"{key}.mix", stage.mix, list(config.data.sources), problems)
@@ -263,7 +261,7 @@ def _check_schedule(config: RunConfig, problems: Problems) -> None:
         problems.add(f"schedule.stages.{name}.reset_optimizer", True, hint)
 
 
-def _check_batch(key: str, stage: StageConfig, micro_tokens: int | None, problems: Problems) -> None:
+def _check_batch(key: str, stage: StageConfig, problems: Problems) -> None:
     seq_len, batch = stage.seq_len, stage.batch_tokens
     good = _at_least(f"{key}.seq_len", seq_len, 1, problems)
     if not (_at_least(f"{key}.batch_tokens", batch, 1, problems) and good):
@@ -277,19 +275,19 @@ def _check_batch(key: str, stage: StageConfig, micro_tokens: int | None, problem
             f"must be a multiple of seq_len={format_length(seq_len)}; use {' or '.join(near)}",
         )
         return
-    micro = seq_len if micro_tokens is None else micro_tokens
-    if micro < 1:
+    micro = seq_len if stage.micro_tokens is None else stage.micro_tokens
+    if not _at_least(f"{key}.micro_tokens", micro, 1, problems):
         return
     if micro % seq_len:
         problems.add(
-            "schedule.micro_tokens",
+            f"{key}.micro_tokens",
             format_length(micro),
             f"must be a multiple of {key}.seq_len={format_length(seq_len)}; use null (one sequence) or"
             f" {format_length(-(-micro // seq_len) * seq_len)}",
         )
     elif batch % micro:
         problems.add(
-            "schedule.micro_tokens",
+            f"{key}.micro_tokens",
             format_length(micro),
             f"must divide {key}.batch_tokens={format_length(batch)}; use null (one sequence) or set batch_tokens to"
             f" {format_length(-(-batch // micro) * micro)}",

@@ -102,7 +102,7 @@ def check_world(config: RunConfig, world_size: int, problems: Problems) -> None:
     each = f" of {shared} processes" if shared > 1 else ""
     for name, stage in config.schedule.stages.items():
         seq_len, batch = stage.seq_len, stage.batch_tokens
-        micro = seq_len if config.schedule.micro_tokens is None else config.schedule.micro_tokens
+        micro = seq_len if stage.micro_tokens is None else stage.micro_tokens
         if None in (seq_len, batch) or min(seq_len, batch, micro) < 1 or batch % micro or micro % seq_len:
             continue
         if batch // micro % groups:

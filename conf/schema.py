@@ -295,6 +295,8 @@ class StageConfig:
     batch_tokens: Any = field(default=None, metadata=LENGTH)
     """Tokens per optimizer step over all ranks (global batch), binary K, a multiple of seq_len; null =
     schedule.batch_tokens."""
+    micro_tokens: Any = field(default=None, metadata=LENGTH)
+    """Tokens a rank processes at a time; null = schedule.micro_tokens."""
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     """Attention of this stage."""
     rope: RopeConfig = field(default_factory=RopeConfig)
@@ -328,8 +330,9 @@ class ScheduleConfig:
     batch_tokens: Any = field(default="16K", metadata=LENGTH)
     """Tokens per optimizer step over all ranks, of stages that do not set it."""
     micro_tokens: Any = field(default=None, metadata=LENGTH)
-    """Micro-batch: tokens a rank processes at a time, a multiple of seq_len; null = one sequence. It changes the number
-    of gradient-accumulation steps, not the global batch."""
+    """Micro-batch: tokens a rank processes at a time, a multiple of seq_len. It changes the number of
+    gradient-accumulation steps, not the global batch. null = one sequence on a CPU; on GPUs as many sequences as divide
+    the batch and fit, up to 64K tokens: short sequences one at a time leave a GPU waiting for its host."""
     block_size: Any = field(default=512, metadata=LENGTH)
     """Tokens per MoBA block, of stages that set neither block_size nor num_blocks."""
     top_k: int = 3

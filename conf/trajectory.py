@@ -42,6 +42,7 @@ EXEMPT = (
     "data.sources.*.path",
     "data.sources.*.streaming",
     "schedule.micro_tokens",
+    "schedule.stages.*.micro_tokens",
     # Every stage holds its own copy of these.
     "schedule.tokens",
     "schedule.seq_len",

@@ -70,7 +70,7 @@ def _name_as_typed(config: RunConfig, problems: Problems) -> None:
         problems.typed |= {f"data.sources.main.{key}": f"data.{key}" for key in ("path", "name")}
     for name, stage in config.schedule.stages.items():
         at = f"schedule.stages.{name}"
-        for key in ("seq_len", "batch_tokens"):
+        for key in ("seq_len", "batch_tokens", "micro_tokens"):
             if getattr(stage, key) is None:
                 problems.typed[f"{at}.{key}"] = f"schedule.{key}"
         for key in all_options():
@@ -167,6 +167,7 @@ def _fill_schedule(schedule: ScheduleConfig, num_layers: int, problems: Problems
             stage,
             seq_len=seq_len,
             batch_tokens=stage.batch_tokens if stage.batch_tokens is not None else schedule.batch_tokens,
+            micro_tokens=stage.micro_tokens if stage.micro_tokens is not None else schedule.micro_tokens,
             attention=_fill_attention(stage.attention, schedule, seq_len)
             if stage.attention.plan is None
             else _fill_plan(f"schedule.stages.{name}.attention.plan", stage.attention, num_layers, problems),

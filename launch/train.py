@@ -197,7 +197,10 @@ def _train(
 ) -> None:
     """Trains as `settled` says; `config`, which may leave more to the machine, is what is kept."""
     world = init_world(config.run.device, config.parallel.sequence)
-    run_dir, schedule = config.run.folder, build_schedule(config)
+    # Rank 0's choices on all ranks: their collectives have to fit, whatever GPUs they have.
+    model, stages = collectives.broadcast_object((settled.model, settled.schedule))
+    settled = replace(settled, model=model, schedule=stages)
+    run_dir, schedule = config.run.folder, build_schedule(settled)
     lock = lock_run(run_dir, world)
     if world.is_main:
         store.clean_stale(run_dir)
@@ -217,8 +220,6 @@ def _train(
     evaluator = None if held_out is None else HeldOutEvaluator(held_out, config, schedule, world)
     observers.evaluate = evaluator
     config_yaml = yaml.safe_dump(to_dict(config), sort_keys=False)
-    # Rank 0's choice on all ranks: their collectives have to fit, whatever GPUs they have.
-    settled = replace(settled, model=collectives.broadcast_object(settled.model))
     trainer = Trainer(settled, schedule, sources, tokenizer, world, observers, config_yaml=config_yaml)
     dashboard = None
     if world.is_main:

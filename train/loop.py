@@ -196,7 +196,7 @@ class Trainer:
         self.loader.set_stage(
             seq_len=stage.seq_len,
             batch_tokens=stage.batch_tokens,
-            micro_tokens=self.config.schedule.micro_tokens or stage.seq_len,
+            micro_tokens=stage.micro_tokens,
             mix=stage.mix,
             long_documents=stage.long_documents,
         )

@@ -130,7 +130,7 @@ def build_schedule(config: RunConfig) -> Schedule:
                 end=start + stage.tokens,
                 seq_len=stage.seq_len,
                 batch_tokens=stage.batch_tokens,
-                micro_tokens=config.schedule.micro_tokens or stage.seq_len,
+                micro_tokens=stage.micro_tokens or stage.seq_len,
                 attention=layer_plan(stage.attention, config.model.num_layers),
                 rope=stage.rope,
                 mix=_normalised(weights if stage.mix is None else stage.mix),

@@ -13,8 +13,10 @@ from moba.documents import Documents
 from train.model.decoder import Decoder
 from train.plan.automatic import settle
 from train.plan.plan import make_plan
+from train.schedule import build_schedule
 
 GPU = Hardware(num_gpus=1)
+H100 = replace(GPU, gpu_memory=80 * 2**30)
 SHAPE = {"hidden_size": 64, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2, "ffn_size": 96}
 
 
@@ -132,3 +134,55 @@ def test_a_model_without_a_plan_is_eager(monkeypatch):
     model = Decoder(ModelConfig(**SHAPE, loss_tile=8), 64)
     tokens = torch.arange(8)
     assert model(tokens, tokens, Documents.from_lengths([8]), tokens).shape == (8,)
+
+
+def short(**changes):
+    """A stage of 8K sequences and one of 32K, 128K tokens per step."""
+    schedule = {"batch_tokens": "128K", "stages": {"a": {"tokens": "1M", "seq_len": "8K"}, "b": {"tokens": "1M"}}}
+    return config_of(schedule=schedule | {"seq_len": "32K"} | changes.pop("schedule", {}), **changes)
+
+
+def sizes(config, hardware):
+    return [stage.micro_tokens for stage in build_schedule(settle(config, 384, hardware).config).stages]
+
+
+def test_short_sequences_share_a_micro_batch_on_a_gpu():
+    """Catches a H100 that waits for its host between short sequences, a size that the batch does not divide into, one
+    for all stages, one that a plan does not mention, one that another machine could not resume, and a choice instead
+    of the user's."""
+    k = 1024
+    assert sizes(short(), GPU) == [8 * k, 32 * k], "its memory is not known"
+    assert sizes(short(), H100) == [32 * k, 32 * k]
+    assert sizes(short(), Hardware()) == sizes(short(run={"device": "cpu"}), H100) == [8 * k, 32 * k]
+    assert sizes(short(schedule={"batch_tokens": "96K"}), replace(H100, world_size=3)) == [32 * k, 32 * k]
+    odd = {"batch_tokens": "40K", "stages": {"a": {"tokens": "1M"}}, "seq_len": "8K"}
+    assert sizes(short(schedule=odd), H100) == [8 * k], "five sequences divide by one or five"
+    assert sizes(short(schedule={"micro_tokens": "64K"}), H100) == [64 * k, 64 * k]
+    config = short()
+    settled = settle(config, 384, H100).config
+    assert "schedule.stages.a.micro_tokens=32K: 4 sequences at a time" in text_of(config, H100)
+    assert trajectory_diff(config, settled) == trajectory_diff(settled, config) == []
+    assert settle(settled, 384, H100) == (settled, ())
+    freeze(to_dict(settled), H100)
+
+
+def test_a_micro_batch_is_no_larger_than_the_memory():
+    """Catches several sequences at a time that cost recomputation, or more memory than there is."""
+    shape = {"hidden_size": 1536, "num_layers": 16, "num_heads": 12, "num_kv_heads": None, "ffn_size": 4096}
+    schedule = {"seq_len": "8K", "batch_tokens": "64K", "stages": {"a": {"tokens": "1M"}}}
+    config = config_of(shape, schedule=schedule)
+    one = replace(config, schedule=replace(config.schedule, stages=micro(config, 8 * 1024)))
+    four = replace(config, schedule=replace(config.schedule, stages=micro(config, 32 * 1024)))
+    least, most = (make_plan(c, 384, GPU).memory.total * 100 // 92 for c in (one, four))
+    found = []
+    for memory in range(least + 2**20, most + 2**30, (most - least) // 7):
+        hardware = replace(GPU, gpu_memory=memory)
+        settled = settle(config, 384, hardware).config
+        assert settled.model.activation_checkpointing is False
+        assert make_plan(settled, 384, hardware).memory.total <= 0.92 * memory
+        found.append(settled.schedule.stages["a"].micro_tokens or 8 * 1024)
+    assert found == sorted(found) and set(found) == {8 * 1024, 16 * 1024, 32 * 1024}
+
+
+def micro(config, tokens):
+    return {name: replace(stage, micro_tokens=tokens) for name, stage in config.schedule.stages.items()}

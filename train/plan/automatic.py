@@ -1,7 +1,9 @@
-"""What `auto` in the model's section becomes on the machine at hand: `settle` says, before a model is built.
+"""What is left to the machine at hand becomes there, `auto` in the model's section and the size of micro-batches:
+`settle` says, before a model is built.
 
 It changes no trajectory, only how the same sums are computed, so a run may be resumed where it becomes something else.
-A model that is built of a configuration that nobody settled takes it as false. No torch.
+A model that is built of a configuration that nobody settled takes `auto` as false, and its micro-batches are one
+sequence. No torch.
 """
 
 from __future__ import annotations
@@ -9,13 +11,16 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import NamedTuple
 
-from conf.hardware import Hardware
-from conf.numbers import format_memory
+from conf.hardware import Hardware, data_size
+from conf.numbers import format_length, format_memory
 from conf.schema import AUTO, OFFLOAD, OFFLOAD_HEADS, RunConfig
 from train.plan.describe import uses_bf16
 from train.plan.memory import most_memory, room
 from train.schedule import build_schedule
 
+MICRO_TOKENS = 32 * 1024
+"""So many tokens at a time keep an H100 busy: at 8K and 125m, four sequences at a time took 86 ms where one after the
+other took 225, of which the GPU idled 67 % (benchmarks/results/micro_batches)."""
 KEPT: dict[bool | str, str] = {
     False: "all activations",
     "mlp": "without the MLPs'",
@@ -34,7 +39,7 @@ COSTS: dict[bool | str, str] = {
 
 
 class Settled(NamedTuple):
-    """A configuration whose model has no `auto` left."""
+    """A configuration whose model has no `auto` left, and whose micro-batches have a size."""
 
     config: RunConfig
     reasons: tuple[str, ...]
@@ -52,7 +57,36 @@ def settle(config: RunConfig, vocab_size: int, hardware: Hardware) -> Settled:
         chosen, why = _compile(config, hardware)
         config = replace(config, model=replace(config.model, compile=chosen))
         reasons.append(f"model.compile={str(chosen).lower()}: {why}")
-    return Settled(config, tuple(reasons))
+    config, larger = _micro_batches(config, vocab_size, hardware)
+    return Settled(config, (*reasons, *larger))
+
+
+def _micro_batches(config: RunConfig, vocab_size: int, hardware: Hardware) -> tuple[RunConfig, list[str]]:
+    """The configuration with micro-batches of several sequences on GPUs, in stages that do not say: as many as divide
+    the batch, make MICRO_TOKENS at most, and fit the memory with what is recomputed now. And a reason for each."""
+    if hardware.device(config.run.device) == "cpu" or hardware.gpu_memory is None:
+        return config, []
+    most = room(hardware.gpu_memory)
+    options = {"bf16": uses_bf16(config, hardware), "world_size": hardware.world_size}
+    stages, reasons = dict(config.schedule.stages), []
+    for stage in build_schedule(config).stages:
+        if stages[stage.name].micro_tokens is not None:
+            continue
+        sequences = stage.batch_tokens // stage.seq_len // data_size(config, hardware)
+        limit = MICRO_TOKENS * config.parallel.sequence // stage.seq_len
+        for count in range(min(sequences, limit), 1, -1):
+            micro = count * stage.seq_len
+            if sequences % count:
+                continue
+            needed = most_memory(config, [replace(stage, micro_tokens=micro)], vocab_size, **options).total
+            if needed <= most:
+                stages[stage.name] = replace(stages[stage.name], micro_tokens=micro)
+                reasons.append(
+                    f"schedule.stages.{stage.name}.micro_tokens={format_length(micro)}: {count} sequences at a time; "
+                    f"memory: {format_memory(needed)} of {format_memory(most)} available"
+                )
+                break
+    return replace(config, schedule=replace(config.schedule, stages=stages)), reasons
 
 
 def _with_recomputation(config: RunConfig, mode: bool | str) -> RunConfig:

@@ -311,7 +311,7 @@ def _changes(
     zero3 = replace(config.deepspeed, zero_stage=3)
     settings = (
         (f"parallel.sequence={split.sequence}", "parallel", split, config.parallel == split),
-        ("schedule.micro_tokens=null", "one_sequence", True, config.schedule.micro_tokens is None),
+        ("schedule.micro_tokens=null", "one_sequence", True, _one_sequence(config)),
         ("deepspeed=zero3", "engine", zero3, config.deepspeed == zero3),
     )
     for on_host in (False, True):
@@ -324,6 +324,11 @@ def _changes(
                         changes.append(f"model.activation_checkpointing={str(mode).lower()}")
                     return [*changes, f"on {num_gpus} GPUs"] if num_gpus > hardware.world_size else changes
     return None
+
+
+def _one_sequence(config: RunConfig) -> bool:
+    """Whether no stage takes several sequences at a time."""
+    return all(stage.micro_tokens in (None, stage.seq_len) for stage in config.schedule.stages.values())
 
 
 def _lines(plan: Plan) -> list[str]:
