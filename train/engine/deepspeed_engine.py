@@ -169,7 +169,7 @@ class DeepSpeedEngine:
     def gather(self, slot: Slot, key: str, owner: int) -> torch.Tensor | None:
         mine = dist.get_rank() == owner
         if slot.replicated:
-            return self._share(slot, key).cpu().clone().reshape(slot.shape) if mine else None
+            return self._share(slot, key).to("cpu", copy=True).reshape(slot.shape) if mine else None
         # Shares are added up as integers: each element has one rank that holds its bits and zeros elsewhere.
         whole = torch.empty(slot.numel, dtype=torch.float32) if mine else None
         device = self._engine.device
@@ -182,7 +182,7 @@ class DeepSpeedEngine:
                 bits[first - low : last - low] = held.view(torch.int32).to(device)
             dist.reduce(bits, dst=owner)
             if whole is not None:
-                whole[low:high] = bits.view(torch.float32).cpu()
+                whole[low:high].copy_(bits.view(torch.float32))  # no copy between: host memory is slow to get
         return None if whole is None else whole.reshape(slot.shape)
 
     @torch.no_grad()
