@@ -70,7 +70,7 @@ BANDS = {
     "one large of many": [12, *[2] * 15],
     "sixty": [1] * 60,
     "many": [2] * 70,
-    "many unequal": [20, 10, 10, *[1] * 77],
+    "many unequal": [9, 6, 5, *[1] * 70],
 }
 
 
@@ -139,9 +139,11 @@ def test_bands_of_other_shapes_cover_at_their_rate(buckets, missing):
 
 def test_a_band_is_refused_with_its_reason():
     """Catches a band over clusters of 15, 4, 3, 2, 2 and six of one document: 91 to 98 of 100 by how alike those of a
-    cluster are."""
+    cluster are; and over 20, 10, 10 and 77 of one: 92."""
     sizes = np.array([15, 4, 3, 2, 2, *[1] * 6])
     assert "one cluster has 47% of the documents" in no_band(np.array([11.0]), np.array([sizes.max() / sizes.sum()]))
+    sizes = np.array([20, 10, 10, *[1] * 77])
+    assert "one cluster of 80 has 17%" in no_band(np.array([80]), np.array([sizes.max() / sizes.sum()]))
     assert "4 clusters" in no_band(np.array([3.0, 9.0]), np.array([0.2, 0.2]))
 
 
