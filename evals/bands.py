@@ -60,7 +60,7 @@ def relative_t(sums_NX: np.ndarray, counts_NX: np.ndarray, clusters: Sequence[st
 
 
 def _drawn_t(e_CX: np.ndarray, c_CX: np.ndarray, share_CX: np.ndarray) -> np.ndarray:
-    """|t| of each bucket in draws of whole clusters, whose residuals go together over buckets as e_CX do: [DRAWS, X]."""
+    """|t| of each bucket in draws of whole clusters, their residuals going together as e_CX do: [DRAWS, X]."""
     n, generator = len(e_CX), np.random.default_rng(0)
     root_RX = e_CX / math.sqrt(n)
     if n > FEW:
