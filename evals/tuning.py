@@ -347,14 +347,18 @@ def distances(q: Tensor, k: Tensor, v: Tensor, candidates: Sequence[Moba], count
     found: dict[Moba, Tensor] = {}
     for size in dict.fromkeys(spec.block_size for spec in candidates):
         own = [spec for spec in candidates if spec.block_size == size]
-        picks = [select(spec.routing, q_RHD, k, documents=documents) for spec in own]
+        picks = [select(spec.routing, q_RHD, k, documents=documents).long() for spec in own]
+        most = max(picked_HRK.shape[-1] for picked_HRK in picks)
+        picked_NHRK = torch.stack(
+            [F.pad(picked_HRK, (0, most - picked_HRK.shape[-1]), value=-1) for picked_HRK in picks]
+        )
         num_blocks = -(-length // size)
         padded = [F.pad(x.float(), (0, 0, 0, 0, 0, num_blocks * size - length)) for x in (k, v)]
         k_HMBD, v_HMBD = (x.unflatten(0, (-1, size)).permute(2, 0, 1, 3).repeat_interleave(group, 0) for x in padded)
         key_MB = torch.arange(num_blocks * size, device=q.device).view(num_blocks, size)
         sums = torch.zeros(len(own), 2, dtype=torch.float64, device=q.device)
         squared = torch.zeros((), dtype=torch.float64, device=q.device)
-        step = max(1, MASS_ELEMENTS // (q.shape[1] * num_blocks * max(size, q.shape[2])))
+        step = max(1, MASS_ELEMENTS // (q.shape[1] * num_blocks * max(size, q.shape[2], len(own))))
         for start in range(0, count, step):
             rows = slice(start, min(start + step, count))
             place_r = length - count + torch.arange(rows.start, rows.stop, device=q.device)
@@ -366,16 +370,15 @@ def distances(q: Tensor, k: Tensor, v: Tensor, candidates: Sequence[Moba], count
             share_HrM = lse_HrM.softmax(-1)
             full_HrD = torch.einsum("hrm,hrmd->hrd", share_HrM, out_HrMD)
             squared += full_HrD.double().square().sum()
-            for i, picked_HRK in enumerate(picks):
-                picked_HrK = picked_HRK[:, rows].long()
-                chosen_HrM = torch.zeros_like(share_HrM).scatter_add_(
-                    2, picked_HrK.clamp(min=0), (picked_HrK >= 0).float()
-                )
-                kept_HrM = share_HrM * chosen_HrM
-                captured_Hr = kept_HrM.sum(-1)
-                out_HrD = torch.einsum("hrm,hrmd->hrd", kept_HrM / captured_Hr[..., None], out_HrMD)
-                sums[i, 0] += (out_HrD - full_HrD).double().square().sum()
-                sums[i, 1] += captured_Hr.double().sum()
+            picked_NHrK = picked_NHRK[:, :, rows]
+            chosen_NHrM = share_HrM.new_zeros(len(own), *share_HrM.shape).scatter_add_(
+                3, picked_NHrK.clamp(min=0), (picked_NHrK >= 0).float()
+            )
+            kept_NHrM = share_HrM * chosen_NHrM
+            captured_NHr = kept_NHrM.sum(-1)
+            out_NHrD = torch.einsum("nhrm,hrmd->nhrd", kept_NHrM / captured_NHr[..., None], out_HrMD)
+            sums[:, 0] += (out_NHrD - full_HrD).double().square().sum((1, 2, 3))
+            sums[:, 1] += captured_NHr.double().sum((1, 2))
         sums[:, 0] /= squared
         sums[:, 1] /= count * q.shape[1]
         found |= dict(zip(own, sums))

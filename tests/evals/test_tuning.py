@@ -292,7 +292,7 @@ def test_the_command_writes_a_plan_that_can_be_read(job, monkeypatch, capsys, tm
     [
         (["budget=25"], "budget=25: a share of the causal pairs above 0 and below 1"),
         (["budget=0.3", "to=plan.txt"], "to=plan.txt: a plan file ends in .yaml"),
-        (["budget=0.3", "block_sizes=0"], "block_sizes=0: each must be at least 1"),
+        (["budget=0.3", "block_sizes=0"], "block_sizes=0: must be at least 1"),
         (["budget=0.3", "first_blocks=one"], "first_blocks=one: whole numbers"),
         (["budget=0.01", "block_sizes=64"], "block_sizes: none leaves 3 blocks per query within budget=0.01"),
         (["budget=0.11", "block_sizes=16"], "budget=0.11: a layer attends to 0.2"),
