@@ -213,7 +213,7 @@ def test_evaluate_writes_what_the_model_scores(run_dir, capsys):
         (["id_field=package"], ["id_field", "data="]),
         (["attention=sparse"], ["attention", "512x3"]),
         (["documents=0"], ["documents=0"]),
-        (["seq_len=1M"], ["eval.seq_len"]),
+        (["seq_len=1M"], ["seq_len=", "332"]),
         (["device=tpu"], ["tpu"]),
         (["lenght=3"], ["lenght"]),
     ],
