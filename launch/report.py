@@ -30,7 +30,12 @@ def main(argv: list[str] | None = None) -> None:
     if not folders:
         raise UsageError("name at least one run directory: python launch/report.py runs/a runs/b (--help explains)")
     to = result_folder(values, _default_folder(folders))
-    print(f"report: {write_report(folders, to)}")
+    try:
+        print(f"report: {write_report(folders, to)}")
+    except ReportError:
+        if not any(to.iterdir()):
+            to.rmdir()  # nothing was written
+        raise
 
 
 def _default_folder(folders: list[Path]) -> Path:

@@ -73,7 +73,7 @@ def test_the_table_and_the_figure_show_every_grid(tmp_path):
                 {"length": length, "depth": depth, "exact": score} for length in (512, 1024) for depth in (0.0, 100.0)
             ]
         found[trained] = {"shares": rows, "cells": {"key_value": cells}, "samples": 8}
-    lines = table(found).splitlines()
+    lines = table(found)
     assert [re.findall(r"(\d+) \(", line)[::2] for line in lines[2:]] == [["100", "50"], ["75", "25"]]
     draw(found, tmp_path / "grid.png")
     with Image.open(tmp_path / "grid.png") as drawn:

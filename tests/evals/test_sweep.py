@@ -191,7 +191,11 @@ def test_figure_and_report_show_every_line(model, documents, tmp_path):
 
 def test_mistakes_are_refused_by_name(model, documents, tmp_path):
     """Catches ranges that are none, sizes that are full attention, and a model without MoBA that is given no size."""
-    cases = {"top_k=0": "'0' is no number from 1 to 10,000", "top_k=3..2": "'3..2' is no number", "top_k=two": "'two' is no"}
+    cases = {
+        "top_k=0": "'0' is no number from 1 to 10,000",
+        "top_k=3..2": "'3..2' is no number",
+        "top_k=two": "'two' is no",
+    }
     cases |= {
         "first_blocks=-1": "'-1' is no number from 0 to 10,000",
         "block_sizes=[8,x]": "block_sizes=x",

@@ -76,7 +76,7 @@ def test_the_command(tmp_path):
         (["+exp=moba_32k", "num_gpus=1000000000000"], ["num_gpus=1000000000000: how many GPUs"]),
         (["+exp=moba_32k", "num_gpus=1", "num_gpus=2"], ["num_gpus=2: is given twice"]),
         (["+exp=moba_32k", "gpu_memory=80"], ["gpu_memory=80: is 80 bytes; write a GPU's, such as 80GB"]),
-        (["+exp="], ["+exp=: there is none; known here: continual_smollm2"]),
+        (["+exp="], ["+exp=: no such choice; known here: continual_smollm2"]),
         (["+exp=moba_32k", "run.name="], ["run.name=: a name", "run.dir="]),
         (["+exp=moba_32k", "run.name=../books"], ["run.name=../books: a name", "run.dir="]),
         (["+exp=moba_32k", "data.tokenizer=/no/such/file.json"], ["/no/such/file.json"]),

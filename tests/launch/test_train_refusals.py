@@ -160,7 +160,7 @@ def test_an_unreadable_metrics_line_is_named(launcher, command, house, interrupt
     path = house.runs / interrupted / "metrics.jsonl"
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join([*lines[:2], b"\x00\x00\n", *lines[2:]]))
-    assert_refused(launcher.run(command(interrupted)), "metrics.jsonl, line 3", "remove it to go on")
+    assert_refused(launcher.run(command(interrupted)), "metrics.jsonl, line 3", "remove it to continue")
 
 
 # -------------------- a full disk

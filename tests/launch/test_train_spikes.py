@@ -177,7 +177,7 @@ def test_rollbacks_to_one_checkpoint_come_to_an_end(run, keys, house):
 def test_before_the_first_checkpoint_a_spike_is_skipped(run, keys, house):
     """Catches a rollback to nowhere."""
     ended, _ = run("back-early", "run.on_spike=rollback", *WATCH, spoilt=(keys[2],))
-    assert ended.code == 0 and "skipped, since there is no checkpoint yet" in ended.out, ended
+    assert ended.code == 0 and "skipped, since there is no checkpoint to go back to yet" in ended.out, ended
     assert course(house.runs / "back-early")[-2]["spikes"] == 1
 
 

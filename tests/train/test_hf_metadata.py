@@ -43,7 +43,7 @@ def test_a_chat_model_ends_where_its_turns_end(tokenizer, tmp_path):
     assert export.ends_of_text(chat, tokenizer, template, None) == [end, base]
     assert export.ends_of_text(chat, tokenizer, template, "<|endoftext|>") == [base]
     assert export.ends_of_text(RunConfig(), tokenizer, None, None) == [base]
-    with pytest.raises(UsageError, match=r"eos=nope: no special token .* it has <\|endoftext\|>"):
+    with pytest.raises(UsageError, match=r"eos=nope: not a special token .* has <\|endoftext\|>"):
         export.ends_of_text(chat, tokenizer, template, "nope")
 
     to = tmp_path / "out"

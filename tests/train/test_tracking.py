@@ -139,7 +139,7 @@ def test_a_failure_while_logging_switches_wandb_off_once(tmp_path):
     tracker.scalars({"train/loss": 2.5}, 200)
     tracker.finish()
     real.finish()
-    assert [line for line in said if "off from here on" in line] == said[1:] and len(said) == 2
+    assert [line for line in said if "off from now on" in line] == said[1:] and len(said) == 2
     assert "no space left" in said[1]
 
 
