@@ -35,19 +35,19 @@ from evals.statistics import half_width
 from evals.table import EVALS
 from train.record.progress import clock
 
-__all__ = ["ReportError", "write_report"]
+__all__ = ["ReportError", "read_runs", "write_report"]
 
 END_SHARE = 0.05  # "at the end" is the mean over this part of a run's or a stage's tokens
 
 
-def write_report(folders: Sequence[Path | str], to: Path | str) -> Path:
-    """Writes report.html into `to` (made if missing), and the figures it shows into to/figures; returns its path.
+def read_runs(folders: Sequence[Path]) -> list[Run]:
+    """What the report shows of these run directories. ReportError for what is missing."""
+    return [read_run(folder, name) for folder, name in zip(folders, unique_names(folders))]
 
-    Several runs are compared with the last one. ReportError for what is missing, before anything is written.
-    """
-    folders = [Path(folder) for folder in folders]
-    runs = [read_run(folder, name) for folder, name in zip(folders, unique_names(folders))]
-    to = Path(to)
+
+def write_report(runs: Sequence[Run], to: Path) -> Path:
+    """Writes report.html into the directory `to`, and the figures it shows into to/figures; returns its path. Several
+    runs are compared with the last one."""
     figures = draw_figures(runs, to / "figures")
     path = to / "report.html"
     path.write_text(page(" / ".join(run.name for run in runs), _sections(runs, figures)), encoding="utf-8")

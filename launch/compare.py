@@ -51,7 +51,6 @@ def main(argv: list[str] | None = None) -> None:
     found = difference(run, reference)
     folder = result_folder(values, Path("comparisons"))
     stem = f"{first}_vs_{second}".replace("/", "_")
-    folder.mkdir(parents=True, exist_ok=True)
     plot_positions(sides, folder / f"{stem}.png")
     record = {"commit": commit(), "run": str(paths[0]), "reference": str(paths[1]), **found.summary(gap)}
     path = write_json(folder / f"{stem}.json", record)

@@ -145,7 +145,6 @@ def _open_tracker(trained: TrainedModel, values: dict[str, str], folder: Path) -
     """A wandb run of its own for these results; None unless asked for."""
     if values.get("wandb", "disabled") == "disabled":
         return None
-    folder.mkdir(parents=True, exist_ok=True)
     logging = replace(trained.config.logging, wandb=values["wandb"])
     name = f"{trained.config.run.name} evals"
     about = {"evaluate": values, "run": trained.config.run.name}

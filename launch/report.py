@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:] = [str(ROOT)] + [p for p in sys.path if Path(p or ".").resolve() != ROOT / "launch"]
 
-from evals.report import ReportError, write_report  # noqa: E402
+from evals.report import ReportError, read_runs, write_report  # noqa: E402
 from evals.run_files import unique_names  # noqa: E402
 from launch.cli import UsageError, exits_on, key_values, result_folder, split_paths  # noqa: E402
 
@@ -29,13 +29,8 @@ def main(argv: list[str] | None = None) -> None:
     values = key_values(arguments, KEYS, about=__doc__)
     if not folders:
         raise UsageError("name at least one run directory: python launch/report.py runs/a runs/b (--help explains)")
-    to = result_folder(values, _default_folder(folders))
-    try:
-        print(f"report: {write_report(folders, to)}")
-    except ReportError:
-        if not any(to.iterdir()):
-            to.rmdir()  # nothing was written
-        raise
+    runs = read_runs(folders)
+    print(f"report: {write_report(runs, result_folder(values, _default_folder(folders)))}")
 
 
 def _default_folder(folders: list[Path]) -> Path:

@@ -125,6 +125,11 @@ class Documents:
         return Documents(self.cu_seqlens.pin_memory(), bounds_k, *sizes)
 
     @property
+    def key_bounds(self) -> Tensor:
+        """Where each document's keys begin and the last one's end, int32 [N+1]."""
+        return self.cu_seqlens if self.cu_seqlens_k is None else self.cu_seqlens_k
+
+    @property
     def device(self) -> torch.device:
         """Where the bounds lie."""
         return self.cu_seqlens.device

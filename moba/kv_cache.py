@@ -162,7 +162,7 @@ class LayerCache:
         if documents.number != len(self.sequences):
             raise ValueError(
                 f"the batch has {documents.number} sequences but the cache was made for {len(self.sequences)}: "
-                "give every cached sequence per entry, an empty one if it gets no tokens"
+                "give every cached sequence an entry, an empty one if it gets no tokens"
             )
         return list(accumulate(documents.host_lengths()[0], initial=0))
 
@@ -227,7 +227,7 @@ def decode_triton(q: Tensor, sequences: Sequence[SequenceCache], documents: Docu
         return None
     from moba.backends.triton_decode import moba_decode
 
-    bounds_k = (documents.cu_seqlens if documents.cu_seqlens_k is None else documents.cu_seqlens_k).long()
+    bounds_k = documents.key_bounds.long()
     lengths_N, zero = bounds_k.diff(), bounds_k[:1]
     run = partial(moba_decode, block_size=kind.block_size, top_k=kind.top_k, first_blocks=kind.first_blocks)
     outs = []
@@ -259,7 +259,7 @@ def decode_moba(
     layout = documents.layout(block_size)
     selection_HNK = select_blocks(q, _means_of(sequences, block_size, layout.num_blocks), layout, top_k, first_blocks)
     key_HNS = (selection_HNK[..., None] * block_size + torch.arange(block_size, device=q.device)).flatten(2)
-    bounds_k = documents.cu_seqlens if documents.cu_seqlens_k is None else documents.cu_seqlens_k
+    bounds_k = documents.key_bounds
     start_N1, length_N1 = bounds_k[:-1, None], bounds_k.diff()[:, None]
     seen_NHS = ((key_HNS >= 0) & (key_HNS < length_N1)).transpose(0, 1)
     key_NHS = (torch.minimum(key_HNS.clamp(min=0), length_N1 - 1) + start_N1).transpose(0, 1)

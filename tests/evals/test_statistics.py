@@ -137,6 +137,19 @@ def test_bands_of_other_shapes_cover_at_their_rate(buckets, missing):
         assert 0.93 < covered < 0.97
 
 
+def test_many_clusters_are_drawn_out_of_fewer_numbers(monkeypatch):
+    """Catches buckets that no longer go together, or in another way, where there are more clusters than are drawn one
+    by one."""
+    rng = np.random.default_rng(2)
+    values = rng.standard_normal((250, 1)) * 0.9 + rng.standard_normal((250, 8)) * 0.4
+    ones = np.ones_like(values)
+    short = relative_t(values, ones, range(250)).max(axis=1)
+    monkeypatch.setattr("evals.bands.FEW", 250)
+    whole = relative_t(values, ones, range(250)).max(axis=1)
+    assert not np.array_equal(short, whole)
+    np.testing.assert_allclose(np.quantile(short, [0.5, 0.9]), np.quantile(whole, [0.5, 0.9]), rtol=0.12)
+
+
 def test_a_band_is_refused_with_its_reason():
     """Catches a band over clusters of 15, 4, 3, 2, 2 and six of one document: 91 to 98 of 100 by how alike those of a
     cluster are; and over 20, 10, 10 and 77 of one: 92."""

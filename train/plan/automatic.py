@@ -8,6 +8,7 @@ sequence. No torch.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ from conf.numbers import format_length, format_memory
 from conf.schema import AUTO, OFFLOAD, OFFLOAD_HEADS, RunConfig
 from train.plan.describe import uses_bf16
 from train.plan.memory import most_memory, room
-from train.schedule import build_schedule
+from train.schedule import Stage, build_schedule
 
 MICRO_TOKENS = 32 * 1024
 """So many tokens at a time keep an H100 busy: at 8K and 125m, four sequences at a time took 86 ms where one after the
@@ -67,7 +68,6 @@ def _micro_batches(config: RunConfig, vocab_size: int, hardware: Hardware) -> tu
     if hardware.device(config.run.device) == "cpu" or hardware.gpu_memory is None:
         return config, []
     most = room(hardware.gpu_memory)
-    options = {"bf16": uses_bf16(config, hardware), "world_size": hardware.world_size}
     stages, reasons = dict(config.schedule.stages), []
     for stage in build_schedule(config).stages:
         if stages[stage.name].micro_tokens is not None:
@@ -78,7 +78,7 @@ def _micro_batches(config: RunConfig, vocab_size: int, hardware: Hardware) -> tu
             micro = count * stage.seq_len
             if sequences % count:
                 continue
-            needed = most_memory(config, [replace(stage, micro_tokens=micro)], vocab_size, **options).total
+            needed = _needed(config, [replace(stage, micro_tokens=micro)], vocab_size, hardware)
             if needed <= most:
                 stages[stage.name] = replace(stages[stage.name], micro_tokens=micro)
                 reasons.append(
@@ -87,6 +87,12 @@ def _micro_batches(config: RunConfig, vocab_size: int, hardware: Hardware) -> tu
                 )
                 break
     return replace(config, schedule=replace(config.schedule, stages=stages)), reasons
+
+
+def _needed(config: RunConfig, stages: Sequence[Stage], vocab_size: int, hardware: Hardware) -> int:
+    """Bytes of a GPU that the stage takes that takes most."""
+    options = {"bf16": uses_bf16(config, hardware), "world_size": hardware.world_size}
+    return most_memory(config, stages, vocab_size, **options).total
 
 
 def _with_recomputation(config: RunConfig, mode: bool | str) -> RunConfig:
@@ -101,9 +107,8 @@ def _activation_checkpointing(config: RunConfig, vocab_size: int, hardware: Hard
         return False, "the GPU's memory is not known; set gpu_memory=80GB"
     stages, most = build_schedule(config).stages, room(hardware.gpu_memory)
     tried: dict[bool | str, str] = {}
-    options = {"bf16": uses_bf16(config, hardware), "world_size": hardware.world_size}
     for mode, kept in KEPT.items():
-        needed = most_memory(_with_recomputation(config, mode), stages, vocab_size, **options).total
+        needed = _needed(_with_recomputation(config, mode), stages, vocab_size, hardware)
         tried[mode] = f"{kept} {format_memory(needed)}"
         if needed <= most:
             break
