@@ -108,7 +108,7 @@ def step_of(name: str, caches: Caches) -> Callable[[int], torch.Tensor]:
         def step(i: int) -> torch.Tensor:
             k, v = caches.k[i].flatten(0, 1), caches.v[i].flatten(0, 1)
             places = (row * context, length, row * means)
-            sizes = {"max_length": context, "block_size": BLOCK_SIZE, "top_k": TOP_K}
+            sizes = {"block_size": BLOCK_SIZE, "top_k": TOP_K}
             return moba_decode(queries[i], k, v, caches.means[i], *places, **sizes)[0]
 
     return step
@@ -171,8 +171,8 @@ def check() -> dict:
     starts, mean_starts = (torch.tensor([0, *map(len, x)], device="cuda").cumsum(0)[:-1] for x in (k, means))
     given = (q, torch.cat(k), torch.cat(v), torch.cat(means), starts, torch.tensor(lengths, device="cuda"), mean_starts)
     sizes = {"block_size": BLOCK_SIZE, "top_k": TOP_K}
-    out, lse, selection = moba_decode(*given, max_length=max(lengths), **sizes)
-    again = moba_decode(*given, max_length=max(lengths), **sizes)
+    out, lse, selection = moba_decode(*given, **sizes)
+    again = moba_decode(*given, **sizes)
     assert all(torch.equal(a, b) for a, b in zip((out, lse, selection), again))
     worst, turned = 0.0, 0
     for n, length in enumerate(lengths):

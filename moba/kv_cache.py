@@ -233,7 +233,7 @@ def decode_triton(q: Tensor, sequences: Sequence[SequenceCache], documents: Docu
     outs = []
     for n, sequence in enumerate(sequences):
         given = (q[n : n + 1], sequence.k, sequence.v, sequence.block_means(kind.block_size))
-        outs.append(run(*given, zero, lengths_N[n : n + 1], zero, max_length=sequence.length)[0])
+        outs.append(run(*given, zero, lengths_N[n : n + 1], zero)[0])
     return torch.cat(outs)
 
 

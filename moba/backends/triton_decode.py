@@ -1,11 +1,11 @@
 """MoBA of one new token per sequence over cached keys and values, in Triton: score, select, attend in splits, merge.
 
 Each query head picks its own blocks by the cached means, as in training (moba/routing.py), and only those are read. A
-program takes a piece of one selected block, so that even a batch of one keeps the whole GPU busy; the pieces' partial
-results are merged in a fixed order, and nothing is added by atomics: the same inputs give the same bits. Programs of
-heads that share keys lie side by side and mostly pick the same blocks, so that the second reads them from the cache.
+program takes a piece of one selected block, so that even a batch of one keeps the whole GPU busy, and computes it for
+all heads of the group that selected it: keys that heads share are read once. The pieces' partial results are merged in
+a fixed order, and nothing is added by atomics: the same inputs give the same bits.
 
-Four launches whatever the length and the batch, and no waiting for the device, so a step can be captured in a CUDA
+Three launches whatever the length and the batch, and no waiting for the device, so a step can be captured in a CUDA
 graph: lengths are values on the device.
 
 Shapes: N sequences, H query heads, G key/value heads, D head size, B block size, K = top_k.
@@ -22,18 +22,18 @@ import triton.language as tl
 from torch import Tensor
 
 from moba.backends.triton_attention import device_of
-from moba.backends.triton_routing import keep_best
 from moba.backends.triton_tiles import padded
 from moba.documents import Documents
 from moba.routing import layout_means
 
 PIECE_KEYS = 128
 """Keys of one program, at most."""
-TILE_KEYS = 32
-MEANS_TILE = 32
-"""Means of one program of the scores."""
-SELECT_TILE = 256
-"""Scores that the one warp of a selection looks at together."""
+TILE_KEYS = 64
+SCORES_TILE = 256
+"""Scores that a program looks at together."""
+LOWEST, HIGHEST = tl.constexpr(-(1 << 63)), tl.constexpr((1 << 63) - 1)
+MERGED_PARTS = 32
+"""Partial results that a program merges together."""
 
 
 def moba_decode(
@@ -45,7 +45,6 @@ def moba_decode(
     length_N: Tensor,
     mean_start_N: Tensor,
     *,
-    max_length: int,
     block_size: int,
     top_k: int,
     first_blocks: int = 0,
@@ -57,9 +56,9 @@ def moba_decode(
 
     q is [N, H, D]; k and v are [S, G, D], copied unless their strides agree and the last is 1. Sequence n has the
     length_N[n] rows from key_start_N[n] on, its new token's last. means, float32 [M, G, D], has its block i in row
-    mean_start_N[n] + i; those of the blocks before the new token's are read. Integers are int64 on the device, and
-    `max_length` on the host bounds the lengths. A sequence of length 0 gives zeros, -inf and -1. No gradient. Rows
-    outside the selected blocks are never read. `selection`: to be used instead of routing.
+    mean_start_N[n] + i; those of the blocks before the new token's are read. Integers are int64 on the
+    device. A sequence of length 0 gives zeros, -inf and -1. No gradient. Rows outside the selected blocks are never
+    read. `selection`: to be used instead of routing.
     """
     num_sequences, num_heads, head_dim = q.shape
     num_kv_heads = k.shape[1]
@@ -77,28 +76,24 @@ def moba_decode(
     groups = {"NUM_KV_HEADS": num_kv_heads, "BLOCK_SIZE": block_size}
     if selection is None:
         selection = torch.empty(num_heads, num_sequences, top_k, dtype=torch.int32, device=q.device)
-        max_blocks = max(1, (max_length - 1) // block_size)
-        scores = torch.empty(num_sequences, num_heads, max_blocks, dtype=torch.float32, device=q.device)
-        if top_k > 1:
-            decode_scores_kernel[(num_heads, triton.cdiv(max_blocks, MEANS_TILE), num_sequences)](
-                q, means, length_N, mean_start_N, scores, max_blocks,
-                NUM_HEADS=num_heads, HEAD_DIM=head_dim, BLOCK_D=padded(head_dim), **groups, BLOCKS=MEANS_TILE,
-                FIRST_BLOCKS=first_blocks, num_warps=4,
-            )  # fmt: skip
         decode_select_kernel[(num_heads, num_sequences)](
-            scores, length_N, selection, max_blocks, NUM_HEADS=num_heads, TOP_K=top_k, BLOCK_SIZE=block_size,
-            BEST_SLOTS=max(2, triton.next_power_of_2(top_k - 1)), BLOCKS=SELECT_TILE, num_warps=1,
+            q, means, length_N, mean_start_N, selection, **sizes, **groups, FIRST_BLOCKS=first_blocks,
+            BEST_SLOTS=max(2, triton.next_power_of_2(top_k - 1)), BLOCKS=SCORES_TILE,
+            DIMS=min(32, padded(head_dim)), num_warps=4,
         )  # fmt: skip
     selection = selection.contiguous()
     decode_attend_kernel[(num_heads, top_k * num_pieces, num_sequences)](
         q, k, v, key_start_N, length_N, selection, partial, partial_lse, k.stride(0), k.stride(1),
         scale * 1.4426950408889634,
-        **sizes, **groups, PIECES=num_pieces, PIECE=piece_keys, KEYS=min(TILE_KEYS, piece_keys), num_warps=4,
+        **sizes, **groups, GROUP=max(16, triton.next_power_of_2(num_heads // num_kv_heads)),
+        SLOTS=triton.next_power_of_2(top_k), PIECES=num_pieces, PIECE=piece_keys, KEYS=min(TILE_KEYS, piece_keys),
+        num_warps=4,
     )  # fmt: skip
+    parts = top_k * num_pieces
     decode_merge_kernel[(num_heads, num_sequences)](
         partial, partial_lse, out, lse,
-        NUM_HEADS=num_heads, HEAD_DIM=head_dim, BLOCK_D=padded(head_dim), PARTS=top_k * num_pieces,
-        PARTS_PADDED=triton.next_power_of_2(top_k * num_pieces), num_warps=4,
+        NUM_HEADS=num_heads, HEAD_DIM=head_dim, BLOCK_D=padded(head_dim), PARTS=parts,
+        ALL_PARTS=triton.next_power_of_2(parts), TOGETHER=min(MERGED_PARTS, triton.next_power_of_2(parts)), num_warps=4,
     )  # fmt: skip
     return out, lse, selection
 
@@ -123,125 +118,143 @@ def moba_of_last_tokens(
     with device_of(q):
         out, lse, _ = moba_decode(
             q, k, v, layout_means(k, layout), bounds_N[:-1],
-            bounds_N.diff(), layout.first_block_N[:-1], max_length=documents.longest_k, block_size=block_size,
-            top_k=top_k, first_blocks=first_blocks, softmax_scale=softmax_scale, selection=selection,
+            bounds_N.diff(), layout.first_block_N[:-1], block_size=block_size, top_k=top_k,
+            first_blocks=first_blocks, softmax_scale=softmax_scale, selection=selection,
         )  # fmt: skip
     return out, lse
 
 
-@triton.jit(do_not_specialize=["max_blocks"])
-def decode_scores_kernel(
-    q, means, lengths, mean_starts, scores, max_blocks,
-    NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, NUM_KV_HEADS: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, BLOCKS: tl.constexpr, FIRST_BLOCKS: tl.constexpr,
-):  # fmt: skip
-    """One program: the scores of one head's query with BLOCKS means in float32; infinite for the first blocks."""
-    head, sequence = tl.program_id(0), tl.program_id(2)
-    block = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
-    own = (tl.load(lengths + sequence).to(tl.int32) - 1) // BLOCK_SIZE
-    if tl.program_id(1) * BLOCKS < own:
-        row = (sequence * NUM_HEADS + head).to(tl.int64)
-        dim = tl.arange(0, BLOCK_D)
-        query = tl.load(q + row * HEAD_DIM + dim, mask=dim < HEAD_DIM, other=0.0).to(tl.float32)
-        means += (tl.load(mean_starts + sequence) * NUM_KV_HEADS + head // (NUM_HEADS // NUM_KV_HEADS)) * HEAD_DIM
-        address = block[:, None].to(tl.int64) * (NUM_KV_HEADS * HEAD_DIM) + dim[None, :]
-        mean = tl.load(means + address, mask=(block < own)[:, None] & (dim < HEAD_DIM)[None, :], other=0.0)
-        score = tl.where(block < FIRST_BLOCKS, float("inf"), tl.sum(mean * query[None, :], axis=1))
-        tl.store(scores + row * max_blocks + block, score, mask=block < own)
-
-
-@triton.jit(do_not_specialize=["max_blocks"])
+@triton.jit
 def decode_select_kernel(
-    scores, lengths, selection, max_blocks,
-    NUM_HEADS: tl.constexpr, TOP_K: tl.constexpr, BLOCK_SIZE: tl.constexpr, BEST_SLOTS: tl.constexpr,
-    BLOCKS: tl.constexpr,
+    q, means, lengths, mean_starts, selection,
+    NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, TOP_K: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr, FIRST_BLOCKS: tl.constexpr, BEST_SLOTS: tl.constexpr,
+    BLOCKS: tl.constexpr, DIMS: tl.constexpr,
 ):  # fmt: skip
-    """One program: the blocks of one head of one sequence, the history ascending behind -1s, the own one last."""
+    """One program: the blocks of one head of one sequence, the history ascending behind -1s, the own one last.
+
+    Scores are float32, infinite for the first blocks. A score and its block are one int64 that sorts by score, then
+    earlier blocks first, so that the best of a tile is found by one reduction.
+    """
     head, sequence = tl.program_id(0), tl.program_id(1)
     length = tl.load(lengths + sequence).to(tl.int32)
     own = tl.where(length > 0, (length - 1) // BLOCK_SIZE, -1)
     picks = selection + (head * tl.num_programs(1) + sequence).to(tl.int64) * TOP_K
     tl.store(picks + TOP_K - 1, own)
     if TOP_K > 1:
-        scores += (sequence * NUM_HEADS + head).to(tl.int64) * max_blocks
+        query = q + (sequence * NUM_HEADS + head).to(tl.int64) * HEAD_DIM
+        means += (tl.load(mean_starts + sequence) * NUM_KV_HEADS + head // (NUM_HEADS // NUM_KV_HEADS)) * HEAD_DIM
         slot = tl.arange(0, BEST_SLOTS)
-        infinity = float("inf")
-        # As in select_kernel: slots beyond TOP_K - 1 are never the worst, empty ones have numbers above all blocks.
-        best = tl.zeros([1, BEST_SLOTS], dtype=tl.float32) + tl.where(slot < TOP_K - 1, -infinity, infinity)[None, :]
-        best_block = tl.zeros([1, BEST_SLOTS], dtype=tl.int32) + (slot + (1 << 30))[None, :]
-        worst = tl.zeros([1], dtype=tl.float32) - infinity
+        # Empty slots are below all scores, each at a value of its own; those beyond TOP_K - 1 are never the worst.
+        best = tl.where(slot < TOP_K - 1, LOWEST + 1 + slot.to(tl.int64), HIGHEST)
         for first in range(0, own, BLOCKS):
             block = first + tl.arange(0, BLOCKS)
-            score = tl.load(scores + block, mask=block < own, other=-infinity)
-            best, best_block, worst = keep_best(score[None, :], block, best, best_block, worst)
+            score = tl.zeros([BLOCKS], dtype=tl.float32)
+            for first_dim in tl.static_range(0, BLOCK_D, DIMS):
+                dim = first_dim + tl.arange(0, DIMS)
+                address = block[:, None].to(tl.int64) * (NUM_KV_HEADS * HEAD_DIM) + dim[None, :]
+                mean = tl.load(means + address, mask=(block < own)[:, None] & (dim < HEAD_DIM)[None, :], other=0.0)
+                part = tl.load(query + dim, mask=dim < HEAD_DIM, other=0.0).to(tl.float32)
+                score += tl.sum(mean * part[None, :], axis=1)
+            score = tl.where(block < FIRST_BLOCKS, float("inf"), score)
+            bits = score.to(tl.int32, bitcast=True)
+            ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
+            ranked = tl.where(block < own, (ordered << 32) + (0x7FFFFFFF - block), LOWEST)
+            top = tl.max(ranked, axis=0)
+            worst = tl.min(best, axis=0)
+            while top > worst:
+                best = tl.where(best == worst, top, best)
+                ranked = tl.where(ranked == top, LOWEST, ranked)
+                top = tl.max(ranked, axis=0)
+                worst = tl.min(best, axis=0)
         # Slots in order: empty ones first, then the blocks ascending, then those that are not in use.
-        kept = tl.sum(tl.where(best > -infinity, best_block, slot[None, :] - BEST_SLOTS), axis=0)
-        rank = tl.sum((kept[None, :] < kept[:, None]).to(tl.int32), axis=1)
-        tl.store(picks + rank, tl.maximum(kept, -1), mask=rank < TOP_K - 1)
+        kept = tl.where(best > LOWEST + BEST_SLOTS, 0x7FFFFFFF - (best & 0xFFFFFFFF), slot - BEST_SLOTS)
+        kept = tl.where(slot < TOP_K - 1, kept, 0x7FFFFFFF).to(tl.int32)
+        rank = tl.sum(((kept[None, :] < kept[:, None]) & (slot < TOP_K - 1)[None, :]).to(tl.int32), axis=1)
+        tl.store(picks + rank, tl.maximum(kept, -1), mask=slot < TOP_K - 1)
 
 
 @triton.jit
 def decode_attend_kernel(
     q, k, v, key_starts, lengths, selection, partial, partial_lse, token_stride, head_stride, scale_log2,
     NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, TOP_K: tl.constexpr,
-    NUM_KV_HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr, PIECES: tl.constexpr, PIECE: tl.constexpr,
-    KEYS: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr, GROUP: tl.constexpr, SLOTS: tl.constexpr,
+    PIECES: tl.constexpr, PIECE: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """One program: one head's query over one piece of one block that it selected; its softmax, normalised, and the
-    log2 of its sum."""
+    """One program: one piece of one block that a head selected, for all heads of its group that selected it; per head
+    its softmax, normalised, and the log2 of its sum. The first of those heads has the program that does it."""
     head, part, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    heads_of_group = NUM_HEADS // NUM_KV_HEADS
+    kv_head = head // heads_of_group
+    member, slot = tl.arange(0, GROUP), tl.arange(0, SLOTS)
+    query_head = kv_head * heads_of_group + member
+    picks = selection + (query_head * tl.num_programs(2) + sequence).to(tl.int64)[:, None] * TOP_K + slot[None, :]
+    picked = tl.load(picks, mask=(member < heads_of_group)[:, None] & (slot < TOP_K)[None, :], other=-1)
     block = tl.load(selection + (head * tl.num_programs(2) + sequence).to(tl.int64) * TOP_K + part // PIECES)
-    length = tl.load(lengths + sequence).to(tl.int32)
-    begin = block * BLOCK_SIZE + part % PIECES * PIECE
-    end = tl.minimum(tl.minimum(begin + PIECE, (block + 1) * BLOCK_SIZE), length)
-    end = tl.where(block < 0, begin, end)
-
-    row = (sequence * NUM_HEADS + head).to(tl.int64)
-    dim = tl.arange(0, BLOCK_D)
-    query = tl.load(q + row * HEAD_DIM + dim, mask=dim < HEAD_DIM, other=0.0).to(tl.float32) * scale_log2
-    kv_head = (head // (NUM_HEADS // NUM_KV_HEADS)).to(tl.int64)
-    base = tl.load(key_starts + sequence) * token_stride + kv_head * head_stride
-    top = float("-inf")
-    total = 0.0
-    out = tl.zeros([BLOCK_D], dtype=tl.float32)
-    for first in range(begin, end, KEYS):
-        key = first + tl.arange(0, KEYS)
-        address = base + key[:, None].to(tl.int64) * token_stride + dim[None, :]
-        inside = (key < end)[:, None] & (dim < HEAD_DIM)[None, :]
-        key_tile = tl.load(k + address, mask=inside, other=0.0).to(tl.float32)
-        value_tile = tl.load(v + address, mask=inside, other=0.0).to(tl.float32)
-        score = tl.where(key < end, tl.sum(key_tile * query[None, :], axis=1), float("-inf"))
-        new_top = tl.maximum(top, tl.max(score, axis=0))
-        weight = tl.exp2(score - new_top)
-        decay = tl.exp2(top - new_top)
-        total = total * decay + tl.sum(weight, axis=0)
-        out = out * decay + tl.sum(value_tile * weight[:, None], axis=0)
-        top = new_top
-    place = row * (TOP_K * PIECES) + part
-    is_empty = begin >= end
-    tl.store(partial + place * HEAD_DIM + dim, out / tl.where(is_empty, 1.0, total), mask=dim < HEAD_DIM)
-    tl.store(partial_lse + place, tl.where(is_empty, float("-inf"), top + tl.log2(tl.where(is_empty, 1.0, total))))
+    member_slot = tl.max(tl.where((picked == block) & (block >= 0), slot[None, :], -1), axis=1)
+    takes_part = member_slot >= 0
+    row = (sequence * NUM_HEADS + query_head).to(tl.int64)
+    if block < 0:
+        place = (sequence * NUM_HEADS + head).to(tl.int64) * (TOP_K * PIECES) + part
+        tl.store(partial_lse + place, float("-inf"))
+    elif tl.min(tl.where(takes_part, query_head, NUM_HEADS), axis=0) == head:
+        length = tl.load(lengths + sequence).to(tl.int32)
+        begin = block * BLOCK_SIZE + part % PIECES * PIECE
+        end = tl.minimum(tl.minimum(begin + PIECE, (block + 1) * BLOCK_SIZE), length)
+        dim = tl.arange(0, BLOCK_D)
+        is_dim = dim < HEAD_DIM
+        of_members = takes_part[:, None] & is_dim[None, :]
+        query = tl.load(q + row[:, None] * HEAD_DIM + dim[None, :], mask=of_members, other=0.0)
+        base = tl.load(key_starts + sequence) * token_stride + kv_head.to(tl.int64) * head_stride
+        top = tl.full([GROUP], float("-inf"), dtype=tl.float32)
+        total = tl.zeros([GROUP], dtype=tl.float32)
+        out = tl.zeros([GROUP, BLOCK_D], dtype=tl.float32)
+        for first in range(begin, end, KEYS):
+            key = first + tl.arange(0, KEYS)
+            address = base + key[:, None].to(tl.int64) * token_stride + dim[None, :]
+            inside = (key < end)[:, None] & is_dim[None, :]
+            key_tile = tl.load(k + address, mask=inside, other=0.0)
+            value_tile = tl.load(v + address, mask=inside, other=0.0)
+            score = tl.dot(query, tl.trans(key_tile), input_precision="ieee") * scale_log2
+            score = tl.where((key < end)[None, :], score, float("-inf"))
+            new_top = tl.maximum(top, tl.max(score, axis=1))
+            weight = tl.exp2(score - new_top[:, None])
+            decay = tl.exp2(top - new_top)
+            total = total * decay + tl.sum(weight, axis=1)
+            out = out * decay[:, None]
+            out += tl.dot(weight.to(value_tile.dtype), value_tile, input_precision="ieee")
+            top = new_top
+        is_empty = begin >= end
+        place = row * (TOP_K * PIECES) + member_slot * PIECES + part % PIECES
+        total = tl.where(is_empty, 1.0, total)
+        into = partial + place[:, None] * HEAD_DIM + dim[None, :]
+        tl.store(into, out / total[:, None], mask=of_members)
+        tl.store(partial_lse + place, tl.where(is_empty, float("-inf"), top + tl.log2(total)), mask=takes_part)
 
 
 @triton.jit
 def decode_merge_kernel(
     partial, partial_lse, out, lse,
     NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PARTS: tl.constexpr,
-    PARTS_PADDED: tl.constexpr,
+    ALL_PARTS: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
-    """One program: the output of one head of one sequence from its parts, in their order."""
+    """One program: the output of one head of one sequence from its parts, in a fixed order; an empty part was not
+    written."""
     head, sequence = tl.program_id(0), tl.program_id(1)
     row = (sequence * NUM_HEADS + head).to(tl.int64)
-    part = tl.arange(0, PARTS_PADDED)
+    part = tl.arange(0, ALL_PARTS)
     parts_lse = tl.load(partial_lse + row * PARTS + part, mask=part < PARTS, other=float("-inf"))
     top = tl.max(parts_lse, axis=0)
     top = tl.where(top == float("-inf"), 0.0, top)
     total = tl.sum(tl.exp2(parts_lse - top), axis=0)
     dim = tl.arange(0, BLOCK_D)
     result = tl.zeros([BLOCK_D], dtype=tl.float32)
-    for i in range(PARTS):
-        weight = tl.exp2(tl.load(partial_lse + row * PARTS + i) - top)
-        result += weight * tl.load(partial + (row * PARTS + i) * HEAD_DIM + dim, mask=dim < HEAD_DIM, other=0.0)
+    for first in tl.static_range(0, ALL_PARTS, TOGETHER):
+        several = first + tl.arange(0, TOGETHER)
+        weight = tl.exp2(tl.load(partial_lse + row * PARTS + several, mask=several < PARTS, other=float("-inf")) - top)
+        address = (row * PARTS + several)[:, None] * HEAD_DIM + dim[None, :]
+        tile = tl.load(partial + address, mask=(weight > 0.0)[:, None] & (dim < HEAD_DIM)[None, :], other=0.0)
+        result += tl.sum(tile * weight[:, None], axis=0)
     result = result / tl.where(total == 0.0, 1.0, total)
     tl.store(out + row * HEAD_DIM + dim, result.to(out.dtype.element_ty), mask=dim < HEAD_DIM)
     row_lse = (top + tl.log2(total)) * 0.6931471805599453

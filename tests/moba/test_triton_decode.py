@@ -22,6 +22,7 @@ pytestmark = [
     pytest.mark.skipif(not INTERPRETED and not torch.cuda.is_available(), reason="needs the interpreter, or CUDA"),
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # the interpreter computes masked lanes too
 ]
+HALF = torch.float16 if INTERPRETED else torch.bfloat16  # whose products the interpreter cannot do
 LENGTHS = (70, 1, 33, 16, 17, 0)
 
 
@@ -43,7 +44,7 @@ def decode(q, k, v, lengths, **sizes):
     )
     packed = [torch.cat(several).to(DEVICE) for several in (k, v, means)]
     length = torch.tensor(lengths, device=DEVICE)
-    found = moba_decode(q.to(DEVICE), *packed, starts, length, mean_starts, max_length=max(lengths), **sizes)
+    found = moba_decode(q.to(DEVICE), *packed, starts, length, mean_starts, **sizes)
     return [x.cpu() for x in found]
 
 
@@ -56,7 +57,7 @@ def definition(q, k, v, **sizes):
     return out[-1], lse[:, -1], reference_selection(queries, k.double(), **sizes)[:, -1]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
 @pytest.mark.parametrize(
     ("heads", "head_dim", "sizes"),
     [
@@ -65,6 +66,7 @@ def definition(q, k, v, **sizes):
         ((2, 2), 128, {"block_size": 16, "top_k": 1}),
         ((2, 1), 24, {"block_size": 5, "top_k": 6, "first_blocks": 2, "softmax_scale": 0.4}),
         ((2, 1), 16, {"block_size": 7, "top_k": 20}),
+        ((20, 1), 16, {"block_size": 16, "top_k": 3}),
     ],
     ids=str,
 )
@@ -117,7 +119,7 @@ def test_only_selected_blocks_are_read():
 
     def run(k, v):
         given = (x.to(DEVICE) for x in (q, k, v))
-        return moba_decode(*given, means, zero, length, zero, max_length=200, **sizes)
+        return moba_decode(*given, means, zero, length, zero, **sizes)
 
     want, _, selection = run(k[0], v[0])
     spoiled = torch.tensor([b not in selection for b in range(13)]).repeat_interleave(16)[:200]
@@ -135,7 +137,7 @@ def test_keys_by_head_are_read_where_they_lie():
     rows = [x.as_strided((1, 2, 16), (16, 40 * 16, 1)) for x in (k_BGSD, v_BGSD)]
     means = torch.cat([block_means(one, 8) for one in k]).to(DEVICE)
     starts = [torch.tensor(values, device=DEVICE) for values in ([0, 2 * 40], [40, 40], [0, len(means) // 2])]
-    found = moba_decode(q.to(DEVICE), *rows, means, *starts, max_length=40, **sizes)[0]
+    found = moba_decode(q.to(DEVICE), *rows, means, *starts, **sizes)[0]
     assert torch.equal(found.cpu(), want)
 
 
