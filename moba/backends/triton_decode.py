@@ -29,6 +29,7 @@ from moba.routing import layout_means
 PIECE_KEYS = 128
 """Keys of one program, at most."""
 TILE_KEYS = 64
+WARPS, STAGES = 4, 2
 SCORES_TILE = 256
 """Scores that a program looks at together."""
 LOWEST, HIGHEST = tl.constexpr(-(1 << 63)), tl.constexpr((1 << 63) - 1)
@@ -87,7 +88,7 @@ def moba_decode(
         scale * 1.4426950408889634,
         **sizes, **groups, GROUP=max(16, triton.next_power_of_2(num_heads // num_kv_heads)),
         SLOTS=triton.next_power_of_2(top_k), PIECES=num_pieces, PIECE=piece_keys, KEYS=min(TILE_KEYS, piece_keys),
-        num_warps=4,
+        num_warps=WARPS, num_stages=STAGES,
     )  # fmt: skip
     parts = top_k * num_pieces
     decode_merge_kernel[(num_heads, num_sequences)](
@@ -195,8 +196,8 @@ def decode_attend_kernel(
     takes_part = member_slot >= 0
     row = (sequence * NUM_HEADS + query_head).to(tl.int64)
     if block < 0:
-        place = (sequence * NUM_HEADS + head).to(tl.int64) * (TOP_K * PIECES) + part
-        tl.store(partial_lse + place, float("-inf"))
+        nothing = (sequence * NUM_HEADS + head).to(tl.int64) * (TOP_K * PIECES) + part
+        tl.store(partial_lse + nothing, float("-inf"))
     elif tl.min(tl.where(takes_part, query_head, NUM_HEADS), axis=0) == head:
         length = tl.load(lengths + sequence).to(tl.int32)
         begin = block * BLOCK_SIZE + part % PIECES * PIECE
