@@ -1,7 +1,7 @@
 """Retrieval in a small model that was trained for it: a needle grid under each attention, for full attention, MoBA and
 MoBA with the first block always seen, each trained from the same start.
 
-    python benchmarks/retrieval.py to=results/retrieval jobs=1
+    python benchmarks/retrieval.py to=results/retrieval jobs=3
 
 Texts are made (data/retrieval_set.py) and tokenised; a start is trained at a quarter of the length with full attention,
 from which each attention is trained on at the whole length. The grid then asks each of them under its own attention,
@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import lzma
 import sys
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -62,6 +62,7 @@ KEYS = {
     "samples": "of the grid (default 10)",
     "seed": "default 0",
     "workers": "processes that make and tokenise texts (default 8)",
+    "jobs": "attentions trained at a time; several fit one GPU, which a model so small does not fill (default 1)",
     "device": "auto, cpu or cuda",
     "commit": "commit of the code, where this is no git checkout",
 }
@@ -83,14 +84,19 @@ def main() -> None:
     budgets = {name: parse_tokens(values.get(name, default)) for name, default in DEFAULT_TOKENS.items()}
     first = [f"schedule.seq_len={length // 4}", f"schedule.tokens={budgets['start_tokens']}", "schedule=full_only"]
     start = train(work / START, [*common, *first, "optim.lr.peak=2e-3"], seed)
-    found = {}
-    for name, own in trainings(attention).items():
-        then = [f"schedule.seq_len={length}", f"schedule.tokens={budgets['tokens']}", *own]
-        run = train(work / name, [*common, *then, f"init.source={start}", "optim.lr.peak=1e-3"], seed)
-        beside = f"beside={attention},{attention}+1"
-        asked = [f"lengths={lengths(length)}", "forms=key_value", "arms=full", "attention=full", beside]
-        sizes = [f"{key}={values[key]}" for key in ("depths", "samples") if key in values]
-        found[name] = read_json(evaluate(run, "needle", *asked, *sizes, f"device={device}"))
+    beside = f"beside={attention},{attention}+1"
+    asked = [f"lengths={lengths(length)}", "forms=key_value", "arms=full", "attention=full", beside]
+    asked += [f"{key}={values[key]}" for key in ("depths", "samples") if key in values]
+    then = [*common, f"schedule.seq_len={length}", f"schedule.tokens={budgets['tokens']}", "optim.lr.peak=1e-3"]
+
+    def measured(item: tuple[str, list[str]]) -> dict:
+        name, own = item
+        run = train(work / name, [*then, *own, f"init.source={start}"], seed)
+        return read_json(evaluate(run, "needle", *asked, f"device={device}"))
+
+    arms = trainings(attention)
+    with ThreadPoolExecutor(int(values.get("jobs", 1))) as pool:
+        found = dict(zip(arms, pool.map(measured, arms.items())))
     record = {**origin(sys.argv[1:], values.get("commit")), "seed": seed, "trained": found}
     text = write(record, table(found), to)
     draw(found, to / "retrieval.png")
