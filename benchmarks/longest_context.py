@@ -3,8 +3,9 @@
     python benchmarks/longest_context.py to=long cases=paper_1_1b/1M/1/model.activation_checkpointing=offload
     python benchmarks/longest_context.py to=long cases=paper_1_5b/128K/1,paper_1_5b/128K/2/parallel.sequence=2
 
-A case is model/context/GPUs, and overrides behind further slashes; `steps=20` among them takes another number of steps,
-and `>=128K` as the context doubles it until a run fails. Every step is one document of the full length a
+A case is model/context/GPUs, and overrides behind further slashes. Among them `steps=20` takes another number of steps,
+and `batch=64K` several sequences a step where one is shorter. The context `>=128K` is doubled until a run fails;
+32K+128K+256K are stages of one run, which pays for its start once. Every step is one document of the full length a
 group of processes; the attention is that of +exp=moba_32k (2048x3) unless overrides say otherwise.
 
 Measured: median tokens/s and MFU of the steps after the first, rank 0's peak of GPU memory as torch allocates it, the
@@ -16,6 +17,7 @@ estimates stand beside it.
 from __future__ import annotations
 
 import shutil
+import signal
 import sys
 import threading
 import time
@@ -31,7 +33,6 @@ import torch  # noqa: E402
 
 from benchmarks.common import (  # noqa: E402
     QUIET,
-    Failed,
     cell,
     device_name,
     failure_reason,
@@ -72,36 +73,43 @@ class Case:
     """One run."""
 
     model: str
-    seq_len: int
+    lengths: tuple[int, ...]
     num_gpus: int
     overrides: tuple[str, ...]
     steps: int
+    batch: int
     doubles: bool
 
     @classmethod
     def parse(cls, text: str, steps: int) -> Case:
         """The case that is written model/context/GPUs/overrides."""
         model, seq_len, num_gpus, *more = text.split("/")
-        own = [part for part in more if not part.startswith("steps=")]
-        counts = [int(part.partition("=")[2]) for part in more if part.startswith("steps=")]
+        given = dict(part.split("=", 1) for part in more if part.startswith(("steps=", "batch=")))
+        own = [part for part in more if part.partition("=")[0] not in given]
         doubles = seq_len.startswith(">=")
-        length = parse_length(seq_len.removeprefix(">="))
-        return cls(model, length, int(num_gpus), tuple(own), *(counts or [steps]), doubles)
+        lengths = tuple(map(parse_length, seq_len.removeprefix(">=").split("+")))
+        batch = parse_length(given["batch"]) if "batch" in given else 0
+        return cls(model, lengths, int(num_gpus), tuple(own), int(given.get("steps", steps)), batch, doubles)
 
     @property
     def name(self) -> str:
         """A name for files."""
-        parts = [self.model, format_length(self.seq_len), str(self.num_gpus), *self.overrides]
+        parts = [self.model, "+".join(map(format_length, self.lengths)), str(self.num_gpus), *self.overrides]
         return "_".join(parts).replace("=", "-").replace(".", "-")
 
     def arguments(self, shared: list[str]) -> list[str]:
         """The overrides of its run, without its directory."""
         size = next((int(p.partition("=")[2]) for p in self.overrides if p.startswith("parallel.sequence=")), 1)
-        batch = self.seq_len * self.num_gpus // size
-        lengths = [f"schedule.seq_len={self.seq_len}", f"schedule.batch_tokens={batch}"]
-        budget = f"schedule.tokens={8 * (self.steps + 4) * batch}"
-        model = ["+exp=moba_32k", f"model={self.model}"]
-        return [*model, *QUIET, "optim.lr.peak=1e-4", *lengths, budget, *shared, *self.overrides]
+        groups, last = self.num_gpus // size, self.lengths[-1]
+        stages = ["schedule=custom"]
+        for length in self.lengths:
+            batch = max(length * groups, self.batch)
+            # The last is long enough not to end while its trace is written.
+            tokens = (self.steps + 1) * (8 if length == last else 1) * batch
+            own = {"seq_len": length, "batch_tokens": batch, "tokens": tokens, "attention.kind": "moba"}
+            stages += [f"+schedule.stages.at_{format_length(length)}.{key}={value}" for key, value in own.items()]
+        model = ["+exp=moba_32k", f"model={self.model}", "optim.lr.peak=1e-4"]
+        return [*model, *QUIET, *stages, *shared, *self.overrides]
 
 
 @exits_on(ValueError, OSError)
@@ -109,6 +117,7 @@ def main() -> None:
     """The command; see the module's text."""
     shared, arguments = split(sys.argv[1:])
     values = key_values(arguments, KEYS, about=__doc__, required=["to", "cases"])
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the processes of a run, too
     to = Path(values["to"])
     cases = [Case.parse(text, int(values.get("steps", 3))) for text in values["cases"].split(",")]
     ends = time.monotonic() + float(values.get("seconds", 540))
@@ -123,65 +132,77 @@ def main() -> None:
         case = cases.pop(0)
         left = ends - time.monotonic()
         print(f"== {case.name}, {left:.0f} s left", flush=True)
-        row = {"case": case.name, "model": case.model, "seq_len": case.seq_len, "num_gpus": case.num_gpus}
-        row |= {"overrides": list(case.overrides)}
-        try:
-            row |= _measured(case, to, shared, min(left, float(values.get("limit", 200))))
-            if case.doubles:
-                cases.insert(0, replace(case, seq_len=2 * case.seq_len))
-        except Failed as error:
-            row["failed"] = str(error)
-        record["rows"].append(row)
+        rows = _measured(case, to, shared, min(left, float(values.get("limit", 200))))
+        if case.doubles and "failed" not in rows[-1]:
+            cases.insert(0, replace(case, lengths=(2 * case.lengths[-1],)))
+        record["rows"] += rows
         text = write(record, _table(record), to)
     print(text)
 
 
-def _measured(case: Case, to: Path, shared: list[str], limit: float) -> dict:
-    """What its run did. Failed if it could not, or not in time."""
-    documents = to / f"documents_{case.seq_len}"
+def _measured(case: Case, to: Path, shared: list[str], limit: float) -> list[dict]:
+    """What its run did, a row for each length; `failed` says why one could not be reached in time or at all."""
+    about = {"model": case.model, "num_gpus": case.num_gpus, "overrides": list(case.overrides)}
+    rows = [{"case": case.name, "seq_len": length} | about for length in case.lengths]
+    documents = to / f"documents_{case.lengths[-1]}"
     arguments = [*case.arguments(shared), "data=files", f"data.path={documents}"]
     hardware = detect_hardware(case.num_gpus, case.num_gpus)
     config = load(arguments, hardware)
     tokenizer = load_tokenizer(config.data.tokenizer)
     if not documents.exists():
-        write_documents(documents, tokenizer, DOCUMENTS, case.seq_len, "benchmarks/longest_context.py")
+        write_documents(documents, tokenizer, DOCUMENTS, case.lengths[-1], "benchmarks/longest_context.py")
     plan = make_plan(config, embedding_rows(config.model, tokenizer.vocab_size), hardware)
     planned = {"gpu_gib": plan.memory.total / 2**30, "host_gib": plan.memory.host * case.num_gpus / 2**30}
-    if limit < LEAST_SECONDS:
-        raise Failed("no time left")
+    rows[-1] |= {"planned": planned, "automatic": list(plan.automatic)}
     folder = to / "runs" / case.name
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    trace = folder / "trace.json"
-    script = ["benchmarks/profiled_train.py", f"{trace}:device:{case.steps}:{case.steps + 1}"]
-    peak, began = [0.0], time.monotonic()
-    with started(script, arguments, case.num_gpus, folder) as process:
-        watching = threading.Thread(target=_watch_host, args=(process, peak), daemon=True)
-        watching.start()
-        while not trace.exists():
-            if process.poll() is not None and not trace.exists():
-                raise Failed(failure_reason(folder.with_name(f"{folder.name}.log").read_text(errors="replace")))
-            if time.monotonic() - began > limit:
-                if steps_logged(folder) < 2:
-                    raise Failed(f"{steps_logged(folder)} steps within {limit:.0f} s")
-                break
-            time.sleep(0.2)
-    lines = train_lines(folder)
-    row = {
-        "planned": planned,
-        "automatic": list(plan.automatic),
-        "seconds_a_step": [line["seconds"] for line in lines],
-        "losses": [line["loss"] for line in lines],
-        "grad_norms": [line["grad_norm"] for line in lines],
-        "skipped": lines[-1]["skipped_steps"],
-        **speeds(lines[1 : case.steps + 1] or lines),
-        "host_gib": peak[0],
-    }
-    if trace.exists():
-        row |= communication(read_json(trace)["traceEvents"])
-        trace.unlink()
+    hosts, reason = _run(case, arguments, folder, limit) if limit >= LEAST_SECONDS else ([], "no time left")
+    every = train_lines(folder) if hosts else []
+    for row, host in zip(rows, hosts):
+        lines = [line for line in every if line["seq_len"] == row["seq_len"]]
+        row |= {
+            "seconds_a_step": [line["seconds"] for line in lines],
+            "losses": [line["loss"] for line in lines],
+            "grad_norms": [line["grad_norm"] for line in lines],
+            "skipped": lines[-1]["skipped_steps"],
+            **speeds(lines[1 : case.steps + 1] or lines),
+            "host_gib": host,
+        }
+        trace = _trace(folder, row["seq_len"])
+        if trace.exists():
+            row |= communication(read_json(trace)["traceEvents"])
+            trace.unlink()
+    for row in rows[len(hosts) :]:
+        row["failed"] = reason
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    return row
+    return rows
+
+
+def _trace(folder: Path, length: int) -> Path:
+    """The profile of the last step at a length."""
+    return folder / f"trace_{length}.json"
+
+
+def _run(case: Case, arguments: list[str], folder: Path, limit: float) -> tuple[list[float], str]:
+    """Runs a case for `limit` seconds at most: the peak of host memory up to the end of each length that two or more
+    steps were made at, in GiB, and what became of the others."""
+    ends = [(case.steps + 1) * count for count in range(1, len(case.lengths) + 1)]
+    traces = [_trace(folder, length) for length in case.lengths]
+    windows = [f"{trace}:device:{end - 1}:{end}" for trace, end in zip(traces, ends)]
+    peak, began, hosts = [0.0], time.monotonic(), []
+    with started(["benchmarks/profiled_train.py", ",".join(windows)], arguments, case.num_gpus, folder) as process:
+        threading.Thread(target=_watch_host, args=(process, peak), daemon=True).start()
+        while len(hosts) < len(ends):
+            if traces[len(hosts)].exists():
+                hosts.append(peak[0])
+            elif process.poll() is not None:
+                return hosts, failure_reason(folder.with_name(f"{folder.name}.log").read_text(errors="replace"))
+            elif time.monotonic() - began > limit:
+                made = steps_logged(folder) - (case.steps + 1) * len(hosts)
+                return [*hosts, peak[0]] if made > 1 else hosts, f"{max(made, 0)} steps within {limit:.0f} s"
+            time.sleep(0.2)
+    return hosts, ""
 
 
 def _watch_host(process: psutil.Popen, peak: list[float]) -> None:
@@ -215,14 +236,14 @@ def _cells(row: dict) -> list[str]:
     start = [row["model"], format_length(row["seq_len"]), str(row["num_gpus"]), " ".join(row["overrides"])]
     if "failed" in row:
         return [*start, row["failed"], *[""] * (len(HEADS) - len(start) - 1)]
-    memory = (("peak_memory_gib", "gpu_gib"), ("host_gib", "host_gib"))
+    memory, plan = (("peak_memory_gib", "gpu_gib"), ("host_gib", "host_gib")), row.get("planned")
     shares = (row.get("communication"), row.get("communication_exposed"))
     return [
         *start,
         f"{row['tokens_per_second']:,.0f}",
         cell(row["mfu"], "{:.1%}"),
         f"{row['seconds_a_step'][-1]:.1f}",
-        *(f"{cell(row[key], '{:.1f}')} ({row['planned'][plan]:.1f})" for key, plan in memory),
+        *(cell(row[key], "{:.1f}") + (f" ({plan[of]:.1f})" if plan else "") for key, of in memory),
         ", ".join(cell(share, "{:.1%}") for share in shares),
         ", ".join(f"{loss:.4f}" for loss in row["losses"][:3]),
     ]

@@ -104,6 +104,13 @@ class Profiles:
             os._exit(0)  # the usual way out would save, or wait for what is left of the process group
 
 
+class _Unsaved(Trainer):
+    """Saves nothing at the ends of stages either."""
+
+    def _save(self, *_: Any, **__: Any) -> None:
+        pass
+
+
 def main(windows: str, *overrides: str) -> None:
     """Trains; see the module's text."""
     launched = launch_environment()
@@ -119,7 +126,7 @@ def main(windows: str, *overrides: str) -> None:
     config_yaml = yaml.safe_dump(to_dict(config), sort_keys=False)
     observers = Observers(record=[profiles])
     settled = settle(config, embedding_rows(config.model, tokenizer.vocab_size), hardware).config
-    trainer = Trainer(settled, build_schedule(settled), sources, tokenizer, world, observers, config_yaml=config_yaml)
+    trainer = _Unsaved(settled, build_schedule(settled), sources, tokenizer, world, observers, config_yaml=config_yaml)
     trainer.fit(PreemptionFlag())
 
 
