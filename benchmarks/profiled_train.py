@@ -17,7 +17,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:] = [str(ROOT)] + [p for p in sys.path if Path(p or ".").resolve() != ROOT / "benchmarks"]
 
-from train.engine.world import init_world, launch_environment  # noqa: E402 - first: decides what torch reads
+from train.engine.world import World, init_world, launch_environment  # noqa: E402 - first: decides what torch reads
 
 # isort: split
 import psutil  # noqa: E402
@@ -44,6 +44,7 @@ from train.plan.automatic import settle  # noqa: E402
 from train.schedule import build_schedule  # noqa: E402
 
 START_FILE = "start_seconds"
+Recorder = Callable[[World, Path], Callable[[dict[str, Any]], None]]
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,7 @@ class Profiles:
 
     def _write(self, window: Window) -> None:
         profiler, self._running = self._running, None
+        assert profiler is not None
         profiler.stop()
         beside = window.path.with_name(f"unfinished_{window.path.name}")
         profiler.export_chrome_trace(str(beside))
@@ -102,6 +104,25 @@ class Profiles:
         if self._ends and window is self._windows[-1]:
             sys.stdout.flush()
             os._exit(0)  # the usual way out would save, or wait for what is left of the process group
+
+
+def build_trainer(
+    overrides: Sequence[str], record: Recorder | None = None, trainer: type[Trainer] = Trainer
+) -> Trainer:
+    """The trainer of launch/train.py in this process, without evaluations; record(world, run directory), if given,
+    makes what gets the lines of its metrics."""
+    launched = launch_environment()
+    hardware = detect_hardware(launched.world_size, launched.local_world_size)
+    config = load([*overrides], hardware)
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    world = init_world(config.run.device, config.parallel.sequence)
+    run_dir = config.run.folder
+    run_dir.mkdir(parents=True, exist_ok=True)
+    sources = open_sources(config.data, rank_zero=world.is_main, barrier=collectives.barrier)
+    config_yaml = yaml.safe_dump(to_dict(config), sort_keys=False)
+    observers = Observers(record=[record(world, run_dir)] if record is not None else [])
+    settled = settle(config, embedding_rows(config.model, tokenizer.vocab_size), hardware).config
+    return trainer(settled, build_schedule(settled), sources, tokenizer, world, observers, config_yaml=config_yaml)
 
 
 class _Unsaved(Trainer):
@@ -113,21 +134,13 @@ class _Unsaved(Trainer):
 
 def main(windows: str, *overrides: str) -> None:
     """Trains; see the module's text."""
-    launched = launch_environment()
-    hardware = detect_hardware(launched.world_size, launched.local_world_size)
-    config = load(list(overrides), hardware)
-    tokenizer = load_tokenizer(config.data.tokenizer)
-    world = init_world(config.run.device, config.parallel.sequence)
-    run_dir = Path(config.run.dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    sources = open_sources(config.data, rank_zero=world.is_main, barrier=collectives.barrier)
     parsed = [Window.parse(text) for text in windows.split(",")]
-    profiles = Profiles(parsed, run_dir, world.device.type == "cuda", ends=world.world_size == 1)
-    config_yaml = yaml.safe_dump(to_dict(config), sort_keys=False)
-    observers = Observers(record=[profiles])
-    settled = settle(config, embedding_rows(config.model, tokenizer.vocab_size), hardware).config
-    trainer = _Unsaved(settled, build_schedule(settled), sources, tokenizer, world, observers, config_yaml=config_yaml)
-    trainer.fit(PreemptionFlag())
+
+    def record(world: World, run_dir: Path) -> Profiles:
+        return Profiles(parsed, run_dir, world.device.type == "cuda", ends=world.world_size == 1)
+
+    # Without the host memory that saves in the background would take.
+    build_trainer([*overrides, "checkpoint.asynchronous=false"], record, _Unsaved).fit(PreemptionFlag())
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""How long steps take around a checkpoint: written while the training goes on, and with training waiting for it.
+"""How long steps take around a checkpoint: written while training goes on, from memory that is kept or from fresh
+memory, and with training waiting for it.
 
-    python benchmarks/save_steps.py [to=benchmarks/results/save_steps] [runs=runs/save_steps] [commit=LABEL]
+    python benchmarks/save_steps.py [to=benchmarks/results/save_steps] [runs=runs/save_steps] [arms=kept,fresh,waits]
+        [steps=5] [seconds=150] [commit=LABEL]
 
-Two runs of launch/train.py, which differ in checkpoint.asynchronous alone: STEPS steps with a save behind the one in
-the middle (and one at the end, which every run waits for). Arguments with a dot, and groups such as model=tiny, go to
-both as overrides. Under two minutes on one H100.
+One process trains on, with the steps and saves of launch/train.py; each arm is some steps, a save, and steps until it
+is written. After `seconds` no further arm begins. Arguments with a dot, and groups such as model=tiny, are overrides.
+Some two minutes on one H100; with model=tiny and short sequences it can be tried on a CPU.
 """
 
 from __future__ import annotations
@@ -12,74 +14,138 @@ from __future__ import annotations
 import shutil
 import statistics
 import sys
-from itertools import pairwise
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:] = [str(ROOT)] + [p for p in sys.path if Path(p or ".").resolve() != ROOT / "benchmarks"]
 
+from benchmarks.profiled_train import build_trainer  # noqa: E402 - first: decides what torch reads
+
+# isort: split
 import torch  # noqa: E402
 
-from benchmarks.common import markdown, origin, split, train, write  # noqa: E402
+from benchmarks.common import cell, device_name, markdown, origin, split, whole_numbers, write  # noqa: E402
+from conf.build import ConfigError  # noqa: E402
 from conf.numbers import format_length  # noqa: E402
-from launch.cli import exits_on, key_values  # noqa: E402
-from launch.config import load  # noqa: E402
+from launch.cli import UsageError, exits_on, key_values  # noqa: E402
 from train.checkpoint import store  # noqa: E402
-from train.record.metrics import FILE_NAME, read_metrics  # noqa: E402
+from train.engine.world import leave, shutdown  # noqa: E402
+from train.loop import Trainer  # noqa: E402
+from train.step import train_step  # noqa: E402
 
-STEPS, WARMUP = 12, 2
-ARMS = {"asynchronous": "true", "synchronous": "false"}
+ARMS = {
+    "kept": "in the background, from memory kept between saves (pinned for a GPU)",
+    "fresh": "in the background, from fresh memory",
+    "waits": "checkpoint.asynchronous=false",
+}
+WARMUP = 3  # steps
 SHAPE = ["+exp=moba_32k", "model=paper_545m", "schedule=moba_only", "schedule.seq_len=32K", "schedule.batch_tokens=64K",
-         "eval.every_tokens=0", "eval.documents=1", "logging=quiet"]  # fmt: skip
-KEYS = {"to": "folder of the results", "runs": "folder of the runs, emptied first", "commit": "label of the code"}
+         "data.validation=null", "checkpoint.keep=1", "schedule.tokens=1B"]  # fmt: skip
+KEYS = {
+    "to": "folder of the results",
+    "runs": "folder of the run, emptied first",
+    "arms": "which, in order, comma-separated",
+    "steps": "steps before a save, and after it is written",
+    "seconds": "no arm begins after so many",
+    "commit": "label of the code",
+}
 CONVENTION = (
-    "Milliseconds from the log line of a step to that of the next, with all that happens between them. before: median "
-    f"of steps {WARMUP + 1} to {STEPS // 2}; next: the step behind the save, with the save; after: median of the later "
-    "ones. Seconds for which training stood still for this save, and which its writing took."
+    "Milliseconds of a step, from an idle device to an idle device. before: median of the steps ahead of the save; "
+    "next: the save and the step behind it; writing: median of those while it is written, with their number; after: "
+    "median of the later ones. Seconds for which the host stood still for the save, and that its writing took."
 )
 
 
-def measure(folder: Path, overrides: list[str]) -> dict:
-    """What one run's lines say of its steps around the save behind step STEPS // 2."""
-    run = train(folder, overrides, seed=0)
-    records = read_metrics(run / FILE_NAME)
-    lines = [r for r in records if r["kind"] == "train"]
-    ms = [round(1000 * (b["wall_seconds"] - a["wall_seconds"])) for a, b in pairwise(lines)]  # of step 2 on
-    middle = STEPS // 2
-    size = sum(path.stat().st_size for path in store.newest(run).rglob("*") if path.is_file())
-    shutil.rmtree(run / "checkpoints")
+def step(trainer: Trainer) -> float:
+    """Milliseconds of one step of training."""
+    began, stage = time.perf_counter(), trainer.stage
+    assert stage is not None
+    batches = trainer.loader.next_step()
+    result = train_step(trainer.engine, batches, lr=1e-5, world=trainer.world, on_losses=trainer._count)
+    trainer._after_step(stage, batches, result)
+    trainer._log(stage)  # waits for the device
+    return 1000 * (time.perf_counter() - began)
+
+
+def measure(trainer: Trainer, arm: str, steps: int, buffer: store.HostBuffer) -> dict:
+    """The steps around one save."""
+    assert trainer.stage is not None
+    before = [step(trainer) for _ in range(steps)]
+    trainer._host_buffer = buffer if arm == "kept" else None
+    began = time.perf_counter()
+    trainer._save(trainer.stage, ends=False, watched=False, at_once=arm == "waits")
+    waited = time.perf_counter() - began
+    following, writing = 1000 * waited + step(trainer), []
+    while trainer._saving is not None and not trainer._saving.poll():
+        writing.append(step(trainer))
+    trainer._finish_save()
+    written = trainer._save_write or waited
+    after = [step(trainer) for _ in range(steps)]
     return {
-        "device": next(r for r in records if r["kind"] == "run")["device"],
-        "gigabytes": size / 1e9,
-        "milliseconds_of_steps_2_on": ms,
-        "before": statistics.median(ms[WARMUP - 1 : middle - 1]),
-        "next": ms[middle - 1],
-        "after": statistics.median(ms[middle:]),
-        "waited": sum(r["save_wait_seconds"] for r in lines),
-        "written": sum(r["save_write_seconds"] for r in lines),
+        "steps": {"before": before, "next": following, "writing": writing, "after": after},
+        "before": statistics.median(before),
+        "next": following,
+        "writing": statistics.median(writing) if writing else None,
+        "after": statistics.median(after),
+        "waited": waited,
+        "written": written,
     }
 
 
-@exits_on(ValueError, OSError)
+@exits_on(ConfigError, ValueError, OSError)
 def main() -> None:
+    """The command; see the module's text."""
+    began = time.monotonic()
     overrides, own = split(sys.argv[1:])
     given = key_values(own, KEYS, about=__doc__)
+    arms = given.get("arms", ",".join(ARMS)).split(",")
+    if unknown := sorted({*arms} - {*ARMS}):
+        raise UsageError(f"arms={given['arms']}: {', '.join(unknown)}: choose of {', '.join(ARMS)}")
+    (steps,), (limit,) = (whole_numbers(given, key, least) for key, least in (("steps", "5"), ("seconds", "150")))
     to = Path(given.get("to", ROOT / "benchmarks" / "results" / "save_steps"))
     runs = Path(given.get("runs", "runs/save_steps"))
     shutil.rmtree(runs, ignore_errors=True)
-    shape = [*SHAPE, f"data.cache_dir={runs}/cache", *overrides]
-    batch = next(iter(load(shape).schedule.stages.values())).batch_tokens
-    shape += [f"schedule.tokens={STEPS * batch}", f"checkpoint.every_tokens={STEPS // 2 * batch}"]
-    arms = {arm: measure(runs / arm, [*shape, f"checkpoint.asynchronous={word}"]) for arm, word in ARMS.items()}
+    trainer = build_trainer([*SHAPE, f"data.cache_dir={runs}/cache", f"run.dir={runs}/run", *overrides])
+    stage = trainer._enter(trainer.schedule.lookup(0))
+    memory_began = time.perf_counter()
+    buffer = store.host_buffer(trainer.engine, trainer.world.device, print)
+    for _ in range(WARMUP):
+        step(trainer)
+    buffer.rewind()
+    memory = time.perf_counter() - memory_began
 
-    record = {**origin(sys.argv[1:], given.get("commit")), "torch": torch.__version__, "convention": CONVENTION, **arms}
-    device, size = (arms["asynchronous"][key] for key in ("device", "gigabytes"))
-    head = [f"{device}, torch {torch.__version__}, commit {record['commit']}", "", f"`{record['command']}`", ""]
-    head += [f"A checkpoint of {size:.2f} GB, steps of {format_length(batch)} tokens. {CONVENTION}", ""]
-    forms = {"before": "{:.0f}", "next": "{}", "after": "{:.0f}", "waited": "{:.2f}", "written": "{:.2f}"}
-    rows = [[arm, *(form.format(own[key]) for key, form in forms.items())] for arm, own in arms.items()]
-    heads = ("save", "before ms", "next ms", "after ms", "waited s", "written s")
-    print(write(record, [*head, *markdown(heads, rows)], to))
+    record = {**origin(sys.argv[1:], given.get("commit")), "device": device_name(), "torch": torch.__version__}
+    record |= {"convention": CONVENTION, "warmup_seconds": memory, "arms": {}}
+    text = "nothing was measured"
+    for number, arm in enumerate(arms):
+        if time.monotonic() - began > limit:
+            print(f"{limit} s are over: {', '.join(arms[number:])} not measured", flush=True)
+            break
+        record["arms"][f"{number + 1} {arm}"] = measure(trainer, arm, steps, buffer)
+        newest = trainer.last_checkpoint
+        assert newest is not None
+        record["gigabytes"] = sum(path.stat().st_size for path in newest.iterdir()) / 1e9
+        text = publish(record, format_length(stage.batch_tokens), to)
+        print(f"{arm}: {time.monotonic() - began:.0f} s since the start", flush=True)
+    print(text)
+    shutil.rmtree(runs / "run" / "checkpoints")
+    shutdown()
+    leave(0)
+
+
+def publish(record: dict, batch: str, to: Path) -> str:
+    """Writes what was measured so far; returns its table."""
+    head = [f"{record['device']}, torch {record['torch']}, commit {record['commit']}", "", f"`{record['command']}`", ""]
+    head += [f"A checkpoint of {record['gigabytes']:.2f} GB, steps of {batch} tokens. {record['convention']}", ""]
+    heads = ("save", "before ms", "next ms", "writing ms", "after ms", "waited s", "written s")
+    rows = []
+    for name, own in record["arms"].items():
+        writing = f"{cell(own['writing'], '{:.0f}')} ({len(own['steps']['writing'])})"
+        times = [f"{own[key]:.0f}" for key in ("before", "next", "after")]
+        rows.append([name, *times[:2], writing, times[2], f"{own['waited']:.2f}", f"{own['written']:.2f}"])
+    kinds = [f"- {arm}: {text}" for arm, text in ARMS.items()]
+    return write(record, [*head, *markdown(heads, rows), "", *kinds], to)
 
 
 if __name__ == "__main__":

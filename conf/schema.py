@@ -446,7 +446,8 @@ class CheckpointConfig:
     """Keep the checkpoint at the end of each stage."""
     asynchronous: bool = True
     """Write checkpoints in the background while training continues, from a copy in host memory (divided among the
-    processes). With `false`, and when the run is stopped, training waits, and one shard at a time is copied."""
+    processes; pinned on GPUs, and held throughout the run). With `false`, and when the run is stopped, training waits,
+    and one shard at a time is copied."""
 
 
 @dataclass(frozen=True)

@@ -127,6 +127,7 @@ class Trainer:
         self._interval_loss = PositionLoss(first.seq_len, world.device)
         self._saved: store.Saved | None = None  # until its sums are taken up
         self._saving: store.Saving | None = None  # until it is known to be complete
+        self._host_buffer: store.HostBuffer | None = None  # for the copies of asynchronous saves
         self._save_wait = self._save_write = 0.0
         self._watch_missing = False
         self._reset_interval()
@@ -138,6 +139,8 @@ class Trainer:
         """Trains until the schedule ends (returns True) or a signal asked to stop (returns False, saved)."""
         config = self.config
         self._emit(self.metrics.write("run", self.tokens, **self.throughput.describe()))
+        if config.checkpoint.asynchronous:
+            self._host_buffer = store.host_buffer(self.engine, self.world.device, self.observers.say)
         self.throughput.take()  # starts the clock
         if self._watch_missing:
             last = self._enter(self.schedule.lookup(min(self.tokens, self.schedule.total_tokens) - 1))
@@ -362,6 +365,7 @@ class Trainer:
                 stage_end=ends and self.config.checkpoint.keep_stage_ends,
                 keep=self.config.checkpoint.keep,
                 at_once=at_once,
+                buffer=None if at_once else self._host_buffer,
             )
         if at_once:
             self._finish_save()

@@ -3,6 +3,7 @@
 first DIRECTORY     each engine: steps 0 to 5 with a checkpoint at step 3; then steps that go wrong; then step 6; then
                     steps 7 and 8 with the optimizer reset
 second DIRECTORY    each engine, in a new process: steps 3 to 6, continued from the checkpoints of `first`
+pinned DIRECTORY    each engine on the GPU, if there is one: two saves from one buffer while the device is behind
 """
 
 from __future__ import annotations
@@ -59,12 +60,12 @@ def save(directory: Path, engine: Any, tokens: int) -> Path:
     return store.save(directory, engine, **content(tokens))
 
 
-def save_beside(directory: Path, engine: Any, tokens: int) -> Path:
+def save_beside(directory: Path, engine: Any, tokens: int, buffer: Any = None) -> Path:
     """Saved in a thread, which writes only after weights and moments have been changed and set back."""
     writes = threading.Event()
     save_file = store.save_file
     store.save_file = lambda *args, **options: (writes.wait(), save_file(*args, **options))
-    saving = store.start_save(directory, engine, **content(tokens))
+    saving = store.start_save(directory, engine, **content(tokens), buffer=buffer)
     with torch.no_grad():
         held = [engine._share(slot, key) for slot in engine.slots() if slot.size for key in (MASTER, *MOMENTS)]
         kept = [tensor.clone() for tensor in held]
@@ -189,10 +190,12 @@ def first(directory: Path, world: World) -> dict[str, Any]:
         mine: dict[str, Any] = {"optimizer": type(engine._optimizer).__name__}
         if name == "z2-bf16":
             save(run_dir, engine, 0)
+        buffer = store.host_buffer(engine, world.device)
+        store.start_save(directory / "earlier" / run_dir.name, engine, **content(0), buffer=buffer).wait()
         mine["steps"] = steps(engine, range(SAVE_AT), world)
         seed_rank(5)
         save(directory / f"at-once-{name}-{world.world_size}", engine, SAVE_AT)
-        save_beside(run_dir, engine, SAVE_AT)
+        save_beside(run_dir, engine, SAVE_AT, buffer)
         mine["draws"] = gather_objects(draws())
         mine["steps"] += steps(engine, range(SAVE_AT, LAST), world)
         mine["bad"] = {kind: bad_step(engine, world, kind) for kind in BAD}
@@ -240,12 +243,32 @@ def second(directory: Path, world: World) -> dict[str, Any]:
     return report
 
 
+def pinned(directory: Path, world: World) -> dict[str, Any]:
+    report: dict[str, Any] = {}
+    for name in ENGINES:
+        engine = build_engine(build_model(), config_of(name), world)
+        said: list[str] = []
+        buffer = store.host_buffer(engine, world.device, said.append)
+        exact = []
+        for tokens in (1, 2):
+            steps(engine, range(tokens), world)
+            at_once = save(directory / f"at-once-{name}", engine, tokens)
+            if world.device.type == "cuda":
+                torch.cuda._sleep(2_000_000_000)  # about a second, in which the host goes on
+            beside = save_beside(directory / name, engine, tokens, buffer)
+            files = [path.name for path in at_once.iterdir() if path.suffix == ".safetensors"]
+            exact.append(all((beside / file).read_bytes() == (at_once / file).read_bytes() for file in files))
+        report[name] = {"exact": exact, "pinned": buffer.take(0).is_pinned(), "said": said}
+        engine.destroy()
+    return report
+
+
 if __name__ == "__main__":
     role, target = sys.argv[1], Path(sys.argv[2])
-    here = init_world("cpu")
+    here = init_world("cuda" if role == "pinned" and torch.cuda.is_available() else "cpu")
     # So that the small model fills several files and several rounds of gathering.
     store.SHARD_BYTES, deepspeed_engine.GATHER_ELEMENTS = 3000, 100
-    report = {"first": first, "second": second}[role](target, here)
+    report = {"first": first, "second": second, "pinned": pinned}[role](target, here)
     if here.is_main:
         (target / f"{role}-{here.world_size}.json").write_text(json.dumps(report))
     shutdown()

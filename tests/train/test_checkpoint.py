@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_runs import ENGINES, LAST, ROOT, SAVE_AT, build_model, other_stage
+from engine_runs import ENGINES, LAST, ROOT, SAVE_AT, build_model, launch, other_stage
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from train.checkpoint import checkpoint_dir, saving, store
+from train.checkpoint import checkpoint_dir, host_buffer, saving, store
 from train.checkpoint.store import CheckpointError, newest, verify
 from train.engine.engine import Slot
 
@@ -55,6 +55,30 @@ def test_a_save_beside_the_training_holds_what_was_there_when_it_began(first_run
     assert files == sorted(path.name for path in beside.iterdir()) and len(files) > 8
     for file in files:
         assert (beside / file).read_bytes() == (at_once / file).read_bytes(), file
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_copies_that_nobody_waits_for_are_of_the_moment_of_the_save(tmp_path):
+    """Catches files written before their copies have come, copies behind the next step's changes, and memory that
+    another save still needs: the device is a second behind its host at every save."""
+    report = launch("pinned", tmp_path, (1,))[1]
+    for name in ENGINES:
+        assert report[name] == {"exact": [True, True], "pinned": True, "said": []}, name
+
+
+def test_what_cannot_be_pinned_is_said_once_and_used(monkeypatch):
+    """Catches a save that fails where the system allows no pinned memory."""
+    monkeypatch.setattr(host_buffer, "pin", lambda buffer: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    said = []
+    buffer = host_buffer.HostBuffer(2**26, torch.device("cuda"), said.append)
+    buffer.rewind()
+    first = buffer.take(3).fill_(1)
+    assert not (buffer.take(2) == 1).any()
+    buffer.rewind()
+    assert buffer.take(3).data_ptr() == first.data_ptr()
+    assert len(said) == 1 and said[0].startswith("0.2 GiB of host memory cannot be pinned (CUDA error 2)")
 
 
 @pytest.mark.parametrize(("name", "world_size"), CASES)

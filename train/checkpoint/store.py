@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,18 +47,21 @@ from train.checkpoint.checkpoint_dir import (
     newest,
     verify,
 )
+from train.checkpoint.host_buffer import HostBuffer
 from train.checkpoint.saving import Saving, attempt
 from train.engine.collectives import barrier, gather_objects
 from train.engine.engine import MASTER, MOMENTS, Engine, Slot
 
 __all__ = [
     "CheckpointError",
+    "HostBuffer",
     "Saved",
     "Saving",
     "TensorFiles",
     "clean_stale",
     "compare_parameters",
     "find",
+    "host_buffer",
     "load_engine",
     "load_weights",
     "newest",
@@ -110,9 +114,12 @@ def start_save(
     stage_end: bool,
     keep: int,
     at_once: bool = False,
+    buffer: HostBuffer | None = None,
 ) -> Saving:
-    """Returns the save of a new checkpoint; a collective for all ranks, between steps. All of it has been copied to the
-    host by then, this rank's part to this rank's; with `at_once` the shards are written already.
+    """Returns the save of a new checkpoint; a collective for all ranks, between steps. By then all of it is on its way
+    to the host, this rank's part to this rank's, and what trains on changes nothing of it; with `at_once` the shards
+    are written already. `buffer` is the memory for that copy (`host_buffer`; no save that uses it may be in hand), else
+    it is fresh.
 
     `state` (JSON-able), `tensors` and `config_yaml` are rank 0's. Once it is complete, the newest `keep` checkpoints
     are left, and those saved with `stage_end`. Raises CheckpointError on all ranks, here or in the Saving, with
@@ -132,20 +139,28 @@ def start_save(
             save_file(held.pop(file), temporary / file, metadata={"format": "pt"})
             files.append(file)
 
+    # First what the host waits for: behind the large copies it would wait for those too.
     rounds, index = _layout(engine)
-    for shards, keys in rounds:
-        held |= _gather_round(engine, shards, keys)
-        if at_once:
-            attempt(temporary, write_held)
-    held[rng.file_name(dist.get_rank())] = rng.random_state()
-    texts: dict[str, str] = {}
+    random, texts = rng.random_state(), {}
+    small: dict[str, torch.Tensor] = {}
     if main:
-        held[TENSORS] = {key: value.detach().to("cpu", copy=True).contiguous() for key, value in tensors.items()}
+        small = {key: value.detach().to("cpu", copy=True).contiguous() for key, value in tensors.items()}
         meta = _meta(engine, tokens, stage_end) | {"state": state}
         texts = {STATE: json.dumps(meta, indent=1), CONFIG: config_yaml}
         texts |= {name: json.dumps(content, indent=1) for name, content in index.items()}
+    if buffer is not None:
+        buffer.rewind()
+    for shards, keys in rounds:
+        held |= _gather_round(engine, shards, keys, buffer)
+        if at_once:
+            attempt(temporary, write_held)
+    held[rng.file_name(dist.get_rank())] = random
+    if main:
+        held[TENSORS] = small
+    copied = buffer.copied() if buffer is not None else lambda: None
 
     def write() -> dict[str, Entry]:
+        copied()
         write_held()
         for name, text in texts.items():
             checkpoint_dir.write_text(temporary / name, text)
@@ -156,6 +171,13 @@ def start_save(
         checkpoint_dir.prune(run_dir, keep)
 
     return Saving(temporary, write, finish)
+
+
+def host_buffer(engine: Engine, device: torch.device, say: Callable[[str], None] = lambda line: None) -> HostBuffer:
+    """Memory for the copies of `start_save`, taken in a thread while training begins, for saves one after the other.
+    `say` as HostBuffer has it."""
+    slots = engine.slots()[dist.get_rank() :: dist.get_world_size()]  # as `_plan` deals them out
+    return HostBuffer((1 + len(MOMENTS)) * sum(slot.numel for slot in slots), device, say)
 
 
 def _meta(engine: Engine, tokens: int, stage_end: bool) -> dict[str, Any]:
@@ -235,13 +257,16 @@ def _layout(engine: Engine) -> tuple[list[tuple[list[_Shard], tuple[str, ...]]],
     return rounds, index
 
 
-def _gather_round(engine: Engine, shards: list[_Shard], keys: tuple[str, ...]) -> dict[str, dict[str, torch.Tensor]]:
+def _gather_round(
+    engine: Engine, shards: list[_Shard], keys: tuple[str, ...], buffer: HostBuffer | None
+) -> dict[str, dict[str, torch.Tensor]]:
     """Returns the file of this rank, if any, and its tensors: one shard is gathered for each rank."""
     mine: dict[str, dict[str, torch.Tensor]] = {}
     for shard in shards:
         for slot in shard.slots:
             for key in keys:
-                tensor = engine.gather(slot, key, shard.owner)
+                into = buffer.take(slot.numel) if buffer is not None and shard.owner == dist.get_rank() else None
+                tensor = engine.gather(slot, key, shard.owner, into)
                 if tensor is not None:
                     mine.setdefault(shard.file, {})[_tensor_name(slot, key)] = tensor
     return mine

@@ -166,12 +166,14 @@ class DeepSpeedEngine:
         assert len(counts) <= 1, f"parameters have taken different numbers of steps: {sorted(counts)}"
         return counts.pop() if counts else 0
 
-    def gather(self, slot: Slot, key: str, owner: int) -> torch.Tensor | None:
-        mine = dist.get_rank() == owner
+    def gather(self, slot: Slot, key: str, owner: int, into: Tensor | None = None) -> Tensor | None:
+        beside = into is not None
+        whole = None
+        if dist.get_rank() == owner:
+            whole = torch.empty(slot.numel, dtype=torch.float32) if into is None else into
         if slot.replicated:
-            return self._share(slot, key).to("cpu", copy=True).reshape(slot.shape) if mine else None
+            return None if whole is None else whole.copy_(self._share(slot, key), beside).reshape(slot.shape)
         # Shares are added up as integers: each element has one rank that holds its bits and zeros elsewhere.
-        whole = torch.empty(slot.numel, dtype=torch.float32) if mine else None
         device = self._engine.device
         for low in range(0, slot.numel, GATHER_ELEMENTS):
             high = min(low + GATHER_ELEMENTS, slot.numel)
@@ -182,7 +184,7 @@ class DeepSpeedEngine:
                 bits[first - low : last - low] = held.view(torch.int32).to(device)
             dist.reduce(bits, dst=owner)
             if whole is not None:
-                whole[low:high].copy_(bits.view(torch.float32))  # no copy between: host memory is slow to get
+                whole[low:high].copy_(bits.view(torch.float32), beside)  # no copy between: host memory is slow to get
         return None if whole is None else whole.reshape(slot.shape)
 
     @torch.no_grad()

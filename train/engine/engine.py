@@ -96,9 +96,10 @@ class Engine(Protocol):
         """Steps that AdamW has taken (bias correction depends on it); 0 before the first."""
         ...
 
-    def gather(self, slot: Slot, key: str, owner: int) -> Tensor | None:
+    def gather(self, slot: Slot, key: str, owner: int, into: Tensor | None = None) -> Tensor | None:
         """The whole fp32 tensor of MASTER or one of MOMENTS, on the CPU, on rank `owner`, and None elsewhere. A
-        collective; bit-exact."""
+        collective; bit-exact. With `into`, float32 `[numel]` of the owner's pinned memory, it is there once the
+        device's stream has come so far, and is what it is now whatever is launched afterwards."""
         ...
 
     def restore(self, read: Callable[[str, Slot], Tensor], *, step: int) -> None:

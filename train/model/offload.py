@@ -17,17 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from train.engine.pinned import pin
 from train.model.sizes import TILE_TOKENS
 
 _recomputing = False
 
 
 class HostBuffers:
-    """Pinned host memory for the inputs of layers, kept from step to step.
-
-    Registered by hand: torch's own pinned memory comes in powers of two, at a million tokens up to twice what is
-    needed.
-    """
+    """Pinned host memory for the inputs of layers, kept from step to step."""
 
     def __init__(self):
         self._free: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = {}
@@ -45,12 +42,9 @@ class HostBuffers:
 def _pinned(like: Tensor) -> Tensor:
     buffer = torch.empty(like.shape, dtype=like.dtype)
     if like.is_cuda and buffer.numel():
-        size = buffer.numel() * buffer.element_size()
-        runtime = torch.cuda.cudart()
-        assert runtime is not None
-        code = int(runtime.cudaHostRegister(buffer.data_ptr(), size, 0))
+        code = pin(buffer)
         if code:
-            raise MemoryError(f"{size / 2**30:.1f} GiB of host memory cannot be pinned (CUDA error {code})")
+            raise MemoryError(f"{buffer.nbytes / 2**30:.1f} GiB of host memory cannot be pinned (CUDA error {code})")
     return buffer
 
 

@@ -17,7 +17,7 @@ from moba.backends.choice import choose
 from moba.backends.refusals import BackendUnavailable
 from moba.kinds import AttentionSpec, QueryShape
 from train.model.sizes import head_dim, key_conv_widths, ntk_theta, num_kv_heads, rope_layers
-from train.plan.memory import MASTER_AND_MOMENTS
+from train.plan.memory import MASTER_AND_MOMENTS, saving_bytes
 from train.schedule import Stage
 
 FEW_LONG = 0.05  # of a stage's tokens
@@ -238,8 +238,9 @@ def describe_outputs(config: RunConfig, hardware: Hardware, num_parameters: int)
     size = MASTER_AND_MOMENTS * num_parameters
     lines = [f"checkpoints {when}, {format_memory(size)} each"]
     if config.checkpoint.asynchronous:
-        share = format_memory(size / hardware.world_size)
-        lines[0] += f", written in the background ({share} of host memory per process meanwhile)"
+        share = format_memory(saving_bytes(config, num_parameters, hardware.world_size))
+        pinned = "" if hardware.device(config.run.device) == "cpu" else "pinned "
+        lines[0] += f", written in the background ({share} of {pinned}host memory per process)"
     if config.data.validation is None:
         lines.append("no evaluation (data.validation is null)")
     else:

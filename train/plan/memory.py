@@ -167,6 +167,11 @@ def offloaded_bytes(model: ModelConfig, num_tokens: int, *, bf16: bool) -> int:
     return num_tokens * model.num_layers * model.hidden_size * (2 if bf16 else 4) if is_offloaded else 0
 
 
+def saving_bytes(config: RunConfig, num_parameters: int, world_size: int) -> int:
+    """Bytes of a process's host memory that asynchronous saves copy into, held throughout."""
+    return MASTER_AND_MOMENTS * -(-num_parameters // world_size) if config.checkpoint.asynchronous else 0
+
+
 def _logits(model: ModelConfig, vocab_size: int, tile: int) -> int:
     """Bytes of the cross-entropy: logits, probabilities and their gradient of one tile, and the weight's gradient."""
     return 4 * (3 * tile * vocab_size + vocab_size * model.hidden_size)

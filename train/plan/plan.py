@@ -34,7 +34,7 @@ from train.plan.describe import (
     reach,
     uses_bf16,
 )
-from train.plan.memory import Memory, most_memory, room
+from train.plan.memory import Memory, most_memory, room, saving_bytes
 from train.plan.warnings import unfilled, warnings_of
 from train.record.progress import clock
 from train.record.throughput import peak_tflops
@@ -228,9 +228,11 @@ def _memory(config: RunConfig, stages: tuple[Stage, ...], vocab_size: int, hardw
         return most_memory(changed, stages, vocab_size, **options)
 
     memory = need()
+    parameters = num_parameters(config.model, vocab_size)["total"]
+    saving = saving_bytes(config, parameters, hardware.world_size) * hardware.local_world_size
     if hardware.device(config.run.device) == "cpu":
         elsewhere = "launch/plan.py num_gpus=1 gpu_memory=80GB plans for a GPU"
-        needed = memory.total * hardware.local_world_size
+        needed = memory.total * hardware.local_world_size + saving
         if hardware.host_memory is not None and needed > room(hardware.host_memory):
             there = f"does not fit the {format_memory(hardware.host_memory)} of this host's memory"
             return memory, f"{there} ({elsewhere}; +exp=moba_32k_small is a long-context schedule for a CPU)"
@@ -239,10 +241,11 @@ def _memory(config: RunConfig, stages: tuple[Stage, ...], vocab_size: int, hardw
         return memory, "compare with your GPU's memory, or set gpu_memory=80GB"
     most = room(hardware.gpu_memory)
     of_gpu = f"{format_memory(hardware.gpu_memory)} per GPU"
-    on_host = memory.host * hardware.local_world_size
+    on_host = memory.host * hardware.local_world_size + saving
     if memory.total <= most and hardware.host_memory is not None and on_host > room(hardware.host_memory):
         there = f"{format_memory(hardware.host_memory)} of this host's memory"
-        return memory, f"fits {of_gpu}, but {format_memory(on_host)} do not fit the {there}"
+        less = f"; {format_memory(saving)} of it are for checkpoint.asynchronous=true" if saving else ""
+        return memory, f"fits {of_gpu}, but {format_memory(on_host)} do not fit the {there}{less}"
     if memory.total <= most:
         return memory, f"fits {of_gpu}"
     return memory, f"does not fit {of_gpu}{_advice(config, hardware, need, most)}"
