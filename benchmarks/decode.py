@@ -22,8 +22,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import subprocess
 import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -36,6 +34,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.attention import median_ms  # noqa: E402
+from benchmarks.common import cell  # noqa: E402
+from evals.results import commit, write_json  # noqa: E402
 from moba.backends.triton_decode import moba_decode  # noqa: E402
 from moba.kv_cache import SequenceCache, decode_moba  # noqa: E402
 from moba.reference import reference_attention, reference_selection  # noqa: E402
@@ -46,7 +47,6 @@ HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 BLOCK_SIZE, TOP_K = 512, 8
 CACHE_BYTES = 256 << 20
 """Of the caches that a repeat works through, at least: five times the L2 of an H100."""
-REPEATS = 30
 DENSE = ("flash", "flash grouped", "cudnn", "varlen")
 MOBA = ("moba torch", "moba triton", "moba triton shared")
 
@@ -141,18 +141,6 @@ def measure(name: str, caches: Caches) -> dict:
     return row
 
 
-def median_ms(function: Callable[[], object]) -> float:
-    times = []
-    for _ in range(REPEATS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        function()
-        end.record()
-        times.append((start, end))
-    torch.cuda.synchronize()
-    return statistics.median(start.elapsed_time(end) for start, end in times)
-
-
 def bytes_read(name: str, caches: Caches) -> int:
     if name in DENSE:
         return caches.batch * caches.context * KV_HEADS * HEAD_DIM * 2 * 2
@@ -161,7 +149,7 @@ def bytes_read(name: str, caches: Caches) -> int:
 
 
 def check() -> dict:
-    """The kernels against the definition in float64, and twice against themselves: AssertionError where they differ."""
+    """The kernels against the definition in float64: AssertionError where they differ."""
     torch.manual_seed(0)
     lengths = [9000, 512, 513, 1, 4095]
     q = torch.randn(len(lengths), HEADS, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
@@ -169,39 +157,31 @@ def check() -> dict:
     k, v = ([torch.randn(s, device="cuda", dtype=torch.bfloat16) for s in shapes] for _ in range(2))
     means = [block_means(one, BLOCK_SIZE) for one in k]
     starts, mean_starts = (torch.tensor([0, *map(len, x)], device="cuda").cumsum(0)[:-1] for x in (k, means))
-    given = (q, torch.cat(k), torch.cat(v), torch.cat(means), starts, torch.tensor(lengths, device="cuda"), mean_starts)
+    places = (starts, torch.tensor(lengths, device="cuda"), mean_starts)
     sizes = {"block_size": BLOCK_SIZE, "top_k": TOP_K}
-    out, lse, selection = moba_decode(*given, **sizes)
-    again = moba_decode(*given, **sizes)
-    assert all(torch.equal(a, b) for a, b in zip((out, lse, selection), again))
+    out, _, selection = moba_decode(q, torch.cat(k), torch.cat(v), torch.cat(means), *places, **sizes)
     worst, turned = 0.0, 0
     for n, length in enumerate(lengths):
-        bounds = [torch.tensor([0, m], dtype=torch.int32) for m in (1, length)]
-        exact = (q[n][None].double().cpu(), k[n].double().cpu(), v[n].double().cpu())
-        options = {"cu_seqlens": bounds[0], "cu_seqlens_k": bounds[1], **sizes}
-        want = reference_attention(*exact, **options)[0]
-        picked = reference_selection(*exact[:2], **options)[:, 0]
+        bounds = {f"cu_seqlens{of}": torch.tensor([0, m], dtype=torch.int32) for of, m in (("", 1), ("_k", length))}
+        exact = [x.double().cpu() for x in (q[n][None], k[n], v[n])]
+        picked = reference_selection(*exact[:2], **bounds, **sizes)[:, 0]
         same = (picked == selection[:, n].cpu()).all(-1)
         turned += int((~same).sum())
-        worst = max(worst, (out[n].double().cpu() - want)[same].abs().max().item())
-        assert worst < 2e-2, (n, length, worst)
+        difference = out[n].double().cpu() - reference_attention(*exact, **bounds, **sizes)[0]
+        worst = max(worst, difference[same].abs().max().item())
+    assert worst < 2e-2, worst
     assert turned <= 2, turned  # near-ties of means in float32 and float64
     return {"largest error": worst, "selections that differ from float64": turned, "rows": len(lengths) * HEADS}
 
 
+COLUMNS = {"ms": "{:.4f}", "eager_ms": "{:.4f}", "gb_per_s": "{:.0f}", "ratio": "{:.2f}"}
+
+
 def line(row: dict) -> str:
-    def number(key: str, digits: int) -> str:
-        return f"{row[key]:.{digits}f}" if row.get(key) is not None else "-"
-
-    cells = (number("ms", 4), number("eager_ms", 4), number("gb_per_s", 0), number("ratio", 2))
-    name = f"{row['context'] // K}K x {row['batch']}"
+    """A row on the screen."""
+    cells = "".join(f"{cell(row.get(key), form):>10s}" for key, form in COLUMNS.items())
     note = row.get("error", row.get("note", ""))
-    return f"{name:10s} {row['implementation']:20s}" + "".join(f"{c:>10s}" for c in cells) + f"  {note}"
-
-
-def commit() -> str | None:
-    done = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return done.stdout.strip() or None
+    return f"{row['context'] // K:>4d}K x {row['batch']:<4d}{row['implementation']:20s}{cells}  {note}"
 
 
 def main() -> None:
@@ -227,12 +207,9 @@ def main() -> None:
         "heads": [HEADS, KV_HEADS],
         "head_dim": HEAD_DIM,
         "check": check(),
+        "convention": __doc__.split("\n\n", 2)[2],
     }
-    print(json.dumps(environment))
-    environment["convention"] = __doc__.split("\n\n", 2)[2]
-    print(environment["convention"])
-    header = "".join(f"{c:>10s}" for c in ("ms", "eager ms", "GB/s", "ratio"))
-    print(f"{'context':10s} {'':20s}{header}")
+    print(json.dumps(environment), f"columns: {', '.join(COLUMNS)}", sep="\n")
     rows: list[dict] = []
     for context in (int(one.removesuffix("K")) * K for one in arguments.contexts.split(",")):
         for batch in map(int, arguments.batches.split(",")):
@@ -245,8 +222,7 @@ def main() -> None:
             rows += here
             del caches
             torch.cuda.empty_cache()
-            arguments.out.parent.mkdir(parents=True, exist_ok=True)
-            arguments.out.write_text(json.dumps({**environment, "results": rows}, indent=1) + "\n")
+            write_json(arguments.out, {**environment, "results": rows})
 
 
 if __name__ == "__main__":

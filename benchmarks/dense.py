@@ -3,13 +3,12 @@
     python benchmarks/dense.py to=results/dense                  # one GPU, some five minutes
     python benchmarks/dense.py to=runs/dense_cpu tokens=1K device=cpu repeats=1      # a dry run of the script
 
-For packs of equal documents of ever shorter lengths, and for mixed ones as the shipped books give them, forward +
-backward on random bf16 inputs: flash varlen (which one is said), cuDNN with every document on it, and cuDNN as
-moba/backends/cudnn.py does it (`mixed`: short documents on flash). Medians of `repeats`; before that each result is
-compared with float64 on a short pack. `first` is the time of the first call, which builds a plan where the length is
-not among those built before; `host` that of handing a warm call to the device. The rule it prints, the shortest length
-from which cuDNN is faster on every layout measured, is what shortest_on_cudnn in moba/backends/refusals.py says, by
-head size: 4K at 128, 8K at 64.
+For packs of equal documents of ever shorter lengths, and for mixed ones as the shipped books give them, forward and
+backward on random bf16 inputs: flash varlen, cuDNN with every document on it, and cuDNN as moba/backends/cudnn.py does
+it (`mixed`: short documents on flash); before that each result is compared with float64 on a short pack. `first` is the
+time of the first call, which builds a plan where the length is new; `host` that of handing a warm call to the device.
+The rule it prints, the shortest length from which cuDNN is faster on every layout measured, is what shortest_on_cudnn
+in moba/backends/refusals.py says, by head size: 4K at 128, 8K at 64.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from benchmarks.common import device_name, markdown, origin, write  # noqa: E402
+from benchmarks.common import cell, device_name, markdown, origin, write  # noqa: E402
 from conf.numbers import format_length, parse_length  # noqa: E402
 from launch.cli import UsageError, exits_on, key_values  # noqa: E402
 from moba.backends import cudnn  # noqa: E402
@@ -75,15 +74,12 @@ def main() -> None:
         inputs = _inputs(tokens, layout, device)
         record["flash"] = default_primitive(inputs[0]).name
         found = {"heads": layout, "errors": _errors(layout, device), "rows": []}
+        record["layouts"].append(found)
         for name, lengths in _packs(tokens).items():
             row = {"pack": name, "lengths": lengths}
             row["flops"] = attention_flops(causal_pairs(lengths), heads, size, backward=True)
-            row |= {
-                way: _attempt(_time, attention, inputs, repeats) for way, attention in _ways(lengths, device).items()
-            }
+            row |= {way: _attempt(_time, run, inputs, repeats) for way, run in _ways(lengths, device).items()}
             found["rows"].append(row)
-            print(f"   {name:<16}  " + "  ".join(f"{way} {row[way].get('total', '-')}" for way in WAYS), flush=True)
-        record["layouts"].append(found)
         record["shortest"] = _shortest(record["layouts"])
         text = write(record, _table(record), Path(values["to"]), "dense")
     print(text)
@@ -171,36 +167,25 @@ def _shortest(layouts: list[dict]) -> int | None:
     return fits
 
 
-def _host(times: dict) -> str:
-    return f"{times['first']:.0f}, {times['host']:.2f}" if "host" in times else "-"
-
-
 def _table(record: dict) -> list[str]:
     about = f"torch {record['torch']}, cuDNN {record['cudnn']}, flash: {record['flash']}, commit {record['commit']}"
     lines = [f"{record['device']}; {about}", "", f"`{record['command']}`", "", record["convention"], ""]
     lines += [f"cuDNN is faster on all layouts from documents of {record['shortest']} tokens on."]
-    heads = [
-        "pack",
-        *(f"{way} ms" for way in WAYS),
-        "flash TFLOP/s",
-        "cudnn TFLOP/s",
-        "cudnn / flash",
-        "cudnn first, host ms",
-    ]
+    heads = ["pack", *(f"{way} ms" for way in WAYS), "flash TFLOP/s", "cudnn TFLOP/s", "cudnn / flash"]
     for layout in record["layouts"]:
         rows = []
         for row in layout["rows"]:
             times = [row[way].get("total") for way in WAYS]
             rates = [None if ms is None else row["flops"] / ms * 1e-9 for ms in times[:2]]
-            cells = ["-" if value is None else f"{value:.2f}" for value in times]
-            cells += ["-" if rate is None else f"{rate:.0f}" for rate in rates]
-            faster = "-" if None in rates else f"{rates[1] / rates[0]:.2f}x"
-            rows.append([row["pack"], *cells, faster, _host(row["cudnn"])])
-        errors = ", ".join(
-            f"{way} {e.get('failed') or format(e['largest'], '.1e')}" for way, e in layout["errors"].items()
-        )
-        of = "{}/{} of {}".format(*layout["heads"])
-        lines += ["", f"Heads {of}; errors against float64: {errors}", "", *markdown(heads, rows)]
+            faster = None if None in rates else rates[1] / rates[0]
+            host = ", ".join(
+                cell(row["cudnn"].get(key), form) for key, form in {"first": "{:.0f}", "host": "{:.2f}"}.items()
+            )
+            cells = [*(cell(ms, "{:.2f}") for ms in times), *(cell(rate, "{:.0f}") for rate in rates)]
+            rows.append([row["pack"], *cells, cell(faster, "{:.2f}x"), host])
+        errors = [f"{way} {e.get('failed') or format(e['largest'], '.1e')}" for way, e in layout["errors"].items()]
+        about = f"Heads {{}}/{{}} of {{}}; errors against float64: {', '.join(errors)}".format(*layout["heads"])
+        lines += ["", about, "", *markdown([*heads, "cudnn first, host ms"], rows)]
     return lines
 
 

@@ -20,7 +20,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-KINDS = ("matmul", "attention", "elementwise", "optimizer", "loss", "other")
+KINDS: tuple[str, ...] = ("matmul", "attention", "elementwise", "optimizer", "loss", "other")
 ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
 ON_HOST = ("cpu_op", "user_annotation")
 CALLS = ("cuda_runtime", "cuda_driver")
@@ -75,14 +75,33 @@ def longest_kernels(events: Sequence[Mapping], num_steps: int, count: int = 6) -
 
 def idle_share(events: Iterable[Mapping]) -> float | None:
     """The part of the time between the first and the last kernel in which none runs; None without kernels."""
-    spans = sorted((e["ts"], e["ts"] + e["dur"]) for e in events if e.get("ph") == "X" and e.get("cat") in ON_DEVICE)
-    if not spans:
-        return None
-    busy, until = 0.0, spans[0][0]
-    for begin, end in spans:
-        busy += max(0.0, end - max(begin, until))
+    kernels = [e for e in events if e.get("ph") == "X" and e.get("cat") in ON_DEVICE]
+    return 1 - _covered(kernels) / _span(kernels) if kernels else None
+
+
+def communication(events: Iterable[Mapping]) -> dict[str, float | None]:
+    """Shares of the time that a profiler's trace spans, from its `traceEvents`: in which communication runs, and in
+    which nothing else does (None on a CPU, where gloo's threads run beside the trainer's)."""
+    events = [e for e in events if e.get("ph") == "X" and e.get("cat") != "Trace"]
+    on_gpu = [e for e in events if e["cat"] in ON_DEVICE]
+    name, everything = ("nccl", on_gpu) if on_gpu else ("gloo:", events)
+    ours, others = ([e for e in everything if e["name"].startswith(name) == own] for own in (True, False))
+    exposed = (_covered(everything) - _covered(others)) / _span(everything) if on_gpu else None
+    return {"communication": _covered(ours) / _span(everything), "communication_exposed": exposed}
+
+
+def _span(events: Sequence[Mapping]) -> float:
+    """Microseconds from the begin of the first event to the end of the last."""
+    return max(e["ts"] + e["dur"] for e in events) - min(e["ts"] for e in events)
+
+
+def _covered(events: Iterable[Mapping]) -> float:
+    """Microseconds in which at least one of the events runs."""
+    total, until = 0.0, float("-inf")
+    for begin, end in sorted((e["ts"], e["ts"] + e["dur"]) for e in events):
+        total += max(0.0, end - max(begin, until))
         until = max(until, end)
-    return 1 - busy / (until - spans[0][0])
+    return total
 
 
 def _classified(events: Sequence[Mapping]) -> Iterator[tuple[str, Launch]]:

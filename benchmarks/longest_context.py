@@ -46,7 +46,7 @@ from benchmarks.common import (  # noqa: E402
     train_lines,
     write,
 )
-from benchmarks.scaling_tables import communication  # noqa: E402
+from benchmarks.kernel_kinds import communication  # noqa: E402
 from benchmarks.step_profile import write_documents  # noqa: E402
 from conf.numbers import format_length, parse_length  # noqa: E402
 from data.tokenizer import load_tokenizer  # noqa: E402

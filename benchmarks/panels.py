@@ -61,7 +61,7 @@ def training(figure: SubFigure, record: Record) -> None:
         known.append(course)
         course = {tokens: values for tokens, values in course.items() if tokens >= start}
         style, values = look(i, len(names)), np.array([*course.values()])
-        axes.plot(list(course), values.mean(1), label=name, **style)
+        axes.plot(list(course), values.mean(1), label=shown(name), **style)
         if values.shape[1] > 1:
             axes.fill_between(list(course), values.min(1), values.max(1), color=style["color"], alpha=0.15, linewidth=0)
     axes.set_xlim(left=0)
@@ -86,21 +86,23 @@ def difference(figure: SubFigure, record: Record) -> None:
     rows = own_differences(record)
     longest = max(row["seq_len"] for row in rows)
     rows = [row for row in rows if row["seq_len"] == longest]
-    axes = one(figure, "Loss by position, document by document", f"minus {rows[0]['reference']} (nats per token)")
+    axes = one(
+        figure, "Loss by position, document by document", f"minus {shown(rows[0]['reference'])} (nats per token)"
+    )
     names = [row["arm"] for row in rows]
     for i, row in enumerate(rows):
         edges = np.array(row["edges"])
         aside = (i - (len(rows) - 1) / 2) * np.diff(edges).min() / 10
         widths = [np.nan if width is None else width for width in row["interval_95"]]
-        label = f"{row['arm']} at {format_count(row['tokens'])} tokens, under {row['attention']}"
-        style = {"capsize": 2, "label": label if names.count(row["arm"]) > 1 else row["arm"]}
+        label = f"{shown(row['arm'])} at {format_count(row['tokens'])} tokens, under {shown(row['attention'])}"
+        style = {"capsize": 2, "label": label if names.count(row["arm"]) > 1 else shown(row["arm"])}
         centres = (edges[:-1] + edges[1:]) / 2 + aside
         axes.errorbar(centres, row["difference"], yerr=widths, **look(i), **style)
     mark_dense(axes, next((row["dense_up_to"] for row in rows if row["dense_up_to"]), None), longest)
     axes.axhline(0, color="black", linewidth=0.8)
     length_axis(axes.xaxis, longest)
     axes.set_xlabel(POSITION)
-    axes.legend(fontsize="small", title="bars: 95 %, documents as draws", title_fontsize="small")
+    axes.legend(fontsize="small", title="bars: 95 % intervals over documents", title_fontsize="small")
 
 
 def _curve(axes: Axes, row: Record, label: str, style: dict) -> None:
@@ -129,12 +131,12 @@ def stages(figure: SubFigure, record: Record) -> None:
 def trailing(figure: SubFigure, record: Record) -> None:
     """The trailing loss minus the reference's at each length, document by document."""
     rows = own_differences(record)
-    axes = one(figure, "Trailing loss, document by document", f"minus {rows[0]['reference']} (nats per token)")
+    axes = one(figure, "Trailing loss, document by document", f"minus {shown(rows[0]['reference'])} (nats per token)")
     for i, name in enumerate(arms(rows)):
         own = [row for row in rows if row["arm"] == name]
         gaps, widths = ([row[key][-1] for row in own] for key in ("difference", "interval_95"))
         known = [np.nan if width is None else width for width in widths]
-        axes.errorbar(range(len(own)), gaps, yerr=known, capsize=4, label=name, **look(i))
+        axes.errorbar(range(len(own)), gaps, yerr=known, capsize=4, label=shown(name), **look(i))
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set_xticks(range(len(own)), [format_length(row["seq_len"]) for row in own])
     axes.set_xlabel("length in training and evaluation (bars: 95 %)")
@@ -146,7 +148,7 @@ def speed(figure: SubFigure, record: Record) -> None:
     axes = one(figure, "Speed", "tokens/s")
     for i, name in enumerate(arms(record["runs"])):
         own = next(run for run in record["runs"] if run["arm"] == name)["stages"]
-        axes.plot(range(len(own)), [stage["tokens_per_second"] for stage in own], label=name, **look(i, 2))
+        axes.plot(range(len(own)), [stage["tokens_per_second"] for stage in own], label=shown(name), **look(i, 2))
     axes.set_xticks(range(len(own)), [format_length(stage["seq_len"]) for stage in own])
     axes.yaxis.set_major_formatter(lambda value, _: format_count(value))
     axes.set_xlabel("length in training")
@@ -181,13 +183,13 @@ def recall(figure: SubFigure, record: Record) -> None:
     for v, variant in enumerate(variants):
         for a, name in enumerate(names):
             seeds = [row["right"][variant]["far"] for row in record["measured"] if row["arm"] == name]
-            place, label = a + 0.14 * (v - (len(variants) - 1) / 2), variant if a == 0 else None
+            place, label = a + 0.14 * (v - (len(variants) - 1) / 2), shown(variant) if a == 0 else None
             axes.plot([place] * 2, [min(seeds), max(seeds)], color=color(v), linewidth=1)
             axes.plot(place, statistics.fmean(seeds), marker(v), markersize=6, color=color(v), label=label)
-    axes.set_xticks(range(len(names)), [name.replace(", ", ",\n") for name in names], fontsize="small")
+    axes.set_xticks(range(len(names)), [shown(name).replace(", ", ",\n") for name in names], fontsize="small")
     axes.set_xlabel("trained with (lines: least to most of the seeds)")
-    axes.set_ylim(0, 1.02)
-    axes.legend(fontsize="small", title="evaluated with", loc="upper right", ncols=2)
+    axes.set_ylim(0, 1.05)
+    figure.legend(fontsize="small", title="evaluated with", loc="outside lower center", ncols=len(variants))
 
 
 def gates(figure: SubFigure, record: Record) -> None:
@@ -200,14 +202,22 @@ def gates(figure: SubFigure, record: Record) -> None:
         axes.errorbar(gap["mean"], i, xerr=gap["interval_95"], **style)
         axes.text(gap["mean"], i + 0.12, f"{gap['mean']:+.3f}", ha="center", va="bottom", fontsize="small")
     axes.set_yticks(
-        range(len(rows)), [GATES[row["gate"]] + ("\nand the first" if row["first_blocks"] else "") for row in rows]
+        range(len(rows)), [shown(row["gate"]) + ("\nand the first" if row["first_blocks"] else "") for row in rows]
     )
     axes.set_ylim(-0.6, len(rows) - 0.3)
     axes.set_xscale("log")
     axes.set_xlabel("minus full attention (nats per token, log scale; bars: 95 %)")
 
 
-GATES = {"mean": "the gate's (MoBA)", "local": "latest", "random": "random", "oracle": "best"}
+LABELS = {"mean": "MoBA's gate", "local": "latest blocks", "random": "random blocks", "oracle": "best blocks"}
+LABELS |= {"moba": "MoBA", "full": "full attention"}
+
+
+def shown(name: str) -> str:
+    """An arm, an attention or a gate as a figure names it."""
+    return LABELS.get(name, name.replace("moba", "MoBA"))
+
+
 WIDTHS = {"stages": 2.4, "recall": 1.5}
 PANELS: dict[str, Callable[[SubFigure, Record], None]] = {
     f.__name__: f for f in (training, difference, stages, trailing, speed, layers, recall, gates)

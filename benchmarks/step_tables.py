@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 from matplotlib.figure import Figure
 
 from benchmarks.common import cell, markdown, write
@@ -26,7 +27,7 @@ COLORS = [color(i) for i in (0, 1, 2, 6, 4, 7)]
 HATCHES = ("", "//", "", "..", "", "")
 LONGEST = 6
 WORKLOADS = {
-    "long": "one document of the full length a sequence",
+    "long": "one document of the full length per sequence",
     "packs": "packs of the shipped books; share of pairs: causal pairs as a share of those of full documents",
 }
 
@@ -75,33 +76,35 @@ def _cells(row: Mapping) -> list[str]:
 
 def draw(record: Mapping, path: Path) -> None:
     """A bar a variant, of the milliseconds of each kind of kernel on top of each other, and a tick where the step
-    ended."""
+    ended. Options that all variants have stand in the title."""
     rows = [row for row in record["rows"] if "milliseconds" in row]
+    options = [row["variant"].split("/")[2:] for row in rows]
+    common = [option for option in options[0] if all(option in own for own in options)]
     figure = Figure(figsize=(11, 2 + 0.6 * len(rows)), layout="constrained")
     axes = figure.subplots()
-    names = [_name(row["variant"]) for row in rows]
-    left = [0.0] * len(rows)
-    for index, kind in enumerate(KINDS):
-        widths = [row["milliseconds"][kind] for row in rows]
-        axes.barh(names, widths, left=left, color=COLORS[index], hatch=HATCHES[index], edgecolor="white", label=kind)
-        left = [a + b for a, b in zip(left, widths)]
+    left = np.zeros(len(rows))
+    for kind, colour, hatch in zip(KINDS, COLORS, HATCHES):
+        widths = np.array([row["milliseconds"][kind] for row in rows])
+        axes.barh(range(len(rows)), widths, left=left, color=colour, hatch=hatch, edgecolor="white", label=kind)
+        left += widths
     ends = [max(row["step_milliseconds"], end) for row, end in zip(rows, left)]
     for place, (row, end) in enumerate(zip(rows, ends)):
         axes.plot([row["step_milliseconds"]] * 2, [place - 0.4, place + 0.4], color="black", linewidth=1.5)
         axes.annotate(f" {row['tokens_per_second']:,.0f} tokens/s", (end, place), va="center", fontsize="small")
+    names = [", ".join(row["variant"].split("/")[:2]) for row in rows]
+    axes.set_yticks(range(len(rows)), [_under(*both, common) for both in zip(names, options)])
     axes.invert_yaxis()
-    axes.set_xlim(0, 1.2 * max(ends))
-    axes.set_xlabel("milliseconds a step (black: the step as measured without a profiler)")
+    axes.set_xlim(0, 1.25 * max(ends))
+    axes.set_xlabel("milliseconds per step (black: the step as measured without a profiler)")
     figure.legend(loc="outside lower center", fontsize="small", ncols=len(KINDS))
     length, workload = format_length(record["setting"]["seq_len"]), WORKLOADS[record["workload"]].split(";")[0]
     about = f"{record['device']}, {length}, {workload}, commit {(record['commit'] or 'unknown')[:7]}"
-    figure.suptitle(f"Where a training step's time goes\n{about}", fontsize="medium")
+    lines = ["Where a training step's time goes", about, *([", ".join(common)] if common else [])]
+    figure.suptitle("\n".join(lines), fontsize="medium")
     save(figure, path)
 
 
-def _name(variant: str) -> str:
-    """Experiment and model, and below them the options."""
-    experiment, model, *options = variant.split("/")
-    return "\n".join(
-        filter(None, (f"{experiment}, {model}", ", ".join(o.rpartition("attention.")[2] for o in options)))
-    )
+def _under(name: str, options: Sequence[str], common: Sequence[str]) -> str:
+    """The name, and below it the options that are not common to all."""
+    own = ", ".join(option.rpartition("attention.")[2] for option in options if option not in common)
+    return f"{name}\n{own}" if own else name

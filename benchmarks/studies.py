@@ -198,7 +198,7 @@ STUDIES: dict[str, Study] = {
         every_stage=True,
     ),
     "extension": Study(
-        "The 125m model from nothing through 8K, 32K and 128K",
+        "The 125m model from scratch through 8K, 32K and 128K",
         f"{QUIET} model=125m data=files data.path={{data}} data.tokenizer=bpe-32k data.validation.path={{validation}} "
         "eval.documents=8 eval.every_tokens=0 optim.lr.warmup_tokens=5% model.compile=true",
         {

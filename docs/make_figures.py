@@ -83,9 +83,9 @@ def drawings() -> dict[Path, Drawing]:
     for source in sorted(ROOT.glob(f"{RESULTS}/*/results.json")):
         path = source.relative_to(ROOT)
         found[path.with_name("figure.png")] = Drawing(partial(draw_study, path), (path,))
-    for source in sorted(ROOT.glob(f"{BENCHMARKS}/step_profile*/results.json")):
-        path = source.relative_to(ROOT)
-        found[path.with_name("figure.png")] = Drawing(lambda to, path=path: step_tables.draw(record(path), to), (path,))
+    for path in sorted(path.relative_to(ROOT) for path in ROOT.glob(f"{BENCHMARKS}/*/results.json")):
+        if "workload" in record(path):
+            found[path.with_name("figure.png")] = Drawing(partial(draw_step, path), (path,))
     kernels = BENCHMARKS / "attention.json"
     found[kernels.with_suffix(".png")] = Drawing(lambda path: attention.draw(record(kernels), path), (kernels,))
     return found
@@ -109,10 +109,16 @@ def main() -> None:
 # -------------------- measurements
 
 
+def draw_step(source: Path, path: Path) -> None:
+    """Where the time of a step goes."""
+    step_tables.draw(record(source), path)
+
+
 def draw_study(source: Path, path: Path) -> None:
     """The panels of a training study."""
     study = record(source)
-    panels.draw(study, STUDIES[study["study"]].panels, path)
+    declared = STUDIES[study["study"]]
+    panels.draw(study | {"about": declared.about}, declared.panels, path)
 
 
 def draw_swap(source: Path, path: Path) -> None:

@@ -104,7 +104,7 @@ def plot_positions(runs: Mapping[str, Evaluation], path: Path | str, dense_up_to
         axes.errorbar(centres, curve.mean, yerr=errors, label=text, capsize=2, **style)
         gap = _gap(run, reference) if i < len(runs) - 1 else None
         if below is not None and gap is not None:
-            same = f"{gap.num_documents} same documents" if gap.paired else "documents differ"
+            same = f"{gap.num_documents} documents" if gap.paired else "documents differ"
             same += "" if gap.no_band is None else ", no band"
             mean, bars, band = gap.by_bucket.mean, np.nan_to_num(gap.interval()), np.nan_to_num(gap.band())
             extents += [np.nanmin(mean - 1.5 * bars), np.nanmax(mean + 1.5 * bars)]

@@ -151,7 +151,7 @@ def interval(se: np.ndarray, freedom: np.ndarray) -> np.ndarray:
 def mark_dense(axes, dense_up_to: int | None, longest: int) -> None:
     """A dotted line at block size x top k, up to which sparse attention is full attention."""
     if dense_up_to is not None and dense_up_to < longest:
-        label = f"B k = {format_length(dense_up_to)}: full attention to its left"
+        label = f"no block is dropped up to {format_length(dense_up_to)}"
         axes.axvline(dense_up_to, color="0.4", linestyle=":", linewidth=1.2, label=label)
 
 

@@ -169,7 +169,7 @@ class LmEvalReport:
         """Whether sparsity was tested."""
         if dense_up_to is None:
             return f"{self.requests} requests, up to {self.longest} tokens; full attention"
-        size = f"B k = {format_length(dense_up_to)}"
+        size = f"block size x top_k = {format_length(dense_up_to)}"
         said = (
             f"{self.beyond} of {self.requests} requests, the longest of {self.longest} tokens, are longer than {size}"
         )

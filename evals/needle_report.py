@@ -148,7 +148,7 @@ class NeedleReport:
         grid[0][0].set_yticks(range(len(self.depths)), [f"{depth:g}" for depth in self.depths])
         assert mesh is not None
         figure.colorbar(mesh, ax=grid, label=f"right answers (% of {samples} samples; below: 95 % Wilson interval)")
-        dense = "" if self.dense_up_to is None else f"; full attention up to B k = {format_length(self.dense_up_to)}"
+        dense = "" if self.dense_up_to is None else f"; no block is dropped up to {format_length(self.dense_up_to)}"
         figure.supxlabel(f"context length (tokens{dense})", fontsize="small")
         figure.supylabel("depth of the needle (% of the text before it)", fontsize="small")
         figure.suptitle(f"Needle in a haystack, {self.forms[form]}: {self.title}", fontsize="medium")

@@ -140,7 +140,7 @@ def _paired(runs: Sequence[Run]) -> str:
         first, last = (
             f"{found.by_bucket.mean[b]:+.4f} +- {found.interval()[b]:.4f}" for b in (0, len(found.edges) - 2)
         )
-        how = f"{found.num_documents} same documents" if found.paired else "other documents, errors added"
+        how = f"{found.num_documents} documents in common" if found.paired else "other documents, errors added"
         gap = abs(float(found.by_bucket.mean[-1]))
         needed = found.summary(gap)["needed_for_80_percent_power"][-1] if gap else None
         rows.append((f"{run.name} - {reference.name}", first, last, how, str(needed or "")))

@@ -137,7 +137,7 @@ class RulerReport:
         grid[0].set_yticks(range(len(names)), names)
         assert mesh is not None
         figure.colorbar(mesh, ax=list(grid), label=f"score (%; mean of {np.max(self.counts_TL)} samples)")
-        dense = "" if self.dense_up_to is None else f"; full attention up to B k = {format_length(self.dense_up_to)}"
+        dense = "" if self.dense_up_to is None else f"; no block is dropped up to {format_length(self.dense_up_to)}"
         star = "\n* not NVIDIA-exact: sentence splitting" if self.stand_in else ""
         figure.supxlabel(f"context length (tokens{dense}){star}", fontsize="small")
         figure.suptitle(f"RULER: {self.title}", fontsize="medium")

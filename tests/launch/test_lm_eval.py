@@ -122,7 +122,8 @@ def test_full_attention_scores_as_hflm_on_the_export(whole, exported, folder, tm
 @needs_package
 def test_requests_under_moba_beyond_block_size_x_top_k(whole, exported, capsys):
     """Catches a cache that routes otherwise than one pass: each request's log-likelihood under MoBA within 1e-4 of
-    HFLM's with the export's MoBA; and an attention that was not in force: those beyond B k differ from full."""
+    HFLM's with the export's MoBA; and an attention that was not in force: those in which blocks are dropped differ
+    from full."""
     from lm_eval.api.instance import Instance
 
     from evals.lm_eval_model import RunLM
@@ -260,7 +261,7 @@ def test_answers_read_in_parts_score_the_same(whole, monkeypatch):
 
 def test_reports_show_the_scores_and_what_they_say_of_sparsity(tmp_path):
     """Catches results without error bars that fail, scores that are infinite, and a page that leaves out that nothing
-    was beyond B k."""
+    was beyond block size x top_k."""
     scores = {
         "moba": [Score("a", "acc", 0.5, 0.1), Score("b", "word_perplexity", math.inf, None)],
         "full": [Score("a", "acc", 0.25, 0.1), Score("b", "word_perplexity", 9.0, None)],

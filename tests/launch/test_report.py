@@ -134,7 +134,7 @@ def test_two_runs_give_one_page_with_everything_in_it(tmp_path, capsys):
     pictures = [source for source in page.sources if not source.startswith("#")]
     assert len(pictures) == 5 and all(source.startswith("data:image/png;base64,") for source in pictures)
     gap = dict(zip(*(row for row in page.rows if row[0] in ("difference", "a - b"))))
-    assert gap["last bucket"] == "+0.5000 +- 0.0000" and gap["measured on"] == "2 same documents"
+    assert gap["last bucket"] == "+0.5000 +- 0.0000" and gap["measured on"] == "2 documents in common"
     for source in pictures:
         image = base64.b64decode(source.split(",", 1)[1])
         width, height = struct.unpack(">II", image[16:24])

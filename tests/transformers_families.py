@@ -1,7 +1,7 @@
 """Holds `attn_implementation="moba"` against transformers' own attention in every causal language model that this
 version of transformers knows and that can be built small.
 
-    python benchmarks/transformers_families.py to=docs/results/transformers_families.json table=docs/transformers.md \\
+    python tests/transformers_families.py to=docs/results/transformers_families.json table=docs/transformers.md \\
         families=llama,gemma3_text seconds=30
 
 Each family is a random model in float32 of a few layers, in a process of its own with a time limit. It is loaded with

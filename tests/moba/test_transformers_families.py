@@ -1,4 +1,4 @@
-"""Families of transformers models: what the benchmark finds in some, and what the page says of all."""
+"""Families of transformers models: what the script finds in some, and what the page says of all."""
 
 import json
 import re
@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-
-import benchmarks.transformers_families as families
+import transformers_families as families
 
 ROOT = Path(__file__).resolve().parents[2]
 
