@@ -6,7 +6,9 @@ counted in tokens, so the state of a run is: weights and moments (engine), token
 loss sums by position, the level that spikes are told by, and the random state. A save is copied to the host in the
 loop and written beside it (train/checkpoint/saving.py); there is one at most.
 
-Host synchronisations: one a log interval in `_log`, besides those of DeepSpeed's step (train/step.py).
+Host synchronisations: those of DeepSpeed's step (train/step.py). A log interval's sums are copied to the host in
+`_log`; on a GPU the line is written once the next step's first micro-batch is queued, so that the device never waits
+for it, and always before anything else is written.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from data.sources import Source
 from data.tokenizer import Tokenizer
 from train.checkpoint import store
 from train.checkpoint.rng import load_rng, seed_rank
+from train.engine.collectives import OnHost, on_device
 from train.engine.engine import Engine
 from train.engine.optim import build_engine, build_model
 from train.engine.signals import PreemptionFlag
@@ -130,6 +133,8 @@ class Trainer:
         self._host_buffer: store.HostBuffer | None = None  # for the copies of asynchronous saves
         self._save_wait = self._save_write = 0.0
         self._watch_missing = False
+        self._line: Callable[[], None] | None = None
+        self._line_can_wait = world.device.type == "cuda"
         self._reset_interval()
         self._start()
 
@@ -157,7 +162,7 @@ class Trainer:
                 world=self.world,
                 stop=preemption.requested,
                 on_losses=self._count,
-                on_micro_batch=self.observers.heartbeat,
+                on_micro_batch=self._micro_batch_done,
                 spikes=self.spikes,
             )
             if result.spike and self._go_back(stage, result):
@@ -173,6 +178,8 @@ class Trainer:
             save_due = ends or self._due(config.checkpoint.every_tokens, stage)
             if watch_due or save_due or self._due(config.logging.every_tokens or 1, stage):
                 self._log(stage)
+            if watch_due or save_due or result.stop or not self._line_can_wait:
+                self._write_line()
             # Whoever asked to stop may not wait for an evaluation: the next start makes up for it.
             if watch_due and not result.stop:
                 self._watch(stage, ends)
@@ -182,6 +189,11 @@ class Trainer:
                 return False
         self._finish_save()
         return True
+
+    def _micro_batch_done(self, index: int, number: int) -> None:
+        self._write_line()
+        if self.observers.heartbeat is not None:
+            self.observers.heartbeat(index, number)
 
     def _enter(self, stage: Stage) -> Stage:
         """Makes `stage` the one in force. All that changes: attention plan, RoPE, length, batch and data mix; and the
@@ -243,33 +255,51 @@ class Trainer:
         self._save_wait = self._save_write = 0.0
 
     def _log(self, stage: Stage) -> None:
-        """Writes the line of the log interval that ends here."""
-        trailing = self._interval_loss.all_reduce(self.world.data_group).curve().trailing  # waits for the device
-        loss_sum = self.world.sum_over_data(self._interval_sum).item()
+        """Closes the log interval that ends here; `_write_line` writes its line."""
+        losses = self._interval_loss.all_reduce(self.world.data_group)
+        loss_sum = self.world.sum_over_data(self._interval_sum)
         work, seconds = self.throughput.take()
-        work = torch.tensor(work, dtype=torch.int64, device=self.world.device)
-        total = Work(*self.world.sum_over_data(work).tolist())
-        rates = self.throughput.rates(total, seconds)
-        record = self.metrics.write(
-            "train",
-            self.tokens,
-            step=self.step,
-            **stage_columns(stage),
-            loss=loss_sum / self._interval_tokens if self._interval_tokens else float("nan"),
-            supervised_tokens=self._interval_tokens,
-            trailing_loss=trailing.value,
-            grad_norm=self._grad_norm.item(),
-            lr=self.schedule.learning_rate(self.tokens - stage.batch_tokens),
-            skipped_steps=self.guard.total,
+        work = on_device(torch.tensor(work, dtype=torch.int64), self.world.device)
+        on_host = OnHost(losses.sums, loss_sum, self.world.sum_over_data(work), self._grad_norm)
+        tokens, supervised = self.tokens, self._interval_tokens
+        before = {"step": self.step, **stage_columns(stage)}
+        after = {
+            "lr": self.schedule.learning_rate(tokens - stage.batch_tokens),
+            "skipped_steps": self.guard.total,
             **({} if self.spikes is None else {"spikes": self.spikes.total}),
-            **rates,
-            save_wait_seconds=self._save_wait,
-            save_write_seconds=self._save_write,
-            peak_memory_gib=self._peak_memory(),
-            eta_seconds=self.throughput.eta_seconds(self.schedule.stages, self.tokens, rates["tokens_per_second"]),
-        )
+        }
+        memory = {
+            "save_wait_seconds": self._save_wait,
+            "save_write_seconds": self._save_write,
+            "peak_memory_gib": self._peak_memory(),
+        }
+
+        def line() -> None:
+            sums, loss_sum, work, grad_norm = on_host.read()
+            rates = self.throughput.rates(Work(*work.tolist()), seconds)
+            record = self.metrics.write(
+                "train",
+                tokens,
+                **before,
+                loss=loss_sum.item() / supervised if supervised else float("nan"),
+                supervised_tokens=supervised,
+                trailing_loss=losses.with_sums(sums).curve().trailing.value,
+                grad_norm=grad_norm.item(),
+                **after,
+                **rates,
+                **memory,
+                eta_seconds=self.throughput.eta_seconds(self.schedule.stages, tokens, rates["tokens_per_second"]),
+            )
+            self._emit(record)
+
+        self._line = line
         self._reset_interval()
-        self._emit(record)
+
+    def _write_line(self) -> None:
+        """Writes the line of the last log interval, if that is still to be done."""
+        line, self._line = self._line, None
+        if line is not None:
+            line()
 
     def _peak_memory(self) -> float | None:
         """GiB of device memory that torch held at most so far on this rank; None on a CPU."""

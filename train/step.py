@@ -19,8 +19,7 @@ and compared on the device, its norm too, between DeepSpeed's reading of the nor
 
 So there is no stage where a non-finite gradient reaches the weights, and no collective or host synchronisation is
 spent on the test of the loss. Host synchronisations: DeepSpeed's step reads the norm once per step (stages 1 and 2 in
-bf16 an overflow flag too), which waits for the backward pass; the one read of our own is placed right before it and
-waits for nothing more.
+bf16 an overflow flag too), which waits for the backward pass. What we read ourselves was copied long before.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from dataclasses import dataclass
 import torch
 
 from data.packing import IGNORED, Batch
-from train.engine.collectives import all_reduce_sum
+from train.engine.collectives import OnHost, all_reduce_sum, on_device
 from train.engine.engine import Engine
 from train.engine.world import World
 from train.spikes import Spikes
@@ -77,8 +76,9 @@ def train_step(
     and takes a good one into account.
     """
     valid = torch.stack([(batch.labels != IGNORED).sum() for batch in batches]).sum()
-    counts = all_reduce_sum(torch.stack([valid, valid.new_tensor(int(stop))]).to(world.device))
+    counts = all_reduce_sum(on_device(torch.stack([valid, valid.new_tensor(int(stop))]), world.device))
     counts[0] //= world.sequence_size  # each rank of a sequence has counted all of it
+    counts_on_host = OnHost(counts)
     # The engine averages gradients over ranks; the loss is a sum over them. Ranks that share a sequence have the same
     # loss, and each the gradients of its own slice.
     scale = world.world_size / counts[0].clamp(min=1)
@@ -104,7 +104,7 @@ def train_step(
         spike = bool(spikes.is_spike(loss, norm))
         return spike
 
-    num_tokens, num_stops = counts.tolist()
+    num_tokens, num_stops = counts_on_host.read()[0].tolist()
     skipped, grad_norm = engine.step(lr, None if spikes is None else is_spike)
     if spikes is not None and loss is not None and not skipped:
         spikes.add(loss, grad_norm)

@@ -1,4 +1,4 @@
-"""Collectives over all processes of a run, small ones: counts, flags and objects."""
+"""Small things between processes, and between host and device: counts, flags and objects."""
 
 from __future__ import annotations
 
@@ -6,6 +6,35 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+
+class OnHost:
+    """Copies of small tensors, asked for now and read later: `read` waits for the copies alone, not for what was
+    launched since."""
+
+    def __init__(self, *tensors: torch.Tensor) -> None:
+        device = tensors[0].device
+        on_gpu = device.type == "cuda"
+        self._copies = [torch.empty(x.shape, dtype=x.dtype, pin_memory=on_gpu) for x in tensors]
+        for copy, x in zip(self._copies, tensors):
+            copy.copy_(x, non_blocking=on_gpu)
+        self._done = None
+        if on_gpu:
+            self._done = torch.cuda.Event()
+            self._done.record(torch.cuda.current_stream(device))
+
+    def read(self) -> list[torch.Tensor]:
+        """The tensors, on the host."""
+        if self._done is not None:
+            self._done.synchronize()
+        return self._copies
+
+
+def on_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the host on `device`, without waiting for what the device is doing."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def barrier() -> None:

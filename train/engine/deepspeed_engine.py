@@ -30,6 +30,31 @@ from train.engine.adamw import VetoedAdamW
 from train.engine.engine import MASTER, MOMENTS, Slot, as_norm
 from train.model.decoder import Decoder
 
+
+def _launch_less(optimizer: Any) -> None:
+    """Has a BF16_Optimizer do on flat tensors what it does parameter by parameter: with hundreds of parameters the
+    device idles between its small kernels. Sums of gradients stay the same to the bit; the norm adds up in another
+    order."""
+
+    @torch.no_grad()
+    def add_gradient(weight: Tensor, group: int, index: int, clear_lp_grads: bool) -> None:
+        if weight.grad is None:
+            return
+        total = optimizer.fp32_groups_gradients[group][index]
+        total.add_(weight.grad.view(total.shape))
+        weight._hp_grad = total  # pyright: ignore[reportAttributeAccessIssue]  # where DeepSpeed looks for it
+        weight.grad = None  # rather than zeroed and added to by the next backward pass
+        optimizer.fp32_groups_has_gradients[group][index] = True
+
+    def gradients(for_clipping: bool = False) -> Any:
+        """Clipping concerns what this rank's AdamW reads; the norm is that of all."""
+        if for_clipping:
+            return optimizer.fp32_groups_gradient_flat_partition
+        return optimizer.fp32_groups_gradients_flat, {}
+
+    optimizer._update_hp_grad, optimizer.get_grads_for_norm = add_gradient, gradients
+
+
 GATHER_ELEMENTS = 2**26  # 256 MiB of device memory while a large parameter is collected
 
 
@@ -43,6 +68,10 @@ class DeepSpeedEngine:
             raise ConfigError(
                 ["deepspeed.extra: checkpoints do not cover optimizer state on NVMe; offload to host memory"]
             )
+        from deepspeed.runtime.bf16_optimizer import BF16_Optimizer  # slow to import
+
+        if isinstance(engine.optimizer, BF16_Optimizer):
+            _launch_less(engine.optimizer)
 
     @property
     def model(self) -> Decoder:

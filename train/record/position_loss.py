@@ -14,6 +14,7 @@ suffixes: T tokens, N documents or windows, B buckets.
 
 from __future__ import annotations
 
+import copy
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -219,6 +220,17 @@ class PositionLoss:
         elif torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(total._state, group=group)
         return total
+
+    @property
+    def sums(self) -> torch.Tensor:
+        """All there is to know, one float64 tensor on the device."""
+        return self._state
+
+    def with_sums(self, sums: torch.Tensor) -> PositionLoss:
+        """One that holds `sums` of this one's shape, such as a copy of them on the host."""
+        other = copy.copy(self)
+        other._state = sums
+        return other
 
     def curve(self) -> PositionCurve:
         """The curve so far (one device-to-host copy)."""

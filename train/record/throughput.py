@@ -95,8 +95,8 @@ class Rates(TypedDict):
 class Throughput:
     """A stop watch that also counts work.
 
-    On a GPU the clock is right only where the host has waited for the device: call `take` after the log interval's one
-    device-to-host copy.
+    On a GPU the clock is right where the host has waited for the device. Call `take` after a step: its norm was waited
+    for, so that the clock is off by less than the optimizer's time, and intervals in a row by none.
     """
 
     def __init__(
