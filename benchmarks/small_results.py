@@ -188,7 +188,8 @@ def _recovered(loss_ASN: np.ndarray, clusters: Sequence[str]) -> dict:
     gap, left = gap_S2.mean(0)
     return {
         "share": float(1 - left / gap),
-        "interval_95": [float(low), float(high)],
+        # The share of a gap that may be none has no interval.
+        "interval_95": [float(low), float(high)] if (drawn_D2[:, 0] > 0).mean() > 0.975 else None,
         "gap": float(gap),
         "left": float(left),
         "by_seed": (1 - gap_S2[:, 1] / gap_S2[:, 0]).tolist(),
@@ -261,9 +262,10 @@ def table(record: Mapping) -> list[str]:
             rows.append([*(start if i == 0 else [""] * len(start)), *gap_cells(gap)])
     lines += markdown(heads, rows)
     for name, part in record["recovered"]["parts"].items() if record["recovered"] else ():
-        low, high = (f"{100 * share:.0f}" for share in part["interval_95"])
+        width = part["interval_95"]
+        known = "no interval" if width is None else f"95 %: {100 * width[0]:.0f} to {100 * width[1]:.0f}"
         each = ", ".join(f"{100 * share:.0f}" for share in part["by_seed"])
-        share = f"{100 * part['share']:.0f} % (95 %: {low} to {high}; seeds {each})"
+        share = f"{100 * part['share']:.0f} % ({known}; seeds {each})"
         lines += ["", f"Recovered by the last stage, {name}: {share} of {part['gap']:+.4f}; left {part['left']:+.4f}"]
     gates = [row for row in record["router"] if row["eval"] == "gates"]
     if gates:
