@@ -58,6 +58,7 @@ KEYS = {
     "start_tokens": "trained at a quarter of the length, with full attention (default 48M)",
     "tokens": "trained at the whole length, each attention (default 24M)",
     "batch": "tokens of a step (default 64K)",
+    "beside": "attentions of the grid besides full, such as blocks of other sizes (default <attention>,<attention>+1)",
     "depths": "of the grid (default 10)",
     "samples": "of the grid (default 10)",
     "seed": "default 0",
@@ -84,7 +85,7 @@ def main() -> None:
     budgets = {name: parse_tokens(values.get(name, default)) for name, default in DEFAULT_TOKENS.items()}
     first = [f"schedule.seq_len={length // 4}", f"schedule.tokens={budgets['start_tokens']}", "schedule=full_only"]
     start = train(work / START, [*common, *first, "optim.lr.peak=2e-3"], seed)
-    beside = f"beside={attention},{attention}+1"
+    beside = f"beside={values.get('beside', f'{attention},{attention}+1')}"
     asked = [f"lengths={lengths(length)}", "forms=key_value", "arms=full", "attention=full", beside]
     asked += [f"{key}={values[key]}" for key in ("depths", "samples") if key in values]
     then = [*common, f"schedule.seq_len={length}", f"schedule.tokens={budgets['tokens']}", "optim.lr.peak=1e-3"]

@@ -3,7 +3,8 @@
 Gaps are differences of the same held-out documents, averaged over seeds, with clusters of documents as the draws of
 their 95 % intervals; the differences of single seeds are listed beside them. `recovered` is the part of MoBA's trailing
 gap to full attention that a last stage of full attention closes, 1 - gap / gap of MoBA, its interval from draws of the
-clusters. `falls_by` is how much the loss falls from the first bucket behind block x top_k to the last.
+clusters. `falls_by` is how much the loss falls from the first bucket behind REACH tokens, which is
+what MoBA attends to at most, to the last.
 
 Shapes: N documents, B buckets of positions, C clusters, D draws.
 """
@@ -11,7 +12,7 @@ Shapes: N documents, B buckets of positions, C clusters, D draws.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,7 +32,8 @@ from evals.style import LOSS, POSITION, color, look, marker, save
 from evals.swap import document_mean
 from train.record.metrics import FILE_NAME, read_metrics
 
-DRAWS = 4000
+DRAWS, REACH = 4000, 1024
+"""REACH: block x top_k of the arms that most are about."""
 REFERENCE, SPARSE, SWITCHED, FIRST = "full", "moba", "moba, then full", "moba, first block"
 GRAIN = ("1024x2", "512x4", "256x8", "128x16", "64x32")
 PLAIN = ", no key convolution"
@@ -40,22 +42,60 @@ Runs = Mapping[str, Mapping[int, Path]]
 """Arm -> seed -> folder of the run."""
 
 
-def collect(work: Path, to: Path, arguments: Sequence[str], label: str | None, cluster: str, names) -> str:
-    """Writes results.json, table.md and figures; returns the table. `names`: (arm, seed) of each run's folder."""
+class Held:
+    """The evaluations during training of all runs, and what is asked of their weights in the end."""
+
+    def __init__(self, runs: Runs, cluster: str):
+        self.runs, self._cluster_of = runs, clusters_by(cluster)
+
+    def tokens(self, arm: str, seed: int) -> set[int]:
+        """At which a run was evaluated."""
+        files = (self.runs[arm][seed] / "position_loss").glob("eval_*.npz")
+        return {int(path.stem.removeprefix("eval_")) for path in files}
+
+    def common(self, *arms: str) -> tuple[list[int], int]:
+        """(seeds, tokens): the seeds that all of them have, and the last evaluation that all of these have; no seeds
+        where there is none."""
+        seeds = [s for s in self.runs.get(arms[0], {}) if all(s in self.runs.get(arm, {}) for arm in arms)]
+        shared = set.intersection(*(self.tokens(arm, seed) for arm in arms for seed in seeds)) if seeds else set()
+        return (seeds, max(shared)) if shared else ([], 0)
+
+    def at(self, arm: str, seed: int, tokens: int) -> Evaluation:
+        """One of them, with the clusters that were asked for."""
+        found = load_evaluation(self.runs[arm][seed] / "position_loss" / f"eval_{tokens:015d}.npz")
+        return replace(found, document_clusters=[self._cluster_of(one) for one in found.document_ids])
+
+    def each(self, arm: str, seeds: Sequence[int], tokens: int) -> list[Evaluation]:
+        """Of each seed."""
+        return [self.at(arm, seed, tokens) for seed in seeds]
+
+
+def collect(
+    work: Path,
+    to: Path,
+    arguments: Sequence[str],
+    label: str | None,
+    cluster: str,
+    names: Mapping[tuple[str, int], str],
+) -> str:
+    """Writes results.json, table.md and figures; returns the table. `names`: of each (arm, seed) the run's folder.
+    ValueError where no run was evaluated."""
     runs: dict[str, dict[int, Path]] = {}
     for (arm, seed), folder in names.items():
         if list((work / folder / "position_loss").glob("eval_*.npz")):
             runs.setdefault(arm, {})[seed] = work / folder
     if not runs:
         raise ValueError(f"{work} has no run with an evaluation")
-    record = {**origin(arguments, label), "runs": list(of_runs(runs)), "final": {}, "gaps": []}
+    held = Held(runs, cluster)
+    record = {
+        **origin(arguments, label),
+        "runs": list(of_runs(runs)),
+        "final": {arm: final(held, arm) for arm in runs},
+        "gaps": [gap for arm in runs for reference in references(arm) if (gap := gap_of(held, arm, reference))],
+        "recovered": recovered(held),
+        "router": [*gates_of(held), *routing_of(runs)],
+    }
     record["device"] = ", ".join(sorted({run["device"] for run in record["runs"]}))
-    ends = {arm: last_of(arm, own, cluster) for arm, own in runs.items()}
-    for arm, own in ends.items():
-        record["final"][arm] = final(own, read_metrics(next(iter(runs[arm].values())) / FILE_NAME))
-    record["gaps"] = list(gaps(ends))
-    record["recovered"] = recovered(ends)
-    record["router"] = list(routers(runs, ends))
     text = write(record, table(record), to)
     draw(record, to)
     return text
@@ -65,55 +105,25 @@ def of_runs(runs: Runs) -> Iterator[dict]:
     """Each run's speed, and its losses over training."""
     for arm, own in runs.items():
         for seed, folder in own.items():
-            metrics = read_metrics(folder / FILE_NAME)
-            if any(record["kind"] == "train" for record in metrics):
-                yield {"arm": arm, "seed": seed, **of_run(metrics)}
+            yield {"arm": arm, "seed": seed, **of_run(read_metrics(folder / FILE_NAME))}
 
 
-def last_of(arm: str, own: Mapping[int, Path], cluster: str) -> dict[int, tuple[int, Evaluation]]:
-    """Seed -> (tokens, the last evaluation that all seeds of the arm have)."""
-    tokens = set.intersection(*({tokens_of(path) for path in files(folder)} for folder in own.values()))
-    at = max(tokens)
-    return {
-        seed: (at, clustered(folder / "position_loss" / f"eval_{at:015d}.npz", cluster)) for seed, folder in own.items()
-    }
-
-
-def files(folder: Path) -> list[Path]:
-    """The evaluations of a run, in order."""
-    return sorted((folder / "position_loss").glob("eval_*.npz"))
-
-
-def tokens_of(path: Path) -> int:
-    """Of an evaluation."""
-    return int(path.stem.removeprefix("eval_"))
-
-
-def clustered(path: Path, cluster: str) -> Evaluation:
-    """An evaluation whose documents are in the clusters that the expression makes."""
-    found, name = load_evaluation(path), clusters_by(cluster)
-    return replace(found, document_clusters=[name(one) for one in found.document_ids])
-
-
-def final(own: Mapping[int, tuple[int, Evaluation]], metrics: Sequence[Mapping]) -> dict:
+def final(held: Held, arm: str) -> dict:
     """Of an arm: its losses by position, and how much they fall."""
-    tokens = next(iter(own.values()))[0]
-    mean = over_seeds([evaluation for _, evaluation in own.values()])
+    seeds, tokens = held.common(arm)
+    each = held.each(arm, seeds, tokens)
+    mean = over_seeds(each)
     edges, loss_NB = mean.curve.edges, mean.document_loss
-    stage = [record for record in metrics if record["kind"] == "stage"][-1]
-    reach = dense_reach(stage["attention"]) or 1024
-    start = int(np.searchsorted(edges, reach))
-    fall_N = loss_NB[:, start] - loss_NB[:, -1] if start < len(edges) - 2 else np.full(len(loss_NB), np.nan)
-    each = {seed: evaluation.document_loss for seed, (_, evaluation) in own.items()}
+    start = int(np.searchsorted(edges, REACH))
+    fall_N = loss_NB[:, start] - loss_NB[:, -1]
     return {
         "tokens": tokens,
-        "attention": stage["attention"],
-        "seeds": list(own),
+        "seeds": seeds,
         "num_documents": len(loss_NB),
         "num_clusters": len(set(mean.document_clusters)),
         "edges": edges.tolist(),
         "mean": loss_NB.mean(0).tolist(),
-        "by_seed": {seed: loss.mean(0).tolist() for seed, loss in each.items()},
+        "by_seed": [one.document_loss.mean(0).tolist() for one in each],
         "loss": float(loss_NB.mean()),
         "trailing": float(loss_NB[:, -1].mean()),
         "falls_from": int(edges[start]),
@@ -121,114 +131,103 @@ def final(own: Mapping[int, tuple[int, Evaluation]], metrics: Sequence[Mapping])
     }
 
 
-def dense_reach(attention: str) -> int | None:
-    """Block size times top_k of an attention in words; None for full attention."""
-    word = next((word for word in attention.replace("+", " ").split() if "x" in word and word[0].isdigit()), None)
-    return None if word is None else int(np.prod([int("".join(filter(str.isdigit, part))) for part in word.split("x")]))
+def references(arm: str) -> list[str]:
+    """What an arm is held against: full attention of the same model, MoBA, and the coarsest blocks."""
+    kind, _, model = arm.partition(", ")
+    if f", {model}" == PLAIN or model.endswith("M"):
+        return [f"{REFERENCE}, {model}"] if kind != REFERENCE else []
+    others = [REFERENCE, SPARSE, *(GRAIN[:1] if arm in GRAIN else [])]
+    return others[: others.index(arm)] if arm in others else others
 
 
-def references(arm: str, ends: Mapping) -> Iterator[str]:
-    """What an arm is held against: full attention of its own kind of model, and what shows one thing more."""
-    suffix = next((arm[len(name) :] for name in (SPARSE, REFERENCE) if arm.startswith(f"{name}, ")), "")
-    is_other_model = suffix == PLAIN or suffix.endswith("M")
-    yield REFERENCE + (suffix if is_other_model else "")
-    if not is_other_model:
-        yield SPARSE
-        yield "1024x2"
-
-
-def gaps(ends: Mapping[str, Mapping[int, tuple[int, Evaluation]]]) -> Iterator[dict]:
-    """How far each arm's losses are above what it is held against, where both had as many tokens."""
-    for arm, own in ends.items():
-        for reference in references(arm, ends):
-            seeds = [seed for seed in own if seed in ends.get(reference, {})]
-            if reference == arm or not seeds or own[seeds[0]][0] != ends[reference][seeds[0]][0]:
-                continue
-            if reference == "1024x2" and arm not in GRAIN:
-                continue
-            ours, theirs = ([side[seed][1] for seed in seeds] for side in (own, ends[reference]))
-            a, b = over_seeds(ours), over_seeds(theirs)
-            gap_N = a.document_loss.mean(1) - b.document_loss.mean(1)
-            by_seed = [
-                {"seed": seed, "mean": float(np.mean(x.document_loss - y.document_loss)),
-                 "trailing": float(np.mean((x.document_loss - y.document_loss)[:, -1]))}
-                for seed, x, y in zip(seeds, ours, theirs)
-            ]  # fmt: skip
-            yield {
-                "arm": arm,
-                "reference": reference,
-                "seeds": seeds,
-                "mean_loss": document_mean(gap_N, a.document_clusters),
-                "by_seed": by_seed,
-                **difference(a, b).summary(),
-            }
-
-
-def recovered(ends: Mapping[str, Mapping[int, tuple[int, Evaluation]]]) -> dict | None:
-    """The part of the trailing gap of MoBA that the last stage closes; None where an arm is missing."""
-    arms = (REFERENCE, SPARSE, SWITCHED)
-    seeds = [seed for seed in ends.get(REFERENCE, {}) if all(seed in ends.get(arm, {}) for arm in arms)]
-    if not seeds or len({ends[arm][seed][0] for arm in arms for seed in seeds}) > 1:
+def gap_of(held: Held, arm: str, reference: str) -> dict | None:
+    """How far an arm's losses are above those of what it is held against after as many tokens; None where they have
+    nothing in common."""
+    seeds, tokens = held.common(arm, reference)
+    if not seeds:
         return None
-    parts = {}
-    for name, columns in (("trailing", slice(-1, None)), ("behind_reach", None)):
-        full, sparse, switched = (over_seeds([ends[arm][seed][1] for seed in seeds]) for arm in arms)
-        if columns is None:
-            columns = slice(int(np.searchsorted(full.curve.edges, 1024)), None)
-        if np.array_equal(sparse.document_loss[:, columns], full.document_loss[:, columns]):
+    ours, theirs = held.each(arm, seeds, tokens), held.each(reference, seeds, tokens)
+    a, b = over_seeds(ours), over_seeds(theirs)
+    each = [x.document_loss - y.document_loss for x, y in zip(ours, theirs)]
+    return {
+        "arm": arm,
+        "reference": reference,
+        "seeds": seeds,
+        "tokens": tokens,
+        "mean_loss": document_mean((a.document_loss - b.document_loss).mean(1), a.document_clusters),
+        "by_seed": [{"mean": float(gap_NB.mean()), "trailing": float(gap_NB[:, -1].mean())} for gap_NB in each],
+        **difference(a, b).summary(),
+    }
+
+
+def recovered(held: Held) -> dict | None:
+    """The part of MoBA's gap to full attention that the last stage closes, in the last bucket and behind REACH; None
+    where an arm is missing."""
+    arms = (REFERENCE, SPARSE, SWITCHED)
+    seeds, tokens = held.common(*arms)
+    if not seeds:
+        return None
+    loss_ASNB = np.array([[one.document_loss for one in held.each(arm, seeds, tokens)] for arm in arms])
+    if np.array_equal(loss_ASNB[1], loss_ASNB[2]):
+        return None  # not switched yet
+    first = held.at(REFERENCE, seeds[0], tokens)
+    behind = int(np.searchsorted(first.curve.edges, REACH))
+    parts = {name: _recovered(loss_ASNB[..., at:].mean(-1), first.document_clusters) for name, at in
+             (("trailing", -1), ("behind the reach", behind))}  # fmt: skip
+    return {"seeds": seeds, "tokens": tokens, "parts": parts}
+
+
+def _recovered(loss_ASN: np.ndarray, clusters: Sequence[str]) -> dict:
+    gap_SN2 = (loss_ASN[1:] - loss_ASN[0]).transpose(1, 2, 0)
+    sums_C2, counts_C2 = clustered_sums(gap_SN2.mean(0), np.ones(gap_SN2.shape[1:]), clusters)
+    count = len(sums_C2)
+    times_DC = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), DRAWS)
+    drawn_D2 = (times_DC @ sums_C2) / (times_DC @ counts_C2)
+    low, high = np.quantile(1 - drawn_D2[:, 1] / drawn_D2[:, 0], (0.025, 0.975))
+    gap_S2 = gap_SN2.mean(1)
+    gap, left = gap_S2.mean(0)
+    return {
+        "share": float(1 - left / gap),
+        # The share of a gap that may be none has no interval.
+        "interval_95": [float(low), float(high)] if (drawn_D2[:, 0] > 0).mean() > 0.975 else None,
+        "gap": float(gap),
+        "left": float(left),
+        "by_seed": (1 - gap_S2[:, 1] / gap_S2[:, 0]).tolist(),
+        "draws_with_a_gap": float((drawn_D2[:, 0] > 0).mean()),
+    }
+
+
+def gates_of(held: Held) -> Iterator[dict]:
+    """Of each arm with a router: its loss in the last eighth under other blocks, minus full attention's and minus that
+    under its gate's."""
+    for arm, own in held.runs.items():
+        paths = [path for folder in own.values() for path in sorted((folder / "evals" / "sweep").glob("*.json"))]
+        if not paths:
             continue
-        gap_N2 = np.stack(
-            [(one.document_loss - full.document_loss)[:, columns].mean(1) for one in (sparse, switched)], axis=1
-        )
-        sums_C2, counts_C2 = clustered_sums(gap_N2, np.ones_like(gap_N2), full.document_clusters)
-        times_DC = np.random.default_rng(0).multinomial(len(sums_C2), np.full(len(sums_C2), 1 / len(sums_C2)), DRAWS)
-        drawn_D2 = (times_DC @ sums_C2) / (times_DC @ counts_C2)
-        low, high = np.quantile(1 - drawn_D2[:, 1] / drawn_D2[:, 0], (0.025, 0.975))
-        each = []
-        for seed in seeds:
-            own = [ends[arm][seed][1].document_loss[:, columns].mean() for arm in arms]
-            each.append(float(1 - (own[2] - own[0]) / (own[1] - own[0])))
-        parts[name] = {
-            "share": float(1 - gap_N2[:, 1].mean() / gap_N2[:, 0].mean()),
-            "interval_95": [float(low), float(high)],
-            "gap": float(gap_N2[:, 0].mean()),
-            "left": float(gap_N2[:, 1].mean()),
-            "by_seed": each,
-            "draws_with_gap_above_0": float((drawn_D2[:, 0] > 0).mean()),
+        names = ["full", *(row["gate"] for row in read_json(paths[0])["settings"][1:])]
+        losses_SNB = np.mean([np.load(path.with_suffix(".npz"))["document_loss"] for path in paths], axis=0)
+        last = dict(zip(names, losses_SNB[:, :, -(losses_SNB.shape[2] // 8) :].mean(-1)))
+        seeds, tokens = held.common(arm)
+        clusters = held.at(arm, seeds[0], tokens).document_clusters[: losses_SNB.shape[1]]  # the same documents
+        yield {
+            "arm": arm,
+            "eval": "gates",
+            "seeds": len(paths),
+            "num_documents": losses_SNB.shape[1],
+            "last_eighth": {name: float(loss_N.mean()) for name, loss_N in last.items()},
+            "minus_full": {n: document_mean(loss_N - last["full"], clusters) for n, loss_N in last.items()},
+            "minus_gate": {n: document_mean(loss_N - last["mean"], clusters) for n, loss_N in last.items()},
         }
-    return {"seeds": seeds, **parts}
 
 
-def routers(runs: Runs, ends: Mapping[str, Mapping[int, tuple[int, Evaluation]]]) -> Iterator[dict]:
-    """Of each arm with a router: its loss behind `reach` under other gates minus that under its own and under full
-    attention, and the statistics of its gate."""
+def routing_of(runs: Runs) -> Iterator[dict]:
+    """The statistics of each arm's gate, means over seeds."""
     for arm, own in runs.items():
-        sweeps = [path for folder in own.values() for path in sorted((folder / "evals" / "sweep").glob("*.json"))]
-        numbers = [path for folder in own.values() for path in sorted((folder / "evals" / "routing").glob("*.json"))]
-        if sweeps:
-            records = [read_json(path) for path in sweeps]
-            losses_SNB = np.mean([np.load(path.with_suffix(".npz"))["document_loss"] for path in sweeps], axis=0)
-            names = [row["gate"] if row.get("gate") else "full" for row in records[0]["settings"]]
-            last_SN = losses_SNB[:, :, -(losses_SNB.shape[2] // 8) :].mean(-1)
-            clusters = next(iter(ends[arm].values()))[1].document_clusters[: last_SN.shape[1]]  # the same, in order
-            gate_SN = last_SN[names.index("mean")]
-            yield {
-                "arm": arm,
-                "eval": "gates",
-                "seeds": len(sweeps),
-                "num_documents": last_SN.shape[1],
-                "last_eighth": dict(zip(names, last_SN.mean(1).tolist())),
-                "minus_full": {n: document_mean(own - last_SN[0], clusters) for n, own in zip(names, last_SN)},
-                "minus_gate": {n: document_mean(own - gate_SN, clusters) for n, own in zip(names, last_SN)},
-            }
-        if numbers:
-            records = [read_json(path) for path in numbers]
-            overall = {
-                name: {"mean": statistics.fmean(record["overall"][name]["mean"] for record in records),
-                       "se": max(record["overall"][name]["se"] or 0 for record in records)}
-                for name in records[0]["overall"]
-            }  # fmt: skip
-            yield {"arm": arm, "eval": "routing", "seeds": len(numbers), "overall": overall}
+        paths = [path for folder in own.values() for path in sorted((folder / "evals" / "routing").glob("*.json"))]
+        if paths:
+            each = [read_json(path)["overall"] for path in paths]
+            overall = {name: statistics.fmean(one[name]["mean"] for one in each) for name in each[0]}
+            yield {"arm": arm, "eval": "routing", "seeds": len(paths), "overall": overall}
 
 
 # -------------------- tables
@@ -262,16 +261,12 @@ def table(record: Mapping) -> list[str]:
             start += [f"{of(own['falls_by'])} from {format_length(own['falls_from'])}"]
             rows.append([*(start if i == 0 else [""] * len(start)), *gap_cells(gap)])
     lines += markdown(heads, rows)
-    if found := record["recovered"]:
-        for name, part in found.items():
-            if name != "seeds":
-                low, high = part["interval_95"]
-                each = ", ".join(f"{100 * share:.0f} %" for share in part["by_seed"])
-                share = f"{100 * part['share']:.0f} % (95 %: {100 * low:.0f} to {100 * high:.0f}; seeds {each})"
-                lines += [
-                    "",
-                    f"Recovered by the last stage, {name}: {share} of {part['gap']:+.4f}; left {part['left']:+.4f}",
-                ]
+    for name, part in record["recovered"]["parts"].items() if record["recovered"] else ():
+        width = part["interval_95"]
+        known = "no interval" if width is None else f"95 %: {100 * width[0]:.0f} to {100 * width[1]:.0f}"
+        each = ", ".join(f"{100 * share:.0f}" for share in part["by_seed"])
+        share = f"{100 * part['share']:.0f} % ({known}; seeds {each})"
+        lines += ["", f"Recovered by the last stage, {name}: {share} of {part['gap']:+.4f}; left {part['left']:+.4f}"]
     gates = [row for row in record["router"] if row["eval"] == "gates"]
     if gates:
         heads = ["trained as", "documents", "seeds", "full", *(f"{GATES[name]} - full" for name in GATES)]
@@ -284,9 +279,7 @@ def table(record: Mapping) -> list[str]:
     numbers = [row for row in record["router"] if row["eval"] == "routing"]
     if numbers:
         kept = ("captured", "oracle", "local", "random", "own", "recall", "hit", "snr")
-        rows = [
-            [row["arm"], row["seeds"], *(f"{row['overall'][name]['mean']:.3f}" for name in kept)] for row in numbers
-        ]
+        rows = [[row["arm"], row["seeds"], *(f"{row['overall'][name]:.3f}" for name in kept)] for row in numbers]
         lines += ["", *markdown(["router of", "seeds", *kept], rows)]
     speeds = [
         [run["arm"], run["seed"], *(f"{stage['tokens_per_second']:,.0f}" for stage in run["stages"])]
@@ -320,16 +313,22 @@ def draw(record: Mapping, to: Path) -> None:
     grain = [arm for arm in GRAIN if arm in record["final"]]
     layers = [arm for arm in record["final"] if arm.startswith("last ")]
     gates = [row for row in record["router"] if row["eval"] == "gates"]
-    for name, things, plot, title in (
-        ("loss_by_tokens", main, over_tokens, "Held-out loss over training (the paper's figure 3a)"),
-        ("loss_by_position", main, by_position, "Loss by position (the paper's figure 5a)"),
-        ("granularity", grain, granularity, "The same sparsity in smaller blocks (the paper's figure 4)"),
-        ("layers", layers, by_layers, "Full attention in the last layers (the paper's figure 5b)"),
-        ("gates", gates, by_gates, "Trained weights under other blocks, last eighth of the documents"),
-    ):
-        if len(things) > (1 if name == "granularity" else 0):
+    plots: list[tuple[str, str, bool, Callable[[Sequence[Axes]], None]]] = [
+        ("loss_by_tokens", "Held-out loss over training (the paper's figure 3a)", bool(main),
+         lambda axes: over_tokens(axes, record, main)),
+        ("loss_by_position", "Loss by position (the paper's figure 5a)", bool(main),
+         lambda axes: by_position(axes, record, main)),
+        ("granularity", "The same sparsity in smaller blocks (the paper's figure 4)", len(grain) > 1,
+         lambda axes: granularity(axes, record, grain)),
+        ("layers", "Full attention in the last layers (the paper's figure 5b)", bool(layers),
+         lambda axes: by_layers(axes, record, layers)),
+        ("gates", "Trained weights under other blocks, last eighth of the documents", bool(gates),
+         lambda axes: by_gates(axes, record, gates)),
+    ]  # fmt: skip
+    for name, title, known, plot in plots:
+        if known:
             figure = Figure(figsize=(12, 4.8), layout="constrained")
-            plot(figure.subplots(1, 2), record, things)
+            plot(figure.subplots(1, 2))
             figure.suptitle(f"{title}\n{where}", fontsize="medium")
             save(figure, to / f"{name}.png")
 
@@ -366,7 +365,7 @@ def by_position(axes: Sequence[Axes], record: Mapping, names: Sequence[str]) -> 
         edges = np.array(own["edges"])
         centres = (edges[:-1] + edges[1:]) / 2
         axes[0].plot(centres, own["mean"], label=name, **style)
-        seeds = np.array([*own["by_seed"].values()])
+        seeds = np.array(own["by_seed"])
         axes[0].fill_between(centres, seeds.min(0), seeds.max(0), color=style["color"], alpha=0.2, linewidth=0)
         gap = next((g for g in record["gaps"] if g["arm"] == name and g["reference"] == REFERENCE), None)
         if gap is None:
@@ -384,7 +383,7 @@ def by_position(axes: Sequence[Axes], record: Mapping, names: Sequence[str]) -> 
     axes[1].set_title("document by document (bars: 95 % of one place; shaded: of all)", fontsize="medium")
     axes[1].axhline(0, color="black", linewidth=0.8)
     for axis in axes:
-        mark_dense(axis, 1024, longest)
+        mark_dense(axis, REACH, longest)
         length_axis(axis.xaxis, longest)
         axis.set_xlabel(POSITION)
         axis.grid(alpha=0.3)
@@ -405,7 +404,7 @@ def granularity(axes: Sequence[Axes], record: Mapping, names: Sequence[str]) -> 
         ]
         axis.errorbar(range(len(names)), values, yerr=widths, capsize=4, label="MoBA", **look(1, 2))
         for place, name in enumerate(names):
-            seeds = [np.mean(mean) if key == "loss" else mean[-1] for mean in record["final"][name]["by_seed"].values()]
+            seeds = [np.mean(mean) if key == "loss" else mean[-1] for mean in record["final"][name]["by_seed"]]
             axis.plot([place] * len(seeds), seeds, ".", color="black", markersize=4)
         if full is not None:
             axis.axhline(full[key], color=color(0), label="full")
@@ -432,7 +431,7 @@ def by_layers(axes: Sequence[Axes], record: Mapping, names: Sequence[str]) -> No
     for axis, key, title in zip(axes, ("loss", "trailing"), ("all positions", "last sixteenth")):
         axis.plot(range(len(order)), [record["final"][name][key] for name in order], **look(0))
         for place, name in enumerate(order):
-            seeds = [np.mean(mean) if key == "loss" else mean[-1] for mean in record["final"][name]["by_seed"].values()]
+            seeds = [np.mean(mean) if key == "loss" else mean[-1] for mean in record["final"][name]["by_seed"]]
             axis.plot([place] * len(seeds), seeds, ".", color="black", markersize=4)
         axis.set_xticks(range(len(order)), list(order.values()))
         axis.set_xlabel("full-attention layers, counted from the last (dots: seeds)")

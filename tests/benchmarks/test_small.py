@@ -1,0 +1,111 @@
+"""benchmarks/small.py: its arms compose, its runs are stopped in time, and its numbers are those of the files."""
+
+import json
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from benchmarks import small, small_results
+from evals.position_loss import Evaluation
+from launch.cli import UsageError
+from launch.config import load
+
+EDGES = np.arange(0, 8193, 512)
+IDS = [f"package{i % 5}:{i}" for i in range(15)]
+
+
+def study(tmp_path, **values):
+    """A study that was asked for."""
+    return small.Study({"minutes": "1", **values}, ["run.device=cpu"], tmp_path / "runs")
+
+
+@pytest.mark.parametrize("name", small.ARMS)
+def test_every_arm_composes_and_has_the_tokens_of_the_others(name, tmp_path):
+    """Catches an override that was renamed since, and arms whose attention is not what their name says."""
+    words = study(tmp_path, arms=name).training((name, 3), tmp_path)
+    config = load([*words, f"schedule.tokens={100 * small.BATCH}"])
+    assert config.schedule.tokens == 100 * small.BATCH and config.run.seed == 3
+    first, last = config.schedule.stages.values()
+    assert first.tokens == 90 * small.BATCH
+    kinds = first.attention.kind, last.attention.kind
+    assert kinds == (("full",) * 2 if name.startswith("full") else ("moba", "full" if "then" in name else "moba"))
+    if "x" in name:
+        options = first.attention.options
+        assert (
+            name == f"{options['block_size']}x{options['top_k']}" and options["block_size"] * options["top_k"] == 2048
+        )
+
+
+def test_tasks_are_seeds_of_arms_and_branches_come_last():
+    """Catches a branch that waits for a run behind it in the queue, and an arm that is misspelt."""
+    found = small.tasks_of("moba, then full;moba;1024x2@1", "0,1")
+    assert found == [("moba", 0), ("moba", 1), ("1024x2", 1), ("moba, then full", 0), ("moba, then full", 1)]
+    with pytest.raises(UsageError, match="arms=mobaa: there are full; moba"):
+        small.tasks_of("full;mobaa", "0")
+
+
+def test_what_runs_is_ended_when_time_is_up(tmp_path, monkeypatch):
+    """Catches a study that outlives its minutes, and one that begins something after them."""
+    (tmp_path / "launch").mkdir()
+    (tmp_path / "launch" / "train.py").write_text("import time; time.sleep(60)")
+    monkeypatch.setattr(small, "ROOT", tmp_path)
+    one = study(tmp_path, arms="full;moba", seeds="0")
+    threading.Timer(1, one.stop).start()
+    began = time.monotonic()
+    assert not one.process("train.py", [], tmp_path / "run")
+    assert not one.process("train.py", [], tmp_path / "another") and time.monotonic() - began < 30
+    assert sys.executable  # the children's
+
+
+def write_run(folder, losses):
+    """A run's files: its losses by position [N, B] at these tokens."""
+    stage = {"kind": "stage", "tokens": 0, "stage": "first", "seq_len": 8192, "attention": "full", "end": max(losses)}
+    speeds = dict.fromkeys(("tflops", "mfu", "mfu_dense_equivalent", "attended_share", "peak_memory_gib"))
+    train = {"kind": "train", "tokens": 1, "step": 1, "stage": "first", "loss": 5.0, "tokens_per_second": 7.0, **speeds}
+    rows = [{"kind": "run", "tokens": 0, "device": "a GPU"}, stage, train]
+    for tokens, loss_NB in losses.items():
+        found = Evaluation.of_documents(EDGES, IDS, [f"key of {name}" for name in IDS], IDS, loss_NB)
+        found.result("x").write(folder / "position_loss", f"eval_{tokens:015d}")
+        ends = {"loss": float(loss_NB.mean()), "trailing_loss": float(loss_NB[:, -1].mean())}
+        rows.append({"kind": "eval", "tokens": tokens, **ends})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_numbers_are_those_of_the_files(tmp_path):
+    """Catches gaps of unlike tokens or with the wrong sign, a recovered share that is not of the last bucket, seeds
+    that are not averaged, and clusters that are single documents."""
+    generator = np.random.default_rng(0)
+    base_NB = 3 - np.linspace(0, 0.8, 16) + generator.normal(0, 0.3, (15, 1))
+    slope_B = np.linspace(0, 1, 16)
+    arms = {"full": 0.0, "moba": 0.2, "moba, then full": 0.05, "moba, first block": 0.1, "1024x2": 0.3, "64x32": 0.15}
+    arms |= {"last 1 full": 0.1}
+    names = {}
+    for arm, gap in arms.items():
+        for seed in (0, 1):
+            names[arm, seed] = small.name_of((arm, seed))
+            loss_NB = base_NB + gap * (1 + 0.1 * (seed - 0.5)) * slope_B
+            at = {100: loss_NB + 1, 200: loss_NB} | ({300: loss_NB - 1} if arm == "full" else {})
+            write_run(tmp_path / "runs" / names[arm, seed], at)
+    text = small_results.collect(tmp_path / "runs", tmp_path / "to", ["to=x"], "abc", "[^:]*", names)
+    record = json.loads((tmp_path / "to" / "results.json").read_text())
+    found = {(gap["arm"], gap["reference"]): gap for gap in record["gaps"]}
+    assert found["moba", "full"]["tokens"] == 200, "where both have an evaluation"
+    assert found["moba", "full"]["difference"] == pytest.approx((0.2 * slope_B).tolist())
+    assert [one["trailing"] for one in found["moba", "full"]["by_seed"]] == pytest.approx([0.19, 0.21])
+    assert found["moba", "full"]["clusters"] == [5] * 16
+    assert found["64x32", "1024x2"]["difference"][-1] == pytest.approx(-0.15)
+    trailing = record["recovered"]["parts"]["trailing"]
+    assert trailing["share"] == pytest.approx(0.75) and trailing["gap"] == pytest.approx(0.2)
+    assert record["final"]["full"]["falls_by"]["mean"] == pytest.approx(0.8 * 13 / 15)
+    assert "Recovered by the last stage, trailing: 75 %" in text
+    drawn = {path.name for path in (tmp_path / "to").glob("*.png")}
+    assert drawn == {"loss_by_tokens.png", "loss_by_position.png", "granularity.png", "layers.png"}
+
+
+def test_a_branch_takes_what_the_base_had_at_the_end_of_its_first_stage(tmp_path):
+    """Catches a branch of a run that is not finished, or of its end."""
+    with pytest.raises(ValueError, match="base did not come to its end"):
+        small.branch_off(tmp_path / "base", tmp_path / "branch")
