@@ -86,6 +86,32 @@ def markdown(heads: Sequence[object], rows: Iterable[Sequence[object]]) -> list[
     return [f"| {' | '.join(map(str, cells))} |" for cells in (heads, ["---"] * len(heads), *rows)]
 
 
+def heading(record: Mapping) -> list[str]:
+    """The first lines of a result: where it was measured, by which command, and how."""
+    named = {key: record[key] for key in ("torch", "cudnn", "flash", "deepspeed", "commit") if key in record}
+    versions = ", ".join(f"{name} {value}" for name, value in named.items())
+    return [f"{record['device']}; {versions}", "", f"`{record['command']}`", "", record["convention"], ""]
+
+
+def row_table(rows: Iterable[Mapping]) -> list[str]:
+    """The lines of a table whose columns are the keys of the rows; of a list of numbers the last one."""
+    flat = [dict(_flat(row)) for row in rows]
+    keys = list(dict.fromkeys(key for row in flat for key in row))
+    return markdown([key.replace("_", " ") for key in keys], [[row.get(key, "") for key in keys] for row in flat])
+
+
+def _flat(row: Mapping, before: str = "") -> Iterator[tuple[str, str]]:
+    for key, value in row.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{before}{key} ")
+            continue
+        if isinstance(value, list):
+            texts = [each for each in value if isinstance(each, str)]
+            value = "; ".join(texts) if texts or not value else value[-1]
+        value, number = "-" if value is None else value, isinstance(value, float)
+        yield before + key, f"{value:,.{0 if abs(value) >= 1000 else 4}f}" if number else str(value).replace("|", "/")
+
+
 def cell(value: float | None, form: str) -> str:
     """A number in a table; a dash where it is not known."""
     return "-" if value is None else form.format(value)

@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from benchmarks.common import cell, device_name, markdown, origin, write  # noqa: E402
+from benchmarks.common import cell, device_name, heading, markdown, origin, write  # noqa: E402
 from conf.numbers import format_length, parse_length  # noqa: E402
 from launch.cli import UsageError, exits_on, key_values  # noqa: E402
 from moba.backends import cudnn  # noqa: E402
@@ -168,9 +168,7 @@ def _shortest(layouts: list[dict]) -> int | None:
 
 
 def _table(record: dict) -> list[str]:
-    about = f"torch {record['torch']}, cuDNN {record['cudnn']}, flash: {record['flash']}, commit {record['commit']}"
-    lines = [f"{record['device']}; {about}", "", f"`{record['command']}`", "", record["convention"], ""]
-    lines += [f"cuDNN is faster on all layouts from documents of {record['shortest']} tokens on."]
+    lines = [*heading(record), f"cuDNN is faster on all layouts from documents of {record['shortest']} tokens on."]
     heads = ["pack", *(f"{way} ms" for way in WAYS), "flash TFLOP/s", "cudnn TFLOP/s", "cudnn / flash"]
     for layout in record["layouts"]:
         rows = []

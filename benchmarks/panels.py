@@ -4,7 +4,7 @@ the record alone, so that a figure can be made again without a run."""
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 
-from benchmarks.common import cell, markdown
+from benchmarks.common import row_table
 from conf.numbers import format_count, format_length
 from evals.figures import length_axis, mark_dense, token_axis
 from evals.style import LOSS, POSITION, color, look, marker, save
@@ -228,84 +228,15 @@ PANELS: dict[str, Callable[[SubFigure, Record], None]] = {
 
 
 def table(record: Record) -> list[str]:
-    """Markdown: where it was measured, and what was."""
+    """Markdown: where it was measured, and what was; of losses by position the last."""
     lines = [record["about"], "", f"{record['device']}, commit {record['commit']}", "", f"`{record['command']}`"]
-    losses = [row for row in record["measured"] if "trailing" in row]
-    if losses:
-        heads = ["arm", "evaluation", "tokens", "length", "loss", "trailing loss", "minus reference (95 %)", "by seed"]
-        lines += ["", *markdown(heads, _losses(record, losses))]
-    answers = [row for row in record["measured"] if "right" in row]
-    if answers:
-        lines += ["", *markdown(["trained with", *answers[0]["right"]], _answers(answers))]
-    for row in record["measured"]:
-        heads = ["attention", "attended", "last eighth", "minus full (95 %)", "right answers"]
-        lines += ["", *markdown(heads, map(_setting, row["settings"]))] if "settings" in row else []
-    for heads, rows in ((HELD_OUT, _held_out(record["runs"])), (SPEEDS, _speeds(record["runs"]))):
-        lines += ["", *markdown(heads, found)] if (found := list(rows)) else []
-    for switch in record.get("switches", ()):
-        gaps = f"{switch['first']:+.3f} in the first step, {switch['largest']:+.3f} at most"
-        at = f"Switch, seed {switch['seed']}, at {switch['tokens']:,} tokens"
-        lines += ["", f"{at}: against `{switch['against']}` on the same batches {gaps}."]
-    return lines
-
-
-def _setting(row: Record) -> list[str]:
-    right = ", ".join(f"{task} {cell(share, '{:.0%}')}" for task, share in row["right"].items())
-    loss = [f"{row['last_eighth']:.4f}", _gap(row["minus_full"])]
-    return [row["attention"], cell(row.get("attended_share"), "{:.1%}"), *loss, right]
-
-
-def _gap(value: Record) -> str:
-    width = value["interval_95"]
-    return f"{value['mean']:+.4f}" + ("" if width is None else f" +- {width:.4f}")
-
-
-def _losses(record: Record, losses: Sequence[Record]) -> Iterator[list[str]]:
-    gaps = {_place(row): row for row in record.get("differences", ())}
-    for place in dict.fromkeys(map(_place, losses)):
-        own, gap = [row for row in losses if _place(row) == place], gaps.get(place)
-        name, line, tokens, seq_len = place
-        means = [f"{statistics.fmean(row[key] for row in own):.4f}" for key in ("loss", "trailing")]
-        paired = ["", ""]
-        if gap is not None:
-            paired = [
-                _gap({"mean": gap["difference"][-1], "interval_95": gap["interval_95"][-1]}),
-                ", ".join(f"{x:+.4f}" for x in gap["by_seed"]),
-            ]
-        yield [name, line, format_count(tokens), format_length(seq_len), *means, *paired]
-
-
-def _place(row: Record) -> tuple:
-    return row["arm"], row["eval"], row["tokens"], row["seq_len"]
-
-
-def _answers(rows: Sequence[Record]) -> Iterator[list[str]]:
-    for name in arms(rows):
-        found = [row["right"] for row in rows if row["arm"] == name]
-        seeds = {variant: [right[variant]["far"] for right in found] for variant in found[0]}
-        yield [name, *(f"{statistics.fmean(own):.3f} ({min(own):.3f} to {max(own):.3f})" for own in seeds.values())]
-
-
-HELD_OUT = ("arm", "held out, in the end: loss", "trailing loss", "right answers")
-SPEEDS = ("arm", "stage", "attention", "tokens", "tokens/s", "MFU", "peak GiB")
-
-
-def _held_out(runs: Sequence[Record]) -> Iterator[list[str]]:
-    for name in arms(runs):
-        ends = [run["held_out"][-1] for run in runs if run["arm"] == name and run["held_out"]]
-        seeds = [[end[key] for end in ends] for key in ("loss", "trailing_loss", "recall_all")]
-        cells = ["-" if None in own else f"{statistics.fmean(own):.3f} ({_list(own)})" for own in seeds if own]
-        if cells:
-            yield [name, *cells]
-
-
-def _speeds(runs: Sequence[Record]) -> Iterator[list[str]]:
-    for run in runs:
-        for stage in run["stages"] if run["seed"] == runs[0]["seed"] else ():
-            forms = {"tokens_per_second": "{:,.0f}", "mfu": "{:.1%}", "peak_memory_gib": "{:.1f}"}
-            cells = [cell(stage.get(key), form) for key, form in forms.items()]
-            yield [run["arm"], stage["stage"], stage["attention"], format_count(stage["tokens"]), *cells]
-
-
-def _list(values: Sequence[float]) -> str:
-    return ", ".join(f"{value:.3f}" for value in values)
+    about = [({"arm": run["arm"], "seed": run["seed"]}, run) for run in record["runs"]]
+    parts = {
+        "measured": [row for row in record["measured"] if "settings" not in row],
+        "settings": [setting for row in record["measured"] for setting in row.get("settings", ())],
+        "differences": record.get("differences", ()),
+        "held out, in the end": [arm | run["held_out"][-1] for arm, run in about if run["held_out"]],
+        "stages": [arm | stage for arm, run in about for stage in run["stages"]],
+        "switches": record.get("switches", ()),
+    }
+    return lines + [line for name, rows in parts.items() if rows for line in ("", f"{name}:", "", *row_table(rows))]

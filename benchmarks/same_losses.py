@@ -2,14 +2,12 @@
 
     python benchmarks/same_losses.py root=<checkout> to=old.json
     python benchmarks/same_losses.py compare old.json new.json
-    python benchmarks/same_losses.py resume old_root=<checkout> root=.
 
 The first runs the set by the commands of the checkout `root` alone, whatever its modules are called, and writes every
 step's loss, gradient norm and rate and the losses by position: quickstart on 1 and 2 processes and ZeRO 0 to 3; and,
 from its model, fine-tuning on conversations, an extension from 2K to 8K with moments and data going on, and training
-from its Hugging Face export. `compare` prints a row a run and exits 1 if any value differs. `resume` starts from the
-other checkout's checkpoint and export, goes on with runs that it began and SIGTERM stopped, and compares with what it
-makes of them itself. One thread a process: the same machine and libraries give the same bits.
+from its Hugging Face export. `compare` prints a row per run and exits 1 if any value differs. One thread
+per process: the same machine and libraries give the same bits.
 """
 
 from __future__ import annotations
@@ -38,8 +36,7 @@ from launch.cli import UsageError, exits_on, key_values  # noqa: E402
 KEYS = {
     "root": "checkout to run (default: this one)",
     "to": "JSON file of the values of the set",
-    "runs": "folder of the runs (resume: of old_root's); finished ones are not made again (default: a temporary one)",
-    "old_root": "resume: the checkout that begins",
+    "runs": "folder of the runs; finished ones are not made again (default: a temporary one)",
 }
 COMMON = "run.device=cpu logging=quiet eval.suite=loss eval.every_tokens=0 eval.documents=2 checkpoint.every_tokens=0"
 RECIPES = {
@@ -61,17 +58,14 @@ FIRST, EXPORT = "quickstart_1p_zero1", "export"
 SOURCES = {"sft": FIRST, "extension": FIRST, "hugging_face": EXPORT}
 ALL = [f"quickstart_{n}p_zero{z}" for n in (1, 2) for z in (1, 0, 2, 3)]
 ALL += [f"{recipe}_{how}" for recipe in SOURCES for how in ("1p_zero1", "2p_zero3")] + ["extension_2p_zero2"]
-FROM_OLD = [f"{recipe}_1p_zero1" for recipe in SOURCES]
-STOPPED = [FIRST, "quickstart_2p_zero3"]
 
 
 @dataclass(frozen=True)
 class Checkout:
-    """A checkout and the folder its runs go to; `sources` holds the run and the export that runs start from."""
+    """A checkout and the folder its runs go to, of which some start from the first, or from its export."""
 
     root: Path
     runs: Path
-    sources: Path
 
     @property
     def commit(self) -> str:
@@ -79,34 +73,32 @@ class Checkout:
         command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
         return subprocess.run(command, cwd=self.root, capture_output=True, text=True, check=True).stdout.strip()
 
-    def start(self, name: str, script: str, *arguments: str, num_processes: int = 1) -> subprocess.Popen:
-        """The running command; what it says goes to <name>.log."""
+    def run(self, name: str, script: str, *arguments: str, num_processes: int = 1) -> None:
+        """A command to its end; what it says goes to <name>.log. ValueError with the end of that if it fails."""
         python = [sys.executable]
         if num_processes > 1:
             python += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}"]
         environment = {**os.environ, "PYTHONPATH": str(self.root), "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-        command = [*python, f"launch/{script}", *arguments]
         self.runs.mkdir(parents=True, exist_ok=True)
-        with (self.runs / f"{name}.log").open("wb") as log:
-            return subprocess.Popen(command, cwd=self.root, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        path = self.runs / f"{name}.log"
+        with path.open("wb") as log:
+            command = [*python, f"launch/{script}", *arguments]
+            done = subprocess.run(command, cwd=self.root, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        if done.returncode != 0:
+            tail = path.read_text(errors="replace")[-2000:]
+            raise ValueError(f"{name} at {self.root} failed ({done.returncode}):\n{tail}")
 
-    def train(self, name: str, folder: Path) -> subprocess.Popen:
-        """The running run of this name, in `folder`."""
+    def train(self, name: str) -> None:
+        """The run of this name, in a folder of this name."""
         recipe, processes, zero = name.rsplit("_", 2)
         arguments = f"{COMMON} {RECIPES[recipe]} deepspeed={zero}".split()
-        arguments += [f"run.dir={folder}", f"data.cache_dir={self.runs / 'cache'}"]
+        arguments += [f"run.dir={self.runs / name}", f"data.cache_dir={self.runs / 'cache'}"]
         if recipe in SOURCES:
-            arguments.append(f"init.source={self.sources / SOURCES[recipe]}")
-        return self.start(folder.name, "train.py", *arguments, num_processes=int(processes[:-1]))
+            arguments.append(f"init.source={self.runs / SOURCES[recipe]}")
+        self.run(name, "train.py", *arguments, num_processes=int(processes[:-1]))
 
-    def finish(self, name: str, process: subprocess.Popen) -> None:
-        """Waits for a command. ValueError with the end of what it said if it fails."""
-        if process.wait() != 0:
-            tail = (self.runs / f"{name}.log").read_text(errors="replace")[-2000:]
-            raise ValueError(f"{name} at {self.root} failed ({process.returncode}):\n{tail}")
-
-    def make(self, name: str, begun: Path | None = None) -> dict:
-        """`{commit, seconds, values}` of a run, made unless this commit has made it here; `begun`: from there on."""
+    def make(self, name: str) -> dict:
+        """`{commit, seconds, values}` of a run, made unless this commit has made it here."""
         known, folder = self.runs / f"{name}.json", self.runs / name
         if known.exists():
             record = json.loads(known.read_text(encoding="utf-8"))
@@ -114,38 +106,17 @@ class Checkout:
                 raise ValueError(f"{known} is not of {self.root} as it is ({self.commit}): choose another folder")
             return record
         shutil.rmtree(folder, ignore_errors=True)
-        if begun is not None:
-            shutil.copytree(begun, folder)
         began = time.monotonic()
-        self.finish(name, self.train(name, folder))
-        before, after = (lines(one, "train") if one else [] for one in (begun, folder))
-        if after[: len(before)] != before or len(after) == len(before):  # a step's record holds its time, too
-            raise ValueError(f"{name} at {self.root}: {len(after)} steps, which do not go on from {begun}")
-        if name == FIRST and begun is None:
+        self.train(name)
+        if name == FIRST:
             shutil.rmtree(self.runs / EXPORT, ignore_errors=True)
-            to = f"to={self.runs / EXPORT}"
-            self.finish(EXPORT, self.start(EXPORT, "export.py", f"run={folder}", to, "dtype=fp32"))
+            self.run(EXPORT, "export.py", f"run={folder}", f"to={self.runs / EXPORT}", "dtype=fp32")
         record = {"commit": self.commit, "seconds": round(time.monotonic() - began, 1), "values": dict(values(folder))}
         known.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         if name != FIRST:
             shutil.rmtree(folder)
         print(f"  {name:<24}{len(record['values']):>4} values {record['seconds']:>6.1f} s", flush=True)
         return record
-
-    def begin(self, name: str) -> Path:
-        """The folder of a run that gets SIGTERM when its first step is logged, and stops after the third."""
-        folder, started = self.runs / f"stopped_{name}", self.runs / f"started_{name}"
-        if not folder.exists():
-            shutil.rmtree(started, ignore_errors=True)
-            process = self.train(name, started)
-            while process.poll() is None and not lines(started, "train"):
-                time.sleep(0.05)
-            process.terminate()
-            process.wait()
-            if not (started / "checkpoints").exists():
-                raise ValueError(f"{name} at {self.root} was not saved when it was stopped: see {started}.log")
-            started.rename(folder)
-        return folder
 
 
 def lines(folder: Path, kind: str) -> list[dict]:
@@ -204,16 +175,13 @@ def main() -> int:
     if sys.argv[1:2] == ["compare"]:
         return compare(sys.argv[2:])
     with tempfile.TemporaryDirectory() as temporary:
-        if sys.argv[1:2] == ["resume"]:
-            return resume(sys.argv[2:], Path(temporary))
         return run_all(sys.argv[1:], Path(temporary))
 
 
 def run_all(arguments: Sequence[str], temporary: Path) -> int:
     """Makes the runs and writes their values."""
     given = key_values(arguments, KEYS, about=__doc__, required=["to"])
-    runs = Path(given.get("runs", temporary)).resolve()
-    checkout = Checkout(Path(given.get("root", ROOT)).resolve(), runs, runs)
+    checkout = Checkout(Path(given.get("root", ROOT)).resolve(), Path(given.get("runs", temporary)).resolve())
     record = origin(checkout)
     print("\n".join(record.values()), flush=True)
     record["runs"] = {name: checkout.make(name) for name in ALL}
@@ -228,20 +196,6 @@ def compare(files: Sequence[str]) -> int:
     old, new = (json.loads(Path(file).read_text(encoding="utf-8")) for file in files)
     print("\n".join(f"{old[key]}  ->  {new[key]}" for key in ("commit", "hardware", "versions")))
     return table(old["runs"], new["runs"])
-
-
-def resume(arguments: Sequence[str], temporary: Path) -> int:
-    """Makes what the old checkout has to hand over, lets the other go on from there, and compares."""
-    given = key_values(arguments, KEYS, about=__doc__, required=["old_root"])
-    kept, went_on = Path(given.get("runs", temporary / "old")).resolve(), temporary / "new"
-    old = Checkout(Path(given["old_root"]).resolve(), kept, kept)
-    new = Checkout(Path(given.get("root", ROOT)).resolve(), went_on, kept)
-    print("\n".join(origin(new).values()) + f"\nafter {old.commit}", flush=True)
-    begun = {name: old.begin(name) for name in STOPPED}
-    before = {name: old.make(name) for name in [*STOPPED, *FROM_OLD]}
-    after = {name: new.make(name, begun.get(name)) for name in before}
-    print("\n".join(f"{folder.name}: {len(lines(folder, 'train'))} steps" for folder in begun.values()))
-    return table(before, after)
 
 
 if __name__ == "__main__":

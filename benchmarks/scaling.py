@@ -40,11 +40,12 @@ import torch  # noqa: E402
 from benchmarks.common import (  # noqa: E402
     ENDED_SECONDS,
     QUIET,
+    heading,
     kept,
-    markdown,
     origin,
     plain,
     refuse_own,
+    row_table,
     split,
     started,
     steps_logged,
@@ -170,7 +171,7 @@ def _about(study: Study) -> dict:
     cpu = f"{platform.machine()} CPU, {os.cpu_count()} cores, processes in place of GPUs"
     there = torch.cuda.device_count()
     return {
-        "hardware": f"{there} x {torch.cuda.get_device_name()}" if study.device == "cuda" else cpu,
+        "device": f"{there} x {torch.cuda.get_device_name()}" if study.device == "cuda" else cpu,
         "torch": torch.__version__,
         "deepspeed": importlib.metadata.version("deepspeed"),
         "convention": CONVENTION,
@@ -273,18 +274,9 @@ PARTS: dict[str, Callable[[Study, Setup], dict]] = {"losses": losses, "kill": ki
 
 def table(record: Mapping) -> Iterator[str]:
     """Markdown: where it was measured, and a row a setup of each part."""
-    versions = f"torch {record['torch']}, DeepSpeed {record['deepspeed']}, commit {record['commit']}"
-    yield from (f"{record['hardware']}; {versions}", "", f"`{record['command']}`", "", record["convention"])
-    for part, rows in ((part, record[part]) for part in PARTS if part in record):
-        keys = list(dict.fromkeys(key for row in rows for key in row))
-        heads = [key.replace("_", " ") for key in keys]
-        yield from ("", f"{part}:", "", *markdown(heads, [[_cell(row.get(key, "")) for key in keys] for row in rows]))
-
-
-def _cell(value: object) -> str:
-    if isinstance(value, list):
-        value = "; ".join(map(str, value)) or "-"
-    return f"{value:.3g}" if isinstance(value, float) else str(value).replace("|", "/")
+    yield from heading(record)
+    for part in (part for part in PARTS if part in record):
+        yield from (f"{part}:", "", *row_table(record[part]), "")
 
 
 if __name__ == "__main__":

@@ -8,21 +8,11 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from benchmarks.common import cell, markdown, write
+from benchmarks.common import heading, row_table, write
 from benchmarks.kernel_kinds import KINDS
 from conf.numbers import format_length
 from evals.style import color, save
 
-COLUMNS = {
-    "tokens_per_second": ("tokens/s", "{:,.0f}"),
-    "mfu": ("MFU attended", "{:.1%}"),
-    "peak_memory_gib": ("peak GiB", "{:.1f}"),
-    "step_milliseconds": ("step ms", "{:.0f}"),
-    "idle_share": ("idle", "{:.1%}"),
-    "pairs_share": ("share of pairs", "{:.0%}"),
-    "start_seconds": ("start s", "{:.0f}"),
-    "first_step_seconds": ("first step s", "{:.1f}"),
-}
 COLORS = [color(i) for i in (0, 1, 2, 6, 4, 7)]
 HATCHES = ("", "//", "", "..", "", "")
 LONGEST = 6
@@ -43,35 +33,22 @@ def table(record: Mapping) -> list[str]:
     """Markdown: where it was measured, a row a variant, and what took longest."""
     setting = record["setting"]
     lengths = {key: format_length(setting[key]) for key in ("seq_len", "batch_tokens")}
-    lines = [
-        f"{record['device']}; torch {record['torch']}, commit {record['commit']}",
-        "",
-        f"`{record['command']}`",
-        "",
-        f"Sequences of {lengths['seq_len']}, {lengths['batch_tokens']} tokens a step: {WORKLOADS[record['workload']]}. "
-        f"Medians over {setting['steps']} steps after {setting['warmup']}. Milliseconds by kind are the sums of "
-        f"kernels in {setting['profiled']} further steps (benchmarks/kernel_kinds.py says what belongs to a kind); "
-        "idle: the share of the time in which no kernel ran, in other steps. start: from the start of the process "
-        "to the first step; caches of compiled code are empty for the first run of a model. "
-        f"{record['convention']}",
-        "",
-    ]
-    heads = ["variant", *(head for head, _ in COLUMNS.values()), *(f"{kind} ms" for kind in KINDS)]
-    lines += markdown(heads, [[row["variant"], *_cells(row)] for row in record["rows"]])
+    about = (
+        f"Sequences of {lengths['seq_len']}, {lengths['batch_tokens']} tokens per step: "
+        f"{WORKLOADS[record['workload']]}. Medians over {setting['steps']} steps after {setting['warmup']}. "
+        f"Milliseconds by kind are sums of kernels in {setting['profiled']} further steps (benchmarks/kernel_kinds.py "
+        "says what belongs to a kind); idle: the share of the time in which no kernel ran, in other steps. start: from "
+        "the start of the process to the first step; caches of compiled code are empty for the first run of a model. "
+    )
+    lines = heading({**record, "convention": about + record["convention"]})
+    lines += row_table({key: row[key] for key in row if key != "longest"} for row in record["rows"])
     for kind in ("attention", "elementwise", "other"):
-        lines += ["", f"Longest of {kind}, ms a step:", ""]
+        lines += ["", f"Longest of {kind}, ms per step:", ""]
         for row in record["rows"]:
             kernels = row.get("longest", {}).get(kind, [])
             names = "; ".join(f"{name} {ms:.1f}" for name, ms in kernels[:LONGEST] if ms >= 0.1)
             lines += [f"- {row['variant']} ({row['attention']}): {names}"] if names else []
     return lines
-
-
-def _cells(row: Mapping) -> list[str]:
-    if "failed" in row:
-        return [f"failed: {row['failed']}", *[""] * (len(COLUMNS) + len(KINDS) - 1)]
-    cells = [cell(row.get(key), form) for key, (_, form) in COLUMNS.items()]
-    return cells + [cell(row.get("milliseconds", {}).get(kind), "{:.0f}") for kind in KINDS]
 
 
 def draw(record: Mapping, path: Path) -> None:

@@ -12,6 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from moba.flops import attended_pairs, causal_pairs
+from moba.kinds import Moba
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PHOTOGRAPHED = {"docs/results/dashboard.png"}
@@ -309,6 +312,9 @@ def sentences():
             "%", " %"
         ),
     )
+    share = f"{attended_pairs(Moba(128, 16), [8192]) / causal_pairs([8192]):.0%}".replace("%", " %")
+    yield "README.md", f"with 16 of 64 blocks per query ({share} of the pairs)"
+    yield "docs/findings.md", f"all together to {share} of the pairs of full attention"
     swap = {r["attention"]: r["trailing_minus_full"] for r in kept("docs/results/quickstart/swap.json")["variants"]}
     own, random = (f"{swap[key]['mean']:.3f} +- {swap[key]['interval_95']:.3f}" for key in ("moba", "random"))
     yield "README.md", f"MoBA is {own} above full attention, random blocks {random}"

@@ -20,13 +20,13 @@ def test_speed_is_the_median_and_memory_the_peak():
 
 def test_the_table_shows_failures_too():
     """Catches a failed setup that vanishes from the table or shifts its columns."""
-    about = {"hardware": "8 x GPU", "torch": "2", "deepspeed": "0", "commit": "abc", "command": "c", "convention": "v"}
+    about = {"device": "8 x GPU", "torch": "2", "deepspeed": "0", "commit": "abc", "command": "c", "convention": "v"}
     setup = {"model": "m", "attention": "a", "zero": 1, "gpus": 2}
     rows = [setup | {"failed": "out of memory"}, setup | {"steps": 50, "loss_first": 10.6812, "same": True}]
     lines = list(scaling.table(about | {"losses": rows}))
     assert "| model | attention | zero | gpus | failed | steps | loss first | same |" in lines
     assert "| m | a | 1 | 2 | out of memory |  |  |  |" in lines
-    assert "| m | a | 1 | 2 |  | 50 | 10.7 | True |" in lines
+    assert "| m | a | 1 | 2 |  | 50 | 10.6812 | True |" in lines
 
 
 def test_communication_is_the_time_in_which_nccl_runs_counted_once():

@@ -109,9 +109,9 @@ def test_table_and_figure_show_what_is_known(tmp_path):
     about = {"device": "GPU", "torch": "2", "commit": "abc", "command": "c", "convention": "v", "workload": "long"}
     rows = [row, {"variant": "full_32k/y", "failed": "out of memory"}]
     lines = publish(about | {"setting": setting, "rows": rows}, tmp_path).splitlines()
-    cells = "81,234 | 41.2% | 37.2 | 806 | 1.2% | - | 21 | 33.3 | 100 | 100 | 100 | 100 | 100 | 100"
-    assert f"| moba_32k/x | {cells} |" in lines
-    assert any(line.startswith("| full_32k/y | failed: out of memory |") for line in lines)
+    cells = "moba 2048x3 | 81,234 | 0.4120 | 37.2500 | 806.0000 | 0.0120 | 21.0000 | 33.3000"
+    assert f"| moba_32k/x | {cells}{' | 100.0000' * len(KINDS)} |  |" in lines
+    assert any(line.startswith("| full_32k/y | ") and line.endswith(" | out of memory |") for line in lines)
     assert any("flash_fwd 68.0" in line for line in lines)
     assert (tmp_path / "figure.png").stat().st_size > 5_000
 
