@@ -16,6 +16,7 @@ estimates stand beside it.
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import sys
@@ -124,6 +125,7 @@ def main() -> None:
     record = {
         **origin(sys.argv[1:], values.get("commit")),
         "device": device_name(),
+        "cores": len(os.sched_getaffinity(0)),
         "torch": torch.__version__,
         "convention": CONVENTION,
         "rows": [],
@@ -152,7 +154,10 @@ def _measured(case: Case, to: Path, shared: list[str], limit: float) -> list[dic
     if not documents.exists():
         write_documents(documents, tokenizer, DOCUMENTS, case.lengths[-1], "benchmarks/longest_context.py")
     plan = make_plan(config, embedding_rows(config.model, tokenizer.vocab_size), hardware)
-    planned = {"gpu_gib": plan.memory.total / 2**30, "host_gib": plan.memory.host * case.num_gpus / 2**30}
+    planned = {
+        "gpu_gib": plan.memory.total / 2**30,
+        "host_gib": None if plan.host is None else plan.host.running / 2**30,
+    }
     rows[-1] |= {"planned": planned, "automatic": list(plan.automatic)}
     folder = to / "runs" / case.name
     shutil.rmtree(folder, ignore_errors=True)
@@ -243,7 +248,7 @@ def _cells(row: dict) -> list[str]:
         f"{row['tokens_per_second']:,.0f}",
         cell(row["mfu"], "{:.1%}"),
         f"{row['seconds_a_step'][-1]:.1f}",
-        *(cell(row[key], "{:.1f}") + (f" ({plan[of]:.1f})" if plan else "") for key, of in memory),
+        *(cell(row[key], "{:.1f}") + (f" ({plan[of]:.1f})" if plan and plan[of] else "") for key, of in memory),
         ", ".join(cell(share, "{:.1%}") for share in shares),
         ", ".join(f"{loss:.4f}" for loss in row["losses"][:3]),
     ]

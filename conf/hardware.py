@@ -30,6 +30,8 @@ class Hardware:
     """Bytes of memory of one GPU; None = not known."""
     host_memory: int | None = None
     """Bytes of this host's memory; None = not known."""
+    cores: int | None = None
+    """Cores of this host that a run may use; None = not known."""
     cpu_flops: float | None = None
     """FLOP/s that large float32 matrix products make on this host, where a run is on its CPU; None = not known."""
     has_bf16: bool = True

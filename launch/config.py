@@ -17,7 +17,7 @@ import re
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,10 @@ NAMED = (("schedule", "stages"), ("data", "sources"))
 KEY = re.compile(r"[\w./@:-]+")
 EXIT_USER_ERROR, EXIT_INTERRUPTED = 2, 130
 PATIENCE_SECONDS = 30.0
+CONTAINER_LIMITS = (  # of cgroups, version 2 and 1
+    Path("/sys/fs/cgroup/memory.max"),
+    Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+)
 
 
 def compose(overrides: list[str]) -> dict[str, Any]:
@@ -98,21 +102,27 @@ def detect_hardware(world_size: int = 1, local_world_size: int = 1) -> Hardware:
 
     num_gpus = torch.cuda.device_count()
     has_triton = importlib.util.find_spec("triton") is not None
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    cores = len(os.sched_getaffinity(0))
+    counts = Hardware(num_gpus, world_size, local_world_size, host_memory=_host_memory(), cores=cores)
     if num_gpus == 0:
-        here = {"host_memory": memory, "cpu_flops": _cpu_flops()}
-        return Hardware(0, world_size, local_world_size, has_triton=has_triton, **here)
+        return replace(counts, has_triton=has_triton, cpu_flops=_cpu_flops())
     properties = torch.cuda.get_device_properties(0)
-    return Hardware(
-        num_gpus=num_gpus,
-        world_size=world_size,
-        local_world_size=local_world_size,
+    return replace(
+        counts,
         gpu_name=properties.name,
         gpu_memory=properties.total_memory,
-        host_memory=memory,
         has_bf16=properties.major >= 8,
         has_triton=has_triton,
     )
+
+
+def _host_memory() -> int:
+    """Bytes of main memory that this process may use: the host's, or its container's where that is less."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for path in CONTAINER_LIMITS:
+        if path.exists() and (text := path.read_text(encoding="ascii").strip()).isdigit():
+            memory = min(memory, int(text))
+    return memory
 
 
 @functools.cache

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from launch.config import choices_of, load, run_command
+from conf.numbers import parse_length
+from launch import config
+from launch.config import choices_of, detect_hardware, load, run_command
 from launch.plan import USAGE, main, split_machine
 from train.plan.plan import make_plan
 
@@ -111,3 +113,71 @@ def test_a_full_disk_behind_a_pipe_of_ours_is_a_line(capsys):
 
     assert run_command(full, [], USAGE) == 2
     assert capsys.readouterr().err == "error: [Errno 28] No space left on device\n"
+
+
+def test_the_longest_context_is_the_longest_that_the_plan_calls_fit(capsys):
+    """Catches a row whose plan says otherwise, one that could be twice as long, engines out of order, and ways to share
+    that the model has too few heads for."""
+    machine = ["gpu_memory=40GB", "host_memory=200GB"]
+    main(["longest", "+exp=moba_32k", "models=125m,paper_1_5b", "num_gpus=2,1", *machine, "model.num_kv_heads=null"])
+    out = capsys.readouterr().out
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in out.splitlines() if "|" in line][2:]
+    assert [row[:3] for row in rows] == [[m, *c] for m in ("125m", "paper_1_5b") for c in ("11", "21", "22")]
+    assert "40.0 GB and 200.0 GB" in " ".join(out.split())
+    tried = ["zero1", "zero3", "zero1_offload", "zero3_offload"]
+
+    def planned(row, length, engine):
+        own = [f"model={row[0]}", f"parallel.sequence={row[2]}", f"deepspeed={engine}"]
+        batch = length * int(row[1]) // int(row[2])
+        sizes = [f"schedule.seq_len={length}", f"schedule.batch_tokens={batch}", f"num_gpus={row[1]}"]
+        overrides, hardware = split_machine(["+exp=moba_32k", *own, *sizes, *machine])
+        return make_plan(load(overrides, hardware), 32768, hardware)
+
+    engines = set()
+    for row in rows:
+        length, chosen = parse_length(row[3]), row[4]
+        fits = "fits 40.0 GB per GPU"
+        found = planned(row, length, chosen)
+        assert found.verdict == fits and f"model.activation_checkpointing={row[5]}: " in found.text()
+        assert row[6:] == [f"{size / 2**30:.1f} GB" for size in (found.memory.total, found.host.total)]
+        for engine in tried[: tried.index(chosen)]:
+            assert planned(row, length, engine).verdict != fits
+        for engine in tried:
+            assert planned(row, 2 * length, engine).verdict != fits
+        engines.add(chosen)
+    assert len(engines) > 1, "some row needs more than the first"
+    main(["longest", "+exp=moba_32k", "model=llama3_8b", "num_gpus=1", "gpu_memory=40GB", "deepspeed=zero1"])
+    assert "| llama3_8b | 1    | 1        | below 32K |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ([], ["num_gpus=null", "gpu_memory=null"]),
+        (["num_gpus=1,x", "gpu_memory=80GB"], ["num_gpus=1,x"]),
+        (["num_gpus=1", "gpu_memory=80GB", "schedule.seq_len=1M"], ["schedule.seq_len=1M: is set by this command"]),
+        (["num_gpus=1", "gpu_memory=80GB", "parallel.sequence=2"], ["parallel.sequence=2: is set by this command"]),
+        (["num_gpus=1", "gpu_memory=80GB", "model=tiny", "models=125m"], ["model=tiny", "models="]),
+        (["num_gpus=1", "gpu_memory=80GB", "models=nosuch"], ["model=nosuch: no such choice"]),
+        (["num_gpus=1", "gpu_memory=80GB", "run.device=cpu"], ["run.device=cpu"]),
+        (
+            ["num_gpus=1", "gpu_memory=80GB", "host_memory=1", "gpu_name=Z9"],
+            ["host_memory=1: is 1 bytes", "gpu_name=Z9"],
+        ),
+    ],
+)
+def test_mistakes_about_the_longest_context(capsys, arguments, words):
+    """Catches a table for something else than was asked, and a traceback."""
+    assert run_command(main, ["longest", "+exp=moba_32k", *arguments], USAGE) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and all(word in err for word in words), err
+
+
+def test_a_containers_memory_is_what_there_is(tmp_path, monkeypatch):
+    """Catches a container that is taken for its host: what it may not have, and one without a limit."""
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    path = tmp_path / "memory.max"
+    monkeypatch.setattr(config, "CONTAINER_LIMITS", (path, tmp_path / "none"))
+    for text, memory in (("max\n", whole), (f"{2**20}\n", 2**20), (f"{2**63}\n", whole)):
+        path.write_text(text)
+        assert detect_hardware().host_memory == memory

@@ -259,29 +259,32 @@ def test_verdict_follows_its_own_advice():
 
 
 def measured_peaks():
-    """(overrides, GPUs, GiB) of every run of benchmarks/longest_context.py that is kept."""
+    """(overrides, GPUs, the host's cores, GiB of a GPU, GiB of the host) of every run of benchmarks/longest_context.py
+    that is kept."""
     folder = Path(__file__).parents[2] / "benchmarks" / "results" / "longest_context"
     for path in sorted(folder.glob("*/results.json")):
         record = json.loads(path.read_text(encoding="utf-8"))
         for row in record["rows"]:
             if "failed" in row:
                 continue
+            cores = record.get("cores", 16 if path.parent.name == "h100_one" else 32)  # README.md says it
             own = [*row["overrides"], *(text.split(":")[0] for text in row["automatic"])]
             if record["commit"] == "67d748f":  # had one name for what is two ways now
                 own = [text.replace("=offload", "=offload_heads") if "checkpointing" in text else text for text in own]
             groups = 1 if "parallel.sequence=2" in own else row["num_gpus"]
             sizes = [f"schedule.seq_len={row['seq_len']}", f"schedule.batch_tokens={row['seq_len'] * groups}"]
-            yield pytest.param(
-                [f"model={row['model']}", *sizes, *own], row["num_gpus"], row["peak_memory_gib"], id=row["case"]
-            )
+            overrides, peaks = [f"model={row['model']}", *sizes, *own], (row["peak_memory_gib"], row["host_gib"])
+            yield pytest.param(overrides, row["num_gpus"], cores, *peaks, id=f"{path.parent.name}/{row['case']}")
 
 
-@pytest.mark.parametrize(("overrides", "num_gpus", "gib"), list(measured_peaks()))
-def test_the_estimate_is_what_was_measured(overrides, num_gpus, gib):
-    """Catches a formula that drifts away from what GPUs really need: within 10 % of every peak that was measured."""
-    hardware = Hardware(num_gpus, num_gpus, num_gpus, gpu_memory=80 * GB)
-    config = load(["+exp=moba_32k", *overrides], hardware)
-    assert make_plan(config, 32768, hardware).memory.total / GB == pytest.approx(gib, rel=0.1)
+@pytest.mark.parametrize(("overrides", "num_gpus", "cores", "gpu_gib", "host_gib"), list(measured_peaks()))
+def test_the_estimate_is_what_was_measured(overrides, num_gpus, cores, gpu_gib, host_gib):
+    """Catches formulas that drift away from what GPUs and hosts really need: within 10 % of every peak that was
+    measured."""
+    hardware = Hardware(num_gpus, num_gpus, num_gpus, gpu_memory=80 * GB, cores=cores)
+    plan = make_plan(load(["+exp=moba_32k", *overrides], hardware), 32768, hardware)
+    assert plan.memory.total / GB == pytest.approx(gpu_gib, rel=0.1)
+    assert plan.host is not None and plan.host.running / GB == pytest.approx(host_gib, rel=0.1)
 
 
 def test_time_and_memory_of_a_cpu_are_said_before_it_starts():
@@ -293,6 +296,7 @@ def test_time_and_memory_of_a_cpu_are_said_before_it_starts():
     plan = make_plan(whole, 384, here)
     assert plan.time is not None and plan.time.startswith("at least 2:00:00 on this CPU")
     assert plan.time in " ".join(plan.text().split())
+    assert "TFLOP/s; sparse 1:31:35, full 28:25" in plan.time, "of each stage"
     assert "+exp=moba_32k_small" in plan.time
     two = replace(here, world_size=2, local_world_size=2)
     assert make_plan(whole, 384, two).time.startswith("at least 1:00:00")

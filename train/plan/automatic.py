@@ -14,9 +14,11 @@ from typing import NamedTuple
 
 from conf.hardware import Hardware, data_size
 from conf.numbers import format_length, format_memory
-from conf.schema import AUTO, OFFLOAD, OFFLOAD_HEADS, RunConfig
+from conf.schema import AUTO, OFFLOAD, OFFLOAD_HEADS, OFFLOADED, RunConfig
+from train.model.sizes import num_parameters
 from train.plan.describe import uses_bf16
-from train.plan.memory import most_memory, room
+from train.plan.host import HostMemory, host_memory, lacks
+from train.plan.memory import Memory, most_memory, room
 from train.schedule import Stage, build_schedule
 
 MICRO_TOKENS = 32 * 1024
@@ -49,17 +51,25 @@ class Settled(NamedTuple):
 
 def settle(config: RunConfig, vocab_size: int, hardware: Hardware) -> Settled:
     """The configuration as it runs on this machine, for `vocab_size` embedding rows. The same if it has no `auto`."""
+    config, reasons = settle_for(config, build_schedule(config).stages, vocab_size, hardware)
+    config, larger = _micro_batches(config, vocab_size, hardware)
+    return Settled(config, (*reasons, *larger))
+
+
+def settle_for(
+    config: RunConfig, stages: Sequence[Stage], vocab_size: int, hardware: Hardware
+) -> tuple[RunConfig, list[str]]:
+    """The configuration with a model as it runs these stages, and the reasons."""
     reasons = []
     if config.model.activation_checkpointing == AUTO:
-        chosen, why = _activation_checkpointing(config, vocab_size, hardware)
+        chosen, why = _activation_checkpointing(config, stages, vocab_size, hardware)
         config = _with_recomputation(config, chosen)
         reasons.append(f"model.activation_checkpointing={str(chosen).lower()}: {why}")
     if config.model.compile == AUTO:
         chosen, why = _compile(config, hardware)
         config = replace(config, model=replace(config.model, compile=chosen))
         reasons.append(f"model.compile={str(chosen).lower()}: {why}")
-    config, larger = _micro_batches(config, vocab_size, hardware)
-    return Settled(config, (*reasons, *larger))
+    return config, reasons
 
 
 def _micro_batches(config: RunConfig, vocab_size: int, hardware: Hardware) -> tuple[RunConfig, list[str]]:
@@ -78,7 +88,7 @@ def _micro_batches(config: RunConfig, vocab_size: int, hardware: Hardware) -> tu
             micro = count * stage.seq_len
             if sequences % count:
                 continue
-            needed = _needed(config, [replace(stage, micro_tokens=micro)], vocab_size, hardware)
+            needed = needs(config, [replace(stage, micro_tokens=micro)], vocab_size, hardware)[0].total
             if needed <= most:
                 stages[stage.name] = replace(stages[stage.name], micro_tokens=micro)
                 reasons.append(
@@ -89,31 +99,43 @@ def _micro_batches(config: RunConfig, vocab_size: int, hardware: Hardware) -> tu
     return replace(config, schedule=replace(config.schedule, stages=stages)), reasons
 
 
-def _needed(config: RunConfig, stages: Sequence[Stage], vocab_size: int, hardware: Hardware) -> int:
-    """Bytes of a GPU that the stage takes that takes most."""
+def needs(config: RunConfig, stages: Sequence[Stage], vocab_size: int, hardware: Hardware) -> tuple[Memory, HostMemory]:
+    """What the stage that takes most takes of a GPU, and of a host."""
     options = {"bf16": uses_bf16(config, hardware), "world_size": hardware.world_size}
-    return most_memory(config, stages, vocab_size, **options).total
+    memory = most_memory(config, stages, vocab_size, **options)
+    tokens = max(stage.micro_tokens for stage in stages) // config.parallel.sequence
+    parameters = num_parameters(config.model, vocab_size)["total"]
+    return memory, host_memory(config, memory, parameters, tokens, hardware)
 
 
 def _with_recomputation(config: RunConfig, mode: bool | str) -> RunConfig:
     return replace(config, model=replace(config.model, activation_checkpointing=mode))
 
 
-def _activation_checkpointing(config: RunConfig, vocab_size: int, hardware: Hardware) -> tuple[bool | str, str]:
-    """What is computed again: as little as the estimate lets fit."""
+def _activation_checkpointing(
+    config: RunConfig, stages: Sequence[Stage], vocab_size: int, hardware: Hardware
+) -> tuple[bool | str, str]:
+    """What is computed again: as little as the estimate lets fit. Nothing is offloaded that the host has no room for:
+    a GPU out of memory says so, a host ends processes without a word."""
     if hardware.device(config.run.device) == "cpu":
         return False, "nothing is recomputed on a CPU"
     if hardware.gpu_memory is None:
         return False, "the GPU's memory is not known; set gpu_memory=80GB"
-    stages, most = build_schedule(config).stages, room(hardware.gpu_memory)
+    most, no_room = room(hardware.gpu_memory), ""
     tried: dict[bool | str, str] = {}
     for mode, kept in KEPT.items():
-        needed = _needed(_with_recomputation(config, mode), stages, vocab_size, hardware)
-        tried[mode] = f"{kept} {format_memory(needed)}"
-        if needed <= most:
+        memory, host = needs(_with_recomputation(config, mode), stages, vocab_size, hardware)
+        if mode in OFFLOADED and lacks(host.total, hardware):
+            assert hardware.host_memory is not None
+            there = f"{format_memory(room(hardware.host_memory))} of the host's memory"
+            no_room = f"; not offloaded: that needs {format_memory(host.total)} of {there}"
+            break
+        tried[mode] = f"{kept} {format_memory(memory.total)}"
+        if memory.total <= most:
             break
     *_, chosen = tried
-    return chosen, f"{COSTS[chosen]}; memory: {', '.join(tried.values())}, of {format_memory(most)} available"
+    compared = f"memory: {', '.join(tried.values())}, of {format_memory(most)} available"
+    return chosen, f"{COSTS[chosen]}; {compared}{no_room}"
 
 
 def _compile(config: RunConfig, hardware: Hardware) -> tuple[bool, str]:

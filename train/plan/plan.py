@@ -7,7 +7,7 @@ where outputs go. No torch.
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -20,7 +20,7 @@ from conf.schema import OFFLOADED, ModelConfig, ParallelConfig, RunConfig
 from data.sources import Source, is_shipped
 from moba.flops import attended_pairs, attention_flops, causal_pairs
 from train.model.sizes import head_dim, matmul_flops_per_token, num_parameters
-from train.plan.automatic import KEPT, settle
+from train.plan.automatic import KEPT, needs, settle
 from train.plan.describe import (
     describe_data,
     describe_engine,
@@ -34,6 +34,7 @@ from train.plan.describe import (
     reach,
     uses_bf16,
 )
+from train.plan.host import HostMemory, lacks
 from train.plan.memory import Memory, most_memory, room, saving_bytes
 from train.plan.warnings import unfilled, warnings_of
 from train.record.progress import clock
@@ -96,6 +97,8 @@ class Plan:
     """What computes each kind of attention, and why nothing faster."""
     world_size: int
     memory: Memory
+    host: HostMemory | None
+    """Of GPU processes; None on a CPU."""
     verdict: str
     time: str | None
     """How long it takes at best, where that is known and long enough to be worth saying."""
@@ -135,6 +138,10 @@ def make_plan(
     lengths = {name: source.lengths for name, source in sources.items() if not source.is_chat}
     stages = tuple(_stage_plan(config, stage, schedule, vocab_size, hardware, lengths) for stage in schedule.stages)
     memory, verdict = _memory(config, schedule.stages, vocab_size, hardware)
+    on_gpus = hardware.device(config.run.device) == "cuda"
+    host = needs(config, schedule.stages, vocab_size, hardware)[1] if on_gpus else None
+    if host is not None and lacks(host.total, hardware):
+        verdict += f", {_host_verdict(host, hardware)}"
     assert config.run.name is not None and config.run.dir is not None  # filled as it was frozen
     return Plan(
         name=config.run.name,
@@ -150,8 +157,9 @@ def make_plan(
         kernels=describe_kernels(config, schedule.stages, hardware, uses_bf16(config, hardware)),
         world_size=hardware.world_size,
         memory=memory,
+        host=host,
         verdict=verdict,
-        time=_time(config, sum(stage.flops for stage in stages), hardware),
+        time=_time(config, stages, hardware),
         data=describe_data(config, schedule.stages, sources),
         outputs=describe_outputs(config, hardware, num_parameters(config.model, vocab_size)["total"]),
         warnings=(*unfilled(asked_tokens, schedule), *warnings_of(config, schedule, sources)),
@@ -228,11 +236,10 @@ def _memory(config: RunConfig, stages: tuple[Stage, ...], vocab_size: int, hardw
         return most_memory(changed, stages, vocab_size, **options)
 
     memory = need()
-    parameters = num_parameters(config.model, vocab_size)["total"]
-    saving = saving_bytes(config, parameters, hardware.world_size) * hardware.local_world_size
     if hardware.device(config.run.device) == "cpu":
         elsewhere = "launch/plan.py num_gpus=1 gpu_memory=80GB plans for a GPU"
-        needed = memory.total * hardware.local_world_size + saving
+        saving = saving_bytes(config, num_parameters(config.model, vocab_size)["total"], hardware.world_size)
+        needed = (memory.total + saving) * hardware.local_world_size
         if hardware.host_memory is not None and needed > room(hardware.host_memory):
             there = f"does not fit the {format_memory(hardware.host_memory)} of this host's memory"
             return memory, f"{there} ({elsewhere}; +exp=moba_32k_small is a long-context schedule for a CPU)"
@@ -241,18 +248,20 @@ def _memory(config: RunConfig, stages: tuple[Stage, ...], vocab_size: int, hardw
         return memory, "compare with your GPU's memory, or set gpu_memory=80GB"
     most = room(hardware.gpu_memory)
     of_gpu = f"{format_memory(hardware.gpu_memory)} per GPU"
-    on_host = memory.host * hardware.local_world_size + saving
-    if memory.total <= most and hardware.host_memory is not None and on_host > room(hardware.host_memory):
-        there = f"{format_memory(hardware.host_memory)} of this host's memory"
-        less = f"; {format_memory(saving)} of it are for checkpoint.asynchronous=true" if saving else ""
-        return memory, f"fits {of_gpu}, but {format_memory(on_host)} do not fit the {there}{less}"
     if memory.total <= most:
         return memory, f"fits {of_gpu}"
     return memory, f"does not fit {of_gpu}{_advice(config, hardware, need, most)}"
 
 
-def _time(config: RunConfig, flops: float, hardware: Hardware) -> str | None:
-    """The time that so many FLOPs take."""
+def _host_verdict(host: HostMemory, hardware: Hardware) -> str:
+    """What is said of a host that has too little memory."""
+    assert hardware.host_memory is not None
+    text = f"but {format_memory(host.total)} do not fit the {format_memory(hardware.host_memory)} of the host's memory"
+    return text if lacks(host.running, hardware) else f"{text}; checkpoint.asynchronous=false would"
+
+
+def _time(config: RunConfig, stages: Sequence[StagePlan], hardware: Hardware) -> str | None:
+    """The time that the FLOPs of the stages take, and each of them where there are several."""
     if hardware.device(config.run.device) == "cpu":
         if hardware.cpu_flops is None:
             return None
@@ -265,11 +274,13 @@ def _time(config: RunConfig, flops: float, hardware: Hardware) -> str | None:
         if peak is None:
             return None
         rate, at = GPU_SHARE * peak * 1e12 * hardware.world_size, "about {} if the GPUs reach {}, 40 % of their peak"
-    seconds = flops / rate
+    seconds = sum(stage.flops for stage in stages) / rate
     if seconds < SHORT_SECONDS:
         return None
+    each = ", ".join(f"{stage.name} {clock(stage.flops / rate)}" for stage in stages)
+    of_which = f"; {each}" if len(stages) > 1 else ""
     small = "; +exp=quickstart and +exp=moba_32k_small are sized for CPUs" if rate < SLOW else ""
-    return at.format(clock(seconds), f"{rate / 1e12:.3g} TFLOP/s") + small
+    return at.format(clock(seconds), f"{rate / 1e12:.3g} TFLOP/s") + of_which + small
 
 
 def _advice(config: RunConfig, hardware: Hardware, need, most: int) -> str:
@@ -366,6 +377,7 @@ def _lines(plan: Plan) -> list[str]:
         *_block(
             "memory",
             f"estimated {format_memory(plan.memory.total)} per process: {_memory_parts(plan.memory)}",
+            *([_host_parts(plan.host)] if plan.host else []),
             plan.verdict,
         ),
         *_block("time", *([plan.time] if plan.time else [])),
@@ -386,8 +398,14 @@ def _block(title: str, *entries: str) -> list[str]:
 
 
 def _memory_parts(memory: Memory) -> str:
-    parts = [f"{name} {format_memory(value)}" for name, value in asdict(memory).items() if name != "host"]
-    return ", ".join(parts) + (f"; {format_memory(memory.host)} on the host" if memory.host else "")
+    return ", ".join(f"{name} {format_memory(value)}" for name, value in asdict(memory).items() if name != "host")
+
+
+def _host_parts(host: HostMemory) -> str:
+    parts = [("offloaded", host.offloaded), ("the processes themselves", host.own)]
+    parts += [("what checkpoint.asynchronous=true copies into", host.saving)]
+    shown = ", ".join(f"{name} {format_memory(value)}" for name, value in parts if value)
+    return f"a host: {format_memory(host.total)} of main memory: {shown}"
 
 
 def _stage_table(stages: tuple[StagePlan, ...]) -> list[str]:

@@ -1,0 +1,62 @@
+"""An estimate of the memory that the processes of one host need in its main memory, beside train/plan/memory.py, which
+says what is offloaded. No torch.
+
+The constants are fitted to runs of benchmarks/longest_context.py on hosts of 16 and 32 cores, which they are within
+10 % of. What they are of is inferred from where the figures differ: ZeRO 3, which is not compiled, used 3 GiB a
+process, all else 9 GiB on 16 cores and 15 on 32, whatever the model. Resident memory counts shared pages in every
+process, so a host gets by with somewhat less.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from conf.hardware import Hardware
+from conf.schema import RunConfig
+from train.plan.memory import Memory, room, saving_bytes
+
+PROCESS = 3 << 30  # torch, CUDA, libraries, data
+COMPILER_WORKER = 3 << 27  # torch.compile starts one per core in each process, up to
+MOST_WORKERS = 32
+RECOMPUTED_TOKEN = 14 << 10  # per token of a process whose layers are recomputed and nothing is offloaded
+
+
+@dataclass(frozen=True)
+class HostMemory:
+    """Bytes of main memory for all processes of one host."""
+
+    offloaded: int
+    """Weights, optimizer and layers' inputs that the configuration puts there."""
+    own: int
+    """Of the processes themselves; with the weights that are drawn before anything is offloaded, if they are more."""
+    saving: int
+    """What asynchronous saves copy into."""
+
+    @property
+    def running(self) -> int:
+        """Before the first checkpoint."""
+        return self.offloaded + self.own
+
+    @property
+    def total(self) -> int:
+        """From then on."""
+        return self.running + self.saving
+
+
+def host_memory(config: RunConfig, memory: Memory, parameters: int, tokens: int, hardware: Hardware) -> HostMemory:
+    """The main memory of a run on GPUs: a settled configuration, of `parameters` in all, with the `memory` of one
+    process, which computes `tokens` tokens at a time."""
+    model, zero3 = config.model, config.deepspeed.zero_stage == 3
+    compiled = model.compile is not False and not zero3
+    workers = min(hardware.cores or MOST_WORKERS, MOST_WORKERS) if compiled else 0
+    own = PROCESS + workers * COMPILER_WORKER
+    if model.activation_checkpointing is True:
+        own += RECOMPUTED_TOKEN * tokens
+    drawn = PROCESS + (0 if zero3 else 4 * parameters)
+    local, save = hardware.local_world_size, saving_bytes(config, parameters, hardware.world_size)
+    return HostMemory(local * memory.host, local * max(own, drawn - memory.host), local * save)
+
+
+def lacks(host: int, hardware: Hardware) -> bool:
+    """Whether so many bytes are known to be more than the host has."""
+    return hardware.host_memory is not None and host > room(hardware.host_memory)
