@@ -12,6 +12,7 @@ from conf.numbers import parse_length
 from launch import config
 from launch.config import choices_of, detect_hardware, load, run_command
 from launch.plan import USAGE, main, split_machine
+from train.plan.longest import longest
 from train.plan.plan import make_plan
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -181,3 +182,26 @@ def test_a_containers_memory_is_what_there_is(tmp_path, monkeypatch):
     for text, memory in (("max\n", whole), (f"{2**20}\n", 2**20), (f"{2**63}\n", whole)):
         path.write_text(text)
         assert detect_hardware().host_memory == memory
+
+
+@pytest.mark.parametrize("length", ["256k", "512k", "1m"])
+@pytest.mark.parametrize("model", ["1_1b", "1_5b", "8b"])
+def test_long_recipes_are_what_the_table_allows(model, length):
+    """Catches a recipe that goes beyond what its GPUs and their host hold, attention that hides nothing or is another
+    than the paper's, and a last stage of full attention whose hours nobody says."""
+    machine = ["num_gpus=8", "gpu_memory=80GB", "host_memory=1TB", "gpu_name=H100"]
+    overrides, hardware = split_machine([f"+exp=long/{model}_{length}", *machine])
+    config = load(overrides, hardware)
+    rows = {"8b": 128256}.get(model, 32768)
+    plan = make_plan(config, rows, hardware)
+    sparse, full = plan.stages
+    assert plan.verdict == "fits 80.0 GB per GPU"
+    assert (sparse.attention.partition(" (")[0], full.attention.partition(" (")[0]) == ("moba 4096x12", "full")
+    assert sparse.seq_len == full.seq_len == parse_length(length.upper()) and sparse.attended_share < 0.4
+    assert sparse.tokens / full.tokens == pytest.approx(9, rel=0.05)
+    hours = full.flops / (0.4 * 989.4e12 * 8) / 3600
+    assert 0.5 < hours < 10 and plan.time is not None
+    assert float(plan.time.rpartition("full ")[2].partition(":")[0]) == int(hours) or hours < 1
+    engine = "zero3" if model == "8b" else "zero1"
+    found = longest(model, {engine: config}, 8, config.parallel.sequence, rows, hardware)
+    assert found.seq_len is not None and found.seq_len >= full.seq_len
