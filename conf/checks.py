@@ -52,6 +52,20 @@ OWN_KEYS = {
     "bf16": "deepspeed.precision",
     "fp16": "deepspeed.precision",
     "torch_autocast": "deepspeed.precision",
+    "gradient_clipping": "optim.grad_clip",
+    "activation_checkpointing": "model.activation_checkpointing",
+    "sequence_parallel_size": "parallel.sequence",
+    "data_parallel_size": "parallel.sequence",
+}
+# Of DeepSpeed, and not covered here: each would be taken for something else.
+NOT_COVERED = {
+    "tensor_parallel": "tensor parallelism",
+    "pipeline": "pipeline parallelism",
+    "autotuning": "DeepSpeed's autotuning",
+    "compression_training": "compression",
+    "data_efficiency": "DeepSpeed's data sampling",
+    "curriculum_learning": "DeepSpeed's curriculum",
+    "sparse_attention": "DeepSpeed's attention",
 }
 ON_SPIKE = ("off", "skip", "rollback", "stop")
 WANDB_MODES = ("auto", "online", "offline", "disabled")
@@ -452,6 +466,9 @@ def _check_engine(config: RunConfig, problems: Problems) -> None:
     for key, value in engine.extra.items():
         if key in OWN_KEYS:
             problems.add(f"deepspeed.extra.{key}", value, f"set by {OWN_KEYS[key]}; use that key")
+        if key in NOT_COVERED:
+            hint = f"{NOT_COVERED[key]} is not supported; several GPUs share a run by ZeRO and parallel.sequence"
+            problems.add(f"deepspeed.extra.{key}", value, hint)
     if engine.zero_stage not in (0, 1, 2, 3):
         problems.add("deepspeed.zero_stage", engine.zero_stage, "choose 0, 1, 2 or 3 (deepspeed=zero1 and so on)")
         return

@@ -68,6 +68,10 @@ MEANT = {
     "zero_stage": "deepspeed=zero1|zero2|zero3",
     "num_gpus": "torchrun --nproc_per_node=<GPUs> launch/train.py (num_gpus= is an argument of launch/plan.py)",
     "gpu_memory": "launch/plan.py gpu_memory=80GB (it describes a machine for the plan)",
+    "host_memory": "launch/plan.py host_memory=1TB (it describes a machine for the plan)",
+    "gpu_name": "launch/plan.py gpu_name=H100 (it describes a machine for the plan)",
+    "sequence_parallel_size": "parallel.sequence=<GPUs that share a sequence>",
+    "context_parallel_size": "parallel.sequence=<GPUs that share a sequence>",
     "num_nodes": "torchrun --nnodes=<hosts>",
     "nproc_per_node": "torchrun --nproc_per_node=<GPUs> launch/train.py",
 }
