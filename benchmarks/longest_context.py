@@ -16,7 +16,6 @@ estimates stand beside it.
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
 import sys
@@ -125,7 +124,7 @@ def main() -> None:
     record = {
         **origin(sys.argv[1:], values.get("commit")),
         "device": device_name(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": detect_hardware().cores,
         "torch": torch.__version__,
         "convention": CONVENTION,
         "rows": [],

@@ -102,7 +102,7 @@ def detect_hardware(world_size: int = 1, local_world_size: int = 1) -> Hardware:
 
     num_gpus = torch.cuda.device_count()
     has_triton = importlib.util.find_spec("triton") is not None
-    cores = len(os.sched_getaffinity(0))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     counts = Hardware(num_gpus, world_size, local_world_size, host_memory=_host_memory(), cores=cores)
     if num_gpus == 0:
         return replace(counts, has_triton=has_triton, cpu_flops=_cpu_flops())

@@ -212,6 +212,7 @@ def test_memory_offloaded_and_recomputed():
     _, here = memory_of(3, 1)
     _, there = memory_of(3, 1, offload_optimizer=True, offload_params=True)
     assert there.weights == there.optimizer == 0 and there.host == here.weights + here.optimizer * 22 // 12
+    assert there.gradients == here.gradients - here.optimizer // 3 == 2 * 500_000_000, "summed on the host"
     model, _ = memory_of(1, 1)
     arguments = {"bf16": True, "world_size": 1, "micro_tokens": 32768, "attention": (Full(),) * 20}
     kept = estimate_memory(model, 32768, DeepSpeedConfig(), **arguments)

@@ -108,13 +108,15 @@ def _states(parameters: int, engine: DeepSpeedConfig, bf16: bool, world_size: in
     """Bytes of (weights, gradients, optimizer) a process: ZeRO 1 splits the last, 2 the gradients, 3 the weights too.
 
     In bf16 gradients are summed in float32 beside the bf16 ones of the running backward pass, which ZeRO 2 and 3 keep
-    no longer than one bucket. The optimizer is a float32 copy of the weights (none at stage 0) and two moments.
+    no longer than one bucket; the sums lie on the host where ZeRO 3 offloads the optimizer. The optimizer is a float32
+    copy of the weights (none at stage 0) and two moments.
     """
     width, stage = (2 if bf16 else 4), engine.zero_stage
     shard = -(-parameters // world_size)
     weights = width * (shard if stage == 3 else parameters)
     passing = min(parameters, REDUCE_BUCKET) if stage >= 2 else parameters
-    gradients = 4 * (shard if stage >= 2 else parameters) + (width * passing if bf16 or stage >= 2 else 0)
+    sums = 0 if stage == 3 and engine.offload_optimizer else 4 * (shard if stage >= 2 else parameters)
+    gradients = sums + (width * passing if bf16 or stage >= 2 else 0)
     return weights, gradients, (MASTER_AND_MOMENTS * shard if stage else MOMENTS * parameters)
 
 
