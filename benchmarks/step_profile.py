@@ -1,17 +1,15 @@
 """Where the time of a training step goes, for each of several runs on one GPU: a table, a figure, and what is behind.
 
     python benchmarks/step_profile.py to=results/step_profile
-    python benchmarks/step_profile.py to=results/step_profile workload=packs
     python benchmarks/step_profile.py to=runs/step_cpu variants=moba_32k/tiny,full_32k/tiny steps=3 warmup=1 \\
         profiled=1 seq_len=1K batch_tokens=2K schedule.block_size=128 data.tokenizer=bytes
 
-The third tries it on a CPU with a tiny model, in a minute; what it measures means nothing. A variant is
+The second tries it on a CPU with a tiny model, in a minute; what it measures means nothing. A variant is
 <experiment>/<model>[/<option>...]: a file of conf/exp, whose first stage is run, one of conf/model, and overrides,
 where `compile=true` stands for model.compile=true; without such options nothing is compiled or recomputed.
 Arguments with a dot go to all runs.
 
-Workloads: `long`, one document of the full length a sequence, of random tokens (Zipf's law) made here; `packs`, what
-the shipped books give, with the pairs of a token and its past as a share of those of full documents.
+Sequences are one document of the full length each, of random tokens (Zipf's law) made here.
 
 Each run is a process of its own; caches of compiled code are empty at the beginning and shared by the runs of one
 model, so that the first of a model starts cold. A run is killed after `limit` seconds, and at the end of `seconds` for
@@ -53,16 +51,11 @@ from benchmarks.profiled_train import START_FILE  # noqa: E402
 from benchmarks.step_tables import publish  # noqa: E402
 from conf.build import ConfigError  # noqa: E402
 from conf.numbers import parse_length  # noqa: E402
-from conf.schema import RunConfig  # noqa: E402
-from data.loader import Loader  # noqa: E402
 from data.shards import META, write_meta, write_shard  # noqa: E402
-from data.sources import open_sources  # noqa: E402
 from data.tokenizer import Tokenizer, load_tokenizer  # noqa: E402
-from launch.cli import UsageError, exits_on, key_values  # noqa: E402
+from launch.cli import exits_on, key_values  # noqa: E402
 from launch.config import detect_hardware, load  # noqa: E402
-from moba.flops import causal_pairs  # noqa: E402
 from train.record.throughput import CONVENTION  # noqa: E402
-from train.schedule import build_schedule  # noqa: E402
 
 VARIANTS = (
     "moba_32k/paper_545m",
@@ -77,7 +70,6 @@ VARIANTS = (
 KEYS = {
     "to": "folder of the results",
     "variants": "which, comma-separated (default: those of the module)",
-    "workload": "long (default) or packs",
     "seq_len": "context (default 32K)",
     "batch_tokens": "tokens a step (default 64K)",
     "warmup": "steps not counted (default 5)",
@@ -88,7 +80,6 @@ KEYS = {
     "commit": "commit of the code, where this is no git checkout",
 }
 PLAIN = ("model.compile=false", "model.activation_checkpointing=false")
-WORKLOADS = ("long", "packs")
 DOCUMENTS = 64
 LEAST_SECONDS = 30
 
@@ -98,7 +89,6 @@ class Study:
     """What all runs share."""
 
     to: Path
-    workload: str
     overrides: tuple[str, ...]
     seq_len: int
     batch_tokens: int
@@ -124,8 +114,8 @@ def main() -> None:
     values = key_values(arguments, KEYS, about=__doc__, required=["to"])
     variants = values["variants"].split(",") if "variants" in values else VARIANTS
     study = _study(values, overrides)
-    configs = {variant: load([*study.arguments(variant)], detect_hardware()) for variant in variants}
-    data = _data(study, next(iter(configs.values())))
+    configs = [load(study.arguments(variant), detect_hardware()) for variant in variants]
+    data = _data(study, load_tokenizer(configs[0].data.tokenizer))
     shutil.rmtree(study.to / "caches", ignore_errors=True)
     record = _origin(values, study)
     ends = time.monotonic() + float(values.get("seconds", 540))
@@ -136,23 +126,16 @@ def main() -> None:
             measured = {"failed": "no time left"}
         else:
             measured = _measured(study, variant, data, min(left, study.limit))
-        row = {"variant": variant} | measured
-        if study.workload == "packs" and "failed" not in row:
-            row["pairs_share"] = _pairs_share(study, load([*study.arguments(variant), *data], detect_hardware()))
-        record["rows"].append(row)
+        record["rows"].append({"variant": variant} | measured)
         text = publish(record, study.to)
     shutil.rmtree(study.to / "caches", ignore_errors=True)
     print(text)
 
 
 def _study(values: dict[str, str], overrides: Sequence[str]) -> Study:
-    workload = values.get("workload", "long")
-    if workload not in WORKLOADS:
-        raise UsageError(f"workload={workload}: choose long or packs")
     refuse_own(overrides, KEYS)
     return Study(
         to=Path(values["to"]),
-        workload=workload,
         overrides=tuple(overrides),
         seq_len=parse_length(values.get("seq_len", "32K")),
         batch_tokens=parse_length(values.get("batch_tokens", "64K")),
@@ -170,22 +153,16 @@ def _origin(values: dict[str, str], study: Study) -> dict:
         "device": device_name(),
         "torch": torch.__version__,
         "convention": CONVENTION,
-        "workload": study.workload,
         "setting": {key: getattr(study, key) for key in ("seq_len", "batch_tokens", "warmup", "steps", "profiled")},
         "rows": [],
     }
 
 
-def _data(study: Study, config: RunConfig) -> list[str]:
-    """The overrides that give the workload, what they name being made first, so that no run's start contains it."""
-    if study.workload == "packs":
-        open_sources(config.data)
-        return []
+def _data(study: Study, tokenizer: Tokenizer) -> list[str]:
+    """The overrides that give the documents, made first, so that no run's start contains it."""
     folder = study.to / "documents"
     shutil.rmtree(folder, ignore_errors=True)
-    write_documents(
-        folder, load_tokenizer(config.data.tokenizer), DOCUMENTS, study.seq_len, "benchmarks/step_profile.py"
-    )
+    write_documents(folder, tokenizer, DOCUMENTS, study.seq_len, "benchmarks/step_profile.py")
     return ["data=files", f"data.path={folder}"]
 
 
@@ -199,18 +176,6 @@ def write_documents(folder: Path, tokenizer: Tokenizer, number: int, seq_len: in
     shard = write_shard(folder, 0, list(tokens), [f"zipf-{i}" for i in range(number)])
     write_meta(folder, tokenizer, [shard], {"made_by": made_by})
     assert (folder / META).exists()
-
-
-def _pairs_share(study: Study, config: RunConfig) -> float:
-    """Causal pairs of the measured steps' documents, as a share of those of documents that fill every sequence."""
-    loader = Loader(open_sources(config.data), seed=config.data.seed, interleave=config.data.interleave)
-    stage = build_schedule(config).stages[0]
-    loader.set_stage(
-        seq_len=stage.seq_len, batch_tokens=stage.batch_tokens, micro_tokens=stage.micro_tokens, mix=stage.mix
-    )
-    steps = [loader.next_step() for _ in range(study.warmup + study.steps)][study.warmup :]
-    pairs = sum(causal_pairs(batch.lengths) for step in steps for batch in step)
-    return pairs / (study.steps * study.batch_tokens // study.seq_len * causal_pairs([study.seq_len]))
 
 
 def _measured(study: Study, variant: str, data: Sequence[str], limit: float) -> dict:

@@ -16,10 +16,6 @@ from evals.style import color, save
 COLORS = [color(i) for i in (0, 1, 2, 6, 4, 7)]
 HATCHES = ("", "//", "", "..", "", "")
 LONGEST = 6
-WORKLOADS = {
-    "long": "one document of the full length per sequence",
-    "packs": "packs of the shipped books; share of pairs: causal pairs as a share of those of full documents",
-}
 
 
 def publish(record: Mapping, to: Path) -> str:
@@ -34,8 +30,8 @@ def table(record: Mapping) -> list[str]:
     setting = record["setting"]
     lengths = {key: format_length(setting[key]) for key in ("seq_len", "batch_tokens")}
     about = (
-        f"Sequences of {lengths['seq_len']}, {lengths['batch_tokens']} tokens per step: "
-        f"{WORKLOADS[record['workload']]}. Medians over {setting['steps']} steps after {setting['warmup']}. "
+        f"Sequences of {lengths['seq_len']}, {lengths['batch_tokens']} tokens per step, one document of "
+        f"the full length per sequence. Medians over {setting['steps']} steps after {setting['warmup']}. "
         f"Milliseconds by kind are sums of kernels in {setting['profiled']} further steps (benchmarks/kernel_kinds.py "
         "says what belongs to a kind); idle: the share of the time in which no kernel ran, in other steps. start: from "
         "the start of the process to the first step; caches of compiled code are empty for the first run of a model. "
@@ -74,8 +70,8 @@ def draw(record: Mapping, path: Path) -> None:
     axes.set_xlim(0, 1.25 * max(ends))
     axes.set_xlabel("milliseconds per step (black: the step as measured without a profiler)")
     figure.legend(loc="outside lower center", fontsize="small", ncols=len(KINDS))
-    length, workload = format_length(record["setting"]["seq_len"]), WORKLOADS[record["workload"]].split(";")[0]
-    about = f"{record['device']}, {length}, {workload}, commit {(record['commit'] or 'unknown')[:7]}"
+    length = format_length(record["setting"]["seq_len"])
+    about = f"{record['device']}, documents of {length}, commit {(record['commit'] or 'unknown')[:7]}"
     lines = ["Where a training step's time goes", about, *([", ".join(common)] if common else [])]
     figure.suptitle("\n".join(lines), fontsize="medium")
     save(figure, path)

@@ -84,7 +84,7 @@ def drawings() -> dict[Path, Drawing]:
         path = source.relative_to(ROOT)
         found[path.with_name("figure.png")] = Drawing(partial(draw_study, path), (path,))
     for path in sorted(path.relative_to(ROOT) for path in ROOT.glob(f"{BENCHMARKS}/*/results.json")):
-        if "workload" in record(path):
+        if "variant" in record(path).get("rows", [{}])[0]:
             found[path.with_name("figure.png")] = Drawing(partial(draw_step, path), (path,))
     kernels = BENCHMARKS / "attention.json"
     found[kernels.with_suffix(".png")] = Drawing(lambda path: attention.draw(record(kernels), path), (kernels,))

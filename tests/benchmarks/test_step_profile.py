@@ -106,7 +106,7 @@ def test_table_and_figure_show_what_is_known(tmp_path):
         "longest": {"attention": [("flash_fwd", 68.0)]},
     }
     setting = {"seq_len": 32768, "batch_tokens": 65536, "warmup": 5, "steps": 20, "profiled": 2}
-    about = {"device": "GPU", "torch": "2", "commit": "abc", "command": "c", "convention": "v", "workload": "long"}
+    about = {"device": "GPU", "torch": "2", "commit": "abc", "command": "c", "convention": "v"}
     rows = [row, {"variant": "full_32k/y", "failed": "out of memory"}]
     lines = publish(about | {"setting": setting, "rows": rows}, tmp_path).splitlines()
     cells = "moba 2048x3 | 81,234 | 0.4120 | 37.2500 | 806.0000 | 0.0120 | 21.0000 | 33.3000"
