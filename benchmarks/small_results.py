@@ -34,7 +34,7 @@ from train.record.metrics import FILE_NAME, read_metrics
 
 DRAWS, REACH = 4000, 1024
 """REACH: block x top_k of the arms that most are about."""
-REFERENCE, SPARSE, SWITCHED, FIRST = "full", "moba", "moba, then full", "moba, first block"
+START, REFERENCE, SPARSE, SWITCHED, FIRST = "start", "full", "moba", "moba, then full", "moba, first block"
 GRAIN = ("1024x2", "512x4", "256x8", "128x16", "64x32")
 PLAIN = ", no key convolution"
 GATES = {"mean": "the gate's", "local": "latest", "random": "random", "oracle": "best"}
@@ -82,7 +82,7 @@ def collect(
     ValueError where no run was evaluated."""
     runs: dict[str, dict[int, Path]] = {}
     for (arm, seed), folder in names.items():
-        if list((work / folder / "position_loss").glob("eval_*.npz")):
+        if not arm.startswith(START) and list((work / folder / "position_loss").glob("eval_*.npz")):
             runs.setdefault(arm, {})[seed] = work / folder
     if not runs:
         raise ValueError(f"{work} has no run with an evaluation")
@@ -105,7 +105,19 @@ def of_runs(runs: Runs) -> Iterator[dict]:
     """Each run's speed, and its losses over training."""
     for arm, own in runs.items():
         for seed, folder in own.items():
-            yield {"arm": arm, "seed": seed, **of_run(read_metrics(folder / FILE_NAME))}
+            yield {"arm": arm, "seed": seed, **of_run(at_length(read_metrics(folder / FILE_NAME)))}
+
+
+def at_length(metrics: Sequence[dict]) -> list[dict]:
+    """Of a run's metrics, what is of its last stage's length, and of stages that were logged."""
+    stages = [record for record in metrics if record["kind"] == "stage"]
+    logged = {record["stage"] for record in metrics if record["kind"] == "train"}
+    length = stages[-1]["seq_len"]
+    return [
+        record
+        for record in metrics
+        if record.get("eval_seq_len", length) == length and (record["kind"] != "stage" or record["stage"] in logged)
+    ]
 
 
 def final(held: Held, arm: str) -> dict:
@@ -282,10 +294,10 @@ def table(record: Mapping) -> list[str]:
         rows = [[row["arm"], row["seeds"], *(f"{row['overall'][name]:.3f}" for name in kept)] for row in numbers]
         lines += ["", *markdown(["router of", "seeds", *kept], rows)]
     speeds = [
-        [run["arm"], run["seed"], *(f"{stage['tokens_per_second']:,.0f}" for stage in run["stages"])]
+        [run["arm"], run["seed"], ", ".join(f"{stage['tokens_per_second']:,.0f}" for stage in run["stages"])]
         for run in record["runs"]
     ]
-    return [*lines, "", *markdown(["arm", "seed", "tokens/s, first stage", "last stage"], speeds)]
+    return [*lines, "", *markdown(["arm", "seed", "tokens/s by stage, beside the others"], speeds)]
 
 
 def of(value: Mapping) -> str:
