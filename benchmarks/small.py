@@ -33,9 +33,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import numpy as np  # noqa: E402
+
 from benchmarks.common import split, steps_logged  # noqa: E402
 from benchmarks.small_results import collect  # noqa: E402
 from conf.numbers import parse_tokens  # noqa: E402
+from data.shards import META, TokenShards, write_meta, write_shard  # noqa: E402
+from data.tokenizer import load_tokenizer  # noqa: E402
 from launch.cli import UsageError, exits_on, key_values  # noqa: E402
 from train.checkpoint.checkpoint_dir import checkpoints  # noqa: E402
 
@@ -55,7 +59,7 @@ KEYS = {
     "cluster": "regular expression; held-out ids with the same match are one cluster (default: up to the first ':')",
     "commit": "commit of the code, where this is no git checkout",
 }
-BATCH, START_BATCH, MOST_SEEDS, CLUSTER = 32 * 1024, 16 * 1024, 10, "[^:]*"
+LENGTH, BATCH, START_BATCH, MOST_SEEDS, CLUSTER = 8192, 32 * 1024, 16 * 1024, 10, "[^:]*"
 COMMON = (
     "model=tiny model.num_layers=6 model.hidden_size=384 model.num_heads=6 model.num_kv_heads=6 model.ffn_size=1024 "
     "model.qk_norm=true model.rope_theta=200000 model.key_conv=3 model.activation_checkpointing=false "
@@ -71,10 +75,15 @@ AT_8K = (
     "eval.every_tokens={fifth}"
 )
 FIRST_STAGE = "optim.lr.kind=constant eval.every_tokens=0"
-ROUTER = (
-    "sweep block_sizes={block} top_k={top} gates=[mean,local,random,oracle] first_blocks={first} documents=44",
-    "routing documents=22",
-)
+DOCUMENTS, TAIL = "124", 1536
+"""TAIL: tokens of a held-out document's end that are also evaluated alone: the last third of them then has 1K of
+context before it in place of 7.5K."""
+EVALS = {
+    "position_loss": "data={tails} seq_len={tail} bucket=512 documents={documents}",
+    "sweep": "block_sizes={block} top_k={top} gates=[mean,local,random,oracle] first_blocks={first} documents=44",
+    "routing": "documents=22",
+}
+"""What is asked of the weights in the end."""
 
 
 def stages(text: str) -> str:
@@ -109,32 +118,27 @@ class Arm:
     block: int = 128
     top: int = 8
     first: int = 0
-    routed: int = 0
-    """How many evaluations of ROUTER are made in the end."""
-
-    @property
-    def evals(self) -> list[list[str]]:
-        """Arguments of launch/evaluate.py."""
-        filled = {"block": self.block, "top": self.top, "first": self.first}
-        return [shlex.split(line.format(**filled)) for line in ROUTER[: self.routed]]
+    evals: tuple[str, ...] = ("position_loss",)
+    """Of EVALS."""
 
 
 def moba(block: int, top: int, first: int = 0) -> Arm:
     """MoBA in both stages."""
     text = stages(f"block_size={block} top_k={top} first_blocks={first}")
-    return Arm(text, START, block=block, top=top, first=first, routed=2)
+    return Arm(text, START, block=block, top=top, first=first, evals=tuple(EVALS))
 
 
-FULL = Arm(stages("kind=full"), START, routed=1)
+SWEPT = ("position_loss", "sweep")
+FULL = Arm(stages("kind=full"), START, evals=SWEPT)
 ARMS: dict[str, Arm] = {
-    **{f"{START}{model}": Arm() for model in MODELS},
+    **{f"{START}{model}": Arm(evals=()) for model in MODELS},
     **{f"full{model}": replace(FULL, branch=f"{START}{model}") for model in MODELS},
     **{f"moba{model}": replace(moba(128, 8), branch=f"{START}{model}") for model in MODELS},
     "moba, then full": Arm("schedule.stages.last.attention.kind=full", "moba"),
     "moba, first block": moba(128, 8, 1),
     **{f"{block}x{2048 // block}": moba(block, 2048 // block) for block in (1024, 512, 256, 128, 64)},
-    "random": Arm(stages("gate=random"), START, routed=1),
-    "latest": Arm(stages("gate=local"), START, routed=1),
+    "random": Arm(stages("gate=random"), START, evals=SWEPT),
+    "latest": Arm(stages("gate=local"), START, evals=SWEPT),
     **{f"last {n} full": Arm(stages(f"full_last={n}"), START) for n in (1, 2, 3)},
 }
 SMALLEST = "full;moba;moba, then full;moba, first block;1024x2@0;64x32@0;random@0;latest@0"
@@ -171,6 +175,7 @@ class Study:
             max(least, parse_tokens(values.get(key, default)) // least * least)
             for key, default, least in (("start_tokens", "32.768M", START_BATCH), ("tokens", "29.4912M", 10 * BATCH))
         ]
+        self.tails: Path | None = None
         self.trained = {task: threading.Event() for task in self.tasks}
         self._running: set[subprocess.Popen] = set()
         self._lock = threading.Lock()
@@ -179,6 +184,7 @@ class Study:
     def run(self) -> None:
         """Trains and evaluates what there is time for."""
         self.work.mkdir(parents=True, exist_ok=True)
+        self.tails = tails(Path(self.values.get("validation", "embedded")), self.work / "tails")
         timer = threading.Timer(self.end - time.monotonic(), self.stop)
         timer.daemon = True
         timer.start()
@@ -201,16 +207,22 @@ class Study:
             with slots:
                 done = self.process("train.py", self.training(task), folder)
                 self.trained[task].set()
-                for what, *more in arm.evals if done else ():
+                for what in arm.evals if done else ():
                     to = folder / "evals" / what
-                    if not list(to.glob("*.json")):
-                        words = [f"run={folder}", f"evals=[{what}]", f"to={to}", *more]
-                        words += [f"cluster={self.values.get('cluster', CLUSTER)}"]
-                        self.process("evaluate.py", words, folder)
+                    if not list(to.glob("*.json")) and (more := self.asked(arm, what)):
+                        self.process("evaluate.py", [f"run={folder}", f"evals=[{what}]", f"to={to}", *more], folder)
         except (OSError, ValueError) as error:
             say(f"{name_of(task)}: {error}")
         finally:
             self.trained[task].set()
+
+    def asked(self, arm: Arm, what: str) -> list[str]:
+        """Arguments of an evaluation; none where it cannot be made."""
+        if what == "position_loss" and self.tails is None:
+            return []
+        filled = {"block": arm.block, "top": arm.top, "first": arm.first, "tails": self.tails, "tail": TAIL}
+        line = EVALS[what].format(**filled, documents=self.values.get("documents", DOCUMENTS))
+        return [*shlex.split(line), f"cluster={self.values.get('cluster', CLUSTER)}"]
 
     def training(self, task: Task) -> list[str]:
         """The overrides of a run."""
@@ -221,7 +233,7 @@ class Study:
         data, held_out = (self.values.get(key, "embedded") for key in ("data", "validation"))
         words = [*shlex.split(text), "data=files", f"data.path={data}", f"data.validation.path={held_out}"]
         words += [
-            f"eval.documents={self.values.get('documents', 124)}",
+            f"eval.documents={self.values.get('documents', DOCUMENTS)}",
             f"run.allow_changes={str(bool(arm.branch)).lower()}",
         ]
         return [*words, *self.overrides, f"run.dir={self.work / name_of(task)}", f"run.seed={task[1]}"]
@@ -309,6 +321,20 @@ def branch_off(base: Path, folder: Path, ended: int) -> None:
     shutil.copytree(end, folder / "checkpoints" / end.name)
     for name in ("metrics.jsonl", "position_loss"):
         (shutil.copytree if (base / name).is_dir() else shutil.copy2)(base / name, folder / name)
+
+
+def tails(held_out: Path, to: Path) -> Path | None:
+    """Shards of the documents' tokens up to 8K, the last TAIL of them; None where `held_out` are no shards."""
+    if not (held_out / META).is_file():
+        return None
+    if not to.exists():
+        shards = TokenShards(held_out)
+        known = np.flatnonzero(shards.lengths > LENGTH).tolist()
+        to.mkdir(parents=True)
+        tokens = [np.array(shards.tokens(i, LENGTH - TAIL, LENGTH + 1)) for i in known]
+        record = write_shard(to, 0, tokens, [shards.ids[i] for i in known])
+        write_meta(to, load_tokenizer("bpe-4k"), [record], {"title": f"ends of {held_out.name}"})
+    return to
 
 
 def keep(work: Path, path: Path) -> None:

@@ -4,13 +4,15 @@ Gaps are differences of the same held-out documents, averaged over seeds, with c
 their 95 % intervals; the differences of single seeds are listed beside them. `recovered` is the part of MoBA's trailing
 gap to full attention that a last stage of full attention closes, 1 - gap / gap of MoBA, its interval from draws of the
 clusters. `falls_by` is how much the loss falls from the first bucket behind REACH tokens, which is
-what MoBA attends to at most, to the last.
+what MoBA attends to at most, to the last; `far_context` how much more the last bucket's tokens lose in the same weights
+where the document is cut off 1K tokens before them.
 
 Shapes: N documents, B buckets of positions, C clusters, D draws.
 """
 
 from __future__ import annotations
 
+import hashlib
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -140,7 +142,21 @@ def final(held: Held, arm: str) -> dict:
         "trailing": float(loss_NB[:, -1].mean()),
         "falls_from": int(edges[start]),
         "falls_by": document_mean(fall_N, mean.document_clusters),
+        "far_context": far_context(held, arm, seeds, each),
     }
+
+
+def far_context(held: Held, arm: str, seeds: Sequence[int], whole: Sequence[Evaluation]) -> dict | None:
+    """How much more the last bucket's tokens lose where all but the last 1K before them is cut off; None where some
+    seed was not asked."""
+    paths = [sorted((held.runs[arm][seed] / "evals" / "position_loss").glob("*.json")) for seed in seeds]
+    if not all(paths):
+        return None
+    cut = [load_evaluation(path) for path, *_ in paths]
+    assert all(a.document_ids == b.document_ids for a, b in zip(cut, whole))
+    gap_SN = np.array([a.document_loss[:, -1] - b.document_loss[:, -1] for a, b in zip(cut, whole)])
+    clusters = whole[0].document_clusters
+    return document_mean(gap_SN.mean(0), clusters) | {"by_seed": gap_SN.mean(1).tolist()}
 
 
 def references(arm: str) -> list[str]:
@@ -220,7 +236,7 @@ def gates_of(held: Held) -> Iterator[dict]:
         losses_SNB = np.mean([np.load(path.with_suffix(".npz"))["document_loss"] for path in paths], axis=0)
         last = dict(zip(names, losses_SNB[:, :, -(losses_SNB.shape[2] // 8) :].mean(-1)))
         seeds, tokens = held.common(arm)
-        clusters = held.at(arm, seeds[0], tokens).document_clusters[: losses_SNB.shape[1]]  # the same documents
+        clusters = sampled(held.at(arm, seeds[0], tokens), losses_SNB.shape[1])
         yield {
             "arm": arm,
             "eval": "gates",
@@ -230,6 +246,13 @@ def gates_of(held: Held) -> Iterator[dict]:
             "minus_full": {n: document_mean(loss_N - last["full"], clusters) for n, loss_N in last.items()},
             "minus_gate": {n: document_mean(loss_N - last["mean"], clusters) for n, loss_N in last.items()},
         }
+
+
+def sampled(held_out: Evaluation, number: int) -> list[str]:
+    """The clusters of the documents that an evaluation of so many takes (data.validation.held_out_documents)."""
+    ids = held_out.document_ids
+    by_hash = sorted(range(len(ids)), key=lambda i: hashlib.sha256(ids[i].encode()).digest())
+    return [held_out.document_clusters[i] for i in sorted(by_hash[:number])]
 
 
 def routing_of(runs: Runs) -> Iterator[dict]:
@@ -271,6 +294,7 @@ def table(record: Mapping) -> list[str]:
                 f"{own['trailing']:.4f}",
             ]
             start += [f"{of(own['falls_by'])} from {format_length(own['falls_from'])}"]
+            start += [of(own["far_context"]) if own["far_context"] else "-"]
             rows.append([*(start if i == 0 else [""] * len(start)), *gap_cells(gap)])
     lines += markdown(heads, rows)
     for name, part in record["recovered"]["parts"].items() if record["recovered"] else ():

@@ -10,6 +10,8 @@ import pytest
 from pyarrow import Table, parquet
 
 from benchmarks import small, small_results, windows
+from data.shards import TokenShards, write_meta, write_shard
+from data.tokenizer import load_tokenizer
 from evals.position_loss import Evaluation
 from launch.cli import UsageError
 from launch.config import load
@@ -69,6 +71,19 @@ def test_what_runs_is_ended_when_time_is_up(tmp_path, monkeypatch):
     assert sys.executable  # the children's
 
 
+def test_ends_of_documents_are_the_same_tokens(tmp_path):
+    """Catches ends that are shifted by a token, so that other predictions would be compared, and short documents."""
+    tokenizer = load_tokenizer("bpe-4k")
+    documents = [(np.arange(length) % 4000 + i).astype(tokenizer.dtype) for i, length in enumerate((9000, 8192, 8193))]
+    (tmp_path / "whole").mkdir()
+    record = write_shard(tmp_path / "whole", 0, documents, ["a", "b", "c"])
+    write_meta(tmp_path / "whole", tokenizer, [record], {})
+    ends = TokenShards(small.tails(tmp_path / "whole", tmp_path / "ends"))
+    assert ends.ids == ["a", "c"] and ends.lengths.tolist() == [1537] * 2
+    assert ends.tokens(0, 0, 1537).tolist() == documents[0][8193 - 1537 : 8193].tolist()
+    assert small.tails(tmp_path / "embedded", tmp_path / "none") is None
+
+
 def write_run(folder, losses):
     """A run's files: its losses by position [N, B] at these tokens."""
     stage = {"kind": "stage", "tokens": 0, "stage": "first", "seq_len": 8192, "attention": "full", "end": max(losses)}
@@ -96,6 +111,11 @@ def test_numbers_are_those_of_the_files(tmp_path):
         for seed in (0, 1):
             names[arm, seed] = small.name_of((arm, seed))
             loss_NB = base_NB + gap * (1 + 0.1 * (seed - 0.5)) * slope_B
+            cut_N3 = np.repeat(loss_NB[:, -1:] + 0.4, 3, axis=1)
+            found = Evaluation.of_documents(
+                np.arange(0, 1537, 512), IDS, [f"end of {name}" for name in IDS], IDS, cut_N3
+            )
+            found.result("x").write(tmp_path / "runs" / names[arm, seed] / "evals" / "position_loss", "cut")
             at = {100: loss_NB + 1, 200: loss_NB} | ({300: loss_NB - 1} if arm == "full" else {})
             write_run(tmp_path / "runs" / names[arm, seed], at)
     text = small_results.collect(tmp_path / "runs", tmp_path / "to", ["to=x"], "abc", "[^:]*", names)
@@ -109,7 +129,10 @@ def test_numbers_are_those_of_the_files(tmp_path):
     trailing = record["recovered"]["parts"]["trailing"]
     assert trailing["share"] == pytest.approx(0.75) and trailing["gap"] == pytest.approx(0.2)
     assert record["final"]["full"]["falls_by"]["mean"] == pytest.approx(0.8 * 13 / 15)
+    assert record["final"]["moba"]["far_context"]["mean"] == pytest.approx(0.4)
     assert "Recovered by the last stage, trailing: 75 %" in text
+    every = Evaluation.of_documents(EDGES, IDS, IDS, [f"c{i}" for i in range(15)], base_NB)
+    assert small_results.sampled(every, 15) == [f"c{i}" for i in range(15)]
     drawn = {path.name for path in (tmp_path / "to").glob("*.png")}
     assert drawn == {"loss_by_tokens.png", "loss_by_position.png", "granularity.png", "layers.png"}
 
