@@ -78,7 +78,9 @@ def test_ends_of_documents_are_the_same_tokens(tmp_path):
     (tmp_path / "whole").mkdir()
     record = write_shard(tmp_path / "whole", 0, documents, ["a", "b", "c"])
     write_meta(tmp_path / "whole", tokenizer, [record], {})
-    ends = TokenShards(small.tails(tmp_path / "whole", tmp_path / "ends"))
+    made = small.tails(tmp_path / "whole", tmp_path / "ends")
+    assert made is not None
+    ends = TokenShards(made)
     assert ends.ids == ["a", "c"] and ends.lengths.tolist() == [1537] * 2
     assert ends.tokens(0, 0, 1537).tolist() == documents[0][8193 - 1537 : 8193].tolist()
     assert small.tails(tmp_path / "embedded", tmp_path / "none") is None
