@@ -99,7 +99,8 @@ def collect(
     }
     record["device"] = ", ".join(sorted({run["device"] for run in record["runs"]}))
     text = write(record, table(record), to)
-    draw(record, to)
+    for name, draw in figures(record).items():
+        draw(to / f"{name}.png")
     return text
 
 
@@ -342,31 +343,50 @@ def gap_cells(gap: Mapping | None) -> list[str]:
 # -------------------- figures
 
 
-def draw(record: Mapping, to: Path) -> None:
-    """Those for which there are runs."""
-    where = f"{record['device']}, commit {(record['commit'] or 'unknown')[:7]}"
+def figures(record: Mapping) -> dict[str, Callable[[Path], None]]:
+    """Name -> draws it into a PNG file; those for which there are runs."""
     main = [arm for arm in (REFERENCE, SPARSE, FIRST, SWITCHED) if arm in record["final"]]
     grain = [arm for arm in GRAIN if arm in record["final"]]
     layers = [arm for arm in record["final"] if arm.startswith("last ")]
     gates = [row for row in record["router"] if row["eval"] == "gates"]
-    plots: list[tuple[str, str, bool, Callable[[Sequence[Axes]], None]]] = [
-        ("loss_by_tokens", "Held-out loss over training (the paper's figure 3a)", bool(main),
-         lambda axes: over_tokens(axes, record, main)),
-        ("loss_by_position", "Loss by position (the paper's figure 5a)", bool(main),
-         lambda axes: by_position(axes, record, main)),
-        ("granularity", "The same sparsity in smaller blocks (the paper's figure 4)", len(grain) > 1,
-         lambda axes: granularity(axes, record, grain)),
-        ("layers", "Full attention in the last layers (the paper's figure 5b)", bool(layers),
-         lambda axes: by_layers(axes, record, layers)),
-        ("gates", "Trained weights under other blocks, last eighth of the documents", bool(gates),
-         lambda axes: by_gates(axes, record, gates)),
-    ]  # fmt: skip
-    for name, title, known, plot in plots:
-        if known:
-            figure = Figure(figsize=(12, 4.8), layout="constrained")
-            plot(figure.subplots(1, 2))
-            figure.suptitle(f"{title}\n{where}", fontsize="medium")
-            save(figure, to / f"{name}.png")
+    found: dict[str, Callable[[Path], None]] = {}
+    if main:
+        found["loss_by_tokens"] = _figure(
+            record, "Held-out loss over training (the paper's figure 3a)", lambda axes: over_tokens(axes, record, main)
+        )
+        found["loss_by_position"] = _figure(
+            record, "Loss by position (the paper's figure 5a)", lambda axes: by_position(axes, record, main)
+        )
+    if len(grain) > 1:
+        found["granularity"] = _figure(
+            record,
+            "The same sparsity in smaller blocks (the paper's figure 4)",
+            lambda axes: granularity(axes, record, grain),
+        )
+    if layers:
+        found["layers"] = _figure(
+            record,
+            "Full attention in the last layers (the paper's figure 5b)",
+            lambda axes: by_layers(axes, record, layers),
+        )
+    if gates:
+        found["gates"] = _figure(
+            record,
+            "Trained weights under other blocks, last eighth of the documents",
+            lambda axes: by_gates(axes, record, gates),
+        )
+    return found
+
+
+def _figure(record: Mapping, title: str, plot: Callable[[Sequence[Axes]], None]) -> Callable[[Path], None]:
+    def draw(path: Path) -> None:
+        figure = Figure(figsize=(12, 4.8), layout="constrained")
+        plot(figure.subplots(1, 2))
+        where = f"{record['device']}, commit {(record['commit'] or 'unknown')[:7]}"
+        figure.suptitle(f"{title}\n{where}", fontsize="medium")
+        save(figure, path)
+
+    return draw
 
 
 def over_tokens(axes: Sequence[Axes], record: Mapping, names: Sequence[str]) -> None:
