@@ -4,13 +4,15 @@ Gaps are differences of the same held-out documents, averaged over seeds, with c
 their 95 % intervals; the differences of single seeds are listed beside them. `recovered` is the part of MoBA's trailing
 gap to full attention that a last stage of full attention closes, 1 - gap / gap of MoBA, its interval from draws of the
 clusters. `falls_by` is how much the loss falls from the first bucket behind REACH tokens, which is
-what MoBA attends to at most, to the last.
+what MoBA attends to at most, to the last; `far_context` how much more the last bucket's tokens lose in the same weights
+where the document is cut off 1K tokens before them.
 
 Shapes: N documents, B buckets of positions, C clusters, D draws.
 """
 
 from __future__ import annotations
 
+import hashlib
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -34,7 +36,7 @@ from train.record.metrics import FILE_NAME, read_metrics
 
 DRAWS, REACH = 4000, 1024
 """REACH: block x top_k of the arms that most are about."""
-REFERENCE, SPARSE, SWITCHED, FIRST = "full", "moba", "moba, then full", "moba, first block"
+START, REFERENCE, SPARSE, SWITCHED, FIRST = "start", "full", "moba", "moba, then full", "moba, first block"
 GRAIN = ("1024x2", "512x4", "256x8", "128x16", "64x32")
 PLAIN = ", no key convolution"
 GATES = {"mean": "the gate's", "local": "latest", "random": "random", "oracle": "best"}
@@ -82,7 +84,7 @@ def collect(
     ValueError where no run was evaluated."""
     runs: dict[str, dict[int, Path]] = {}
     for (arm, seed), folder in names.items():
-        if list((work / folder / "position_loss").glob("eval_*.npz")):
+        if not arm.startswith(START) and list((work / folder / "position_loss").glob("eval_*.npz")):
             runs.setdefault(arm, {})[seed] = work / folder
     if not runs:
         raise ValueError(f"{work} has no run with an evaluation")
@@ -97,7 +99,8 @@ def collect(
     }
     record["device"] = ", ".join(sorted({run["device"] for run in record["runs"]}))
     text = write(record, table(record), to)
-    draw(record, to)
+    for name, draw in figures(record).items():
+        draw(to / f"{name}.png")
     return text
 
 
@@ -105,7 +108,19 @@ def of_runs(runs: Runs) -> Iterator[dict]:
     """Each run's speed, and its losses over training."""
     for arm, own in runs.items():
         for seed, folder in own.items():
-            yield {"arm": arm, "seed": seed, **of_run(read_metrics(folder / FILE_NAME))}
+            yield {"arm": arm, "seed": seed, **of_run(at_length(read_metrics(folder / FILE_NAME)))}
+
+
+def at_length(metrics: Sequence[dict]) -> list[dict]:
+    """Of a run's metrics, what is of its last stage's length, and of stages that were logged."""
+    stages = [record for record in metrics if record["kind"] == "stage"]
+    logged = {record["stage"] for record in metrics if record["kind"] == "train"}
+    length = stages[-1]["seq_len"]
+    return [
+        record
+        for record in metrics
+        if record.get("eval_seq_len", length) == length and (record["kind"] != "stage" or record["stage"] in logged)
+    ]
 
 
 def final(held: Held, arm: str) -> dict:
@@ -128,7 +143,21 @@ def final(held: Held, arm: str) -> dict:
         "trailing": float(loss_NB[:, -1].mean()),
         "falls_from": int(edges[start]),
         "falls_by": document_mean(fall_N, mean.document_clusters),
+        "far_context": far_context(held, arm, seeds, each),
     }
+
+
+def far_context(held: Held, arm: str, seeds: Sequence[int], whole: Sequence[Evaluation]) -> dict | None:
+    """How much more the last bucket's tokens lose where all but the last 1K before them is cut off; None where some
+    seed was not asked."""
+    paths = [sorted((held.runs[arm][seed] / "evals" / "position_loss").glob("*.json")) for seed in seeds]
+    if not all(paths):
+        return None
+    cut = [load_evaluation(path) for path, *_ in paths]
+    assert all(a.document_ids == b.document_ids for a, b in zip(cut, whole))
+    gap_SN = np.array([a.document_loss[:, -1] - b.document_loss[:, -1] for a, b in zip(cut, whole)])
+    clusters = whole[0].document_clusters
+    return document_mean(gap_SN.mean(0), clusters) | {"by_seed": gap_SN.mean(1).tolist()}
 
 
 def references(arm: str) -> list[str]:
@@ -208,7 +237,7 @@ def gates_of(held: Held) -> Iterator[dict]:
         losses_SNB = np.mean([np.load(path.with_suffix(".npz"))["document_loss"] for path in paths], axis=0)
         last = dict(zip(names, losses_SNB[:, :, -(losses_SNB.shape[2] // 8) :].mean(-1)))
         seeds, tokens = held.common(arm)
-        clusters = held.at(arm, seeds[0], tokens).document_clusters[: losses_SNB.shape[1]]  # the same documents
+        clusters = sampled(held.at(arm, seeds[0], tokens), losses_SNB.shape[1])
         yield {
             "arm": arm,
             "eval": "gates",
@@ -218,6 +247,13 @@ def gates_of(held: Held) -> Iterator[dict]:
             "minus_full": {n: document_mean(loss_N - last["full"], clusters) for n, loss_N in last.items()},
             "minus_gate": {n: document_mean(loss_N - last["mean"], clusters) for n, loss_N in last.items()},
         }
+
+
+def sampled(held_out: Evaluation, number: int) -> list[str]:
+    """The clusters of the documents that an evaluation of so many takes (data.validation.held_out_documents)."""
+    ids = held_out.document_ids
+    by_hash = sorted(range(len(ids)), key=lambda i: hashlib.sha256(ids[i].encode()).digest())
+    return [held_out.document_clusters[i] for i in sorted(by_hash[:number])]
 
 
 def routing_of(runs: Runs) -> Iterator[dict]:
@@ -259,6 +295,7 @@ def table(record: Mapping) -> list[str]:
                 f"{own['trailing']:.4f}",
             ]
             start += [f"{of(own['falls_by'])} from {format_length(own['falls_from'])}"]
+            start += [of(own["far_context"]) if own["far_context"] else "-"]
             rows.append([*(start if i == 0 else [""] * len(start)), *gap_cells(gap)])
     lines += markdown(heads, rows)
     for name, part in record["recovered"]["parts"].items() if record["recovered"] else ():
@@ -282,10 +319,10 @@ def table(record: Mapping) -> list[str]:
         rows = [[row["arm"], row["seeds"], *(f"{row['overall'][name]:.3f}" for name in kept)] for row in numbers]
         lines += ["", *markdown(["router of", "seeds", *kept], rows)]
     speeds = [
-        [run["arm"], run["seed"], *(f"{stage['tokens_per_second']:,.0f}" for stage in run["stages"])]
+        [run["arm"], run["seed"], ", ".join(f"{stage['tokens_per_second']:,.0f}" for stage in run["stages"])]
         for run in record["runs"]
     ]
-    return [*lines, "", *markdown(["arm", "seed", "tokens/s, first stage", "last stage"], speeds)]
+    return [*lines, "", *markdown(["arm", "seed", "tokens/s by stage, beside the others"], speeds)]
 
 
 def of(value: Mapping) -> str:
@@ -306,31 +343,50 @@ def gap_cells(gap: Mapping | None) -> list[str]:
 # -------------------- figures
 
 
-def draw(record: Mapping, to: Path) -> None:
-    """Those for which there are runs."""
-    where = f"{record['device']}, commit {(record['commit'] or 'unknown')[:7]}"
+def figures(record: Mapping) -> dict[str, Callable[[Path], None]]:
+    """Name -> draws it into a PNG file; those for which there are runs."""
     main = [arm for arm in (REFERENCE, SPARSE, FIRST, SWITCHED) if arm in record["final"]]
     grain = [arm for arm in GRAIN if arm in record["final"]]
     layers = [arm for arm in record["final"] if arm.startswith("last ")]
     gates = [row for row in record["router"] if row["eval"] == "gates"]
-    plots: list[tuple[str, str, bool, Callable[[Sequence[Axes]], None]]] = [
-        ("loss_by_tokens", "Held-out loss over training (the paper's figure 3a)", bool(main),
-         lambda axes: over_tokens(axes, record, main)),
-        ("loss_by_position", "Loss by position (the paper's figure 5a)", bool(main),
-         lambda axes: by_position(axes, record, main)),
-        ("granularity", "The same sparsity in smaller blocks (the paper's figure 4)", len(grain) > 1,
-         lambda axes: granularity(axes, record, grain)),
-        ("layers", "Full attention in the last layers (the paper's figure 5b)", bool(layers),
-         lambda axes: by_layers(axes, record, layers)),
-        ("gates", "Trained weights under other blocks, last eighth of the documents", bool(gates),
-         lambda axes: by_gates(axes, record, gates)),
-    ]  # fmt: skip
-    for name, title, known, plot in plots:
-        if known:
-            figure = Figure(figsize=(12, 4.8), layout="constrained")
-            plot(figure.subplots(1, 2))
-            figure.suptitle(f"{title}\n{where}", fontsize="medium")
-            save(figure, to / f"{name}.png")
+    found: dict[str, Callable[[Path], None]] = {}
+    if main:
+        found["loss_by_tokens"] = _figure(
+            record, "Held-out loss over training (the paper's figure 3a)", lambda axes: over_tokens(axes, record, main)
+        )
+        found["loss_by_position"] = _figure(
+            record, "Loss by position (the paper's figure 5a)", lambda axes: by_position(axes, record, main)
+        )
+    if len(grain) > 1:
+        found["granularity"] = _figure(
+            record,
+            "The same sparsity in smaller blocks (the paper's figure 4)",
+            lambda axes: granularity(axes, record, grain),
+        )
+    if layers:
+        found["layers"] = _figure(
+            record,
+            "Full attention in the last layers (the paper's figure 5b)",
+            lambda axes: by_layers(axes, record, layers),
+        )
+    if gates:
+        found["gates"] = _figure(
+            record,
+            "Trained weights under other blocks, last eighth of the documents",
+            lambda axes: by_gates(axes, record, gates),
+        )
+    return found
+
+
+def _figure(record: Mapping, title: str, plot: Callable[[Sequence[Axes]], None]) -> Callable[[Path], None]:
+    def draw(path: Path) -> None:
+        figure = Figure(figsize=(12, 4.8), layout="constrained")
+        plot(figure.subplots(1, 2))
+        where = f"{record['device']}, commit {(record['commit'] or 'unknown')[:7]}"
+        figure.suptitle(f"{title}\n{where}", fontsize="medium")
+        save(figure, path)
+
+    return draw
 
 
 def over_tokens(axes: Sequence[Axes], record: Mapping, names: Sequence[str]) -> None:

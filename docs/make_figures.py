@@ -27,7 +27,7 @@ from matplotlib.patches import Patch  # noqa: E402
 from PIL import Image  # noqa: E402
 from PIL.PngImagePlugin import PngInfo  # noqa: E402
 
-from benchmarks import attention, panels, step_tables  # noqa: E402
+from benchmarks import attention, panels, small_results, step_tables  # noqa: E402
 from benchmarks.studies import STUDIES  # noqa: E402
 from evals.comparison import plot_positions  # noqa: E402
 from evals.routing_figures import draw_curves, draw_layers  # noqa: E402
@@ -86,6 +86,9 @@ def drawings() -> dict[Path, Drawing]:
     for path in sorted(path.relative_to(ROOT) for path in ROOT.glob(f"{BENCHMARKS}/*/results.json")):
         if "variant" in record(path).get("rows", [{}])[0]:
             found[path.with_name("figure.png")] = Drawing(partial(draw_step, path), (path,))
+        if "recovered" in record(path):
+            for name, draw in small_results.figures(record(path)).items():
+                found[path.with_name(f"{name}.png")] = Drawing(draw, (path,))
     kernels = BENCHMARKS / "attention.json"
     found[kernels.with_suffix(".png")] = Drawing(lambda path: attention.draw(record(kernels), path), (kernels,))
     return found

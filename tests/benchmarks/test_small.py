@@ -7,8 +7,11 @@ import time
 
 import numpy as np
 import pytest
+from pyarrow import Table, parquet
 
-from benchmarks import small, small_results
+from benchmarks import small, small_results, windows
+from data.shards import TokenShards, write_meta, write_shard
+from data.tokenizer import load_tokenizer
 from evals.position_loss import Evaluation
 from launch.cli import UsageError
 from launch.config import load
@@ -25,26 +28,34 @@ def study(tmp_path, **values):
 @pytest.mark.parametrize("name", small.ARMS)
 def test_every_arm_composes_and_has_the_tokens_of_the_others(name, tmp_path):
     """Catches an override that was renamed since, and arms whose attention is not what their name says."""
-    words = study(tmp_path, arms=name).training((name, 3), tmp_path)
-    config = load([*words, f"schedule.tokens={100 * small.BATCH}"])
-    assert config.schedule.tokens == 100 * small.BATCH and config.run.seed == 3
-    first, last = config.schedule.stages.values()
-    assert first.tokens == 90 * small.BATCH
-    kinds = first.attention.kind, last.attention.kind
-    assert kinds == (("full",) * 2 if name.startswith("full") else ("moba", "full" if "then" in name else "moba"))
-    if "x" in name:
-        options = first.attention.options
-        assert (
-            name == f"{options['block_size']}x{options['top_k']}" and options["block_size"] * options["top_k"] == 2048
-        )
+    words = study(tmp_path, arms=name, start_tokens="2M", tokens="3.5M").training((name, 3))
+    config = load(words)
+    assert config.run.seed == 3 and config.run.allow_changes == (not name.startswith("start"))
+    short, *others = config.schedule.stages.values()
+    assert short.tokens == 122 * small.START_BATCH and short.attention.kind == "full"
+    assert bool(others) == (not name.startswith("start"))
+    if others:
+        first, last = others
+        assert (first.tokens, last.tokens) == (90 * small.BATCH, 10 * small.BATCH)
+        assert config.optim.lr.options["decay_tokens"] == last.tokens
+        kinds = first.attention.kind, last.attention.kind
+        assert kinds == (("full",) * 2 if name.startswith("full") else ("moba", "full" if "then" in name else "moba"))
+        if "x" not in name:
+            return
+        sizes = [first.attention.options[key] for key in ("block_size", "top_k")]
+        assert name == f"{sizes[0]}x{sizes[1]}" and sizes[0] * sizes[1] == 2048
 
 
-def test_tasks_are_seeds_of_arms_and_branches_come_last():
-    """Catches a branch that waits for a run behind it in the queue, and an arm that is misspelt."""
-    found = small.tasks_of("moba, then full;moba;1024x2@1", "0,1")
-    assert found == [("moba", 0), ("moba", 1), ("1024x2", 1), ("moba, then full", 0), ("moba, then full", 1)]
-    with pytest.raises(UsageError, match="arms=mobaa: there are full; moba"):
+def test_tasks_bring_what_they_go_on_from_and_come_behind_it():
+    """Catches a branch that waits for a run behind it in the queue or for none, and an arm that is misspelt."""
+    found = small.tasks_of("moba, then full;moba;1024x2@1;full, 1.3M@0", "0,1")
+    starts = [("start", 0), ("start, 1.3M", 0), ("start", 1)]
+    assert found[:3] == starts and found[-2:] == [("moba, then full", 0), ("moba, then full", 1)]
+    assert sorted(found[3:-2]) == [("1024x2", 1), ("full, 1.3M", 0), ("moba", 0), ("moba", 1)]
+    assert small.tasks_of("moba, then full", "0,1")[-1] == ("moba, then full", 1)
+    with pytest.raises(UsageError, match="arms=mobaa: there are start;"):
         small.tasks_of("full;mobaa", "0")
+    assert "hidden_size=192" in small.model_of("full, 1.3M") and small.model_of("moba, first block") == ""
 
 
 def test_what_runs_is_ended_when_time_is_up(tmp_path, monkeypatch):
@@ -58,6 +69,21 @@ def test_what_runs_is_ended_when_time_is_up(tmp_path, monkeypatch):
     assert not one.process("train.py", [], tmp_path / "run")
     assert not one.process("train.py", [], tmp_path / "another") and time.monotonic() - began < 30
     assert sys.executable  # the children's
+
+
+def test_ends_of_documents_are_the_same_tokens(tmp_path):
+    """Catches ends that are shifted by a token, so that other predictions would be compared, and short documents."""
+    tokenizer = load_tokenizer("bpe-4k")
+    documents = [(np.arange(length) % 4000 + i).astype(tokenizer.dtype) for i, length in enumerate((9000, 8192, 8193))]
+    (tmp_path / "whole").mkdir()
+    record = write_shard(tmp_path / "whole", 0, documents, ["a", "b", "c"])
+    write_meta(tmp_path / "whole", tokenizer, [record], {})
+    made = small.tails(tmp_path / "whole", tmp_path / "ends")
+    assert made is not None
+    ends = TokenShards(made)
+    assert ends.ids == ["a", "c"] and ends.lengths.tolist() == [1537] * 2
+    assert ends.tokens(0, 0, 1537).tolist() == documents[0][8193 - 1537 : 8193].tolist()
+    assert small.tails(tmp_path / "embedded", tmp_path / "none") is None
 
 
 def write_run(folder, losses):
@@ -87,6 +113,11 @@ def test_numbers_are_those_of_the_files(tmp_path):
         for seed in (0, 1):
             names[arm, seed] = small.name_of((arm, seed))
             loss_NB = base_NB + gap * (1 + 0.1 * (seed - 0.5)) * slope_B
+            cut_N3 = np.repeat(loss_NB[:, -1:] + 0.4, 3, axis=1)
+            found = Evaluation.of_documents(
+                np.arange(0, 1537, 512), IDS, [f"end of {name}" for name in IDS], IDS, cut_N3
+            )
+            found.result("x").write(tmp_path / "runs" / names[arm, seed] / "evals" / "position_loss", "cut")
             at = {100: loss_NB + 1, 200: loss_NB} | ({300: loss_NB - 1} if arm == "full" else {})
             write_run(tmp_path / "runs" / names[arm, seed], at)
     text = small_results.collect(tmp_path / "runs", tmp_path / "to", ["to=x"], "abc", "[^:]*", names)
@@ -100,12 +131,45 @@ def test_numbers_are_those_of_the_files(tmp_path):
     trailing = record["recovered"]["parts"]["trailing"]
     assert trailing["share"] == pytest.approx(0.75) and trailing["gap"] == pytest.approx(0.2)
     assert record["final"]["full"]["falls_by"]["mean"] == pytest.approx(0.8 * 13 / 15)
+    assert record["final"]["moba"]["far_context"]["mean"] == pytest.approx(0.4)
     assert "Recovered by the last stage, trailing: 75 %" in text
+    every = Evaluation.of_documents(EDGES, IDS, IDS, [f"c{i}" for i in range(15)], base_NB)
+    assert small_results.sampled(every, 15) == [f"c{i}" for i in range(15)]
     drawn = {path.name for path in (tmp_path / "to").glob("*.png")}
     assert drawn == {"loss_by_tokens.png", "loss_by_position.png", "granularity.png", "layers.png"}
 
 
-def test_a_branch_takes_what_the_base_had_at_the_end_of_its_first_stage(tmp_path):
-    """Catches a branch of a run that is not finished, or of its end."""
+def test_a_branch_takes_what_the_base_had_where_the_stages_part(tmp_path):
+    """Catches a branch of a run that is not finished, of its end, or without what it measured."""
+    base = tmp_path / "base"
     with pytest.raises(ValueError, match="base did not come to its end"):
-        small.branch_off(tmp_path / "base", tmp_path / "branch")
+        small.branch_off(base, tmp_path / "branch", 1)
+    for tokens in (10, 20, 30):
+        folder = base / "checkpoints" / f"tokens_{tokens:015d}"
+        folder.mkdir(parents=True)
+        (folder / "state.json").write_text("{}")
+        entry = {"size": 2, "sha256": "0" * 64}
+        (folder / "manifest.json").write_text(json.dumps({"format_version": 1, "files": {"state.json": entry}}))
+    (base / "metrics.jsonl").write_text("x")
+    (base / "position_loss").mkdir()
+    small.branch_off(base, tmp_path / "branch", 2)
+    assert [path.name[-2:] for path in (tmp_path / "branch" / "checkpoints").iterdir()] == ["20"]
+    assert (tmp_path / "branch" / "metrics.jsonl").read_text() == "x"
+
+
+def test_windows_are_even_and_the_groups_take_turns(tmp_path, monkeypatch):
+    """Catches windows of one document where others have room, overlapping ends, and a head that is one group's."""
+    assert windows.shares([5, 1, 3], 6) == [3, 1, 2] and windows.shares([1, 1], 6) == [1, 1]
+    text = "".join(f"line {i}\n" for i in range(100))
+    parts = windows.cut(text, 3, 200)
+    assert [len(part) for part in parts] == [200] * 3 and all(part.startswith("line ") for part in parts)
+    assert parts[0] == text[:200] and text.index(parts[2]) > len(text) - 210
+    rows = [{"id": str(i), "text": text, "package": "a" if i < 3 else "b"} for i in range(5)]
+    parquet.write_table(Table.from_pylist(rows), tmp_path / "held_out.parquet")
+    words = [f"source={tmp_path}/held_out.parquet", f"to={tmp_path}/w.jsonl", "windows=4", "characters=100"]
+    monkeypatch.setattr(sys, "argv", ["windows.py", *words])
+    windows.main()
+    found = [json.loads(line)["id"].split(":") for line in (tmp_path / "w.jsonl").read_text().splitlines()]
+    assert [group for group, *_ in found] == ["a", "b"] * 4
+    assert sorted(found) == sorted([["a", "0", "0"], ["a", "0", "1"], ["a", "1", "0"], ["a", "2", "0"],
+                                    ["b", "3", "0"], ["b", "3", "1"], ["b", "4", "0"], ["b", "4", "1"]])  # fmt: skip
