@@ -21,6 +21,7 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+import yaml  # noqa: E402
 from matplotlib.colors import ListedColormap  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 from matplotlib.patches import Patch  # noqa: E402
@@ -76,6 +77,8 @@ def drawings() -> dict[Path, Drawing]:
     found[PICTURES / "trailing_loss.png"] = Drawing(lambda path: save(trailing_loss(), path), BEFORE)
     quickstart = RESULTS / "quickstart"
     swap, routing = ((quickstart / f"{name}.json", quickstart / f"{name}.npz") for name in ("swap", "routing"))
+    plans = RESULTS / "plans_h100" / "plan_quarter.yaml", RESULTS / "plans_h100" / "sweep.json"
+    found[RESULTS / "plans_h100" / "figure.png"] = Drawing(partial(draw_plans, *plans), plans)
     found[quickstart / "swap.png"] = Drawing(partial(draw_swap, swap[0]), swap)
     found[quickstart / "routing.png"] = Drawing(partial(draw_routing, routing[0]), routing)
     router = RESULTS / "routing_h100" / "routing.json"
@@ -134,6 +137,39 @@ def draw_routing(source: Path, path: Path) -> None:
     about = record(source)
     title = f"{about['run']}, {about['attention']}: routing in {about['num_documents']} held-out documents"
     draw_curves(RoutingReport.load(ROOT / source), path, title)
+
+
+def draw_plans(plan: Path, sweep: Path, path: Path) -> None:
+    """What each layer costs as the only sparse one, and what plans for the layers keep."""
+    layers = yaml.safe_load((ROOT / plan).read_text(encoding="utf-8"))["measured"]["layers"]
+    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    single, loss, right = figure.subplots(1, 3, width_ratios=[2, 1, 1])
+    for i, (what, words) in enumerate([("loss", "the end of the text"), ("retrieval", "answers that stand far back")]):
+        costs = [max(layer[f"alone_kl_{what}"], 1e-4) for layer in layers]
+        single.bar(np.arange(len(costs)) + 0.4 * i - 0.2, costs, 0.4, color=color(i), hatch="//" * i, label=words)
+    single.set_yscale("log")
+    single.set_xlabel("the one layer with MoBA (64x17+1 or 128x9+1)")
+    single.set_ylabel("KL divergence (nats per token)")
+    single.set_title("Cost of one sparse layer in the predictions")
+    single.set_ylim(top=10)
+    single.legend(fontsize="small", ncols=2, loc="upper left")
+    full, *rows = record(sweep)["settings"]
+    names = [f"{row['attention'].replace('_', chr(10))}\n{100 * row['attended_share']:.0f} %" for row in rows]
+    colors = [color(0 if row["attention"].startswith("plan") else 2) for row in rows]
+    trailing = [row["trailing_minus_full"] for row in rows]
+    loss.bar(names, [x["mean"] for x in trailing], yerr=[x["interval_95"] for x in trailing], color=colors, capsize=3)
+    loss.set_title("Trailing loss minus full")
+    loss.set_ylabel("nats per token")
+    right.bar(names, [100 * row["pass_key"]["right"] for row in rows], color=colors)
+    right.axhline(100 * full["pass_key"]["right"], color="0.3", linestyle=":", label="full attention")
+    right.set_title("Pass keys found")
+    right.set_ylabel("right answers (%)")
+    right.set_ylim(top=110)
+    right.legend(fontsize="small", loc="upper right")
+    for axes in (loss, right):
+        axes.tick_params(axis="x", labelsize="x-small")
+        axes.set_xlabel("attention, share of the causal pairs", fontsize="small")
+    save(figure, path)
 
 
 def draw_heads(source: Path, path: Path) -> None:

@@ -78,7 +78,7 @@ def run(job: Job) -> Result:
         right_SN=found,
         probes=asked,
         seq_len=seq_len,
-        title=str(job.trained.config.run.name),
+        title=job.title,
     )
     return report.result()
 

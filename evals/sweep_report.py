@@ -167,7 +167,9 @@ class SweepReport:
                     )
             axes.axhline(self._value(rows[0], task)[0], color="0.3", linewidth=1, linestyle=":", label="full attention")
             axes.set_xscale("log")
-            axes.xaxis.set_major_locator(FixedLocator(TICKS))
+            known = sorted({round(float(share), 3) for share in self.attended_S[1:]})
+            inside = [tick for tick in TICKS if known and known[0] <= tick <= known[-1]]
+            axes.xaxis.set_major_locator(FixedLocator(TICKS if len(inside) > 1 else known))
             axes.xaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g} %"))
             axes.xaxis.set_minor_formatter(NullFormatter())
             axes.set_xlabel("attended share of the causal pairs (numbers: top_k)")
