@@ -24,7 +24,7 @@ from launch.cli import UsageError
 from train.record.metrics import FILE_NAME, read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
-PLACES = ("to=", "runs=", "data.cache_dir=", "commit=")
+PLACES = ("before=", "to=", "runs=", "data.cache_dir=", "commit=")
 GROUPS = ("model", "data", "optim", "deepspeed", "logging")
 SET_HERE = ("schedule.seq_len", "schedule.batch_tokens", "schedule.tokens", "model", "deepspeed", "run.dir", "+exp")
 QUIET = ("data.validation=null", "logging.wandb=disabled", "logging.figures=false", "logging.progress=false")

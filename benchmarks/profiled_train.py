@@ -7,7 +7,8 @@ trace goes to <file>. `device` takes kernels alone, which disturbs nothing; `bot
 says where each kernel came from, at the price of a slower host. Without a GPU both are the host's operators.
 
 The trainer is that of launch/train.py, built in this process without evaluations, and observed by its own metrics: a
-step's line comes right after the log has waited for the device, so windows begin and end with an idle device.
+step's line comes when the next step's first micro-batch is launched. A window begins and ends there, once the device
+has done it.
 `<run.dir>/start_seconds` says how long it took from the start of the process to the first step. After the last window
 a run of one process ends without saving; of several, it trains on until it is stopped.
 """
@@ -29,6 +30,7 @@ from train.engine.world import World, init_world, launch_environment  # noqa: E4
 
 # isort: split
 import psutil  # noqa: E402
+import torch  # noqa: E402
 import yaml  # noqa: E402
 from torch.profiler import ProfilerActivity, profile  # noqa: E402
 
@@ -87,6 +89,8 @@ class Profiles:
             return
         self._steps += 1
         window = self._windows[0]
+        if self._on_gpu and self._steps >= (window.first if self._running is None else window.last):
+            torch.cuda.synchronize()
         if self._running is not None and self._steps >= window.last:
             self._write(window)
             self._windows.pop(0)

@@ -9,6 +9,8 @@ The second tries it on a CPU with a tiny model, in a minute; what it measures me
 where `compile=true` stands for model.compile=true; without such options nothing is compiled or recomputed.
 Arguments with a dot go to all runs.
 
+With before=<checkout> each variant is run there first, on the same data and with the same caches.
+
 Sequences are one document of the full length each, of random tokens (Zipf's law) made here.
 
 Each run is a process of its own; caches of compiled code are empty at the beginning and shared by the runs of one
@@ -26,6 +28,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -70,6 +73,7 @@ VARIANTS = (
 KEYS = {
     "to": "folder of the results",
     "variants": "which, comma-separated (default: those of the module)",
+    "before": "another checkout, whose run of each variant comes before this one's",
     "seq_len": "context (default 32K)",
     "batch_tokens": "tokens a step (default 64K)",
     "warmup": "steps not counted (default 5)",
@@ -119,14 +123,15 @@ def main() -> None:
     shutil.rmtree(study.to / "caches", ignore_errors=True)
     record = _origin(values, study)
     ends = time.monotonic() + float(values.get("seconds", 540))
-    for variant in variants:
+    roots = {"before: ": Path(values["before"]).resolve()} if "before" in values else {}
+    for variant, (mark, root) in product(variants, (roots | {"": ROOT}).items()):
         left = ends - time.monotonic()
-        print(f"== {variant}, {left:.0f} s left", flush=True)
+        print(f"== {mark}{variant}, {left:.0f} s left", flush=True)
         if left < LEAST_SECONDS:
             measured = {"failed": "no time left"}
         else:
-            measured = _measured(study, variant, data, min(left, study.limit))
-        record["rows"].append({"variant": variant} | measured)
+            measured = _measured(study, variant, root, data, min(left, study.limit))
+        record["rows"].append({"variant": mark + variant} | measured)
         text = publish(record, study.to)
     shutil.rmtree(study.to / "caches", ignore_errors=True)
     print(text)
@@ -178,8 +183,8 @@ def write_documents(folder: Path, tokenizer: Tokenizer, number: int, seq_len: in
     assert (folder / META).exists()
 
 
-def _measured(study: Study, variant: str, data: Sequence[str], limit: float) -> dict:
-    """Speed, memory and milliseconds of one variant, or why it failed."""
+def _measured(study: Study, variant: str, root: Path, data: Sequence[str], limit: float) -> dict:
+    """Speed, memory and milliseconds of one variant by the code in `root`, or why it failed."""
     folder = study.to / "runs" / variant.replace("/", "_").replace("=", "_")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -188,7 +193,7 @@ def _measured(study: Study, variant: str, data: Sequence[str], limit: float) -> 
     # The first step of a profile pays for its start.
     device, both = folder / "device.json", folder / "both.json"
     windows = f"{device}:device:{first}:{last},{both}:both:{last + 1}:{last + 1 + study.profiled}"
-    command = [sys.executable, str(ROOT / "benchmarks" / "profiled_train.py"), windows, f"run.dir={folder}"]
+    command = [sys.executable, str(root / "benchmarks" / "profiled_train.py"), windows, f"run.dir={folder}"]
     cache = study.to.resolve() / "caches" / variant.split("/")[1]
     environment = os.environ | {f"{name}_CACHE_DIR": str(cache / name) for name in ("TORCHINDUCTOR", "TRITON")}
     log = folder.with_name(f"{folder.name}.log")

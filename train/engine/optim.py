@@ -76,6 +76,8 @@ def deepspeed_config(config: RunConfig, world: World) -> dict[str, Any]:
         "bf16": {"enabled": resolve_precision(ds, world.device) == "bf16"},
         # In bf16 the sum over micro-batches would be kept in bf16.
         "data_types": {"grad_accum_dtype": "fp32"},
+        # Its stop watch, which nobody reads, waits for the device before each forward pass and after each step.
+        "timers": {"throughput": {"enabled": False}},
     }
     return _merge(base, ds.extra)
 
