@@ -353,3 +353,19 @@ def test_what_is_compared_would_be_missed(monkeypatch):
     assert changed != text and changed not in page(name)
     rows = table("docs/evals.md", "| recipe | loss")
     assert [[cell.replace("2.052", "2.051") for cell in row] for row in rows] != list(recipe_rows())
+
+
+def test_kills_on_gpus_are_as_documented():
+    """Catches a text about killed processes that says more than the kept logs."""
+    record, text = kept("benchmarks/results/two_gpus/kill.json"), page("docs/runs.md")
+    rank, torchrun = record["kills"]
+    made = len(record["losses"])
+    assert record["losses"] == record["losses_undisturbed"][:made], "to the last bit"
+    first, second, third = record["runs"]
+    assert (first["gpus"], second["gpus"], third["gpus"]) == (2, 2, 1) and second["from_step"] < third[
+        "from_step"
+    ] < made
+    assert f"The losses of the {made} steps that were made, {third['from_step']} on two GPUs" in text
+    assert f"all had ended {rank['seconds']} s after torchrun noticed" in text
+    assert f"had ended after some {torchrun['seconds']:.0f} s" in text
+    assert rank["lines_of_ours"] == torchrun["lines_of_ours"] == 1
