@@ -17,6 +17,9 @@ from typing import Any, NamedTuple, NoReturn
 # Before torch loads OpenMP: threads that wait for each other give their core away instead of spinning. On a CPU that
 # something else uses too, spinning makes a run ten times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Otherwise NCCL's heartbeat monitor asks torchrun's store every second whether to dump its flight recorder, and fills
+# the screen once torchrun is gone. Its other work, ending a process that hangs, does not depend on this.
+os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "0")
 
 import torch
 import torch.distributed as dist
