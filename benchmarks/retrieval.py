@@ -6,7 +6,7 @@ MoBA with the first block always seen, each trained from the same start.
 Texts are made (data/retrieval_set.py) and tokenised; a start is trained at a quarter of the length with full attention,
 from which each attention is trained on at the whole length. The grid then asks each of them under its own attention,
 under full attention and under the others'. Some five minutes on one H100; an interrupted study goes on where it was.
-A Qwen3-shaped model of 28M parameters; overrides of launch/train.py change it, such as model.num_layers=4.
+A Qwen3-shaped model of 28M parameters with a key convolution; overrides of launch/train.py change it, such as model.num_layers=4.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ MODEL = [
     "model.ffn_size=1408",
     "model.qk_norm=true",
     "model.rope_theta=200000",
+    "model.key_conv=3",  # without it nothing was found after 48M tokens
     "optim.lr.warmup_tokens=5%",
     "eval.documents=16",
     "eval.every_tokens=0",
@@ -57,7 +58,7 @@ KEYS = {
     "documents": "that are made, 48,000 characters each (default 1200)",
     "start_tokens": "trained at a quarter of the length, with full attention (default 48M)",
     "tokens": "trained at the whole length, each attention (default 24M)",
-    "batch": "tokens of a step (default 64K)",
+    "batch": "tokens of a step (default 32K)",
     "beside": "attentions of the grid besides full, such as blocks of other sizes (default <attention>,<attention>+1)",
     "depths": "of the grid (default 10)",
     "samples": "of the grid (default 10)",
@@ -81,7 +82,7 @@ def main() -> None:
     length, workers = parse_length(values.get("length", "8K")), int(values.get("workers", 8))
     shards = texts(work, int(values.get("documents", 1200)), workers)
     common = [*MODEL, "data=files", f"data.path={shards}", "data.tokenizer=bpe-4k", f"run.device={device}"]
-    common += [f"schedule.batch_tokens={values.get('batch', '64K')}", *overrides]
+    common += [f"schedule.batch_tokens={values.get('batch', '32K')}", *overrides]
     budgets = {name: parse_tokens(values.get(name, default)) for name, default in DEFAULT_TOKENS.items()}
     first = [f"schedule.seq_len={length // 4}", f"schedule.tokens={budgets['start_tokens']}", "schedule=full_only"]
     start = train(work / START, [*common, *first, "optim.lr.peak=2e-3"], seed)
