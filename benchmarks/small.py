@@ -16,6 +16,7 @@ is asked of the weights in the end. `collect` makes results.json, table.md and t
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import shutil
@@ -42,10 +43,11 @@ from data.shards import META, TokenShards, write_meta, write_shard  # noqa: E402
 from data.tokenizer import load_tokenizer  # noqa: E402
 from launch.cli import UsageError, exits_on, key_values  # noqa: E402
 from train.checkpoint.checkpoint_dir import checkpoints  # noqa: E402
+from train.record.metrics import FILE_NAME  # noqa: E402
 
 KEYS = {
     "to": "folder of the results",
-    "work": "folder of the runs (default: runs/ in it)",
+    "runs": "folder of the runs (default: runs/ in it)",
     "data": "training documents: shards of launch/prepare_data.py, text, or embedded (default)",
     "validation": "held-out documents, likewise",
     "documents": "of them, at most (default 124)",
@@ -152,7 +154,7 @@ def main() -> None:
     overrides, own = split(sys.argv[1:], KEYS)
     values = key_values(own, KEYS, about=__doc__, required=["to"])
     to = Path(values["to"])
-    work = Path(values.get("work", to / "runs"))
+    work = Path(values.get("runs", to / "runs"))
     to.mkdir(parents=True, exist_ok=True)
     if values.get("collect") != "true":
         study = Study(values, overrides, work)
@@ -319,8 +321,12 @@ def branch_off(base: Path, folder: Path, ended: int) -> None:
         raise ValueError(f"{base.name} did not come to its end")
     end = ends[ended - 1]
     shutil.copytree(end, folder / "checkpoints" / end.name)
-    for name in ("metrics.jsonl", "position_loss"):
-        (shutil.copytree if (base / name).is_dir() else shutil.copy2)(base / name, folder / name)
+    shutil.copytree(base / "position_loss", folder / "position_loss")
+    tokens = int(end.name.removeprefix("tokens_"))
+    lines = (base / FILE_NAME).read_text(encoding="utf-8").splitlines(keepends=True)
+    # The stage that begins here is the branch's own.
+    kept = [line for line in lines if not ((row := json.loads(line))["kind"] == "stage" and row["tokens"] >= tokens)]
+    (folder / FILE_NAME).write_text("".join(kept), encoding="utf-8")
 
 
 def tails(held_out: Path, to: Path) -> Path | None:

@@ -29,6 +29,8 @@ from evals.context import clusters_by
 from evals.figures import length_axis, mark_dense, token_axis
 from evals.paired import difference
 from evals.position_loss import Evaluation, load_evaluation
+from evals.routing_numbers import model_hit_rate
+from evals.routing_report import HEAD, RoutingReport
 from evals.statistics import clustered_sums
 from evals.style import LOSS, POSITION, color, look, marker, save
 from evals.swap import document_mean
@@ -164,7 +166,8 @@ def references(arm: str) -> list[str]:
     """What an arm is held against: full attention of the same model, MoBA, and the coarsest blocks."""
     kind, _, model = arm.partition(", ")
     if f", {model}" == PLAIN or model.endswith("M"):
-        return [f"{REFERENCE}, {model}"] if kind != REFERENCE else []
+        with_one = [kind] if f", {model}" == PLAIN else []
+        return [*([f"{REFERENCE}, {model}"] if kind != REFERENCE else []), *with_one]
     others = [REFERENCE, SPARSE, *(GRAIN[:1] if arm in GRAIN else [])]
     return others[: others.index(arm)] if arm in others else others
 
@@ -177,16 +180,26 @@ def gap_of(held: Held, arm: str, reference: str) -> dict | None:
         return None
     ours, theirs = held.each(arm, seeds, tokens), held.each(reference, seeds, tokens)
     a, b = over_seeds(ours), over_seeds(theirs)
+    gap_NB = a.document_loss - b.document_loss
     each = [x.document_loss - y.document_loss for x, y in zip(ours, theirs)]
     return {
         "arm": arm,
         "reference": reference,
         "seeds": seeds,
         "tokens": tokens,
-        "mean_loss": document_mean((a.document_loss - b.document_loss).mean(1), a.document_clusters),
-        "by_seed": [{"mean": float(gap_NB.mean()), "trailing": float(gap_NB[:, -1].mean())} for gap_NB in each],
+        "mean_loss": document_mean(gap_NB.mean(1), a.document_clusters),
+        "by_position": document_mean(late(gap_NB, a), a.document_clusters),
+        "by_seed": [
+            {"mean": float(one.mean()), "trailing": float(one[:, -1].mean()), "by_position": float(late(one, a).mean())}
+            for one in each
+        ],
         **difference(a, b).summary(),
     }
+
+
+def late(loss_NB: np.ndarray, held_out: Evaluation) -> np.ndarray:
+    """[N] what is added from positions up to REACH to the last bucket."""
+    return loss_NB[:, -1] - loss_NB[:, : int(np.searchsorted(held_out.curve.edges, REACH))].mean(1)
 
 
 def recovered(held: Held) -> dict | None:
@@ -201,9 +214,25 @@ def recovered(held: Held) -> dict | None:
         return None  # not switched yet
     first = held.at(REFERENCE, seeds[0], tokens)
     behind = int(np.searchsorted(first.curve.edges, REACH))
-    parts = {name: _recovered(loss_ASNB[..., at:].mean(-1), first.document_clusters) for name, at in
-             (("trailing", -1), ("behind the reach", behind))}  # fmt: skip
-    return {"seeds": seeds, "tokens": tokens, "parts": parts}
+    losses = {
+        "trailing": loss_ASNB[..., -1],
+        "behind the reach": loss_ASNB[..., behind:].mean(-1),
+        "trailing minus up to the reach": loss_ASNB[..., -1] - loss_ASNB[..., :behind].mean(-1),
+    }
+    parts = {name: _recovered(loss_ASN, first.document_clusters) for name, loss_ASN in losses.items()}
+    switches = [after_switch(*(held.runs[arm][seed] for arm in (SWITCHED, SPARSE))) for seed in seeds]
+    return {"seeds": seeds, "tokens": tokens, "parts": parts, "after_switch": switches}
+
+
+def after_switch(switched: Path, sparse: Path) -> list[float]:
+    """The training loss minus that of the run that was not switched, on the same batches: every logged one since."""
+    ours, theirs = (
+        {row["tokens"]: row["loss"] for row in read_metrics(folder / FILE_NAME) if row["kind"] == "train"}
+        for folder in (switched, sparse)
+    )
+    gaps = [ours[tokens] - theirs[tokens] for tokens in sorted(ours.keys() & theirs.keys())]
+    start = next((i for i, gap in enumerate(gaps) if gap != 0), len(gaps))
+    return gaps[start:]
 
 
 def _recovered(loss_ASN: np.ndarray, clusters: Sequence[str]) -> dict:
@@ -257,13 +286,27 @@ def sampled(held_out: Evaluation, number: int) -> list[str]:
 
 
 def routing_of(runs: Runs) -> Iterator[dict]:
-    """The statistics of each arm's gate, means over seeds."""
+    """The statistics of each arm's gate, means over seeds; with the hits that FlashMoBA's model expects of the heads'
+    ratios of signal to noise."""
     for arm, own in runs.items():
         paths = [path for folder in own.values() for path in sorted((folder / "evals" / "routing").glob("*.json"))]
-        if paths:
-            each = [read_json(path)["overall"] for path in paths]
-            overall = {name: statistics.fmean(one[name]["mean"] for one in each) for name in each[0]}
-            yield {"arm": arm, "eval": "routing", "seeds": len(paths), "overall": overall}
+        if not paths:
+            continue
+        found: dict[str, list[float]] = {}
+        for path in paths:
+            report = RoutingReport.load(path)
+            routings = [spec.routing for spec in report.specs if spec.routing is not None]
+            picks = [routing.top_k - 1 - routing.first_blocks for routing in routings]
+            snr_LH, hit_LH = report.head("snr").mean, report.head("hit").mean
+            model_LH = np.stack([model_hit_rate(row, report.candidates, n) for row, n in zip(snr_LH, picks)])
+            numbers = {name: float(report.overall(name).mean) for name in HEAD}
+            numbers |= {"candidates": report.candidates, "model_hit": float(model_LH.mean())}
+            numbers["model_error"] = float(np.abs(model_LH - hit_LH).mean())
+            numbers["model_correlation"] = float(np.corrcoef(model_LH.ravel(), hit_LH.ravel())[0, 1])
+            for name, value in numbers.items():
+                found.setdefault(name, []).append(value)
+        overall = {name: statistics.fmean(values) for name, values in found.items()}
+        yield {"arm": arm, "eval": "routing", "seeds": len(paths), "overall": overall}
 
 
 # -------------------- tables
@@ -304,6 +347,12 @@ def table(record: Mapping) -> list[str]:
         each = ", ".join(f"{100 * share:.0f}" for share in part["by_seed"])
         share = f"{100 * part['share']:.0f} % ({known}; seeds {each})"
         lines += ["", f"Recovered by the last stage, {name}: {share} of {part['gap']:+.4f}; left {part['left']:+.4f}"]
+    for gaps in record["recovered"]["after_switch"] if record["recovered"] else ():
+        if gaps:
+            lines += [
+                "",
+                f"Training loss behind the switch, same batches: {gaps[0]:+.3f} at first, {max(gaps):+.3f} at most",
+            ]
     gates = [row for row in record["router"] if row["eval"] == "gates"]
     if gates:
         heads = ["trained as", "documents", "seeds", "full", *(f"{GATES[name]} - full" for name in GATES)]
@@ -315,7 +364,7 @@ def table(record: Mapping) -> list[str]:
         lines += ["", *markdown(heads, rows)]
     numbers = [row for row in record["router"] if row["eval"] == "routing"]
     if numbers:
-        kept = ("captured", "oracle", "local", "random", "own", "recall", "hit", "snr")
+        kept = ("captured", "oracle", "local", "random", "own", "recall", "snr", "hit", "model_hit", "model_error")
         rows = [[row["arm"], row["seeds"], *(f"{row['overall'][name]:.3f}" for name in kept)] for row in numbers]
         lines += ["", *markdown(["router of", "seeds", *kept], rows)]
     speeds = [
@@ -334,10 +383,11 @@ def of(value: Mapping) -> str:
 def gap_cells(gap: Mapping | None) -> list[str]:
     """Of a table."""
     if gap is None:
-        return ["", "", ""]
+        return ["", "", "", ""]
     last = {"mean": gap["difference"][-1], "interval_95": gap["interval_95"][-1]}
-    seeds = [", ".join(f"{one[key]:+.4f}" for one in gap["by_seed"]) for key in ("mean", "trailing")]
-    return [gap["reference"], f"{of(gap['mean_loss'])} ({seeds[0]})", f"{of(last)} ({seeds[1]})"]
+    values = {"mean": gap["mean_loss"], "trailing": last, "by_position": gap["by_position"]}
+    seeds = {key: ", ".join(f"{one[key]:+.4f}" for one in gap["by_seed"]) for key in values}
+    return [gap["reference"], *(f"{of(value)} ({seeds[key]})" for key, value in values.items())]
 
 
 # -------------------- figures
@@ -361,13 +411,13 @@ def figures(record: Mapping) -> dict[str, Callable[[Path], None]]:
         found["granularity"] = _figure(
             record,
             "The same sparsity in smaller blocks (the paper's figure 4)",
-            lambda axes: granularity(axes, record, grain),
+            lambda axes: minus_full(axes, record, of_grain(record, grain)),
         )
     if layers:
         found["layers"] = _figure(
             record,
             "Full attention in the last layers (the paper's figure 5b)",
-            lambda axes: by_layers(axes, record, layers),
+            lambda axes: minus_full(axes, record, of_layers(layers)),
         )
     if gates:
         found["gates"] = _figure(
@@ -401,7 +451,7 @@ def over_tokens(axes: Sequence[Axes], record: Mapping, names: Sequence[str]) -> 
                 tokens = tokens[-2:]
             values = np.array([[run[at] for run in runs] for at in tokens])
             style = look(i, len(names))
-            axis.plot(tokens, values.mean(1), label=f"{name} ({len(runs)} seeds)", **style)
+            axis.plot(tokens, values.mean(1), label=f"{name} ({count(runs)})", **style)
             axis.fill_between(tokens, values.min(1), values.max(1), color=style["color"], alpha=0.2, linewidth=0)
         axis.set_title(title, fontsize="medium")
         axis.set_ylabel(LOSS)
@@ -433,7 +483,7 @@ def by_position(axes: Sequence[Axes], record: Mapping, names: Sequence[str]) -> 
             low, high = (np.array(gap["difference"]) + sign * np.array(one, dtype=float) for sign in (-1, 1))
             axes[1].fill_between(centres + aside, low, high, color=style["color"], alpha=0.12, linewidth=0)
     axes[0].set_ylabel(LOSS)
-    axes[0].set_ylim(top=max(max(record["final"][name]["mean"][1:]) for name in names) * 1.03)
+    axes[0].set_ylim(top=max(max(record["final"][name]["mean"][1:]) for name in names) * 1.06)
     axes[0].set_title("means (shaded: least to most of the seeds)", fontsize="medium")
     axes[1].set_ylabel("minus full (nats per token)")
     axes[1].set_title("document by document (bars: 95 % of one place; shaded: of all)", fontsize="medium")
@@ -443,57 +493,44 @@ def by_position(axes: Sequence[Axes], record: Mapping, names: Sequence[str]) -> 
         length_axis(axis.xaxis, longest)
         axis.set_xlabel(POSITION)
         axis.grid(alpha=0.3)
-        axis.legend(fontsize="small")
+    axes[0].legend(fontsize="small", loc="upper right", ncols=2)
+    axes[1].legend(fontsize="small", loc="upper left")
 
 
-def granularity(axes: Sequence[Axes], record: Mapping, names: Sequence[str]) -> None:
-    """Losses of all positions and of the last, with a dot a seed; the bars are of the differences from full."""
-    full = record["final"].get(REFERENCE)
-    for axis, key, title in zip(axes, ("loss", "trailing"), ("all positions", "last sixteenth")):
-        gap = [next((g for g in record["gaps"] if (g["arm"], g["reference"]) == (n, REFERENCE)), None) for n in names]
-        values = [record["final"][name][key] for name in names]
-        widths = [
-            np.nan
-            if g is None
-            else (g["mean_loss"]["interval_95"] if key == "loss" else g["interval_95"][-1]) or np.nan
-            for g in gap
-        ]
-        axis.errorbar(range(len(names)), values, yerr=widths, capsize=4, label="MoBA", **look(1, 2))
-        for place, name in enumerate(names):
-            seeds = [np.mean(mean) if key == "loss" else mean[-1] for mean in record["final"][name]["by_seed"]]
-            axis.plot([place] * len(seeds), seeds, ".", color="black", markersize=4)
-        if full is not None:
-            axis.axhline(full[key], color=color(0), label="full")
-        labels = [f"{name.split('x')[1]} of {full_blocks(record, name)}" for name in names]
-        axis.set_xticks(range(len(names)), [f"{label}\n({name})" for label, name in zip(labels, names)])
-        axis.set_xlabel("selected blocks (block size x top k)")
-        axis.set_ylabel(LOSS)
-        axis.set_title(title, fontsize="medium")
+def minus_full(axes: Sequence[Axes], record: Mapping, labels: Mapping[str, str]) -> None:
+    """Losses of all positions, and what is added from 1K to the end, minus full attention's: means over the seeds of
+    each arm with the documents' interval, and a dot a seed. `labels`: arm -> its label on the axis."""
+    gaps = {gap["arm"]: gap for gap in record["gaps"] if gap["reference"] == REFERENCE and gap["arm"] in labels}
+    titles = {"mean": "all positions", "by_position": "last sixteenth minus first 1K"}
+    for axis, (key, title) in zip(axes, titles.items()):
+        for place, gap in enumerate(gaps.values()):
+            value = gap["mean_loss" if key == "mean" else key]
+            axis.errorbar(place, value["mean"], yerr=value["interval_95"] or np.nan, capsize=4, **look(1, 2))
+            axis.plot([place] * len(gap["seeds"]), [one[key] for one in gap["by_seed"]], "_", color="black")
+        axis.axhline(0, color=color(0), label="full")
+        axis.set_xticks(range(len(gaps)), [f"{labels[arm]}\n{count(gap['seeds'])}" for arm, gap in gaps.items()])
+        axis.set_xlim(-0.6, len(gaps) - 0.4)
+        axis.set_ylabel("minus full (nats per token)")
+        axis.set_title(f"{title} (bars: 95 %; dashes: seeds)", fontsize="medium")
         axis.grid(alpha=0.3)
-    axes[0].legend(
-        fontsize="small", title="bars: 95 % of the difference from full; dots: seeds", title_fontsize="small"
-    )
+    axes[0].legend(fontsize="small")
 
 
-def full_blocks(record: Mapping, name: str) -> int:
-    """Blocks of a whole document."""
-    return record["final"][name]["edges"][-1] // int(name.split("x")[0])
+def count(seeds: Sequence) -> str:
+    """In words."""
+    return "1 seed" if len(seeds) == 1 else f"{len(seeds)} seeds"
 
 
-def by_layers(axes: Sequence[Axes], record: Mapping, names: Sequence[str]) -> None:
-    """Losses over the number of full layers."""
-    order = {SPARSE: "0\n(MoBA)"} | {name: name.split()[1] for name in sorted(names)} | {REFERENCE: "all\n(full)"}
-    order = {name: label for name, label in order.items() if name in record["final"]}
-    for axis, key, title in zip(axes, ("loss", "trailing"), ("all positions", "last sixteenth")):
-        axis.plot(range(len(order)), [record["final"][name][key] for name in order], **look(0))
-        for place, name in enumerate(order):
-            seeds = [np.mean(mean) if key == "loss" else mean[-1] for mean in record["final"][name]["by_seed"]]
-            axis.plot([place] * len(seeds), seeds, ".", color="black", markersize=4)
-        axis.set_xticks(range(len(order)), list(order.values()))
-        axis.set_xlabel("full-attention layers, counted from the last (dots: seeds)")
-        axis.set_ylabel(LOSS)
-        axis.set_title(title, fontsize="medium")
-        axis.grid(alpha=0.3)
+def of_grain(record: Mapping, names: Sequence[str]) -> dict[str, str]:
+    """Labels: how many blocks of how many."""
+    length = record["final"][names[0]]["edges"][-1]
+    sizes = {name: [int(part) for part in name.split("x")] for name in names}
+    return {name: f"{top} of {length // block} blocks\n({name})" for name, (block, top) in sizes.items()}
+
+
+def of_layers(names: Sequence[str]) -> dict[str, str]:
+    """Labels: how many layers."""
+    return {SPARSE: "none full\n(MoBA)"} | {name: f"last {name.split()[1]}\nfull" for name in sorted(names)}
 
 
 def by_gates(axes: Sequence[Axes], record: Mapping, rows: Sequence[Mapping]) -> None:
@@ -513,4 +550,5 @@ def by_gates(axes: Sequence[Axes], record: Mapping, rows: Sequence[Mapping]) -> 
         axis.set_xlabel("trained as")
         axis.set_title(f"{title} (bars: 95 %)", fontsize="medium")
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize="small", title="blocks", title_fontsize="small")
+        axis.margins(y=0.2)
+    axes[0].legend(fontsize="small", title="blocks", title_fontsize="small", loc="upper center", ncols=len(GATES))

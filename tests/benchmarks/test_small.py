@@ -86,12 +86,12 @@ def test_ends_of_documents_are_the_same_tokens(tmp_path):
     assert small.tails(tmp_path / "embedded", tmp_path / "none") is None
 
 
-def write_run(folder, losses):
-    """A run's files: its losses by position [N, B] at these tokens."""
+def write_run(folder, losses, late_loss=5.0):
+    """A run's files: its losses by position [N, B] at these tokens, and a training loss behind the switch."""
     stage = {"kind": "stage", "tokens": 0, "stage": "first", "seq_len": 8192, "attention": "full", "end": max(losses)}
     speeds = dict.fromkeys(("tflops", "mfu", "mfu_dense_equivalent", "attended_share", "peak_memory_gib"))
     train = {"kind": "train", "tokens": 1, "step": 1, "stage": "first", "loss": 5.0, "tokens_per_second": 7.0, **speeds}
-    rows = [{"kind": "run", "tokens": 0, "device": "a GPU"}, stage, train]
+    rows = [{"kind": "run", "tokens": 0, "device": "a GPU"}, stage, train, train | {"tokens": 2, "loss": late_loss}]
     for tokens, loss_NB in losses.items():
         found = Evaluation.of_documents(EDGES, IDS, [f"key of {name}" for name in IDS], IDS, loss_NB)
         found.result("x").write(folder / "position_loss", f"eval_{tokens:015d}")
@@ -119,7 +119,7 @@ def test_numbers_are_those_of_the_files(tmp_path):
             )
             found.result("x").write(tmp_path / "runs" / names[arm, seed] / "evals" / "position_loss", "cut")
             at = {100: loss_NB + 1, 200: loss_NB} | ({300: loss_NB - 1} if arm == "full" else {})
-            write_run(tmp_path / "runs" / names[arm, seed], at)
+            write_run(tmp_path / "runs" / names[arm, seed], at, 4.5 if "then" in arm else 5.0)
     text = small_results.collect(tmp_path / "runs", tmp_path / "to", ["to=x"], "abc", "[^:]*", names)
     record = json.loads((tmp_path / "to" / "results.json").read_text())
     found = {(gap["arm"], gap["reference"]): gap for gap in record["gaps"]}
@@ -131,6 +131,10 @@ def test_numbers_are_those_of_the_files(tmp_path):
     trailing = record["recovered"]["parts"]["trailing"]
     assert trailing["share"] == pytest.approx(0.75) and trailing["gap"] == pytest.approx(0.2)
     assert record["final"]["full"]["falls_by"]["mean"] == pytest.approx(0.8 * 13 / 15)
+    by_position = record["recovered"]["parts"]["trailing minus up to the reach"]
+    assert by_position["gap"] == pytest.approx(0.2 * (1 - 0.5 / 15)) and by_position["share"] == pytest.approx(0.75)
+    assert found["moba", "full"]["by_position"]["mean"] == pytest.approx(by_position["gap"])
+    assert record["recovered"]["after_switch"] == [[pytest.approx(-0.5)]] * 2, "what is logged where they differ"
     assert record["final"]["moba"]["far_context"]["mean"] == pytest.approx(0.4)
     assert "Recovered by the last stage, trailing: 75 %" in text
     every = Evaluation.of_documents(EDGES, IDS, IDS, [f"c{i}" for i in range(15)], base_NB)
@@ -150,11 +154,13 @@ def test_a_branch_takes_what_the_base_had_where_the_stages_part(tmp_path):
         (folder / "state.json").write_text("{}")
         entry = {"size": 2, "sha256": "0" * 64}
         (folder / "manifest.json").write_text(json.dumps({"format_version": 1, "files": {"state.json": entry}}))
-    (base / "metrics.jsonl").write_text("x")
+    rows = [{"kind": "stage", "tokens": tokens} for tokens in (0, 10, 20)] + [{"kind": "eval", "tokens": 20}]
+    (base / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (base / "position_loss").mkdir()
     small.branch_off(base, tmp_path / "branch", 2)
     assert [path.name[-2:] for path in (tmp_path / "branch" / "checkpoints").iterdir()] == ["20"]
-    assert (tmp_path / "branch" / "metrics.jsonl").read_text() == "x"
+    kept = [json.loads(line) for line in (tmp_path / "branch" / "metrics.jsonl").read_text().splitlines()]
+    assert kept == [rows[0], rows[1], rows[3]], "the stage that begins there is written anew, with its own attention"
 
 
 def test_windows_are_even_and_the_groups_take_turns(tmp_path, monkeypatch):
