@@ -85,13 +85,14 @@ def drawings() -> dict[Path, Drawing]:
     found[router.with_name("layers.png")] = Drawing(partial(draw_heads, router), (router,))
     for source in sorted(ROOT.glob(f"{RESULTS}/*/results.json")):
         path = source.relative_to(ROOT)
-        found[path.with_name("figure.png")] = Drawing(partial(draw_study, path), (path,))
+        if "study" in record(path):
+            found[path.with_name("figure.png")] = Drawing(partial(draw_study, path), (path,))
+        else:
+            for name, draw in small_results.figures(record(path)).items():
+                found[path.with_name(f"{name}.png")] = Drawing(draw, (path,))
     for path in sorted(path.relative_to(ROOT) for path in ROOT.glob(f"{BENCHMARKS}/*/results.json")):
         if "variant" in record(path).get("rows", [{}])[0]:
             found[path.with_name("figure.png")] = Drawing(partial(draw_step, path), (path,))
-        if "recovered" in record(path):
-            for name, draw in small_results.figures(record(path)).items():
-                found[path.with_name(f"{name}.png")] = Drawing(draw, (path,))
     kernels = BENCHMARKS / "attention.json"
     found[kernels.with_suffix(".png")] = Drawing(lambda path: attention.draw(record(kernels), path), (kernels,))
     return found

@@ -224,6 +224,32 @@ def gate_rows():
         yield [name, f"0 ({found[key]['last_eighth']:.3f})" if key == (None, None) else text, *right]
 
 
+SMALL = "docs/results/small_h100/results.json"
+
+
+def with_interval(value: dict) -> str:
+    return f"{value['mean']:+.3f} +- {value['interval_95']:.3f}"
+
+
+def small_rows():
+    gaps = {row["arm"]: row for row in kept(SMALL)["gaps"] if row["reference"] == "full"}
+    arms = ("full", "moba", "moba, then full", "moba, first block", "1024x2", "64x32", "last 1 full", "last 3 full")
+    for arm in arms:
+        own, cells = kept(SMALL)["final"][arm], ["", ""]
+        if row := gaps.get(arm):
+            keys = {"mean_loss": "mean", "by_position": "by_position"}
+            seeds = [", ".join(f"{one[key]:+.3f}" for one in row["by_seed"]) for key in keys.values()]
+            cells = [f"{with_interval(row[key])} ({each})" for key, each in zip(keys, seeds)]
+        yield [arm, str(len(own["seeds"])), f"{own['loss']:.3f}", f"{own['trailing']:.3f}", *cells]
+
+
+def small_gate_rows():
+    rows = {row["arm"]: row for row in kept(SMALL)["router"] if row["eval"] == "gates"}
+    for arm in ("moba", "moba, first block", "moba, no key convolution", "64x32", "1024x2"):
+        gates = (rows[arm]["minus_full"][gate] for gate in ("mean", "local", "random", "oracle"))
+        yield [arm, f"{rows[arm]['last_eighth']['full']:.3f}", *map(with_interval, gates)]
+
+
 LONG = {"two": "benchmarks/results/longest_context/h200_two", "one": "benchmarks/results/longest_context/h100_one"}
 
 
@@ -250,6 +276,8 @@ TABLES = {
     ("docs/recipes.md", "| | RoPE base times 4"): extended_cpu_rows,
     ("docs/recipes.md", "| length, blocks"): extended_rows,
     ("docs/findings.md", "| gate | trailing"): gate_rows,
+    ("docs/findings.md", "| from nothing"): small_rows,
+    ("docs/findings.md", "| trained with"): small_gate_rows,
 }
 
 
