@@ -302,7 +302,8 @@ def routing_of(runs: Runs) -> Iterator[dict]:
             numbers = {name: float(report.overall(name).mean) for name in HEAD}
             numbers |= {"candidates": report.candidates, "model_hit": float(model_LH.mean())}
             numbers["model_error"] = float(np.abs(model_LH - hit_LH).mean())
-            numbers["model_correlation"] = float(np.corrcoef(model_LH.ravel(), hit_LH.ravel())[0, 1])
+            if hit_LH.size > 2:  # of two, any two correlate
+                numbers["model_correlation"] = float(np.corrcoef(model_LH.ravel(), hit_LH.ravel())[0, 1])
             for name, value in numbers.items():
                 found.setdefault(name, []).append(value)
         overall = {name: statistics.fmean(values) for name, values in found.items()}
