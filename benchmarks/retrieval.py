@@ -6,7 +6,8 @@ MoBA with the first block always seen, each trained from the same start.
 Texts are made (data/retrieval_set.py) and tokenised; a start is trained at a quarter of the length with full attention,
 from which each attention is trained on at the whole length. The grid then asks each of them under its own attention,
 under full attention and under the others'. Some five minutes on one H100; an interrupted study goes on where it was.
-A Qwen3-shaped model of 28M parameters with a key convolution; overrides of launch/train.py change it, such as model.num_layers=4.
+A Qwen3-shaped model of 28M parameters with a key convolution; overrides of launch/train.py change it, such as
+model.num_layers=4.
 """
 
 from __future__ import annotations
