@@ -54,7 +54,7 @@ class Launch(NamedTuple):
 
 
 def milliseconds_by_kind(events: Sequence[Mapping], num_steps: int) -> dict[str, float]:
-    """Milliseconds a step of each kind, from the `traceEvents` of a trace with the host's operators."""
+    """Milliseconds per step of each kind, from the `traceEvents` of a trace with the host's operators."""
     sums = dict.fromkeys(KINDS, 0.0)
     for kind, launch in _classified(events):
         sums[kind] += launch.duration / 1000 / num_steps
@@ -62,7 +62,7 @@ def milliseconds_by_kind(events: Sequence[Mapping], num_steps: int) -> dict[str,
 
 
 def longest_kernels(events: Sequence[Mapping], num_steps: int, count: int = 6) -> dict[str, list[tuple[str, float]]]:
-    """Of each kind what took longest, and its milliseconds a step: kernels by their names and, in brackets, the
+    """Of each kind what took longest, and its milliseconds per step: kernels by their names and, in brackets, the
     outermost and the innermost operator around their launch, since most elementwise kernels of torch are called the
     same."""
     sums: dict[str, dict[str, float]] = {kind: defaultdict(float) for kind in KINDS}

@@ -4,8 +4,8 @@
     python benchmarks/longest_context.py to=long cases=paper_1_5b/128K/1,paper_1_5b/128K/2/parallel.sequence=2
 
 A case is model/context/GPUs, and overrides behind further slashes. Among them `steps=20` takes another number of steps,
-and `batch=64K` several sequences a step where one is shorter. The context `>=128K` is doubled until a run fails;
-32K+128K+256K are stages of one run, which pays for its start once. Every step is one document of the full length a
+and `batch=64K` several sequences per step where one is shorter. The context `>=128K` is doubled until a run fails;
+32K+128K+256K are stages of one run, which pays for its start once. Every step is one document of the full length per
 group of processes; the attention is that of +exp=moba_32k (2048x3) unless overrides say otherwise.
 
 Measured: median tokens/s and MFU of the steps after the first, rank 0's peak of GPU memory as torch allocates it, the
@@ -226,7 +226,7 @@ HEADS += ("in communication, exposed", "losses")
 
 
 ABOUT = (
-    "One document of the full length a step and group of processes. Peak GPU: rank 0's, as torch allocates; host: "
+    "One document of the full length per step and group of processes. Peak GPU: rank 0's, as torch allocates; host: "
     "resident memory of all processes together."
 )
 

@@ -111,7 +111,7 @@ def _curve(axes: Axes, row: Record, label: str, style: dict) -> None:
 
 
 def stages(figure: SubFigure, record: Record) -> None:
-    """Loss by position at the end of each stage, a panel a stage; what the stage added to the context is shaded."""
+    """Loss by position at the end of each stage, a panel per stage; what the stage added to the context is shaded."""
     ends = {stage["stage"]: stage["seq_len"] for stage in record["runs"][0]["stages"]}
     names = list(ends)[1:]
     panels = np.atleast_1d(figure.subplots(1, len(names), sharey=True))
@@ -157,7 +157,7 @@ def speed(figure: SubFigure, record: Record) -> None:
 
 
 def layers(figure: SubFigure, record: Record) -> None:
-    """Held-out loss in the end over the number of full layers: means, and a dot a seed."""
+    """Held-out loss in the end over the number of full layers: means, and a dot per seed."""
     axes = one(figure, "Held-out answers after fine-tuning", "loss (nats per supervised token)")
     runs = [run for run in record["runs"] if run["arm"].endswith(" full")]
     counts = sorted({int(run["arm"].split()[0]) for run in runs})

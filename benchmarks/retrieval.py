@@ -162,7 +162,7 @@ def _share(found: dict) -> str:
 
 
 def draw(found: dict[str, dict], path: Path) -> None:
-    """Heat maps of exact answers over length and depth: a row a training, a column an attention."""
+    """Heat maps of exact answers over length and depth: a row per training, a column per attention."""
     arms = list(next(iter(found.values()))["cells"]["key_value"])
     figure = Figure(figsize=(3.4 * len(arms) + 1, 3.2 * len(found) + 0.6), layout="constrained")
     grid = figure.subplots(len(found), len(arms), squeeze=False, sharex=True, sharey=True)

@@ -4,10 +4,10 @@
     python benchmarks/same_losses.py compare old.json new.json
 
 The first runs the set by the commands of the checkout `root` alone, whatever its modules are called, and writes every
-step's loss, gradient norm and rate and the losses by position: quickstart on 1 and 2 processes and ZeRO 0 to 3; and,
-from its model, fine-tuning on conversations, an extension from 2K to 8K with moments and data going on, and training
-from its Hugging Face export. `compare` prints a row per run and exits 1 if any value differs. One thread
-per process: the same machine and libraries give the same bits.
+step's loss, gradient norm and learning rate and the losses by position: quickstart on 1 and 2 processes and ZeRO 0 to
+3; and, from its model, fine-tuning on conversations, an extension from 2K to 8K with moments and data going on, and
+training from its Hugging Face export. `compare` prints a row per run and exits 1 if any value differs. One thread per
+process: the same machine and libraries give the same bits.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ RECIPES = {
     "hugging_face": "+exp=quickstart model=from_source schedule.tokens=8K",
 }
 CONVENTION = (
-    "each step's loss, trailing loss, gradient norm and rate; losses of each evaluation; mean loss of each bucket of "
-    "positions; float64 as the run wrote them, null if not finite"
+    "each step's loss, trailing loss, gradient norm and learning rate; losses of each evaluation; mean loss of each "
+    "bucket of positions; float64 as the run wrote them, null if not finite"
 )
 COLUMNS = {"train": ("loss", "trailing_loss", "grad_norm", "lr"), "eval": ("loss", "trailing_loss")}
 FIRST, EXPORT = "quickstart_1p_zero1", "export"
@@ -139,7 +139,7 @@ def values(folder: Path) -> Iterator[tuple[str, float | None]]:
 
 
 def table(old: Mapping[str, dict], new: Mapping[str, dict]) -> int:
-    """Prints a row a run, and returns 1 if any value differs or is in one of the two only, else 0."""
+    """Prints a row per run, and returns 1 if any value differs or is in one of the two only, else 0."""
     verdicts = []
     for name in dict.fromkeys([*old, *new]):
         a, b = (side.get(name, {"values": {}, "seconds": math.nan}) for side in (old, new))
@@ -163,7 +163,7 @@ def origin(checkout: Checkout) -> dict[str, str]:
     """Commit, machine, versions and convention of the values."""
     return {
         "commit": checkout.commit,
-        "hardware": f"{platform.machine()} CPU, {os.cpu_count()} cores, 1 thread a process",
+        "hardware": f"{platform.machine()} CPU, {os.cpu_count()} cores, 1 thread per process",
         "versions": ", ".join(f"{name} {version(name)}" for name in ("torch", "deepspeed", "numpy")),
         "convention": CONVENTION,
     }

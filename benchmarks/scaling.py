@@ -273,7 +273,7 @@ PARTS: dict[str, Callable[[Study, Setup], dict]] = {"losses": losses, "kill": ki
 
 
 def table(record: Mapping) -> Iterator[str]:
-    """Markdown: where it was measured, and a row a setup of each part."""
+    """Markdown: where it was measured, and a row per setup of each part."""
     yield from heading(record)
     for part in (part for part in PARTS if part in record):
         yield from (f"{part}:", "", *row_table(record[part]), "")

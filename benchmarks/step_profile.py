@@ -75,7 +75,7 @@ KEYS = {
     "variants": "which, comma-separated (default: those of the module)",
     "before": "another checkout, whose run of each variant comes before this one's",
     "seq_len": "context (default 32K)",
-    "batch_tokens": "tokens a step (default 64K)",
+    "batch_tokens": "tokens per step (default 64K)",
     "warmup": "steps not counted (default 5)",
     "steps": "steps whose median is taken (default 20)",
     "profiled": "steps of each of the two profiles that follow (default 2)",

@@ -26,7 +26,7 @@ def publish(record: Mapping, to: Path) -> str:
 
 
 def table(record: Mapping) -> list[str]:
-    """Markdown: where it was measured, a row a variant, and what took longest."""
+    """Markdown: where it was measured, a row per variant, and what took longest."""
     setting = record["setting"]
     lengths = {key: format_length(setting[key]) for key in ("seq_len", "batch_tokens")}
     about = (
@@ -48,7 +48,7 @@ def table(record: Mapping) -> list[str]:
 
 
 def draw(record: Mapping, path: Path) -> None:
-    """A bar a variant, of the milliseconds of each kind of kernel on top of each other, and a tick where the step
+    """A bar per variant, of the milliseconds of each kind of kernel on top of each other, and a tick where the step
     ended. Options that all variants have stand in the title."""
     rows = [row for row in record["rows"] if "milliseconds" in row]
     options = [row["variant"].split("/")[2:] for row in rows]

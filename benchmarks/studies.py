@@ -54,7 +54,7 @@ class Study:
 
 
 def at_stages(lengths: Mapping[str, str], **settings: list[object]) -> str:
-    """Overrides of one stage a length (name -> its tokens), each setting having a value a stage."""
+    """Overrides of one stage per length (name -> its tokens), each setting having a value per stage."""
     found = []
     for i, (length, tokens) in enumerate(lengths.items()):
         key = f"schedule.stages.at_{length}"

@@ -25,13 +25,14 @@ class Rate(NamedTuple):
     """One kind."""
 
     ratio: Callable[[LRConfig, float, float], float]
-    """ratio(lr, tokens, span): the rate over its peak, `tokens` after the warm-up, where `span` tokens follow it in
-    all: from 1 at 0 tokens, where the warm-up ends, to lr.min_ratio at `span`."""
+    """ratio(lr, tokens, span): the learning rate over its peak, `tokens` after the warm-up, where `span` tokens follow
+    it in all: from 1 at 0 tokens, where the warm-up ends, to lr.min_ratio at `span`."""
     options: Mapping[str, Option] = {}
     """Settings of the kind's own, beside `peak` and the others (optim.lr.<name>, and of a stage's lr); two kinds may
     share one."""
     check: Callable[[LRConfig, int], Iterator[BadOption]] = no_problem
-    """check(lr, span): what is wrong with the options, where the rate spans so many tokens, its warm-up included."""
+    """check(lr, span): what is wrong with the options, where the learning rate spans so many tokens, its warm-up
+    included."""
     is_constant: bool = False
     """Never falls, so that min_ratio says nothing."""
 

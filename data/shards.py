@@ -3,7 +3,7 @@ written.
 
     00000.bin     the tokens of its documents, one after another, little-endian uint16 or uint32
     00000.idx     int64 [documents + 1]: where each document starts in 00000.bin, in tokens
-    00000.mask    conversations only: one byte a token, 1 where it is supervised (data/sft.py)
+    00000.mask    conversations only: one byte per token, 1 where it is supervised (data/sft.py)
     00000.json    counts, checksums and the documents' ids; written last, so that it marks the shard as finished
     meta.json     format version, tokenizer, the list of shards, fingerprint; written when all shards are finished
 

@@ -28,7 +28,7 @@ def plot_curves(
     *,
     dense_up_to: int | None = None,
 ) -> None:
-    """Draws bucket means with 95 % intervals, one line a curve, and each curve's trailing loss as a star.
+    """Draws bucket means with 95 % intervals, one line per curve, and each curve's trailing loss as a star.
 
     Curves may have different lengths. Where an interval is missing, fewer than two documents were counted.
     `dense_up_to`: position up to which the sparse attention drops nothing (block size x top k), marked.
@@ -75,7 +75,7 @@ def plot_heatmap(
     boundaries: Boundaries = (),
     title: str = "Loss by position over training",
 ) -> None:
-    """Draws loss by context position (upwards) and training tokens (to the right), a column a curve.
+    """Draws loss by context position (upwards) and training tokens (to the right), a column per curve.
 
     `curves` are (tokens seen at its end, curve) in order; a column reaches back to the end of the one before. Lengths
     may change on the way. Colours span the 2nd to 90th percentile of the losses, or the first steps would wash out

@@ -1,7 +1,7 @@
 """Finished parts of a long evaluation, in files, so that one that was interrupted continues; and how long it will take.
 
 The files' name is a hash of the settings under which parts are the same, which stand in the first line. Every process
-writes a file of its own, one JSON line a part, and reads all of them when it starts.
+writes a file of its own, one JSON line per part, and reads all of them when it starts.
 """
 
 from __future__ import annotations

@@ -203,7 +203,7 @@ class LmEvalReport:
         )
 
     def draw(self, dense_up_to: int | None, path: Path) -> None:
-        """Draws a panel a metric: tasks below each other, a point per arm."""
+        """Draws a panel per metric: tasks below each other, a point per arm."""
         rows = self.rows()
         metrics = list(dict.fromkeys(row["metric"] for row in rows))
         tasks = list(dict.fromkeys(row["task"] for row in rows))

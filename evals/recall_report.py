@@ -79,7 +79,7 @@ class RecallReport:
         return clustered_mean(sums_N, known_NA.sum(1), list(range(len(sums_N))))
 
     def rows(self) -> list[dict[str, Any]]:
-        """One row a variant, as JSON values."""
+        """One row per variant, as JSON values."""
         rows = []
         for w, name in enumerate(self.variants):
             row: dict[str, Any] = {"attention": name}

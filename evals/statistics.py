@@ -23,7 +23,7 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True, eq=False)
 class Estimate:
-    """A mean a token; each field is float64 [X]."""
+    """A mean per token; each field is float64 [X]."""
 
     mean: np.ndarray
     """NaN where nothing was counted."""

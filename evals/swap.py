@@ -73,7 +73,7 @@ class SwapReport:
     clusters: list[str]
 
     def rows(self) -> list[dict[str, Any]]:
-        """One row a variant: overall and trailing loss, and its difference from full, document by document."""
+        """One row per variant: overall and trailing loss, and its difference from full, document by document."""
         full = self.evaluations[DENSE].document_loss
         rows = []
         for name, evaluation in self.evaluations.items():
@@ -100,7 +100,7 @@ class SwapReport:
         return {what: document_mean(trailing[a] - trailing[b], self.clusters) for what, (a, b) in pairs.items()}
 
     def cells(self) -> list[dict[str, Any]]:
-        """One row a pair of prefill and decode attention."""
+        """One row per pair of prefill and decode attention."""
         rows = []
         for p, prefill in enumerate(PARTS):
             for d, decode in enumerate(PARTS):

@@ -80,7 +80,7 @@ def long_documents(q: QueryShape, documents: Documents | None) -> bool:
 
 
 def cudnn(kind: AttentionSpec, q: QueryShape, documents: Documents | None) -> str | None:
-    """For cuDNN's kernels, a long document a call."""
+    """For cuDNN's kernels, one long document per call."""
     if q.device != "cuda":
         return f"backend='cudnn' needs CUDA tensors but q is on {q.device}: use backend='torch'"
     if q.dtype not in ("float16", "bfloat16"):

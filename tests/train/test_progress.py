@@ -129,5 +129,5 @@ def test_a_long_step_is_heard_of(monkeypatch):
         now[0] += 1
         shown.heartbeat(done, 4)
     lines = out.getvalue().splitlines()
-    assert lines[0] == "micro-batch 2 of 4 of this step after 0:40, some 0:40 to its end"
+    assert lines[0] == "micro-batch 2 of 4 of this step after 0:40, about 0:40 left"
     assert len(lines) == 2 and "sparse" in lines[1]

@@ -85,7 +85,7 @@ class Engine(Protocol):
         ...
 
     def slots(self) -> list[Slot]:
-        """One Slot a parameter, in the model's order (the same on every rank); tied parameters appear once."""
+        """One Slot per parameter, in the model's order (the same on every rank); tied parameters appear once."""
         ...
 
     def has_moments(self) -> bool:

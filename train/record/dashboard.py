@@ -1,4 +1,4 @@
-"""One place between a run and what shows it: lines of metrics.jsonl and curves become named series for every sink.
+"""Between a run and its dashboards: lines of metrics.jsonl and curves become named series, which every sink is given.
 
 A sink is wandb (tracking.py) or TensorBoard (tensorboard.py). Only rank 0 makes a Dashboard.
 """
@@ -14,25 +14,25 @@ from train.record.position_loss import PositionCurve
 
 
 class Sample(NamedTuple):
-    """A text that the model went on with."""
+    """A sample generation."""
 
     document: str
     """Id of the held-out document."""
     prompt: str
-    """The end of what the model read."""
+    """The end of the prompt."""
     generated: str
     reference: str
-    """How the document goes on."""
+    """How the document continues."""
 
 
 class Sink(Protocol):
-    """What shows a run. No method may raise, ask or wait long."""
+    """A dashboard. No method may raise, ask or wait long."""
 
     def scalars(self, values: Mapping[str, float], tokens: int) -> None:
         """Adds a point to each series."""
 
     def constants(self, values: Mapping[str, Any]) -> None:
-        """Sets what is no series; names with a group."""
+        """Sets what stays the same, by <group>/<name>."""
 
     def curve(self, name: str, title: str, positions: Sequence[float], losses: Sequence[float], tokens: int) -> None:
         """Draws losses over context positions."""
@@ -44,7 +44,7 @@ class Sink(Protocol):
         """Shows texts."""
 
     def alert(self, title: str, text: str, *, severe: bool = False) -> None:
-        """Tells somebody who does not watch."""
+        """Sends an alert."""
 
     def finish(self, exit_code: int = 0) -> None:
         """Closes it."""
@@ -61,8 +61,8 @@ class Dashboard:
         source_tokens: Mapping[str, int] | None = None,
         skipped_steps: int = 0,
     ) -> None:
-        """stages: train.schedule.Stage, in order. source_tokens: size of each source, for epochs. skipped_steps: before
-        this start, nobody is told of these again."""
+        """stages: train.schedule.Stage, in order. source_tokens: size of each source, for epochs. skipped_steps: of
+        earlier starts, for which no alert is sent again."""
         self._sinks, self._stages, self._skipped = list(sinks), list(stages), skipped_steps
         self._source_tokens = source_tokens or {}
 
@@ -111,7 +111,7 @@ class Dashboard:
             sink.image(f"position_loss/{name}", path, tokens, caption)
 
     def failed(self, why: str) -> None:
-        """Tells that the run has ended in a loss that is not finite."""
+        """Sends an alert: the run has ended with a loss that is not finite."""
         self._alert("Run ended: loss not finite", why, severe=True)
 
     def finish(self, exit_code: int = 0) -> None:

@@ -68,7 +68,7 @@ class _Line:
 
 @dataclass(frozen=True)
 class _StageLine:
-    """Besides, of a stage's line."""
+    """Further columns of a stage's line."""
 
     stage: str
     seq_len: Count

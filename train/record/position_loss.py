@@ -1,14 +1,14 @@
 """Loss by position: how much the tokens far into a document gain from all the text before them.
 
-Position p of a prediction is the number of tokens of its own document (or window of a long document) visible to it,
-from 1 to the length. Under packing that is `positions + 1`, never the place in the pack. Sums and counts are float64
-on the device, one per position, so a whole stage can be added up, saved and continued exactly.
+The context position p of a prediction is the number of tokens of its document (or window of a long document) that it
+is made from, 1 to the length. Under packing that is `positions + 1`, never the place in the pack. Sums and counts are
+float64 on the device, one per position, so a whole stage can be added up, saved and continued exactly.
 
 Buckets are 2048 tokens, or a sixteenth of the length where it is under 32K (MoBA paper, Table 3). A bucket of the
 curve counts every token that lies in it, so the documents behind it change with the position. The trailing loss is
 the last bucket of only those documents or windows that reach the full length (paper, section 3.1).
 
-Tokens of one document are far from independent: standard errors treat each document or window as one draw. Shape
+Tokens of one document are far from independent: standard errors treat each document or window as a cluster. Shape
 suffixes: T tokens, N documents or windows, B buckets.
 """
 
@@ -45,7 +45,7 @@ def bucket_of(positions: torch.Tensor, num_buckets: int, max_length: int) -> tor
 
 
 def bucket_edges(num_buckets: int, max_length: int) -> np.ndarray:
-    """int64 `[B + 1]`: bucket b holds the predictions with edges[b] + 1 ... edges[b + 1] visible tokens."""
+    """int64 `[B + 1]`: bucket b holds the predictions at context positions edges[b] + 1 to edges[b + 1]."""
     return -(-np.arange(num_buckets + 1, dtype=np.int64) * max_length // num_buckets)
 
 
@@ -66,7 +66,7 @@ class PositionCurve:
     max_length: int
     """Length of a full document or window, in tokens."""
     edges: np.ndarray
-    """int64 [B + 1]: bucket b holds the predictions with edges[b] + 1 ... edges[b + 1] visible tokens."""
+    """int64 [B + 1]: bucket b holds the predictions at context positions edges[b] + 1 to edges[b + 1]."""
     mean: np.ndarray
     """[B] mean loss per token."""
     se: np.ndarray
@@ -78,12 +78,12 @@ class PositionCurve:
     trailing: Trailing
     """The last bucket, of documents or windows of full length only."""
     position_mean: np.ndarray
-    """[max_length] mean loss at each number of visible tokens (index 0: one)."""
+    """[max_length] mean loss at each context position (index 0: position 1)."""
     position_count: np.ndarray
     """[max_length] tokens counted there."""
     freedom: np.ndarray | None = None
-    """[B] degrees of freedom of each bucket's interval, NaN where none holds at its rate; None = clusters of one size
-    or of unknown sizes, one less than they are."""
+    """[B] degrees of freedom of each bucket's interval, NaN where no interval has its nominal coverage; None: the
+    number of clusters less one (clusters of one size, or of unknown sizes)."""
     trailing_freedom: float | None = None
     """The same of `trailing`."""
 
@@ -223,11 +223,11 @@ class PositionLoss:
 
     @property
     def sums(self) -> torch.Tensor:
-        """All there is to know, one float64 tensor on the device."""
+        """The state: one float64 tensor on the device."""
         return self._state
 
     def with_sums(self, sums: torch.Tensor) -> PositionLoss:
-        """One that holds `sums` of this one's shape, such as a copy of them on the host."""
+        """A PositionLoss like this one with the state `sums`, such as a copy on the host."""
         other = copy.copy(self)
         other._state = sums
         return other
@@ -251,7 +251,7 @@ class PositionLoss:
         )
 
     def reset(self) -> None:
-        """Forgets everything."""
+        """Sets all counts to zero."""
         self._state.zero_()
 
     def state_dict(self) -> dict:

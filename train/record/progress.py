@@ -66,7 +66,7 @@ class Progress:
             self._write(f"{share:4.0%} {format_count(record['tokens']):>6} tokens  {describe(record)}")
 
     def heartbeat(self, done: int, of: int) -> None:
-        """Says how far a step is that takes long: `done` of its `of` micro-batches are."""
+        """Reports the progress of a step that takes long: `done` of its `of` micro-batches."""
         now = time.monotonic()
         if done == 1 or self._step_began is None:
             self._step_began = self._heard_at if self._heard_at is not None else now
@@ -76,7 +76,7 @@ class Progress:
             return
         self._said_at = now
         left = clock(passed / done * (of - done))
-        self._write(f"micro-batch {done} of {of} of this step after {clock(passed)}, some {left} to its end")
+        self._write(f"micro-batch {done} of {of} of this step after {clock(passed)}, about {left} left")
 
     def say(self, line: str) -> None:
         """Prints a line of its own (a stage that begins, an evaluation, a checkpoint) without tearing the bar."""
@@ -97,12 +97,12 @@ class Progress:
 
 
 def _is_screen(stream: TextIO) -> bool:
-    """True for a terminal whose size is known: tqdm draws nothing on one of no lines (`script`, some containers)."""
+    """True for a terminal whose size is known: tqdm draws nothing on one of zero lines (`script`, some containers)."""
     return stream.isatty() and os.get_terminal_size(stream.fileno()).lines > 0
 
 
 def describe(record: Mapping[str, Any]) -> str:
-    """A `train` record on one line, the most wanted first (a narrow terminal cuts the end); nulls are left out."""
+    """A `train` record on one line, the most important first (a narrow terminal cuts the end); nulls are left out."""
     parts = [str(record["stage"])]
     if record.get("loss") is not None:
         parts.append(f"loss {record['loss']:.3f}")

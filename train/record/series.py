@@ -85,7 +85,7 @@ def scalars(record: Mapping[str, Any], stages: Sequence[Any] = ()) -> dict[str, 
 
 
 def _derived(record: Mapping[str, Any], stages: Sequence[Any]) -> dict[str, float]:
-    """Of a train line, what its columns make together."""
+    """Series that several columns of a train line make together."""
     found, rate = {}, record.get("tokens_per_second")
     if record.get("eta_seconds") is not None:
         found["perf/eta_hours"] = record["eta_seconds"] / 3600
@@ -112,7 +112,7 @@ def epochs(tokens: int, stages: Sequence[Any], source_tokens: Mapping[str, int])
 
 
 def constants(record: Mapping[str, Any]) -> dict[str, Any]:
-    """What a line says that would be a chart of one level: the machine and conventions, the size of an evaluation."""
+    """Constants of a line, whose charts would be flat: the machine and conventions, the size of an evaluation."""
     if record["kind"] == "run":
         return {f"machine/{key}": value for key, value in record.items() if key not in ("kind", AXIS, "wall_seconds")}
     if record["kind"] == "eval":
@@ -161,7 +161,7 @@ class Panel:
     table: str | None = None
     """A curve over context positions."""
     y: str | None = None
-    """What the vertical axis says."""
+    """Label of the vertical axis."""
     log_y: bool = False
 
 

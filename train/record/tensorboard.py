@@ -39,7 +39,7 @@ def open_tensorboard(
 
 
 class TensorBoard:
-    """A train.record.dashboard.Sink. A disk that fails costs a line, and then it is off."""
+    """A train.record.dashboard.Sink. If the disk fails, that is reported once, and nothing is written from then on."""
 
     def __init__(self, writer: Any, warn: Callable[[str], None]) -> None:
         self._writer: Any = writer

@@ -65,7 +65,8 @@ def peak_tflops(device_name: str | None) -> float | None:
 
 
 class Work(NamedTuple):
-    """What some tokens cost. Three plain counts: ranks add theirs up as a tensor and rebuild it as Work(*sums)."""
+    """The work of training on some tokens. Three plain counts: ranks add theirs up as a tensor and rebuild it as
+    Work(*sums)."""
 
     tokens: int = 0
     attended_pairs: int = 0
@@ -76,7 +77,7 @@ class Work(NamedTuple):
 
 @lru_cache(maxsize=1024)
 def batch_work(plan: tuple[AttentionSpec, ...], lengths: tuple[int, ...]) -> Work:
-    """Work of one pass over documents of `lengths` tokens with one AttentionSpec a layer."""
+    """Work of one pass over documents of `lengths` tokens with one AttentionSpec per layer."""
     attended = {spec: attended_pairs(spec, lengths) for spec in set(plan)}
     return Work(sum(lengths), sum(attended[spec] for spec in plan), len(plan) * causal_pairs(lengths))
 
@@ -93,7 +94,7 @@ class Rates(TypedDict):
 
 
 class Throughput:
-    """A stop watch that also counts work.
+    """A stopwatch that also counts work.
 
     On a GPU the clock is right where the host has waited for the device. Call `take` after a step: its norm was waited
     for, so that the clock is off by less than the optimizer's time, and intervals in a row by none.
@@ -171,7 +172,7 @@ class Throughput:
         return self.flops(work.tokens, work.attended_pairs) / work.tokens
 
     def describe(self) -> dict[str, Any]:
-        """What a reader of the rates has to know: the columns of a `run` line."""
+        """Convention and hardware behind the rates: columns of a `run` line."""
         return {
             "device": self.device_name or "cpu",
             "num_devices": self.num_devices,

@@ -68,7 +68,7 @@ class Tracker:
         self._call(self._define)
 
     def _define(self) -> None:
-        """Tokens as the axis of all series, and what the runs table shows of some."""
+        """Tokens as the x axis of all series, and summary rules of some."""
         self._run.define_metric(AXIS, hidden=True)
         self._run.define_metric("*", step_metric=AXIS)
         for name, summary in SUMMARIES.items():
@@ -80,7 +80,7 @@ class Tracker:
         self._call(lambda: self._run.log({AXIS: tokens, **values}, step=tokens))
 
     def constants(self, values: Mapping[str, Any]) -> None:
-        """Keeps what is no series: `machine/` in the configuration, the rest in the summary."""
+        """Stores constants: `machine/` in the configuration, the rest in the summary."""
         machine = {name.partition("/")[2]: value for name, value in values.items() if name.startswith("machine/")}
         rest = {name: value for name, value in values.items() if not name.startswith("machine/")}
 
@@ -93,7 +93,7 @@ class Tracker:
         self._call(send)
 
     def curve(self, name: str, title: str, positions: Sequence[float], losses: Sequence[float], tokens: int) -> None:
-        """Draws losses (nats; NaN is left out) over context positions (visible tokens)."""
+        """Draws losses (nats; NaN is left out) over context positions."""
 
         def send() -> None:
             import wandb
@@ -127,7 +127,7 @@ class Tracker:
         self._call(send)
 
     def alert(self, title: str, text: str, *, severe: bool = False) -> None:
-        """Sends a message to the owner, by mail or Slack as wandb is set up to; one of a title in ALERT_SECONDS."""
+        """Sends a message to the owner, by mail or Slack as wandb is set up; at most one per title in ALERT_SECONDS."""
         level = "ERROR" if severe else "WARN"
         self._call(lambda: self._run.alert(title, text, level=level, wait_duration=ALERT_SECONDS))
 
