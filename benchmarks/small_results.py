@@ -500,7 +500,7 @@ def by_position(axes: Sequence[Axes], record: Mapping, names: Sequence[str]) -> 
 
 def minus_full(axes: Sequence[Axes], record: Mapping, labels: Mapping[str, str]) -> None:
     """Losses of all positions, and what is added from 1K to the end, minus full attention's: means over the seeds of
-    each arm with the documents' interval, and a dot a seed. `labels`: arm -> its label on the axis."""
+    each arm with the documents' interval, and a dot per seed. `labels`: arm -> its label on the axis."""
     gaps = {gap["arm"]: gap for gap in record["gaps"] if gap["reference"] == REFERENCE and gap["arm"] in labels}
     titles = {"mean": "all positions", "by_position": "last sixteenth minus first 1K"}
     for axis, (key, title) in zip(axes, titles.items()):
