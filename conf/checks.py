@@ -478,13 +478,6 @@ def _check_engine(config: RunConfig, problems: Problems) -> None:
         problems.add("deepspeed.offload_optimizer", True, "needs ZeRO 1, 2 or 3, such as deepspeed=zero1_offload")
     if engine.offload_params and engine.zero_stage != 3:
         problems.add("deepspeed.offload_params", True, "needs ZeRO 3: deepspeed=zero3_offload")
-    if config.model.compile is True and engine.zero_stage == 3:
-        problems.add(
-            "model.compile",
-            True,
-            "not supported with deepspeed.zero_stage=3, which gathers weights inside the compiled code, so that it is "
-            "compiled again and again; use deepspeed=zero2, or model.compile=false",
-        )
 
 
 def _check_parallel(config: RunConfig, problems: Problems) -> None:

@@ -86,8 +86,8 @@ class ModelConfig:
     compile: Any = AUTO
     """Use torch.compile for the parts of each layer before and after attention: true, false, or `auto`: true on GPUs,
     unless ZeRO 3 or run.deterministic is set or triton is missing (train/plan/automatic.py). Needs triton on a GPU, a
-    C++ compiler on a CPU; not supported with ZeRO 3. The first steps, and the first with another length, take
-    longer."""
+    C++ compiler on a CPU. With ZeRO 3 a layer's weights are then gathered together. The first steps, and the first with
+    another length, take longer."""
 
 
 @dataclass(frozen=True)

@@ -198,7 +198,6 @@ CASES = [
     ([("deepspeed.precision", "fp16")], ["deepspeed.precision=fp16", "bf16, fp32"]),
     ([("model.activation_checkpointing", "all")], ["model.activation_checkpointing=all", "auto, false, mlp, true"]),
     ([("model.compile", "always")], ["model.compile=always", "auto, false, true"]),
-    ([("model.compile", True), ("deepspeed.zero_stage", 3)], ["model.compile=true", "zero_stage=3", "deepspeed=zero2"]),
     ([("deepspeed.extra", {"optimizer": {"type": "Adam"}})], ["deepspeed.extra.optimizer={type: Adam}", "optim.*"]),
     ([("deepspeed.extra", {"fp16": {}, "steps_per_print": 1})], ["deepspeed.extra.fp16={}", "deepspeed.precision"]),
     ([("deepspeed.extra", {"sequence_parallel_size": 2})], ["sequence_parallel_size=2", "set by parallel.sequence"]),

@@ -229,6 +229,30 @@ def test_saving_at_once_makes_the_same_run(launcher, command, house, whole):
     assert_same_run(house.runs / "at-once", whole)
 
 
+def let_lines_wait() -> None:
+    """Makes a run on a CPU write its lines when one on a GPU does."""
+    fit = Trainer.fit
+
+    def waiting(trainer, preemption):
+        trainer._line_can_wait = True
+        return fit(trainer, preemption)
+
+    Trainer.fit = waiting
+
+
+def test_lines_that_are_written_after_the_next_step_began_are_the_same(launcher, command, house, whole):
+    """Catches a line with a number of the next step, one that comes behind an evaluation, a checkpoint or a stage that
+    it should stand before, and one that is lost at a stop, a kill or the end."""
+    ended = launcher.run(command("late"), prepare=let_lines_wait)
+    assert ended.code == 0, ended
+    assert_same_run(house.runs / "late", whole)
+    killed = launcher.run(command("late-killed"), act=Act(LINE, 6), prepare=let_lines_wait)
+    stopped = launcher.run(command("late-killed"), act=Act(LINE, 5, signal.SIGTERM), prepare=let_lines_wait)
+    assert killed.code == -signal.SIGKILL and stopped.code != 0 and newest(house.runs / "late-killed") != end_of(whole)
+    assert launcher.run(command("late-killed"), prepare=let_lines_wait).code == 0
+    assert_same_run(house.runs / "late-killed", whole)
+
+
 def draw_random_numbers() -> None:
     """Makes each micro-batch draw from every generator, as dropout would."""
     from train.loop import Trainer

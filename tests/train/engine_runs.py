@@ -36,13 +36,15 @@ ENGINES = {
     "z3-bf16": (3, "bf16", False),
     "z2-offload": (2, "fp32", True),
     "z3-bf16-offload": (3, "bf16", True),
+    "z3-compiled": (3, "fp32", False),
 }
+COMPILED = "z3-compiled"
 
 
-def build_model() -> Decoder:
+def build_model(compile: bool = False) -> Decoder:
     """A decoder with every kind of parameter: tied embeddings, biases, norms, grouped keys, a key convolution."""
     shape = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1, "head_dim": 8, "ffn_size": 24}
-    config = ModelConfig(**shape, qkv_bias=True, key_conv=3, loss_tile=32)
+    config = ModelConfig(**shape, qkv_bias=True, key_conv=3, loss_tile=32, compile=compile)
     model = Decoder(config, VOCAB)
     model.init_weights(seed=1)
     model.set_attention([Moba(block_size=8, top_k=2)])
@@ -60,6 +62,7 @@ def config_of(name: str) -> RunConfig:
     )
     return RunConfig(
         run=RunSection(on_spike="skip"),  # the optimizer that takes a veto
+        model=ModelConfig(compile=name == COMPILED),
         deepspeed=deepspeed,
         optim=OptimConfig(lr=LRConfig(peak=1.0), weight_decay=0.1, grad_clip=GRAD_CLIP),
     )

@@ -8,6 +8,8 @@ pinned DIRECTORY    each engine on the GPU, if there is one: two saves from one 
 
 from __future__ import annotations
 
+import functools
+import importlib
 import json
 import random
 import resource
@@ -19,7 +21,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from engine_runs import BAD, ENGINES, LAST, SAVE_AT, build_model, config_of, learning_rate, micro_batches, other_stage
+from engine_runs import (
+    BAD,
+    COMPILED,
+    ENGINES,
+    LAST,
+    SAVE_AT,
+    build_model,
+    config_of,
+    learning_rate,
+    micro_batches,
+    other_stage,
+)
 from safetensors import safe_open
 
 from train.checkpoint import store
@@ -29,6 +42,7 @@ from train.engine.collectives import all_reduce_sum, any_rank, gather_objects
 from train.engine.engine import MASTER, MOMENTS
 from train.engine.optim import build_engine
 from train.engine.world import World, init_world, leave, shutdown
+from train.model import decoder
 from train.spikes import Spikes
 from train.step import StepResult, train_step
 
@@ -185,7 +199,7 @@ def full_disk(engine: Any, directory: Path, world: World) -> dict[str, Any]:
 def first(directory: Path, world: World) -> dict[str, Any]:
     report: dict[str, Any] = {}
     for name in ENGINES:
-        engine = build_engine(build_model(), config_of(name), world)
+        engine = build_engine(build_model(name == COMPILED), config_of(name), world)
         run_dir = directory / f"{name}-{world.world_size}"
         mine: dict[str, Any] = {"optimizer": type(engine._optimizer).__name__}
         if name == "z2-bf16":
@@ -206,6 +220,9 @@ def first(directory: Path, world: World) -> dict[str, Any]:
         if name == "z1":
             mine["full_disk"] = full_disk(engine, run_dir, world)
         mine["reset"] = reset(engine, world)
+        if name == COMPILED:
+            counters = importlib.import_module("torch._dynamo.utils").counters
+            mine["graphs"], mine["breaks"] = counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
         report[name] = mine
         engine.destroy()
     flag = torch.tensor(world.rank == world.world_size - 1)
@@ -227,7 +244,7 @@ def files_hold(path: Path, engine: Any) -> bool:
 def second(directory: Path, world: World) -> dict[str, Any]:
     report: dict[str, Any] = {}
     for name in ENGINES:
-        engine = build_engine(build_model(), config_of(name), world)
+        engine = build_engine(build_model(name == COMPILED), config_of(name), world)
         sources = {"same": f"{name}-{world.world_size}", "other_world": f"{name}-{3 - world.world_size}"}
         if other_stage(name):
             sources["other_stage"] = f"{other_stage(name)}-{world.world_size}"
@@ -246,7 +263,7 @@ def second(directory: Path, world: World) -> dict[str, Any]:
 def pinned(directory: Path, world: World) -> dict[str, Any]:
     report: dict[str, Any] = {}
     for name in ENGINES:
-        engine = build_engine(build_model(), config_of(name), world)
+        engine = build_engine(build_model(name == COMPILED), config_of(name), world)
         said: list[str] = []
         buffer = store.host_buffer(engine, world.device, said.append)
         exact = []
@@ -268,6 +285,7 @@ if __name__ == "__main__":
     here = init_world("cuda" if role == "pinned" and torch.cuda.is_available() else "cpu")
     # So that the small model fills several files and several rounds of gathering.
     store.SHARD_BYTES, deepspeed_engine.GATHER_ELEMENTS = 3000, 100
+    decoder._compiled = functools.cache(lambda function: torch.compile(function, backend="aot_eager"))
     report = {"first": first, "second": second, "pinned": pinned}[role](target, here)
     if here.is_main:
         (target / f"{role}-{here.world_size}.json").write_text(json.dumps(report))

@@ -47,8 +47,8 @@ def text_of(config, hardware):
     ],
 )
 def test_compile(sections, hardware, compiled, words):
-    """Catches a default that needs a compiler on a CPU, that ZeRO 3 refuses, or that a plan does not mention; and a
-    choice that another machine could not resume."""
+    """Catches a default that needs a compiler on a CPU, one that was never measured or that a plan does not mention,
+    and a choice that another machine could not resume."""
     config = config_of(**sections)
     settled = settle(config, 384, hardware).config
     assert settled.model.compile is compiled

@@ -54,6 +54,13 @@ def test_what_cannot_work_is_refused_by_name(options, world, says):
         deepspeed_config(config(**options), world)
 
 
+def test_deepspeed_measures_no_time():
+    """Catches its stop watch, which waits for the device before each forward pass and after each step."""
+    from deepspeed.utils.config import get_timers_config
+
+    assert get_timers_config({}).enabled and not get_timers_config(deepspeed_config(config(), CPU)).enabled
+
+
 def test_extra_is_merged_last_and_deep():
     """Catches an `extra` that replaces a whole section, or that cannot override."""
     extra = {"zero_optimization": {"reduce_bucket_size": 7}, "gradient_clipping": 0.5}

@@ -1,7 +1,7 @@
 """One optimizer step on every ZeRO stage: against plain torch, on one rank and two, and when numbers go wrong."""
 
 import pytest
-from engine_runs import BAD, ENGINES, GRAD_CLIP, LAST, SWITCH_AT, num_packs, reference
+from engine_runs import BAD, COMPILED, ENGINES, GRAD_CLIP, LAST, SWITCH_AT, num_packs, reference
 
 FP32 = [name for name in ENGINES if "bf16" not in name]
 WORLDS = (1, 2)
@@ -80,6 +80,14 @@ def test_observers_get_the_losses_of_the_step(first_runs, world_size):
         run = first_runs[world_size][name]
         last = run["steps"][LAST]
         assert run["observed_sum"] / last["num_tokens"] == pytest.approx(last["loss"], rel=1e-9)
+
+
+@pytest.mark.parametrize("world_size", WORLDS)
+def test_nothing_gathers_weights_inside_what_is_compiled(first_runs, world_size):
+    """Catches hooks of ZeRO 3 that break the graph of a layer's parts, or have them compiled again at other steps: one
+    graph before attention, one after it."""
+    found = first_runs[world_size][COMPILED]
+    assert (found["graphs"], found["breaks"]) == (2, 0)
 
 
 def test_the_engines_are_the_ones_meant(first_runs):

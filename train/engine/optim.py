@@ -134,8 +134,10 @@ def build_engine(model: Decoder, config: RunConfig, world: World) -> DeepSpeedEn
                 eps=optim.eps,
                 fused=world.device.type == "cuda",
             )
-            if config.deepspeed.zero_stage == 3 and config.model.activation_checkpointing in OFFLOADED:
-                # Parts of weights are used outside the modules that own them: a layer is gathered whole.
+            offloads = config.model.activation_checkpointing in OFFLOADED
+            if config.deepspeed.zero_stage == 3 and (offloads or config.model.compile is True):
+                # A layer is gathered whole. Offloaded ones use parts of weights outside the modules that own them, and
+                # hooks that gather within what is compiled would break its graph, and compile it again and again.
                 deepspeed.utils.set_z3_leaf_modules(model, [DecoderLayer])
             engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
             if config.run.on_spike != "off" and hasattr(engine.optimizer, "backup_optimizer"):

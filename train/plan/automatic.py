@@ -143,7 +143,7 @@ def _compile(config: RunConfig, hardware: Hardware) -> tuple[bool, str]:
     if hardware.device(config.run.device) == "cpu":
         return False, "off on a CPU, where it needs a C++ compiler; set it to true if there is one"
     if config.deepspeed.zero_stage == 3:
-        return False, "ZeRO 3 gathers weights inside the code that would be compiled"
+        return False, "its speed with ZeRO 3 was not measured on GPUs; set it to true to try"
     if config.run.deterministic:
         return False, "compiled kernels may not be bitwise reproducible, which run.deterministic=true asks for"
     if not hardware.has_triton:

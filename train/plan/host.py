@@ -2,7 +2,7 @@
 says what is offloaded. No torch.
 
 The constants are fitted to runs of benchmarks/longest_context.py on hosts of 16 and 32 cores, which they are within
-10 % of. What they are of is inferred from where the figures differ: ZeRO 3, which is not compiled, used 3 GiB a
+10 % of. What they are of is inferred from where the figures differ: ZeRO 3, which was not compiled, used 3 GiB a
 process, all else 9 GiB on 16 cores and 15 on 32, whatever the model. Resident memory counts shared pages in every
 process, so a host gets by with somewhat less.
 """
@@ -47,7 +47,7 @@ def host_memory(config: RunConfig, memory: Memory, parameters: int, tokens: int,
     """The main memory of a run on GPUs: a settled configuration, of `parameters` in all, with the `memory` of one
     process, which computes `tokens` tokens at a time."""
     model, zero3 = config.model, config.deepspeed.zero_stage == 3
-    compiled = model.compile is not False and not zero3
+    compiled = model.compile is True or (model.compile is not False and not zero3)
     workers = min(hardware.cores or MOST_WORKERS, MOST_WORKERS) if compiled else 0
     own = PROCESS + workers * COMPILER_WORKER
     if model.activation_checkpointing is True:

@@ -59,7 +59,7 @@ def estimate_memory(
     moved = optimizer * OFFLOADED_OPTIMIZER // MASTER_AND_MOMENTS if engine.offload_optimizer else 0
     host = moved + (weights if engine.offload_params else 0)
     host += offloaded_bytes(model, own_tokens, bf16=bf16)
-    compiled = bf16 and model.compile is not False and engine.zero_stage != 3
+    compiled = bf16 and (model.compile is True or (model.compile is not False and engine.zero_stage != 3))
     kept, working = activation_bytes(
         model, attention, own_tokens, bf16=bf16, compiled=compiled, exchanged=sequence_size > 1
     )
