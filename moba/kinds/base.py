@@ -38,8 +38,6 @@ class QueryShape(NamedTuple):
     """Tokens of the longest document of packs that are planned; None: as many as the pack."""
     deterministic: bool = False
     """Gradients have to repeat bit for bit."""
-    differentiable: bool = True
-    """Gradients are asked for."""
     has_cudnn: bool = True
     """On CUDA: torch comes with cuDNN, and the GPU's compute capability is 8.0 or newer."""
 
