@@ -93,6 +93,8 @@ def cudnn(kind: AttentionSpec, q: QueryShape, documents: Documents | None) -> st
         problem = "cuDNN's attention needs a torch with cuDNN and a GPU of compute capability 8.0 or newer"
     elif documents is not None and documents.cu_seqlens_k is not None:
         problem = "cu_seqlens_k is given, but cuDNN attends from all tokens of a document here"
+    elif documents is None and q.has_slices:
+        problem = "processes have slices of documents, but cuDNN attends from all tokens of a document here"
     elif documents is not None and documents.lengths is None:
         problem = "cuDNN takes lengths from the host, and cu_seqlens lies on the GPU: hand it in on the CPU"
     else:

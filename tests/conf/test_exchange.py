@@ -6,8 +6,9 @@ from test_validate import STAGES, changed, problems_of
 from conf.exchange import BLOCKS, HEADS, exchange
 from conf.hardware import Hardware
 from conf.validate import freeze
-from train.plan.describe import describe_engine
+from train.plan.describe import describe_engine, describe_kernels
 from train.plan.memory import gathered_bytes
+from train.schedule import build_schedule
 
 
 def shared(size: int, *more: tuple[str, object], heads: tuple[int, int] = (4, 2)) -> dict:
@@ -70,6 +71,16 @@ def test_a_slice_holds_what_a_key_convolution_reads():
     assert any("each process needs at least 8 tokens" in line for line in problems_of(
         shared(2, *short, ("parallel.sequence_by", "blocks"))
     ))  # fmt: skip
+
+
+def test_the_plan_names_the_kernels_of_slices():
+    """Catches a plan that promises cuDNN, which attends from whole documents only."""
+    gpu = Hardware(num_gpus=2, world_size=2, local_world_size=2)
+    for by, kernels in ((HEADS, "full on cudnn"), (BLOCKS, "full on flash (not 'cudnn' (processes have slices")):
+        lengths = ("schedule.seq_len", "16K"), ("schedule.batch_tokens", "32K")
+        config = freeze(shared(2, ("parallel.sequence_by", by), *lengths, (f"{STAGES}.full.attention.kind", "full")))
+        found = describe_kernels(config, build_schedule(config).stages, gpu, bf16=True)
+        assert any(text.startswith(kernels) for text in found), found
 
 
 def test_gathered_keys_and_values_are_counted():
