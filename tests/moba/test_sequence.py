@@ -118,6 +118,17 @@ def test_slices_attend_as_one_sequence(lengths, size, kind, heads, key_conv, nor
         size = min(size, heads[0])
     elif kind.routing is not None and kind.routing.gate == "random":
         kind = Moba(3, 2, gate="local")
+    check_slices(lengths, size, kind, heads, key_conv, norm, axis)
+
+
+@pytest.mark.parametrize("axis", AXES)
+def test_packs_may_have_fewer_tokens_than_slices(axis):
+    """Catches a process without tokens that fails, or leaves the others waiting for it in the backward pass."""
+    check_slices([1, 2], 4, Moba(4, 2), (4, 2), 0, False, axis)
+
+
+def check_slices(lengths, size, kind, heads, key_conv, norm, axis):
+    """Asserts that `size` processes compute what one does."""
     total = sum(lengths)
     layer = make_layer(kind, heads, key_conv, norm, rope=not norm)
     documents = Documents.from_lengths(lengths)
