@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from conf.build import Problems
+from conf.exchange import BLOCKS, HEADS, SEQUENCE_BY, exchange, refusal
 from conf.formats import FORMATS, all_format_options, formats_with
 from conf.hardware import Hardware, check_device, check_world, divisors, refuse_bf16_at_stage_0
 from conf.numbers import format_length, format_tokens
@@ -482,13 +483,21 @@ def _check_engine(config: RunConfig, problems: Problems) -> None:
 
 def _check_parallel(config: RunConfig, problems: Problems) -> None:
     key, shared, model = "parallel.sequence", config.parallel.sequence, config.model
-    if not _at_least(key, shared, 1, problems) or shared == 1:
+    is_known = _one_of("parallel.sequence_by", config.parallel.sequence_by, SEQUENCE_BY, problems)
+    if not _at_least(key, shared, 1, problems) or shared == 1 or not is_known:
         return
-    if model.num_heads is not None and shared > model.num_heads >= 1:
-        problems.add(
-            key, shared, f"at most model.num_heads={model.num_heads}: each process computes whole attention heads"
+    if model.num_heads is None or model.num_heads < 1 or model.num_kv_heads is None or model.num_kv_heads < 1:
+        return  # said elsewhere
+    by = exchange(config).by
+    if by == HEADS and shared > model.num_heads:
+        hint = (
+            f"at most model.num_heads={model.num_heads}: each process computes whole attention heads; or "
+            "parallel.sequence_by=blocks"
         )
-    needed = max(1, model.key_conv - 1)
+        problems.add(key, shared, hint)
+    if by == BLOCKS and (refused := refusal(config)) is not None:
+        problems.add(*refused)
+    needed = max(1, model.key_conv - 1) * (2 if by == BLOCKS else 1)
     for name, stage in config.schedule.stages.items():
         if stage.seq_len is not None and stage.seq_len < shared * needed:
             problems.add(

@@ -383,8 +383,13 @@ class ParallelConfig:
     sequences."""
 
     sequence: int = 1
-    """Processes that share each sequence, by attention heads (at most model.num_heads): activations of a sequence are
-    split among them. Must divide the number of processes; may change when a run is continued."""
+    """Processes that share each sequence: its activations are split among them. Must divide the number of processes;
+    may change when a run is continued."""
+    sequence_by: str = "auto"
+    """What they exchange for attention. `heads`: each attends with its share of the heads to all tokens (at most
+    model.num_heads processes). `blocks`: each attends from its own tokens, with all heads, to the keys and values of
+    all, which it holds for the time of a layer. `auto`: heads, but blocks beyond the number of heads, or where
+    key/value heads would be repeated and blocks send less. May change when a run is continued."""
 
 
 @dataclass(frozen=True)

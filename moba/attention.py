@@ -55,8 +55,7 @@ def attend(
         check_selection(selection, q, kind, documents)
         options["selection"] = selection
     shape = shape_of(q, k, softmax_scale, deterministic)
-    differentiable = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    choice = choose(kind, shape._replace(differentiable=differentiable), documents)
+    choice = choose(kind, shape, documents)
     log_choice(kind.name, choice)
     options |= {"softmax_scale": softmax_scale, "deterministic": deterministic, "return_lse": return_lse}
     out, lse = kind.run(choice.backend, q, k, v, documents, **options)

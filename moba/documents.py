@@ -190,6 +190,24 @@ class Documents:
 
         return self._once("kernel", block_size, lambda: build_layout(self, block_size))
 
+    def stretch(self, start: int, stop: int) -> tuple[slice, Documents]:
+        """(which keys of the pack, the documents of the queries [start, stop), each with its keys up to the last of
+        these), of a pack whose queries are all its keys: so queries are the last of their document's keys again."""
+        assert self.cu_seqlens_k is None and self.starts is None, self
+
+        def make() -> tuple[slice, Documents]:
+            lengths, lengths_k, first_key = [], [], stop
+            ends = accumulate(self.host_lengths()[0])
+            for length, end in zip(self.host_lengths()[0], ends):
+                begin, last = end - length, min(end, stop)
+                if max(begin, start) < last:
+                    first_key = min(first_key, begin)
+                    lengths.append(last - max(begin, start))
+                    lengths_k.append(last - begin)
+            return slice(first_key, stop), Documents.from_lengths(lengths, lengths_k, device=self.device)
+
+        return self._once(f"stretch from {start}", stop, make)
+
     def offsets(self) -> Tensor:
         """int64 [T], on the device: tokens of the own document before each token, of those the pack holds."""
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from moba.attention import attend, shape_of
 from moba.backends.choice import choose
+from moba.backends.refusals import decodes
 from moba.documents import Documents, last_tokens, one_document
 from moba.key_conv import KeyConvolution
 from moba.kinds import AttentionSpec, Full, Moba
@@ -222,8 +223,8 @@ class KVCache:
 def decode_triton(q: Tensor, sequences: Sequence[SequenceCache], documents: Documents, kind: Moba) -> Tensor | None:
     """`decode_moba` by the Triton kernels, sequence by sequence without copying keys; None where they cannot run or
     another backend was requested."""
-    shape = shape_of(q, sequences[0].k)._replace(differentiable=False)
-    if not q.is_cuda or choose(kind, shape, documents).backend != "triton":
+    shape = shape_of(q, sequences[0].k)
+    if not q.is_cuda or not decodes(documents) or choose(kind, shape, documents).backend != "triton":
         return None
     from moba.backends.triton_decode import moba_decode
 

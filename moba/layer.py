@@ -9,6 +9,7 @@ Shapes: T tokens of a pack, C hidden size, H query heads, G key/value heads, D h
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -177,8 +178,9 @@ class MoBAAttention(nn.Module):
             if cache is not None and documents is not None:
                 k_TC = cache.convolve(self.k_conv, k_TC, documents)
             elif self.axis is not None and documents is not None:
-                joined_TC = self.axis.halo(k_TC, self.k_conv.reach, documents.num_keys)
-                k_TC = self.k_conv(joined_TC, offset_T, key_rows)[len(joined_TC) - len(k_TC) :]
+                reach, total = self.k_conv.reach, documents.num_keys
+                joined_TC = self.k_conv(self.axis.halo(k_TC, reach, total), offset_T, key_rows)
+                k_TC = self.axis.without_halo(joined_TC, reach, total)
             else:
                 k_TC = self.k_conv(k_TC, offset_T, key_rows)
         q_THD = _rows_of(self.q_proj, x_TC, query_rows).unflatten(-1, (-1, self.head_dim))
@@ -195,7 +197,7 @@ class MoBAAttention(nn.Module):
         query heads of each."""
         num_kv = self.k_proj.out_features // self.head_dim
         queries_each = self.q_proj.out_features // self.k_proj.out_features
-        least = 1 if self.axis is None else -(-self.axis.size // queries_each)
+        least = 1 if self.axis is None else -(-self.axis.least_heads // queries_each)
         number = max(1, min(number, num_kv // least))
         return [slice(num_kv * i // number, num_kv * (i + 1) // number) for i in range(number)]
 
@@ -214,14 +216,17 @@ class MoBAAttention(nn.Module):
         """[T, H, D]: attention as `spec` says; what depends on the documents, the spec or the cache happens here."""
         if cache is not None:
             return cache.attend(q_THD, k_TGD, v_TGD, self.spec, documents)
-        num_heads = q_THD.shape[1]
-        if self.axis is not None:
-            q_THD, k_TGD, v_TGD = self.axis.to_heads(q_THD, k_TGD, v_TGD, documents.num_queries)
-        if self.observer is not None:
-            self.observer(self, q_THD, k_TGD, v_TGD, documents)
         deterministic = torch.are_deterministic_algorithms_enabled()
-        out_THD = attend(q_THD, k_TGD, v_TGD, self.spec, documents, deterministic=deterministic)[0]
-        return out_THD if self.axis is None else self.axis.to_tokens(out_THD, num_heads)
+
+        def attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
+            return attend(q, k, v, self.spec, documents, deterministic=deterministic)[0]
+
+        observer = None if self.observer is None else functools.partial(self.observer, self)
+        if self.axis is not None:
+            return self.axis.attend(q_THD, k_TGD, v_TGD, documents, attention, observer)
+        if observer is not None:
+            observer(q_THD, k_TGD, v_TGD, documents)
+        return attention(q_THD, k_TGD, v_TGD, documents)
 
 
 def _rows_of(linear: nn.Linear, x_TC: Tensor, rows: slice) -> Tensor:

@@ -135,8 +135,6 @@ def route(
     check_tensors(q, k)
     documents = Documents.from_bounds(cu_seqlens, cu_seqlens_k, q.shape[0], k.shape[0], q.device)
     if backend == "triton":
-        if documents.cu_seqlens_k is not None:
-            raise ValueError("backend='triton' routes from all tokens of a document: leave cu_seqlens_k out")
         from moba.backends.triton_attention import route_triton
 
         return route_triton(q, k, documents, block_size, top_k, first_blocks)

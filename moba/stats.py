@@ -210,8 +210,9 @@ def record_routing(model: nn.Module) -> Iterator[list[dict[str, Tensor]]]:
 def _over_processes(stats: dict[str, Tensor], layer: MoBAAttention, num_heads: int) -> dict[str, Tensor]:
     """The means over all heads of what each process measured of its own `num_heads`."""
     assert layer.axis is not None
-    share = num_heads * layer.head_dim / layer.q_proj.out_features
-    return dict(zip(stats, layer.axis.sum(torch.stack([*stats.values()]) * share)))
+    values = torch.stack([*stats.values()])
+    *sums, heads = layer.axis.sum(torch.cat([values, torch.ones_like(values[:1])]) * num_heads)
+    return {name: total / heads for name, total in zip(stats, sums)}
 
 
 def mean_stats(recorded: list[dict[str, Tensor]]) -> dict[str, float]:

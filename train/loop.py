@@ -22,6 +22,7 @@ from typing import Any, Protocol
 
 import torch
 
+from conf.exchange import exchange
 from conf.files import user_path
 from conf.schema import RunConfig
 from data.loader import Loader
@@ -107,7 +108,7 @@ class Trainer:
         first = schedule.stages[0]
         model.set_attention(first.attention)
         model.set_rope(first.rope)
-        model.set_sequence_axis(world.sequence_axis)
+        model.set_sequence_axis(world.sequence_axis(exchange(config).by))
         self.engine: Engine = build_engine(model, config, world)
         self.model = self.engine.model
         self.loader = Loader(

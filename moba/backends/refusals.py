@@ -93,6 +93,8 @@ def cudnn(kind: AttentionSpec, q: QueryShape, documents: Documents | None) -> st
         problem = "cuDNN's attention needs a torch with cuDNN and a GPU of compute capability 8.0 or newer"
     elif documents is not None and documents.cu_seqlens_k is not None:
         problem = "cu_seqlens_k is given, but cuDNN attends from all tokens of a document here"
+    elif documents is None and q.has_slices:
+        problem = "processes have slices of documents, but cuDNN attends from all tokens of a document here"
     elif documents is not None and documents.lengths is None:
         problem = "cuDNN takes lengths from the host, and cu_seqlens lies on the GPU: hand it in on the CPU"
     else:
@@ -131,12 +133,7 @@ def triton(kind: AttentionSpec, q: QueryShape, documents: Documents | None) -> s
     group = q.num_heads // q.num_kv_heads
     if routing.gate != "mean":
         return "backend='triton' knows MoBA's own gate alone: use 'torch' or 'flash' for another"
-    if documents is not None and documents.cu_seqlens_k is not None and (q.differentiable or not decodes(documents)):
-        problem = (
-            "cu_seqlens_k is given, but the triton backend attends from all tokens of a document, or without gradient "
-            "from the last of each"
-        )
-    elif q.dtype not in dtypes:
+    if q.dtype not in dtypes:
         names = " and ".join(f"torch.{name}" for name in dtypes)
         problem = f"dtype torch.{q.dtype}: the triton backend takes {names}"
     elif q.device != "cuda" and not interpreted:
@@ -151,7 +148,7 @@ def triton(kind: AttentionSpec, q: QueryShape, documents: Documents | None) -> s
         picks = f"{q.num_tokens} tokens x {group} heads of a group x top_k={routing.top_k}"
         problem = f"{picks}: the triton backend counts fewer than 2**31"
     else:
-        return None
+        return past_only(kind, q, documents)
     return f"{problem}; backend='torch' can do this"
 
 

@@ -51,7 +51,7 @@ def moba_triton(
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
     with device_of(q):
         layout = documents.kernel_layout(block_size)
-    tensors = (layout.start_M, layout.length_M, layout.first_block_T, layout.own_block_T)
+    tensors = (layout.start_M, layout.length_M, layout.skipped_M, layout.first_block_T, layout.own_block_T)
     selection_THK = None if selection is None else _moved(selection, layout.first_block_T[:, None]).transpose(0, 1)
     return triton_forward(q, k, v, *tensors, block_size, top_k, scale, first_blocks, selection_THK)[:2]
 
@@ -83,6 +83,7 @@ def triton_forward(
     v: Tensor,
     start_M: Tensor,
     length_M: Tensor,
+    skipped_M: Tensor,
     first_block_T: Tensor,
     own_block_T: Tensor,
     block_size: int,
@@ -95,7 +96,7 @@ def triton_forward(
     the tensors of a `Layout`. `selection_THK`: int32 blocks counted through the pack, None: route."""
     if q.shape[0] == 0:
         return _empty_outputs(q, k, start_M, top_k)
-    layout = Layout(start_M.shape[0], start_M, length_M, first_block_T, own_block_T)
+    layout = Layout(start_M.shape[0], start_M, length_M, skipped_M, first_block_T, own_block_T)
     out, lse, lists = routed_forward(q, k, v, layout, block_size, top_k, softmax_scale, first_blocks, selection_THK)
     return out, lse, lists.rows, lists.slots, lists.list_start
 
@@ -124,8 +125,8 @@ def routed_forward(
 
 @triton_forward.register_fake
 def _(
-    q, k, v, start_M, length_M, first_block_T, own_block_T, block_size, top_k, softmax_scale, first_blocks=0,
-    selection_THK=None,
+    q, k, v, start_M, length_M, skipped_M, first_block_T, own_block_T, block_size, top_k, softmax_scale,
+    first_blocks=0, selection_THK=None,
 ):  # fmt: skip
     return _empty_outputs(q, k, start_M, top_k)
 
@@ -157,6 +158,7 @@ def triton_backward(
     list_start: Tensor,
     start_M: Tensor,
     length_M: Tensor,
+    skipped_M: Tensor,
     block_size: int,
     softmax_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -164,20 +166,22 @@ def triton_backward(
     q, k, v, d_out = q.contiguous(), k.contiguous(), v.contiguous(), d_out.contiguous()
     d_lse = None if d_lse is None else d_lse.contiguous()
     if q.shape[0] == 0:
-        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        return torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
     with device_of(q):
-        lists = Lists(rows.shape[1], start_M.shape[0], rows, slots, list_start, start_M, length_M)
+        lists = Lists(rows.shape[1], start_M.shape[0], rows, slots, list_start, start_M, length_M, skipped_M)
         return attention_backward(d_out, d_lse, q, k, v, out, lse, lists, block_size, softmax_scale, WORKSPACE_BYTES)
 
 
 @triton_backward.register_fake
-def _(d_out, d_lse, q, k, v, out, lse, rows, slots, list_start, start_M, length_M, block_size, softmax_scale):
+def _(
+    d_out, d_lse, q, k, v, out, lse, rows, slots, list_start, start_M, length_M, skipped_M, block_size, softmax_scale
+):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _save(ctx, inputs, output) -> None:
-    q, k, v, start_M, length_M, _, _, ctx.block_size, _, ctx.softmax_scale, *_ = inputs
-    ctx.save_for_backward(q, k, v, *output, start_M, length_M)
+    q, k, v, start_M, length_M, skipped_M, _, _, ctx.block_size, _, ctx.softmax_scale, *_ = inputs
+    ctx.save_for_backward(q, k, v, *output, start_M, length_M, skipped_M)
     ctx.set_materialize_grads(False)
 
 
@@ -185,7 +189,7 @@ def _gradients(ctx, d_out, d_lse, *_):
     q, k, v, out, lse, *lists = ctx.saved_tensors
     d_out = torch.zeros_like(out) if d_out is None else d_out
     d_q, d_k, d_v = triton_backward(d_out, d_lse, q, k, v, out, lse, *lists, ctx.block_size, ctx.softmax_scale)
-    return d_q, d_k, d_v, *[None] * 9
+    return d_q, d_k, d_v, *[None] * 10
 
 
 triton_forward.register_autograd(_gradients, setup_context=_save)

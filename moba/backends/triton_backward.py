@@ -42,7 +42,7 @@ def attention_backward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor,
     lists: Lists, block_size: int, softmax_scale: float, workspace_bytes: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """dQ [T, H, D], dK and dV [T, H_kv, D] in the inputs' dtype. `lse` is [H, T], natural log; d_lse its gradient or
+    """dQ [T, H, D], dK and dV [S, H_kv, D] in the inputs' dtype. `lse` is [H, T], natural log; d_lse its gradient or
     None."""
     num_tokens, num_heads, head_dim = q.shape
     shape = {"NUM_HEADS": num_heads, "NUM_KV_HEADS": k.shape[1], "HEAD_DIM": head_dim, "BLOCK_D": padded(head_dim)}
@@ -53,7 +53,9 @@ def attention_backward(
         NUM_HEADS=num_heads, HEAD_DIM=head_dim, BLOCK_D=padded(head_dim), HAS_D_LSE=d_lse is not None,
         ROWS=prepare_rows,
     )  # fmt: skip
-    gradients = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    # A block that holds no query may be in nobody's list, and no kernel then writes its gradients.
+    of_keys = torch.empty_like if len(k) == len(q) else torch.zeros_like
+    gradients = torch.empty_like(q), of_keys(k), of_keys(v)
     run = _backward_short if is_short(block_size, head_dim, q.dtype) else _backward_long
     inputs = (q, k, v, d_out, row_stats.view(torch.int64))
     run(inputs, gradients, lists, block_size, softmax_scale, workspace_bytes, shape)
@@ -78,9 +80,9 @@ def _backward_short(inputs, gradients, lists, block_size, softmax_scale, workspa
         _fill_slot_stats(slot_stats, inputs[4], lists, first, count)
         backward_short_kernel[(items.max_items, count)](
             *inputs[:4], slot_stats, lists.rows, lists.list_start, items.item_start, items.split_start,
-            items.item_block, lists.start_M, lists.length_M, partial, gradients[1], gradients[2], splits,
-            first, lists.num_blocks, items.max_items, items.item_rows, items.max_splits, lists.region, block_size,
-            softmax_scale, softmax_scale * LOG2_E, **shape,
+            items.item_block, lists.start_M, lists.length_M, lists.skipped_M, partial, gradients[1], gradients[2],
+            splits, first, lists.num_blocks, items.max_items, items.item_rows, items.max_splits, lists.region,
+            block_size, softmax_scale, softmax_scale * LOG2_E, **shape,
             ROWS=tile.rows, KEYS=tile.keys, EXACT=block_size == tile.keys,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
@@ -106,9 +108,9 @@ def _backward_long(inputs, gradients, lists, block_size, softmax_scale, workspac
         _fill_slot_stats(slot_stats, inputs[4], lists, first, count)
         backward_kv_kernel[(items.max_items * key_tiles, count)](
             *inputs[:4], slot_stats, lists.rows, lists.list_start, items.item_start, items.split_start,
-            items.item_block, lists.start_M, lists.length_M, gradients[1], gradients[2], splits,
-            first, lists.num_blocks, items.max_items, items.item_rows, items.max_splits, lists.region, block_size,
-            key_tiles,
+            items.item_block, lists.start_M, lists.length_M, lists.skipped_M, gradients[1], gradients[2],
+            splits, first, lists.num_blocks, items.max_items, items.item_rows, items.max_splits, lists.region,
+            block_size, key_tiles,
             softmax_scale, softmax_scale * LOG2_E, **shape,
             ROWS=tile.rows, KEYS=tile.keys, EXACT=block_size % tile.keys == 0,
             num_warps=tile.warps, num_stages=tile.stages,
@@ -124,8 +126,8 @@ def _backward_long(inputs, gradients, lists, block_size, softmax_scale, workspac
         count = min(heads_at_once, num_kv_heads - first)
         backward_q_kernel[(items.max_items, count)](
             *inputs, lists.rows, lists.list_start, items.item_start, items.item_block,
-            lists.start_M, lists.length_M, partial, first, lists.num_blocks, items.max_items, items.item_rows,
-            lists.region,
+            lists.start_M, lists.length_M, lists.skipped_M, partial, first, lists.num_blocks, items.max_items,
+            items.item_rows, lists.region,
             softmax_scale * LOG2_E, **shape, ROWS=tile.rows, KEYS=tile.keys,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
@@ -233,7 +235,7 @@ def unpack_stats(stats):
 )
 def backward_short_kernel(
     q, k, v, d_out, slot_stats, rows, list_start, item_start, split_start, item_block,
-    block_start, block_length, partial, d_k, d_v, splits,
+    block_start, block_length, block_skipped, partial, d_k, d_v, splits,
     first_kv_head, num_blocks, max_items, item_rows, max_splits, region, block_size, scale, scale_log2,
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, EXACT: tl.constexpr,
@@ -242,8 +244,9 @@ def backward_short_kernel(
     slots."""
     kv_head = first_kv_head + tl.program_id(1)
     block, list_begin, begin, end = load_item(
-        tl.program_id(0), kv_head, item_start, item_block, list_start, num_blocks, max_items, item_rows
-    )
+        tl.program_id(0), kv_head, item_start, item_block, list_start, block_skipped, num_blocks, max_items, item_rows,
+        NUM_HEADS // NUM_KV_HEADS,
+    )  # fmt: skip
     if begin < end:
         start, length = tl.load(block_start + block), tl.load(block_length + block)
         key = tl.arange(0, KEYS)
@@ -345,7 +348,7 @@ def _store_kv(
 )
 def backward_kv_kernel(
     q, k, v, d_out, slot_stats, rows, list_start, item_start, split_start, item_block,
-    block_start, block_length, d_k, d_v, splits,
+    block_start, block_length, block_skipped, d_k, d_v, splits,
     first_kv_head, num_blocks, max_items, item_rows, max_splits, region, block_size, key_tiles, scale, scale_log2,
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, EXACT: tl.constexpr,
@@ -356,8 +359,9 @@ def backward_kv_kernel(
     first_key = tl.program_id(0) % key_tiles * KEYS
     kv_head = first_kv_head + tl.program_id(1)
     block, list_begin, begin, end = load_item(
-        item, kv_head, item_start, item_block, list_start, num_blocks, max_items, item_rows
-    )
+        item, kv_head, item_start, item_block, list_start, block_skipped, num_blocks, max_items, item_rows,
+        NUM_HEADS // NUM_KV_HEADS,
+    )  # fmt: skip
     start, length = tl.load(block_start + block), tl.load(block_length + block)
     if (begin < end) & (first_key < length):
         GROUP: tl.constexpr = NUM_HEADS // NUM_KV_HEADS
@@ -420,7 +424,7 @@ def reduce_kv_kernel(
 
 @triton.jit(do_not_specialize=["first_kv_head", "num_blocks", "max_items", "item_rows", "region"])
 def backward_q_kernel(
-    q, k, v, d_out, row_stats, rows, list_start, item_start, item_block, block_start, block_length,
+    q, k, v, d_out, row_stats, rows, list_start, item_start, item_block, block_start, block_length, block_skipped,
     partial, first_kv_head, num_blocks, max_items, item_rows, region, scale_log2,
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr,
@@ -428,8 +432,9 @@ def backward_q_kernel(
     """One program: the partial dQ of ROWS rows of one list, from all keys of its (long) block."""
     kv_head = first_kv_head + tl.program_id(1)
     block, list_begin, begin, end = load_item(
-        tl.program_id(0), kv_head, item_start, item_block, list_start, num_blocks, max_items, item_rows
-    )
+        tl.program_id(0), kv_head, item_start, item_block, list_start, block_skipped, num_blocks, max_items, item_rows,
+        NUM_HEADS // NUM_KV_HEADS,
+    )  # fmt: skip
     if begin < end:
         start, length = tl.load(block_start + block), tl.load(block_length + block)
         stride = NUM_KV_HEADS * HEAD_DIM

@@ -61,7 +61,8 @@ def attention_forward(
         count = min(heads_at_once, num_kv_heads - first)
         kernel[(items.max_items, count)](
             q, k, v, lists.rows, lists.list_start, items.item_start, items.item_block, lists.start_M, lists.length_M,
-            partial, partial_lse, first, lists.num_blocks, items.max_items, items.item_rows, lists.region,
+            lists.skipped_M, partial, partial_lse, first, lists.num_blocks, items.max_items, items.item_rows,
+            lists.region,
             softmax_scale * LOG2_E,
             **constants, ROWS=tile.rows, KEYS=tile.keys, EXACT=block_size % tile.keys == 0,
             num_warps=tile.warps, num_stages=tile.stages,
@@ -85,7 +86,7 @@ def kv_heads_at_once(num_kv_heads: int, bytes_per_head: int, workspace_bytes: in
 
 @triton.jit(do_not_specialize=["first_kv_head", "num_blocks", "max_items", "item_rows", "region"])
 def forward_short_kernel(
-    q, k, v, rows, list_start, item_start, item_block, block_start, block_length,
+    q, k, v, rows, list_start, item_start, item_block, block_start, block_length, block_skipped,
     partial, partial_lse, first_kv_head, num_blocks, max_items, item_rows, region, scale_log2,
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, EXACT: tl.constexpr,
@@ -93,8 +94,9 @@ def forward_short_kernel(
     """One program: one work item, that is up to item_rows rows against one block whose keys fit in one tile."""
     kv_head = first_kv_head + tl.program_id(1)
     block, list_begin, begin, end = load_item(
-        tl.program_id(0), kv_head, item_start, item_block, list_start, num_blocks, max_items, item_rows
-    )
+        tl.program_id(0), kv_head, item_start, item_block, list_start, block_skipped, num_blocks, max_items, item_rows,
+        NUM_HEADS // NUM_KV_HEADS,
+    )  # fmt: skip
     if begin < end:
         start, length = tl.load(block_start + block), tl.load(block_length + block)
         key = tl.arange(0, KEYS)
@@ -152,7 +154,7 @@ def _forward_short_tile(
 
 @triton.jit(do_not_specialize=["first_kv_head", "num_blocks", "max_items", "item_rows", "region"])
 def forward_long_kernel(
-    q, k, v, rows, list_start, item_start, item_block, block_start, block_length,
+    q, k, v, rows, list_start, item_start, item_block, block_start, block_length, block_skipped,
     partial, partial_lse, first_kv_head, num_blocks, max_items, item_rows, region, scale_log2,
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, EXACT: tl.constexpr,
@@ -160,8 +162,9 @@ def forward_long_kernel(
     """One program: ROWS rows of one list against all keys of its block, KEYS at a time."""
     kv_head = first_kv_head + tl.program_id(1)
     block, list_begin, begin, end = load_item(
-        tl.program_id(0), kv_head, item_start, item_block, list_start, num_blocks, max_items, item_rows
-    )
+        tl.program_id(0), kv_head, item_start, item_block, list_start, block_skipped, num_blocks, max_items, item_rows,
+        NUM_HEADS // NUM_KV_HEADS,
+    )  # fmt: skip
     if begin < end:
         start, length = tl.load(block_start + block), tl.load(block_length + block)
         stride = NUM_KV_HEADS * HEAD_DIM

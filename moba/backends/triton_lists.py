@@ -10,7 +10,9 @@ Terms, used in all triton_*.py files:
 - The heads of a group share one key/value head, so they share its lists: a list holds the rows of all G = H / H_kv of
   them. K and V are then read once for the group, and their gradients need no sum over heads afterwards.
 - A list is in order of row. The rows of the block itself (its `length` tokens times G heads) therefore come first, and
-  only they need a causal mask; later rows are *history* picks, which see the whole block.
+  only they need a causal mask; later rows are *history* picks, which see the whole block. Where queries are only the
+  last tokens of their document's keys, the first `skipped` tokens of a block have none: kernels then count the places
+  of a list from where it would begin with them (`list_begin` of `load_item`).
 - A *slot* is a place in the lists of a key/value head: block b owns the slots [list_start[b], list_start[b + 1]).
   Partial results are written to slots, which makes the writes contiguous; `slots` is the inverse map by which a row
   finds its K partial results.
@@ -38,18 +40,20 @@ MAX_COUNTERS = 1 << 21  # counters of one key/value head: blocks times chunks
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the blocks of a pack lie, on the device. Blocks are numbered through the pack; M = T // B + N bounds their
-    number. Documents makes it once per pack and block size."""
+    """Where the blocks of a pack lie, on the device. Blocks are numbered through the pack; M = S // B + N bounds their
+    number, with S keys. Documents makes it once per pack and block size."""
 
     num_blocks: int
     start_M: torch.Tensor
-    """int32 [M]: first token of the block."""
+    """int32 [M]: first key of the block."""
     length_M: torch.Tensor
-    """int32 [M]: tokens of the block, at most B; 0 in unused slots at the end."""
+    """int32 [M]: keys of the block, at most B; 0 in unused slots at the end."""
+    skipped_M: torch.Tensor
+    """int32 [M]: keys of the block before the first that is a query too; its length if none is."""
     first_block_T: torch.Tensor
-    """int32 [T]: first block of the token's document."""
+    """int32 [T]: first block of the query's document."""
     own_block_T: torch.Tensor
-    """int32 [T]: block that holds the token."""
+    """int32 [T]: block that holds the query."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +69,9 @@ class Lists:
     list_start: torch.Tensor
     """int32 [H_kv, M + 1]: first slot of each list."""
     start_M: torch.Tensor
-    """As in Layout: with these two the lists are all that attention needs to know of the pack."""
+    """As in Layout: with these three the lists are all that attention needs to know of the pack."""
     length_M: torch.Tensor
+    skipped_M: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -87,20 +92,21 @@ class Items:
 
 
 def build_layout(documents: Documents, block_size: int) -> Layout:
-    """The block layout of a pack whose queries are all its keys. Two small launches."""
-    bounds_N, device = documents.cu_seqlens, documents.device
+    """The block layout of a pack whose queries are the last of their document's keys. Two small launches."""
+    bounds_N, keys_N, device = documents.cu_seqlens, documents.key_bounds, documents.device
     num_tokens, num_documents = documents.num_queries, documents.number
-    num_blocks = num_tokens // block_size + num_documents
-    first_block_N = torch.empty_like(bounds_N)
-    scan_documents_kernel[(1,)](bounds_N, first_block_N, num_documents, block_size, TILE=1024)
+    num_blocks = documents.num_keys // block_size + num_documents
+    first_block_N = torch.empty_like(keys_N)
+    scan_documents_kernel[(1,)](keys_N, first_block_N, num_documents, block_size, TILE=1024)
 
     def empty(n):
         return torch.empty(n, dtype=torch.int32, device=device)
 
-    layout = Layout(num_blocks, empty(num_blocks), empty(num_blocks), empty(num_tokens), empty(num_tokens))
+    blocks = [empty(num_blocks) for _ in range(3)]
+    layout = Layout(num_blocks, *blocks, empty(num_tokens), empty(num_tokens))
     tile = 256
     layout_kernel[(triton.cdiv(max(num_tokens, num_blocks), tile),)](
-        bounds_N, first_block_N, layout.start_M, layout.length_M, layout.first_block_T, layout.own_block_T,
+        bounds_N, keys_N, first_block_N, *blocks, layout.first_block_T, layout.own_block_T,
         num_documents, num_tokens, num_blocks, block_size, num_documents.bit_length(), TILE=tile,
     )  # fmt: skip
     return layout
@@ -139,7 +145,7 @@ def build_lists(selection: torch.Tensor, layout: Layout, num_kv_heads: int) -> L
     place_kernel[grid](
         selection, counts, rows, slots, region, *shape, **constants, TILE=PLACE_TILE, num_warps=PLACE_WARPS
     )
-    return Lists(region, num_blocks, rows, slots, list_start, layout.start_M, layout.length_M)
+    return Lists(region, num_blocks, rows, slots, list_start, layout.start_M, layout.length_M, layout.skipped_M)
 
 
 def build_items(lists: Lists, item_rows: int) -> Items:
@@ -173,7 +179,7 @@ def scan_documents_kernel(bounds, first_block, num_documents, block_size, TILE: 
 
 @triton.jit(do_not_specialize=["num_documents", "num_tokens", "num_blocks", "block_size", "search_steps"])
 def layout_kernel(
-    bounds, first_block, start, length, first_block_of_token, own_block_of_token,
+    bounds, key_bounds, first_block, start, length, skipped, first_block_of_token, own_block_of_token,
     num_documents, num_tokens, num_blocks, block_size, search_steps, TILE: tl.constexpr,
 ):  # fmt: skip
     """Fills the tensors of a Layout: entry i of the blocks and entry i of the tokens."""
@@ -182,17 +188,26 @@ def layout_kernel(
     is_token = i < num_tokens
     document = _find_document(bounds, i, num_documents, search_steps)
     first = tl.load(first_block + document)
-    position = i - tl.load(bounds + document)
+    position = i - tl.load(bounds + document + 1) + _num_keys(key_bounds, document)
     tl.store(first_block_of_token + i, first, mask=is_token)
     tl.store(own_block_of_token + i, first + position // block_size, mask=is_token)
 
     is_block = i < num_blocks
     used = i < tl.load(first_block + num_documents)
     document = _find_document(first_block, i, num_documents, search_steps)
-    begin = tl.load(bounds + document) + (i - tl.load(first_block + document)) * block_size
-    end = tl.minimum(begin + block_size, tl.load(bounds + document + 1))
+    begin = tl.load(key_bounds + document) + (i - tl.load(first_block + document)) * block_size
+    end = tl.minimum(begin + block_size, tl.load(key_bounds + document + 1))
+    num_queries = tl.load(bounds + document + 1) - tl.load(bounds + document)
+    first_query = tl.load(key_bounds + document + 1) - num_queries
+    first_query = tl.minimum(tl.maximum(first_query, begin), end)
     tl.store(start + i, tl.where(used, begin, 0), mask=is_block)
     tl.store(length + i, tl.where(used, end - begin, 0), mask=is_block)
+    tl.store(skipped + i, tl.where(used, first_query - begin, 0), mask=is_block)
+
+
+@triton.jit
+def _num_keys(key_bounds, document):
+    return tl.load(key_bounds + document + 1) - tl.load(key_bounds + document)
 
 
 @triton.jit
@@ -319,9 +334,12 @@ def items_kernel(list_start, item_start, split_start, item_block, num_blocks, ma
 
 
 @triton.jit
-def load_item(item, kv_head, item_start, item_block, list_start, num_blocks, max_items, item_rows):
-    """(block, first slot of its list, the item's first slot, one past its last); an empty stretch if there is no such
-    item."""
+def load_item(
+    item, kv_head, item_start, item_block, list_start, block_skipped, num_blocks, max_items, item_rows,
+    GROUP: tl.constexpr,
+):  # fmt: skip
+    """(block, where its list would begin with rows of all its tokens, the item's first slot, one past its last); an
+    empty stretch if there is no such item."""
     lists = kv_head * (num_blocks + 1)
     exists = item < tl.load(item_start + lists + num_blocks)
     block = tl.load(item_block + kv_head.to(tl.int64) * max_items + item, mask=exists, other=0)
@@ -329,7 +347,7 @@ def load_item(item, kv_head, item_start, item_block, list_start, num_blocks, max
     list_end = tl.load(list_start + lists + block + 1)
     begin = list_begin + (item - tl.load(item_start + lists + block)) * item_rows
     end = tl.minimum(begin + item_rows, list_end)
-    return block, list_begin, begin, tl.where(exists, end, begin)
+    return block, list_begin - tl.load(block_skipped + block) * GROUP, begin, tl.where(exists, end, begin)
 
 
 @triton.jit

@@ -38,8 +38,8 @@ class QueryShape(NamedTuple):
     """Tokens of the longest document of packs that are planned; None: as many as the pack."""
     deterministic: bool = False
     """Gradients have to repeat bit for bit."""
-    differentiable: bool = True
-    """Gradients are asked for."""
+    has_slices: bool = False
+    """Packs that are planned have slices of documents, whose queries are not all of the keys."""
     has_cudnn: bool = True
     """On CUDA: torch comes with cuDNN, and the GPU's compute capability is 8.0 or newer."""
 

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from moba.backends import refusals
 from moba.kinds.base import AttentionSpec, Backend, BadOption, Option, Routing, at_least_one, causal_pairs, check_counts
 from moba.kinds.full import Full
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from moba.documents import Documents
 
 MEAN = "mean"
 GATES = (MEAN, "local", "random", "oracle")
@@ -111,7 +116,7 @@ class Moba(AttentionSpec):
             options["first_blocks"] = self.first_blocks
             out, lse = reference_attention(q, k, v, **documents.bounds, **options, return_lse=True)
             return out, lse
-        if backend == "triton" and documents.cu_seqlens_k is not None:
+        if backend == "triton" and documents.cu_seqlens_k is not None and _only_decodes(documents, q, k, v):
             from moba.backends.triton_decode import moba_of_last_tokens
 
             return moba_of_last_tokens(q, k, v, documents, **options, first_blocks=self.first_blocks)
@@ -202,6 +207,13 @@ class Moba(AttentionSpec):
         notes = [f"{self.gate} gate"] if self.gate != MEAN else []
         notes += [f"first {self.first_blocks}"] if self.first_blocks else []
         return f"{self.name} {self.block_size}x{self.top_k}" + (f" ({', '.join(notes)})" if notes else "")
+
+
+def _only_decodes(documents: Documents, *tensors: Tensor) -> bool:
+    import torch
+
+    needs_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    return refusals.decodes(documents) and not needs_gradient
 
 
 def first_blocks_problem(first_blocks: Any, top_k: int | None) -> str | None:

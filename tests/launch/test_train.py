@@ -384,16 +384,21 @@ def test_two_ranks_repeat_bit_for_bit(launcher, command, house, whole):
     assert ours == theirs
 
 
-def test_a_sequence_may_be_shared_by_any_number(launcher, command, house, whole):
-    """Catches losses, sums or data positions that depend on how many processes share a sequence: one of four (2 x 2) is
-    killed, two that share a sequence go on and are killed, one alone goes on to the end, evaluations included."""
-    for act, num_ranks, sequence in ((Act(LINE, 9), 4, 2), (Act(LINE, 8), 2, 2), (None, 1, 1)):
-        arguments = command("shared", f"parallel.sequence={sequence}", "checkpoint.asynchronous=false")
+@pytest.mark.parametrize(("sequence", "exchanges"), [(2, ("heads", "blocks")), (4, ("blocks", "heads"))])
+def test_a_sequence_may_be_shared_by_any_number(launcher, command, house, whole, sequence, exchanges):
+    """Catches losses, sums or data positions that depend on how many processes share a sequence, or how: one of four (2
+    x 2, or 4 with one sequence) is killed, two that share a sequence go on with the other exchange and are killed, one
+    alone goes on to the end, evaluations included."""
+    name = f"shared-{sequence}"
+    settings = ((Act(LINE, 9), 4, sequence, exchanges[0]), (Act(LINE, 8), 2, 2, exchanges[1]), (None, 1, 1, "auto"))
+    for act, num_ranks, sequence, by in settings:
+        shared = [f"parallel.sequence={sequence}", f"parallel.sequence_by={by}"]
+        arguments = command(name, *shared, "checkpoint.asynchronous=false")
         ended = launcher.run_ranks(arguments, num_ranks, act=act) if num_ranks > 1 else [launcher.run(arguments)]
         assert ended[0].code == (0 if act is None else -signal.SIGKILL), ended[0]
         if num_ranks < 4:
             assert "continuing from" in ended[0].out, ended[0]
-    assert_close_course(house.runs / "shared", whole)
+    assert_close_course(house.runs / name, whole)
 
 
 def test_workers_end_with_a_torchrun_that_was_killed(command, house):

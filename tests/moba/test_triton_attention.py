@@ -24,6 +24,7 @@ from moba.backends.triton_lists import build_items, build_lists
 from moba.backends.triton_routing import block_means, select_blocks
 from moba.documents import Documents
 from moba.reference import reference_attention, reference_selection
+from moba.routing import route
 
 moba_triton = by_bounds(backend.moba_triton)
 
@@ -100,6 +101,40 @@ def test_matches_reference(case, monkeypatch):
         torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}")
     if "more picks" not in case:
         assert dropped(reference_selection(q, k, **options))
+
+
+@pytest.mark.parametrize(
+    ("lengths", "pasts", "block_size", "top_k", "first_blocks"),
+    [
+        ([23, 1, 20], [40, 30, 0], 8, 3, 0),  # a past that no block ends at, one token alone, no past at all
+        ([16, 9], [48, 63], 16, 3, 1),  # a past of whole blocks; the last block has few queries
+        ([5, 30], [80, 33], 36, 2, 0),  # long blocks; the own block began before the queries
+        ([3], [90], 8, 2, 0),  # hardly any block has queries of its own, and many are nobody's choice
+    ],
+)
+def test_queries_that_are_the_last_of_their_documents_keys(lengths, pasts, block_size, top_k, first_blocks):
+    """As a process has them that holds a slice of a pack, or a prompt that goes on: catches queries that route or see
+    from a wrong place, causal masks of blocks whose first tokens are no queries, and gradients of keys that nobody
+    selected left as they were found in memory. Selections are equal, and blocks are dropped."""
+    heads, head_dim = (4, 2), 16
+    lengths_k = [length + past for length, past in zip(lengths, pasts)]
+    q = tensors(sum(lengths), heads, head_dim)[0]
+    _, k, v = tensors(sum(lengths_k), heads, head_dim, seed=1)
+    cu_seqlens, cu_seqlens_k = (bounds([0, *accumulate(one)]) for one in (lengths, lengths_k))
+    options = {"block_size": block_size, "top_k": top_k, "first_blocks": first_blocks}
+    options |= {"cu_seqlens": cu_seqlens, "cu_seqlens_k": cu_seqlens_k}
+    want_selection = reference_selection(q, k, **options)
+    assert dropped(want_selection)
+    torch.testing.assert_close(route(q, k, **options, backend="triton"), want_selection, rtol=0, atol=0)
+
+    del options["cu_seqlens"], options["cu_seqlens_k"]
+    documents = Documents.from_lengths(lengths, lengths_k)
+    d_out, d_lse = torch.randn_like(q), torch.randn(heads[0], len(q))
+    got = gradients(lambda *x: backend.moba_triton(*x, documents, **options), q, k, v, d_out, d_lse)
+    of_pack = {**options, **documents.bounds, "return_lse": True}
+    want = gradients(lambda *x: reference_attention(*x, **of_pack), q.double(), k.double(), v.double(), d_out, d_lse)
+    for name, a, b in zip(("out", "lse", "dq", "dk", "dv"), got, want):
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}")
 
 
 @settings(max_examples=4, deadline=None)
@@ -260,13 +295,13 @@ def test_operators_have_fake_versions():
 
     q, k, v = tensors(50, (4, 2), 16)
     found = Documents.from_lengths([20, 30]).kernel_layout(16)
-    layout = (found.start_M, found.length_M, found.first_block_T, found.own_block_T)
+    layout = (found.start_M, found.length_M, found.skipped_M, found.first_block_T, found.own_block_T)
     real = backend.triton_forward(q, k, v, *layout, 16, 3, 0.25)
-    grads = backend.triton_backward(torch.ones_like(q), None, q, k, v, *real, *layout[:2], 16, 0.25)
+    grads = backend.triton_backward(torch.ones_like(q), None, q, k, v, *real, *layout[:3], 16, 0.25)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fq, fk, fv, *fakes = (mode.from_tensor(x) for x in (q, k, v, *layout))
         fake = backend.triton_forward(fq, fk, fv, *fakes, 16, 3, 0.25)
-        fake_grads = backend.triton_backward(fq, None, fq, fk, fv, *fake, *fakes[:2], 16, 0.25)
+        fake_grads = backend.triton_backward(fq, None, fq, fk, fv, *fake, *fakes[:3], 16, 0.25)
     for a, b in zip((*real, *grads), (*fake, *fake_grads), strict=True):
         assert a.shape == b.shape and a.dtype == b.dtype
 
@@ -285,7 +320,6 @@ def test_empty_pack():
     [
         ({"top_k": 65}, "top_k=65"),
         ({"softmax_scale": -1.0}, "softmax_scale"),
-        ({"cu_seqlens": bounds([0, 20]), "cu_seqlens_k": bounds([0, 32])}, "cu_seqlens_k"),
         ({"dtype": torch.float64}, "float64"),
         ({"head_dim": 12}, "head size 12"),
     ],
@@ -294,7 +328,6 @@ def test_says_what_it_cannot_do(change, message):
     """Every refusal names the argument and a backend that can."""
     options = {"block_size": 16, "top_k": 2, **change}
     q, k, v = tensors(32, (2, 1), options.pop("head_dim", 16), options.pop("dtype", torch.float32))
-    q = q[: options["cu_seqlens"][-1]] if "cu_seqlens" in options else q
     with pytest.raises(BackendUnavailable, match=message) as error:
         moba_attention(q, k, v, backend="triton", **options)
     assert "torch" in str(error.value)

@@ -17,6 +17,7 @@ pytest.importorskip("triton", reason="the triton backend needs triton")
 
 from moba.backends import triton_attention as backend
 from moba.backends.triton_routing import select_blocks
+from moba.documents import Documents
 from moba.routing import route
 
 moba_triton = by_bounds(backend.moba_triton)
@@ -60,6 +61,28 @@ def dense(q, k, v, d_out, selection, layout):
     scores = scores.masked_fill(~mask, float("-inf"))
     out = torch.einsum("hts,shd->thd", scores.softmax(-1), v.repeat_interleave(group, 1))
     return [out, scores.logsumexp(-1), *torch.autograd.grad(out, (q, k, v), d_out.double())]
+
+
+@pytest.mark.parametrize("block_size", [128, 512])
+def test_slices_of_a_pack_compute_what_the_pack_does(block_size):
+    """As processes that share a sequence by blocks do: catches masks and gradients of blocks whose first tokens are no
+    queries, which the interpreter shows in float32 alone. Selections are equal bit for bit."""
+    lengths, options = [3000, 1, 9000, 4383], {"block_size": block_size, "top_k": 3}
+    documents = Documents.from_lengths(lengths, device="cuda")
+    q, k, v, d_out = tensors(sum(lengths), (8, 2), 128)
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    out, _ = backend.moba_triton(*inputs, documents, **options)
+    expected = [out, *torch.autograd.grad(out, inputs, d_out)]
+    whole = backend.route_triton(q, k, documents, **options)
+    outs, picks = [], []
+    for start, stop in ((0, 2900), (2900, 7001), (7001, 12001), (12001, 16384)):
+        keys, pieces = documents.stretch(start, stop)
+        outs.append(backend.moba_triton(q[start:stop], k[keys], v[keys], pieces, **options)[0])
+        picks.append(backend.route_triton(q[start:stop], k[keys], pieces, **options))
+    assert torch.equal(torch.cat(picks, 1), whole)
+    got = [torch.cat(outs), *torch.autograd.grad(torch.cat(outs), inputs, d_out)]
+    for a, b in zip(got, expected):
+        assert (a - b).float().norm() < 0.01 * b.float().norm()
 
 
 def check(num_tokens, heads, head_dim, block_size, top_k, documents=None, dtype=torch.bfloat16, seed=0, first_blocks=0):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from conf.exchange import BLOCKS, HEADS
 from conf.schema import OFFLOAD, OFFLOAD_HEADS, DeepSpeedConfig, LRConfig, ModelConfig, OptimConfig, RunConfig
 from data.packing import IGNORED, Batch
 from moba.documents import Documents
@@ -22,10 +23,16 @@ from train.record.position_loss import PositionLoss
 from train.step import train_step
 
 VOCAB, LENGTH, STEPS, PACKS = 61, 96, 3, 2
-ARRANGEMENTS = {"1x4": 4, "2x2": 2, "4x1": 1}
-"""Data x sequence -> processes per sequence."""
+ARRANGEMENTS = {
+    "1x4": (4, HEADS),
+    "2x2": (2, HEADS),
+    "4x1": (1, HEADS),
+    "1x4 by blocks": (4, BLOCKS),
+    "2x2 by blocks": (2, BLOCKS),
+}
+"""Data x sequence -> processes per sequence, and what they exchange."""
 PACK_LENGTHS = ([96], [1, 23, 72], [48, 48], [24, 1, 47, 24], [90, 5, 1], [25, 46, 25])
-"""Documents that end at, before and after slices of 24 or 48 tokens, one over all, some of one token."""
+"""Documents that end at, before and after slices of 12, 24 or 48 tokens, one over all, some of one token."""
 
 
 def build_model(mode: bool | str = False) -> Decoder:
@@ -69,10 +76,10 @@ def config_of(zero_stage: int, mode: bool | str) -> RunConfig:
     )
 
 
-def train(zero_stage: int, world: World, mode: bool | str = False) -> dict:
+def train(zero_stage: int, world: World, by: str, mode: bool | str = False) -> dict:
     """Three steps: the mean loss and gradient norm of each, and the curve of them all by position."""
     model = build_model(mode)
-    model.set_sequence_axis(world.sequence_axis)
+    model.set_sequence_axis(world.sequence_axis(by))
     engine = build_engine(model, config_of(zero_stage, mode), world)
     by_position, records = PositionLoss(LENGTH, world.device), []
     # With more processes than packs along the data axis some would have nothing: each step then has its packs twice.
@@ -93,11 +100,11 @@ def train(zero_stage: int, world: World, mode: bool | str = False) -> dict:
 
 def main(report: Path) -> None:
     found = {}
-    for name, sequence_size in ARRANGEMENTS.items():
+    for name, (sequence_size, by) in ARRANGEMENTS.items():
         world = init_world("cpu", sequence_size)
-        found[name] = {f"zero{stage}": train(stage, world) for stage in (0, 1, 2, 3)}
+        found[name] = {f"zero{stage}": train(stage, world, by) for stage in (0, 1, 2, 3)}
         found[name] |= {
-            f"zero{stage} {mode}": train(stage, world, mode) for stage, mode in ((1, OFFLOAD), (3, OFFLOAD_HEADS))
+            f"zero{stage} {mode}": train(stage, world, by, mode) for stage, mode in ((1, OFFLOAD), (3, OFFLOAD_HEADS))
         }
     if world.is_main:
         report.write_text(json.dumps(found))

@@ -25,7 +25,8 @@ import torch
 import torch.distributed as dist
 
 from conf.build import ConfigError
-from moba.sequence import SequenceAxis
+from conf.exchange import BLOCKS
+from moba.sequence import BlockAxis, SequenceAxis
 
 
 @dataclass(frozen=True)
@@ -58,12 +59,13 @@ class World:
         """Which slice of its group's sequences this process has."""
         return self.rank % self.sequence_size
 
-    @property
-    def sequence_axis(self) -> SequenceAxis | None:
-        """The ranks that share a sequence with this one, for the model; None if there is none."""
+    def sequence_axis(self, by: str) -> SequenceAxis | None:
+        """The ranks that share a sequence with this one, by heads or blocks (conf/exchange.py), for the model; None if
+        there is none."""
         if self.sequence_group is None:
             return None
-        return SequenceAxis(self.sequence_group, self.sequence_rank, self.sequence_size)
+        axis = BlockAxis if by == BLOCKS else SequenceAxis
+        return axis(self.sequence_group, self.sequence_rank, self.sequence_size)
 
     def sum_over_data(self, tensor: torch.Tensor) -> torch.Tensor:
         """`tensor`, summed in place over the data axis: of what all ranks of a sequence hold alike."""

@@ -228,7 +228,8 @@ class Decoder(nn.Module):
     def set_sequence_axis(self, axis: SequenceAxis | None) -> None:
         """Shares every pack with the other processes of the axis from now on: each computes its slice of the tokens.
 
-        All of them are given whole packs and return whole results. ValueError if there are more than heads.
+        All of them are given whole packs and return whole results. ValueError if the axis goes by heads and there are
+        fewer than processes.
         """
         if axis is not None:
             axis.heads(*self._heads)

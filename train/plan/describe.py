@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import numpy as np
 
+from conf.exchange import BLOCKS, exchange
 from conf.hardware import Hardware
 from conf.numbers import format_count, format_length, format_memory, format_tokens
 from conf.rates import RATES
@@ -44,6 +45,7 @@ def describe_kernels(config: RunConfig, stages: Sequence[Stage], hardware: Hardw
             head_dim=head_dim(model),
             longest=stage.seq_len,
             deterministic=config.run.deterministic,
+            has_slices=config.parallel.sequence > 1 and exchange(config).by == BLOCKS,
             has_cudnn=hardware.has_bf16,  # from the same compute capability on
         )
         for spec in dict.fromkeys(stage.attention):
@@ -164,8 +166,13 @@ def describe_engine(config: RunConfig, hardware: Hardware) -> str:
         + (f" ({hardware.gpu_name})" if hardware.gpu_name and device == "GPU" else "")
         + f", ZeRO {engine.zero_stage}, {'bf16' if uses_bf16(config, hardware) else 'fp32'}"
         + (f", {' and '.join(offload)} on the host" if offload else "")
-        + (f"; each sequence over {shared} {device}{plural}, by heads" if shared > 1 else "")
+        + (f"; each sequence over {shared} {device}{plural}, {_describe_exchange(config)}" if shared > 1 else "")
     )
+
+
+def _describe_exchange(config: RunConfig) -> str:
+    by, reason = exchange(config)
+    return f"by {by} ({reason})"
 
 
 def describe_data(config: RunConfig, stages: tuple[Stage, ...], sources: Mapping[str, Source]) -> tuple[str, ...]:

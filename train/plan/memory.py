@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from conf.exchange import BLOCKS, exchange
 from conf.schema import AUTO, OFFLOAD_HEADS, OFFLOADED, DeepSpeedConfig, ModelConfig, RunConfig
 from moba.kinds import AttentionSpec
 from train.model.sizes import HEAD_GROUPS, TILE_TOKENS, head_dim, key_conv_widths, num_kv_heads, num_parameters
@@ -50,9 +51,10 @@ def estimate_memory(
     micro_tokens: int,
     attention: tuple[AttentionSpec, ...],
     sequence_size: int = 1,
+    by_blocks: bool = False,
 ) -> Memory:
     """The memory of training `micro_tokens` tokens at a time with this plan of attention, a process of `world_size`, of
-    which `sequence_size` share each sequence."""
+    which `sequence_size` share each sequence, by heads or `by_blocks`."""
     own_tokens = -(-micro_tokens // sequence_size)
     weights, gradients, optimizer = _states(num_parameters(model, vocab_size)["total"], engine, bf16, world_size)
     # With the optimizer on the host go gradients, and buffers on their way there and back.
@@ -60,9 +62,11 @@ def estimate_memory(
     host = moved + (weights if engine.offload_params else 0)
     host += offloaded_bytes(model, own_tokens, bf16=bf16)
     compiled = bf16 and (model.compile is True or (model.compile is not False and engine.zero_stage != 3))
-    kept, working = activation_bytes(
-        model, attention, own_tokens, bf16=bf16, compiled=compiled, exchanged=sequence_size > 1
-    )
+    exchanged = sequence_size > 1 and not by_blocks
+    kept, working = activation_bytes(model, attention, own_tokens, bf16=bf16, compiled=compiled, exchanged=exchanged)
+    if by_blocks and sequence_size > 1:
+        held, gradients_of_keys = gathered_bytes(model, micro_tokens, bf16=bf16)
+        kept, working = kept + held, working + gradients_of_keys
     return Memory(
         weights=0 if engine.offload_params else weights,
         gradients=gradients,
@@ -93,6 +97,7 @@ def most_memory(
             micro_tokens=stage.seq_len if one_sequence else stage.micro_tokens,
             attention=stage.attention,
             sequence_size=config.parallel.sequence,
+            by_blocks=config.parallel.sequence > 1 and exchange(config).by == BLOCKS,
         )
         for stage in stages
     )
@@ -161,6 +166,18 @@ def activation_bytes(
     if recomputed is not True:
         kept += sum(size > 0 for size in key_conv_widths(model)) * num_kv * head_dim(model)
     return num_tokens * width * (kept + 2 * hidden), num_tokens * width * (layer + passing) + partial
+
+
+def gathered_bytes(model: ModelConfig, num_tokens: int, *, bf16: bool) -> tuple[int, int]:
+    """Bytes of the keys and values of all processes that share `num_tokens` tokens by blocks: those kept for the
+    backward pass, and those of the layer, or its group of heads, that is computed. There, they have gradients of each
+    of a process's two slices, and their sum."""
+    width, recomputed = (2 if bf16 else 4), model.activation_checkpointing
+    one = num_tokens * 2 * num_kv_heads(model) * head_dim(model) * width
+    if recomputed is True or recomputed in OFFLOADED:
+        groups = min(HEAD_GROUPS, num_kv_heads(model)) if recomputed == OFFLOAD_HEADS else 1
+        return 0, 4 * one // groups
+    return model.num_layers * one, 3 * one
 
 
 def offloaded_bytes(model: ModelConfig, num_tokens: int, *, bf16: bool) -> int:
