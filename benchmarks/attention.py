@@ -3,11 +3,12 @@
     python benchmarks/attention.py                      # all rows, some minutes on an H100
     python benchmarks/attention.py --rows 64K --out results
 
-What is measured: `triton` and `flash` (the backends of moba), `cudnn` and `fa2` (torch's dense attention). Forward,
-forward+backward, the triton backend's routing (means, gate, top-k, lists) and the peak of allocated memory, inputs
-included. Batch 1, bfloat16, random normal inputs drawn afresh for every row, all in one process. Each time is the
-median over repeats that are queued without waiting, so that launches overlap with the work as they do in training; the
-inputs of every row exceed the L2 cache.
+What is measured: `triton` and `flash` (the backends of moba), for long blocks also `ragged` (how the triton backend
+computes them with nvidia-cudnn-frontend; `triton` is its own kernels throughout), `cudnn` and `fa2` (torch's dense
+attention). Forward, forward+backward, the triton backend's routing (means, gate, top-k, lists) and the peak of
+allocated memory, inputs included. Batch 1, bfloat16, random normal inputs drawn afresh for every row, all in one
+process. Each time is the median over repeats that are queued without waiting, so that launches overlap with the work as
+they do in training; the inputs of every row exceed the L2 cache.
 
 TFLOP/s count attended pairs only: 4 * pairs * H * D forward, three times that with the backward (moba.flops); routing
 counts as time but not as work. Ratios are dense cuDNN's time over the row's, forward+backward, in the same run.
@@ -38,6 +39,7 @@ from matplotlib.figure import Figure  # noqa: E402
 from benchmarks.common import cell, device_name  # noqa: E402
 from evals.results import commit, write_json  # noqa: E402
 from evals.style import look, save  # noqa: E402
+from moba.backends.cudnn_ragged import installed  # noqa: E402
 from moba.documents import Documents  # noqa: E402
 from moba.flops import attended_pairs, attention_flops  # noqa: E402
 from moba.kinds import Full, Moba  # noqa: E402
@@ -46,6 +48,8 @@ from moba.reference import reference_attention  # noqa: E402
 K = 1024
 TIME_BUDGET_MS = 400.0
 SECONDS_LONG = 2.5
+RAGGED_FROM = 256
+MOBA = ("triton", "flash", "ragged")
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,12 @@ class Row:
     """A few blocks attract most queries, as attention sinks do."""
     lengths: tuple[int, ...] | None = None
     """Lengths of packed documents."""
+
+    @property
+    def implementations(self) -> list[str]:
+        """What is measured, in order."""
+        long = ["ragged"] if self.block_size >= RAGGED_FROM and installed() else []
+        return [*self.dense, *(["flash"] if self.flash else []), "triton", *long]
 
 
 def document_lengths(total: int, shortest: int, longest: int, seed: int) -> tuple[int, ...]:
@@ -87,9 +97,14 @@ ROWS = [
     Row("64K 512x3", 64 * K, 512, 3, dense=("cudnn",)),
     Row("64K 512x3 skewed", 64 * K, 512, 3, dense=("cudnn",), flash=False, skewed=True),
     Row("64K 2048x3", 64 * K, 2048, 3, dense=("cudnn",)),
+    Row("64K 2048x3 skewed", 64 * K, 2048, 3, dense=("cudnn",), flash=False, skewed=True),
+    Row("32K 2048x3 14/14", 32 * K, 2048, 3, heads=(14, 14), dense=("cudnn",), flash=False),
+    Row("64K 1024x4", 64 * K, 1024, 4, dense=("cudnn",), flash=False),
+    Row("64K 1024x4 16/16 d64", 64 * K, 1024, 4, heads=(16, 16), head_dim=64, dense=("cudnn",), flash=False),
     Row("128K 4096x12", 128 * K, 4096, 12, dense=("cudnn",), flash=False),
     Row("64K 128x8 16/16 d64", 64 * K, 128, 8, heads=(16, 16), head_dim=64, dense=("cudnn",)),
     Row("32K pack 512x3", 32 * K, 512, 3, dense=("varlen",), lengths=document_lengths(32 * K, K, 4 * K, 0)),
+    Row("64K pack 2048x3", 64 * K, 2048, 3, dense=("varlen",), lengths=document_lengths(64 * K, 6 * K, 20 * K, 1)),
     # Its ratio is to four times the dense forward at 512K.
     Row("1M 4096x12 forward", 1024 * K, 4096, 12, dense=(), flash=False, backward=False),
 ]
@@ -117,6 +132,8 @@ class Result:
 def moba(backend: str, row: Row, q, k, v):
     if backend == "triton":
         from moba.backends.triton_attention import moba_triton as function
+    elif backend == "ragged":
+        from moba.backends.cudnn_lists import moba_cudnn as function
     else:
         from moba.backends.flash import moba_flash as function
     return function(q, k, v, documents(row), block_size=row.block_size, top_k=row.top_k)[0]
@@ -138,6 +155,7 @@ def varlen(row: Row, q, k, v):
 IMPLEMENTATIONS = {
     "triton": functools.partial(moba, "triton"),
     "flash": functools.partial(moba, "flash"),
+    "ragged": functools.partial(moba, "ragged"),
     "cudnn": functools.partial(dense, SDPBackend.CUDNN_ATTENTION),
     "fa2": functools.partial(dense, SDPBackend.FLASH_ATTENTION),
     "varlen": varlen,
@@ -204,7 +222,7 @@ def measure(row: Row, implementation: str, seed: int) -> Result:
 
 def _measure_into(result: Result, row: Row, function, seed: int) -> None:
     q, k, v, d_out = inputs(row, seed)
-    if result.implementation in ("triton", "flash"):
+    if result.implementation in MOBA:
         warm_up(row, function, q, k, v, d_out)
     with torch.no_grad():
         result.forward_ms = median_ms(lambda: function(row, q, k, v))
@@ -223,7 +241,7 @@ def _measure_into(result: Result, row: Row, function, seed: int) -> None:
     else:
         function(row, q, k, v)
     result.peak_gib = torch.cuda.max_memory_allocated() / 2**30
-    spec = Moba(row.block_size, row.top_k) if result.implementation in ("triton", "flash") else Full()
+    spec = Moba(row.block_size, row.top_k) if result.implementation in MOBA else Full()
     pairs = attended_pairs(spec, row.lengths or [row.num_tokens])
     flops = attention_flops(pairs, row.heads[0], row.head_dim, backward=row.backward)
     result.tflops = flops / (result.total_ms if row.backward else result.forward_ms) / 1e9
@@ -255,18 +273,23 @@ def popularity(row: Row, q, k) -> float:
 
 def check() -> None:
     """Compares outputs and gradients of the triton backend with the float64 definition; raises if they are off."""
-    for block_size, top_k, head_dim in ((128, 4, 128), (128, 4, 64), (256, 3, 128)):
+    cases = [("triton", 128, 4, 128), ("triton", 128, 4, 64), ("triton", 256, 3, 128)]
+    cases += [("ragged", 256, 3, 128), ("ragged", 256, 3, 64)] if installed() else []
+    for implementation, block_size, top_k, head_dim in cases:
         row = Row("check", 1300, block_size, top_k, heads=(4, 2), head_dim=head_dim)
         q, k, v, d_out = inputs(row, seed=block_size)
         results = []
-        for function, dtype in ((functools.partial(moba, "triton", row), None), (None, torch.float64)):
+        for function, dtype in ((functools.partial(moba, implementation, row), None), (None, torch.float64)):
             x = [y.to(dtype or y.dtype).clone().requires_grad_() for y in (q, k, v)]
             out = function(*x) if function else reference_attention(*x, block_size=block_size, top_k=top_k)
             results.append([out, *torch.autograd.grad(out, x, d_out.to(out))])
         errors = [((a.double() - b).norm() / b.norm()).item() for a, b in zip(*results)]
-        print(f"check {block_size}x{top_k} d{head_dim}: relative errors", " ".join(f"{e:.1e}" for e in errors))
+        print(
+            f"check {implementation} {block_size}x{top_k} d{head_dim}: relative errors",
+            " ".join(f"{e:.1e}" for e in errors),
+        )
         if not max(errors) < 1e-2:
-            raise SystemExit("the triton backend disagrees with the reference: not timing it")
+            raise SystemExit(f"{implementation} disagrees with the reference: not timing it")
 
 
 def check_routing(num_tokens: int, keys: str, num_sampled: int = 1024) -> dict:
@@ -337,6 +360,7 @@ HEADER = f"{'row':22s} {'':8s}" + "".join(f"{key:>15}" for key in COLUMNS)
 NAMES = {
     "triton": "MoBA, Triton kernels",
     "flash": "MoBA, two varlen flash calls",
+    "ragged": "MoBA, long blocks on cuDNN",
     "cudnn": "dense, cuDNN",
     "fa2": "dense, FlashAttention 2",
 }
@@ -365,7 +389,7 @@ def draw(record: Mapping, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", default="", help="only rows whose name contains this")
+    parser.add_argument("--rows", default="", help="only rows whose name contains one of these, by commas")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder for json and figure")
     parser.add_argument("--commit", default=commit(), help="recorded in the json; default: git's HEAD")
     arguments = parser.parse_args()
@@ -391,8 +415,8 @@ def main() -> None:
     print(HEADER)
     results: list[Result] = []
     record = environment
-    for i, row in enumerate(row for row in ROWS if arguments.rows in row.name):
-        for implementation in (*row.dense, *(["flash"] if row.flash else []), "triton"):
+    for i, row in enumerate(row for row in ROWS if any(name in row.name for name in arguments.rows.split(","))):
+        for implementation in row.implementations:
             results.append(measure(row, implementation, seed=i))
             add_ratios(results)
             print(format_line(results[-1]), flush=True)
