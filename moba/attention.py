@@ -76,20 +76,12 @@ def shape_of(
         softmax_scale=softmax_scale,
         deterministic=deterministic or torch.are_deterministic_algorithms_enabled(),
         has_cudnn=q.device.type == "cuda" and _has_cudnn(q.device),
-        has_ragged_cudnn=q.device.type == "cuda" and _has_ragged_cudnn(q.device),
     )
 
 
 @functools.cache
 def _has_cudnn(device: torch.device) -> bool:
     return torch.backends.cudnn.is_available() and torch.cuda.get_device_capability(device) >= (8, 0)
-
-
-@functools.cache
-def _has_ragged_cudnn(device: torch.device) -> bool:
-    from moba.backends.cudnn_ragged import installed
-
-    return _has_cudnn(device) and torch.cuda.get_device_capability(device)[0] == 9 and installed()
 
 
 def prepare(kinds: Iterable[AttentionSpec], q: torch.Tensor, k: torch.Tensor, longest: int) -> int:

@@ -19,9 +19,6 @@ FLASH_ROW_ELEMENTS = 1 << 31
 FLASH_LISTS = 65535
 CUDNN_HEAD_DIM = 128
 TRITON_TOP_K = 64
-# Keys of a block from which cuDNN's ragged kernels are to be faster than the Triton kernels, in spite of gathering rows
-# for them: on an H100 they gain nothing at 512 and a quarter at 2048 before gathering (docs/kernels.md).
-LONG_BLOCK = 1024
 TRITON_HEAD_DIM = 256
 
 
@@ -153,21 +150,6 @@ def triton(kind: AttentionSpec, q: QueryShape, documents: Documents | None) -> s
     else:
         return past_only(kind, q, documents)
     return f"{problem}; backend='torch' can do this"
-
-
-def long_on_cudnn(kind: AttentionSpec, q: QueryShape) -> str | None:
-    """Why the triton backend computes these blocks itself and not by cuDNN's ragged kernels, or None."""
-    routing = kind.routing
-    assert routing is not None, kind
-    if routing.block_size < LONG_BLOCK:
-        return f"block_size={routing.block_size}: cuDNN pays from {LONG_BLOCK} on"
-    if not q.has_ragged_cudnn:
-        return "cuDNN's ragged kernels need a Hopper GPU and the package nvidia-cudnn-frontend"
-    if q.head_dim % 16 or q.head_dim > CUDNN_HEAD_DIM:
-        return f"head_dim={q.head_dim}: cuDNN's ragged kernels take multiples of 16 up to {CUDNN_HEAD_DIM}"
-    if q.deterministic:
-        return "cuDNN's gradients do not repeat bit for bit, as deterministic mode asks"
-    return None
 
 
 def _has_triton() -> bool:

@@ -42,8 +42,6 @@ class QueryShape(NamedTuple):
     """Packs that are planned have slices of documents, whose queries are not all of the keys."""
     has_cudnn: bool = True
     """On CUDA: torch comes with cuDNN, and the GPU's compute capability is 8.0 or newer."""
-    has_ragged_cudnn: bool = False
-    """On CUDA: the package nvidia-cudnn-frontend is installed, and the GPU is a Hopper."""
 
 
 class Backend(NamedTuple):

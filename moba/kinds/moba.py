@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -121,9 +121,9 @@ class Moba(AttentionSpec):
 
             return moba_of_last_tokens(q, k, v, documents, **options, first_blocks=self.first_blocks)
         if backend == "triton":
-            return self._kernels(q, k, documents, deterministic)(
-                q, k, v, documents, **options, first_blocks=self.first_blocks
-            )
+            from moba.backends.triton_attention import moba_triton
+
+            return moba_triton(q, k, v, documents, **options, first_blocks=self.first_blocks)
         if selection is None and (self.gate != MEAN or self.first_blocks):
             from moba.gates import select
 
@@ -135,19 +135,6 @@ class Moba(AttentionSpec):
         from moba.backends.flash import moba_flash
 
         return moba_flash(q, k, v, documents, **options, deterministic=deterministic)
-
-    def _kernels(self, q, k, documents, deterministic) -> Callable[..., Any]:
-        """The function of the triton backend for these tensors."""
-        from moba.attention import shape_of
-
-        whole = documents.cu_seqlens_k is None  # its queries are all tokens
-        if whole and refusals.long_on_cudnn(self, shape_of(q, k, deterministic=deterministic)) is None:
-            from moba.backends.cudnn_lists import moba_cudnn
-
-            return moba_cudnn
-        from moba.backends.triton_attention import moba_triton
-
-        return moba_triton
 
     def decode(self, q, sequences, documents, dense):
         if dense or self.gate != MEAN:
