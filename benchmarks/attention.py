@@ -3,12 +3,12 @@
     python benchmarks/attention.py                      # all rows, some minutes on an H100
     python benchmarks/attention.py --rows 64K --out results
 
-What is measured: `triton` and `flash` (the backends of moba), for long blocks also `ragged` (how the triton backend
-computes them with nvidia-cudnn-frontend; `triton` is its own kernels throughout), `cudnn` and `fa2` (torch's dense
-attention). Forward, forward+backward, the triton backend's routing (means, gate, top-k, lists) and the peak of
-allocated memory, inputs included. Batch 1, bfloat16, random normal inputs drawn afresh for every row, all in one
-process. Each time is the median over repeats that are queued without waiting, so that launches overlap with the work as
-they do in training; the inputs of every row exceed the L2 cache.
+What is measured: `triton` and `flash` (the backends of moba), for long blocks also `ragged`
+(moba/backends/cudnn_lists.py, if nvidia-cudnn-frontend is installed), `cudnn` and `fa2` (torch's dense attention).
+Forward, forward+backward, the triton backend's routing (means, gate, top-k, lists) and the peak of allocated memory,
+inputs included. Batch 1, bfloat16, random normal inputs drawn afresh for every row, all in one process. Each time is
+the median over repeats that are queued without waiting, so that launches overlap with the work as they do in training;
+the inputs of every row exceed the L2 cache.
 
 TFLOP/s count attended pairs only: 4 * pairs * H * D forward, three times that with the backward (moba.flops); routing
 counts as time but not as work. Ratios are dense cuDNN's time over the row's, forward+backward, in the same run.
