@@ -81,6 +81,7 @@ SMALLER = {
         f"run.name=small/{stage}": [f"schedule.stages.{stage}.tokens=4K"]
         for stage in ("cpt_256k", "cpt_512k", "cpt_1m", "moba_100b", "sft_32k", "sft_256k", "sft_1m")
     },
+    "attention=2Kx3": ["attention=32x3"],
     "run.dir=runs/continual_cpu": ["optim.lr.warmup_tokens=5%"],
 }  # fmt: skip
 """What a command that holds the text on the left is run with, in place of its own values of these keys."""
@@ -322,6 +323,8 @@ def bring(folder: Path) -> None:
     model = LlamaForCausalLM(
         LlamaConfig(vocab_size=vocab, num_key_value_heads=2, max_position_embeddings=2048, **shape)
     )
+    layers = "".join("- [moba, 32, 4, 1]\n" for _ in range(shape["num_hidden_layers"]))
+    (folder / "plan.yaml").write_text(f"plan:\n{layers}")
     for name in ("SmolLM2-135M", "small"):
         model.save_pretrained(folder / "models" / name)
         shutil.copyfile(EMBEDDED / "bpe-4k.json", folder / "models" / name / "tokenizer.json")
