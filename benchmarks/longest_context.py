@@ -50,7 +50,7 @@ from benchmarks.kernel_kinds import communication  # noqa: E402
 from benchmarks.step_profile import write_documents  # noqa: E402
 from conf.numbers import format_length, parse_length  # noqa: E402
 from data.tokenizer import load_tokenizer  # noqa: E402
-from launch.cli import exits_on, key_values  # noqa: E402
+from launch.cli import UsageError, exits_on, key_values  # noqa: E402
 from launch.config import detect_hardware, load  # noqa: E402
 from train.model.sizes import embedding_rows  # noqa: E402
 from train.plan.plan import make_plan  # noqa: E402
@@ -83,6 +83,8 @@ class Case:
     @classmethod
     def parse(cls, text: str, steps: int) -> Case:
         """The case that is written model/context/GPUs/overrides."""
+        if text.count("/") < 2 or not text.split("/")[2].isdecimal():
+            raise UsageError(f"cases={text}: <model>/<context>/<GPUs>[/<override>...], such as paper_1_5b/128K/1")
         model, seq_len, num_gpus, *more = text.split("/")
         given = dict(part.split("=", 1) for part in more if part.startswith(("steps=", "batch=")))
         own = [part for part in more if part.partition("=")[0] not in given]

@@ -5,7 +5,7 @@ MoBA with the first block always seen, each trained from the same start.
 
 Texts are made (data/retrieval_set.py) and tokenised; a start is trained at a quarter of the length with full attention,
 from which each attention is trained on at the whole length. The grid then asks each of them under its own attention,
-under full attention and under the others'. Some five minutes on one H100; an interrupted study goes on where it was.
+under full attention and under the others'. An interrupted study goes on where it was.
 A Qwen3-shaped model of 28M parameters with a key convolution; overrides of launch/train.py change it, such as
 model.num_layers=4.
 """
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import lzma
+import re
 import sys
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
@@ -24,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 from matplotlib.figure import Figure
 
-from benchmarks.common import evaluate, markdown, origin, read_json, split, train, write
+from benchmarks.common import evaluate, markdown, origin, read_json, split, train, whole_numbers, write
 from conf.numbers import format_length, parse_length, parse_tokens
 from data import retrieval_set
 from data.sources import SHIPPED_TEXT
@@ -42,7 +43,7 @@ MODEL = [
     "model.ffn_size=1408",
     "model.qk_norm=true",
     "model.rope_theta=200000",
-    "model.key_conv=3",  # without it nothing was found after 48M tokens
+    "model.key_conv=3",  # 48M tokens were too few without it, at 28M parameters and steps of 64K tokens
     "optim.lr.warmup_tokens=5%",
     "eval.documents=16",
     "eval.every_tokens=0",
@@ -76,19 +77,25 @@ def main() -> None:
     """The command; see the module's text."""
     overrides, arguments = split(sys.argv[1:])
     values = key_values(arguments, KEYS, about=__doc__, required=["to"])
-    to, seed, device = Path(values["to"]), int(values.get("seed", 0)), values.get("device", "auto")
+    to, device = Path(values["to"]), values.get("device", "auto")
+    numbers = {"seed": "0", "workers": "8", "documents": "1200", "jobs": "1"}
+    seed, workers, documents, jobs = (
+        whole_numbers(values, key, default, least=int(key != "seed"))[0] for key, default in numbers.items()
+    )
     work, attention = Path(values.get("work", to)), values.get("attention", "128x8")
     if attention.count("x") != 1 or "+" in attention:
         raise UsageError(f"attention={attention}: <block size>x<top_k>, such as 128x8")
-    length, workers = parse_length(values.get("length", "8K")), int(values.get("workers", 8))
-    shards = texts(work, int(values.get("documents", 1200)), workers)
+    length = parse_length(values.get("length", "8K"))
+    beside = values.get("beside", f"{attention},{attention}+1")
+    if unknown := [one for one in beside.split(",") if not re.fullmatch(r"[0-9]+K?x[0-9]+(\+[0-9]+)?", one)]:
+        raise UsageError(f"beside={beside}: {unknown[0]}: <block size>x<top_k>, such as 128x8 or 128x8+1")
+    shards = texts(work, documents, workers)
     common = [*MODEL, "data=files", f"data.path={shards}", "data.tokenizer=bpe-4k", f"run.device={device}"]
     common += [f"schedule.batch_tokens={values.get('batch', '32K')}", *overrides]
     budgets = {name: parse_tokens(values.get(name, default)) for name, default in DEFAULT_TOKENS.items()}
     first = [f"schedule.seq_len={length // 4}", f"schedule.tokens={budgets['start_tokens']}", "schedule=full_only"]
     start = train(work / START, [*common, *first, "optim.lr.peak=2e-3"], seed)
-    beside = f"beside={values.get('beside', f'{attention},{attention}+1')}"
-    asked = [f"lengths={lengths(length)}", "forms=key_value", "arms=full", "attention=full", beside]
+    asked = [f"lengths={lengths(length)}", "forms=key_value", "arms=full", "attention=full", f"beside={beside}"]
     asked += [f"{key}={values[key]}" for key in ("depths", "samples") if key in values]
     then = [*common, f"schedule.seq_len={length}", f"schedule.tokens={budgets['tokens']}", "optim.lr.peak=1e-3"]
 
@@ -98,7 +105,7 @@ def main() -> None:
         return read_json(evaluate(run, "needle", *asked, f"device={device}"))
 
     arms = trainings(attention)
-    with ThreadPoolExecutor(int(values.get("jobs", 1))) as pool:
+    with ThreadPoolExecutor(jobs) as pool:
         found = dict(zip(arms, pool.map(measured, arms.items())))
     record = {**origin(sys.argv[1:], values.get("commit")), "seed": seed, "trained": found}
     text = write(record, table(found), to)

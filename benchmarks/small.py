@@ -36,7 +36,7 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
 
-from benchmarks.common import split, steps_logged  # noqa: E402
+from benchmarks.common import split, steps_logged, whole_numbers  # noqa: E402
 from benchmarks.small_results import collect  # noqa: E402
 from conf.numbers import parse_tokens  # noqa: E402
 from data.shards import META, TokenShards, write_meta, write_shard  # noqa: E402
@@ -283,7 +283,7 @@ def say(text: str) -> None:
 
 def tasks_of(arms: str, seeds: str) -> list[Task]:
     """What `arms` and `seeds` name, with what they go on from, those first; UsageError for others."""
-    own, found = [int(seed) for seed in seeds.split(",")], []
+    own, found = whole_numbers({"seeds": seeds}, "seeds", "", least=0), []
     for text in arms.split(";"):
         name, at, seed = text.partition("@")
         if name not in ARMS:
