@@ -107,7 +107,7 @@ def coverage_of_band(sizes, together, alike, buckets=8, missing=False, experimen
     alone = simultaneous_factor(values[:, one] * known[:, one], known[:, one], clusters.tolist(), first)
     np.testing.assert_allclose(alone, factors[-1][0])
     total = np.concatenate(factors)
-    assert len(total) > experiments / 4
+    assert len(total) > experiments / 8
     return covered / len(total), total
 
 
