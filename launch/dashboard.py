@@ -34,7 +34,7 @@ ALLOWED = {
 }
 
 
-@exits_on(OSError)
+@exits_on(OSError, ValueError)
 def main(argv: list[str]) -> None:
     values = key_values(argv, ALLOWED, about=__doc__)
     name, project = values.get("name", "MoBA training"), values.get("project", LoggingConfig.project)

@@ -9,7 +9,7 @@ from wandb_files import history, kinds_of, summary_of
 
 from conf.schema import LoggingConfig
 from train.record.dashboard import Sample
-from train.record.tracking import Tracker, run_id
+from train.record.tracking import Tracker, run_id, wandb_mode
 
 
 @pytest.fixture(autouse=True)
@@ -158,3 +158,10 @@ def test_a_torn_id_file_is_replaced(tmp_path):
     (tmp_path / "wandb_id.txt").write_text("")
     first = run_id(tmp_path)
     assert len(first) == 8 and run_id(tmp_path) == first
+
+
+def test_a_mode_that_wandb_does_not_know_is_named(monkeypatch):
+    """Catches wandb's own traceback of three lines."""
+    monkeypatch.setenv("WANDB_MODE", "nonsense")
+    with pytest.raises(ValueError, match=r"^WANDB_MODE=nonsense: choose one of online, offline"):
+        wandb_mode("auto")

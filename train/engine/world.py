@@ -11,6 +11,7 @@ import os
 import re
 import sys
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn
 
@@ -26,6 +27,7 @@ import torch.distributed as dist
 
 from conf.build import ConfigError
 from conf.exchange import BLOCKS
+from conf.words import cut
 from moba.sequence import BlockAxis, SequenceAxis
 
 
@@ -186,6 +188,13 @@ def _start_deepspeed(kind: str) -> None:
 def one_thread_each() -> None:
     """Lets processes started from this one compute in one thread each, unless the environment says otherwise."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def check_variable(name: str, known: Sequence[str]) -> None:
+    """ValueError if an environment variable is set to something that is none of `known`, whatever its case."""
+    value = os.environ.get(name, known[0])
+    if value.lower() not in known:
+        raise ValueError(f"{name}={cut(value)}: choose one of {', '.join(known)}, or unset it")
 
 
 def drop_if_empty(*names: str) -> None:

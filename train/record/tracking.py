@@ -14,9 +14,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from conf.schema import LoggingConfig
-from train.engine.world import drop_if_empty
+from train.engine.world import check_variable, drop_if_empty
 from train.record.dashboard import Sample
 from train.record.series import AXIS, SUMMARIES
+
+WANDB_MODES = ("online", "offline", "disabled", "dryrun", "run", "shared")
+"""Of the environment variable WANDB_MODE."""
 
 ID_FILE = "wandb_id.txt"
 INIT_SECONDS = 20.0
@@ -196,11 +199,12 @@ def wandb_mode(asked: str) -> str:
     """`online`, `offline`, `disabled` or `not logged in`, from what was asked for and wandb's own settings.
 
     Looks at wandb's environment variables, settings and key files, where WANDB_MODE=offline or disabled has the last
-    word; asks nobody and opens no connection.
+    word; asks nobody and opens no connection. ValueError for a WANDB_MODE that wandb does not know.
     """
     import wandb
 
     drop_if_empty("WANDB_MODE")  # which wandb takes for an unknown mode
+    check_variable("WANDB_MODE", WANDB_MODES)
     own = wandb.setup(wandb.Settings(silent=True)).settings.mode
     if own == "disabled":
         return own
