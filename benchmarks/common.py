@@ -242,7 +242,8 @@ def failure_reason(log: str) -> str:
         return OUT_OF_MEMORY
     lines = [plain(line) for line in log.splitlines()]
     errors = [line for line in lines if re.match(r"(error|[\w.]*(Error|Exception))\b", line) and "Child" not in line]
-    return (errors or [line for line in lines if line] or ["it said nothing"])[0 if errors else -1][:300]
+    said = [line for line in lines if line.strip("=-")]  # torchrun frames its report
+    return (errors or said or ["it said nothing"])[0 if errors else -1][:300]
 
 
 def plain(line: str) -> str:

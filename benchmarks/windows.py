@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import pyarrow.parquet as parquet
 
+from benchmarks.common import whole_numbers
 from launch.cli import exits_on, key_values
 
 KEYS = {
@@ -34,10 +35,9 @@ KEYS = {
 def main() -> None:
     """The command; see the module's text."""
     values = key_values(sys.argv[1:], KEYS, about=__doc__, required=["source", "to"])
-    group, most, size = (
-        values.get("group", "package"),
-        int(values.get("windows", 12)),
-        int(values.get("characters", 40000)),
+    group = values.get("group", "package")
+    (most,), (size,) = (
+        whole_numbers(values, key, value) for key, value in (("windows", "12"), ("characters", "40000"))
     )
     rows = parquet.read_table(values["source"], columns=["id", "text", group]).to_pylist()
     texts = {name: [row for row in rows if row[group] == name] for name in sorted({row[group] for row in rows})}

@@ -40,6 +40,11 @@ def exchange(config: RunConfig) -> Exchange:
     return Exchange(HEADS, "needs less memory than blocks")
 
 
+def by_blocks(config: RunConfig) -> bool:
+    """Whether processes share sequences, and by blocks."""
+    return config.parallel.sequence > 1 and exchange(config).by == BLOCKS
+
+
 def refusal(config: RunConfig) -> tuple[str, object, str] | None:
     """(key, value, what would work) of the first setting that cannot go by blocks; None if all can."""
     for name, stage in config.schedule.stages.items():

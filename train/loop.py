@@ -263,13 +263,13 @@ class Trainer:
         work = on_device(torch.tensor(work, dtype=torch.int64), self.world.device)
         on_host = OnHost(losses.sums, loss_sum, self.world.sum_over_data(work), self._grad_norm)
         tokens, supervised = self.tokens, self._interval_tokens
-        before = {"step": self.step, **stage_columns(stage)}
-        after = {
+        known = {
+            "step": self.step,
+            **stage_columns(stage),
+            "supervised_tokens": supervised,
             "lr": self.schedule.learning_rate(tokens - stage.batch_tokens),
             "skipped_steps": self.guard.total,
             **({} if self.spikes is None else {"spikes": self.spikes.total}),
-        }
-        memory = {
             "save_wait_seconds": self._save_wait,
             "save_write_seconds": self._save_write,
             "peak_memory_gib": self._peak_memory(),
@@ -281,14 +281,11 @@ class Trainer:
             record = self.metrics.write(
                 "train",
                 tokens,
-                **before,
+                **known,
                 loss=loss_sum.item() / supervised if supervised else float("nan"),
-                supervised_tokens=supervised,
                 trailing_loss=losses.with_sums(sums).curve().trailing.value,
                 grad_norm=grad_norm.item(),
-                **after,
                 **rates,
-                **memory,
                 eta_seconds=self.throughput.eta_seconds(self.schedule.stages, tokens, rates["tokens_per_second"]),
             )
             self._emit(record)

@@ -59,9 +59,11 @@ def moba_cudnn(
 ) -> tuple[Tensor, Tensor]:
     """MoBA attention [T, H, D] and its log-sum-exp, float32 [H, T] (natural log); sizes as in `moba.moba_attention`.
 
-    As `moba_triton`, and the same blocks; but unless `deterministic`, dQ may differ in its last bits from run to run,
-    and there are no gradients through the log-sum-exp. What this cannot do is said by moba/backends/refusals.py.
+    As `moba_triton`, and the same blocks, of documents whose queries are all their keys; but unless `deterministic`, dQ
+    may differ in its last bits from run to run, and there are no gradients through the log-sum-exp. On CUDA: a Hopper
+    GPU, nvidia-cudnn-frontend, half precision, and head sizes that are multiples of 16 up to 128.
     """
+    assert documents.cu_seqlens_k is None, "queries that are only the last tokens of their documents"
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
     with device_of(q):
         layout = documents.kernel_layout(block_size)
@@ -99,12 +101,9 @@ def cudnn_forward(
         work = _Work(q, k, block_size, top_k, deterministic)
         for tokens, lists in work.chunks(rows, slots, list_start, layout):
             made = build_lists(selection_THK[tokens, :, :-1].contiguous(), layout, k.shape[1])
-            for ours, theirs in (
-                (lists.rows, made.rows),
-                (lists.slots, made.slots),
-                (lists.list_start, made.list_start),
-            ):
-                ours.copy_(theirs)
+            lists.rows.copy_(made.rows)
+            lists.slots.copy_(made.slots)
+            lists.list_start.copy_(made.list_start)
         del selection_THK
         chunks = [_Chunk(*chunk, work) for chunk in work.chunks(rows, slots, list_start, layout)]
         lse_TH = torch.empty(q.shape[:2], dtype=lse.dtype, device=q.device)
@@ -244,7 +243,7 @@ def _save(ctx, inputs, output) -> None:
 
 def _gradients(ctx, d_out, d_lse, *_):
     if d_lse is not None:
-        raise ValueError("a gradient of the log-sum-exp: backend 'cudnn' has none, use backend='triton'")
+        raise ValueError("a gradient of the log-sum-exp: moba_cudnn has none, moba_triton has")
     q, k, v, out, lse, *lists = ctx.saved_tensors
     d_out = torch.zeros_like(out) if d_out is None else d_out
     options = (ctx.block_size, ctx.softmax_scale, ctx.deterministic)
@@ -382,17 +381,9 @@ def sequences_kernel(
     item, local_head = tl.program_id(0) * TILE + tl.arange(0, TILE), tl.program_id(1)
     inside = item < max_items
     block, _, begin, end = load_item(
-        item,
-        first_kv_head + local_head,
-        item_start,
-        item_block,
-        list_start,
-        block_skipped,
-        num_blocks,
-        max_items,
-        item_rows,
-        1,
-    )
+        item, first_kv_head + local_head, item_start, item_block, list_start, block_skipped, num_blocks, max_items,
+        item_rows, 1,
+    )  # fmt: skip
     used = inside & (begin < end)
     entry = sizes + local_head * max_items + item
     tl.store(entry, tl.where(used, local_head * region + begin, 0), mask=inside)

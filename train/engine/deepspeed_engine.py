@@ -30,6 +30,8 @@ from train.engine.adamw import VetoedAdamW
 from train.engine.engine import MASTER, MOMENTS, Slot, as_norm
 from train.model.decoder import Decoder
 
+GATHER_ELEMENTS = 2**26  # 256 MiB of device memory while a large parameter is collected
+
 
 def _launch_less(optimizer: Any) -> None:
     """Has a BF16_Optimizer do on flat tensors what it does parameter by parameter: with hundreds of parameters the
@@ -53,9 +55,6 @@ def _launch_less(optimizer: Any) -> None:
         return optimizer.fp32_groups_gradients_flat, {}
 
     optimizer._update_hp_grad, optimizer.get_grads_for_norm = add_gradient, gradients
-
-
-GATHER_ELEMENTS = 2**26  # 256 MiB of device memory while a large parameter is collected
 
 
 class DeepSpeedEngine:

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from conf.exchange import BLOCKS, exchange
+from conf.exchange import by_blocks, exchange
 from conf.hardware import Hardware
 from conf.numbers import format_count, format_length, format_memory, format_tokens
 from conf.rates import RATES
@@ -45,7 +45,7 @@ def describe_kernels(config: RunConfig, stages: Sequence[Stage], hardware: Hardw
             head_dim=head_dim(model),
             longest=stage.seq_len,
             deterministic=config.run.deterministic,
-            has_slices=config.parallel.sequence > 1 and exchange(config).by == BLOCKS,
+            has_slices=by_blocks(config),
             has_cudnn=hardware.has_bf16,  # from the same compute capability on
         )
         for spec in dict.fromkeys(stage.attention):

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from conf.hardware import Hardware
 from conf.schema import RunConfig
-from train.plan.memory import Memory, room, saving_bytes
+from train.plan.memory import Memory, is_compiled, room, saving_bytes
 
 PROCESS = 3 << 30  # torch, CUDA, libraries, data
 COMPILER_WORKER = 3 << 27  # torch.compile starts one per core in each process, up to
@@ -47,8 +47,7 @@ def host_memory(config: RunConfig, memory: Memory, parameters: int, tokens: int,
     """The main memory of a run on GPUs: a settled configuration, of `parameters` in all, with the `memory` of one
     process, which computes `tokens` tokens at a time."""
     model, zero3 = config.model, config.deepspeed.zero_stage == 3
-    compiled = model.compile is True or (model.compile is not False and not zero3)
-    workers = min(hardware.cores or MOST_WORKERS, MOST_WORKERS) if compiled else 0
+    workers = min(hardware.cores or MOST_WORKERS, MOST_WORKERS) if is_compiled(model, config.deepspeed) else 0
     own = PROCESS + workers * COMPILER_WORKER
     if model.activation_checkpointing is True:
         own += RECOMPUTED_TOKEN * tokens

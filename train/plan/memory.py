@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from conf.exchange import BLOCKS, exchange
+from conf.exchange import by_blocks
 from conf.schema import AUTO, OFFLOAD_HEADS, OFFLOADED, DeepSpeedConfig, ModelConfig, RunConfig
 from moba.kinds import AttentionSpec
 from train.model.sizes import HEAD_GROUPS, TILE_TOKENS, head_dim, key_conv_widths, num_kv_heads, num_parameters
@@ -61,7 +61,7 @@ def estimate_memory(
     moved = optimizer * OFFLOADED_OPTIMIZER // MASTER_AND_MOMENTS if engine.offload_optimizer else 0
     host = moved + (weights if engine.offload_params else 0)
     host += offloaded_bytes(model, own_tokens, bf16=bf16)
-    compiled = bf16 and (model.compile is True or (model.compile is not False and engine.zero_stage != 3))
+    compiled = bf16 and is_compiled(model, engine)
     exchanged = sequence_size > 1 and not by_blocks
     kept, working = activation_bytes(model, attention, own_tokens, bf16=bf16, compiled=compiled, exchanged=exchanged)
     if by_blocks and sequence_size > 1:
@@ -97,7 +97,7 @@ def most_memory(
             micro_tokens=stage.seq_len if one_sequence else stage.micro_tokens,
             attention=stage.attention,
             sequence_size=config.parallel.sequence,
-            by_blocks=config.parallel.sequence > 1 and exchange(config).by == BLOCKS,
+            by_blocks=by_blocks(config),
         )
         for stage in stages
     )
@@ -178,6 +178,11 @@ def gathered_bytes(model: ModelConfig, num_tokens: int, *, bf16: bool) -> tuple[
         groups = min(HEAD_GROUPS, num_kv_heads(model)) if recomputed == OFFLOAD_HEADS else 1
         return 0, 4 * one // groups
     return model.num_layers * one, 3 * one
+
+
+def is_compiled(model: ModelConfig, engine: DeepSpeedConfig) -> bool:
+    """Whether layers of a run on GPUs are compiled, as `auto` would have it where that is not settled yet."""
+    return model.compile is True or (model.compile is not False and engine.zero_stage != 3)
 
 
 def offloaded_bytes(model: ModelConfig, num_tokens: int, *, bf16: bool) -> int:
