@@ -6,7 +6,8 @@
 Every run has three stages. The first, at 1K tokens, is the same for all arms of a seed and a model and is trained once
 (`start`): 128x8 attends to everything there, and a model that has not learned to copy from its context has no use for
 8K. The arms go on from its end, weights, moments and data, at 8K; `moba, then full` goes on from the end of `moba`'s
-second stage. The learning rate falls in the last stage, a tenth of the tokens at 8K.
+second stage. The learning rate falls in the last stage, a tenth of the tokens at 8K. `sft, n full` fine-tunes the
+weights of `moba, first block` on the shipped conversations with full attention in the last n layers.
 
 Small models leave a GPU idle between their launches, so `jobs` runs at a time share it. After `minutes` what still runs
 is stopped, and what has been evaluated by then is kept: losses by position at every fifth of the tokens at 8K, and what
@@ -40,8 +41,10 @@ from benchmarks.common import split, steps_logged, whole_numbers  # noqa: E402
 from benchmarks.small_results import collect  # noqa: E402
 from conf.numbers import parse_tokens  # noqa: E402
 from data.shards import META, TokenShards, write_meta, write_shard  # noqa: E402
+from data.sources import open_sources, open_validation  # noqa: E402
 from data.tokenizer import load_tokenizer  # noqa: E402
 from launch.cli import UsageError, exits_on, key_values  # noqa: E402
+from launch.config import load  # noqa: E402
 from train.checkpoint.checkpoint_dir import checkpoints  # noqa: E402
 from train.record.metrics import FILE_NAME  # noqa: E402
 
@@ -55,6 +58,7 @@ KEYS = {
     "seeds": "comma-separated, of the arms that are not named otherwise by <arm>@<seed> (default 0,1)",
     "tokens": "of an arm at 8K (default 29.4912M: 900 steps)",
     "start_tokens": "at 1K before (default 32.768M: 2,000 steps)",
+    "sft_tokens": "of fine-tuning (default 7.8M: 240 steps)",
     "jobs": "runs at a time (default 10)",
     "minutes": "after which everything is stopped (default 9)",
     "collect": "true: only makes the results of what is there",
@@ -77,15 +81,25 @@ AT_8K = (
     "eval.every_tokens={fifth}"
 )
 FIRST_STAGE = "optim.lr.kind=constant eval.every_tokens=0"
-DOCUMENTS, TAIL = "124", 1536
-"""TAIL: tokens of a held-out document's end that are also evaluated alone: the last third of them then has 1K of
-context before it in place of 7.5K."""
+SFT = (
+    "model=from_source init.source={base} data=sft data.path=embedded-chat:8K data.chat_template=plain "
+    "data.tokenizer=bpe-4k 'data.validation={{path: embedded-chat:8K, format: chat}}' data.cache_dir={cache} "
+    "schedule=moba_only schedule.tokens={sft} schedule.seq_len=8K schedule.batch_tokens=32K schedule.micro_tokens=32K "
+    "schedule.block_size=128 schedule.top_k=8 schedule.stages.sparse.attention.first_blocks=1 optim.lr.peak=1e-3 "
+    "optim.lr.warmup_tokens=10% eval.documents=128 eval.suite=loss eval.every_tokens=50% checkpoint.every_tokens=0 "
+    "logging.wandb=disabled logging.figures=false logging.progress=false logging.every_tokens=327680"
+)
+MOST, LAST = 124, 512
+CUTS = {"cut_1K": 1024, "cut_2K": 2048, "cut_4K": 4096}
+"""The last LAST tokens of each held-out document are also evaluated with so many before them in place of all."""
 EVALS = {
-    "position_loss": "data={tails} seq_len={tail} bucket=512 documents={documents}",
-    "sweep": "block_sizes={block} top_k={top} gates=[mean,local,random,oracle] first_blocks={first} documents=44",
-    "routing": "documents=22",
+    **{name: f"position_loss data={{cuts}}/{name} seq_len={n + LAST} bucket={LAST}" for name, n in CUTS.items()},
+    "sweep": "sweep block_sizes={block} top_k={top} gates=[mean,local,random,oracle] first_blocks={first}",
+    "routing": "routing",
 }
 """What is asked of the weights in the end."""
+FEWER = {"sweep": 44, "routing": 22}
+"""Documents at most, where not all are asked."""
 
 
 def stages(text: str) -> str:
@@ -120,30 +134,40 @@ class Arm:
     block: int = 128
     top: int = 8
     first: int = 0
-    evals: tuple[str, ...] = ("position_loss",)
+    evals: tuple[str, ...] = ("cut_1K",)
     """Of EVALS."""
+    tunes: bool = False
+    """It fine-tunes the weights of `branch`."""
 
 
 def moba(block: int, top: int, first: int = 0) -> Arm:
     """MoBA in both stages."""
     text = stages(f"block_size={block} top_k={top} first_blocks={first}")
-    return Arm(text, START, block=block, top=top, first=first, evals=tuple(EVALS))
+    return Arm(text, START, block=block, top=top, first=first, evals=("cut_1K", "sweep", "routing"))
 
 
-SWEPT = ("position_loss", "sweep")
-FULL = Arm(stages("kind=full"), START, evals=SWEPT)
+BASE = "moba, first block"
+SWEPT = ("cut_1K", "sweep")
+FULL = Arm(stages("kind=full"), START, evals=(*CUTS, "sweep"))
 ARMS: dict[str, Arm] = {
     **{f"{START}{model}": Arm(evals=()) for model in MODELS},
     **{f"full{model}": replace(FULL, branch=f"{START}{model}") for model in MODELS},
-    **{f"moba{model}": replace(moba(128, 8), branch=f"{START}{model}") for model in MODELS},
+    **{f"moba{model}": replace(moba(128, 8), branch=f"{START}{model}", evals=tuple(EVALS)) for model in MODELS},
     "moba, then full": Arm("schedule.stages.last.attention.kind=full", "moba"),
-    "moba, first block": moba(128, 8, 1),
+    BASE: moba(128, 8, 1),
     **{f"{block}x{2048 // block}": moba(block, 2048 // block) for block in (1024, 512, 256, 128, 64)},
     "random": Arm(stages("gate=random"), START, evals=SWEPT),
     "latest": Arm(stages("gate=local"), START, evals=SWEPT),
     **{f"last {n} full": Arm(stages(f"full_last={n}"), START) for n in (1, 2, 3)},
+    **{
+        f"sft, {n} full": Arm(f"schedule.stages.sparse.attention.full_last={n}", BASE, evals=(), tunes=True)
+        for n in range(7)
+    },
 }
-SMALLEST = "full;moba;moba, then full;moba, first block;1024x2@0;64x32@0;random@0;latest@0"
+SMALLEST = (
+    "full;moba;moba, then full;moba, first block;random@0;latest@0;64x32@0;1024x2@0;"
+    "sft, 0 full@0;sft, 6 full@0;sft, 1 full@0;sft, 2 full@0;sft, 3 full@0;sft, 4 full@0"
+)
 Task = tuple[str, int]
 """(arm, seed)"""
 
@@ -175,9 +199,14 @@ class Study:
         self.jobs = int(values.get("jobs", 10))
         self.tokens = [
             max(least, parse_tokens(values.get(key, default)) // least * least)
-            for key, default, least in (("start_tokens", "32.768M", START_BATCH), ("tokens", "29.4912M", 10 * BATCH))
+            for key, default, least in (
+                ("start_tokens", "32.768M", START_BATCH),
+                ("tokens", "29.4912M", 10 * BATCH),
+                ("sft_tokens", "7.86432M", BATCH),
+            )
         ]
-        self.tails: Path | None = None
+        self.cut = False
+        self.prepared = threading.Event()
         self.trained = {task: threading.Event() for task in self.tasks}
         self._running: set[subprocess.Popen] = set()
         self._lock = threading.Lock()
@@ -186,13 +215,15 @@ class Study:
     def run(self) -> None:
         """Trains and evaluates what there is time for."""
         self.work.mkdir(parents=True, exist_ok=True)
-        self.tails = tails(Path(self.values.get("validation", "embedded")), self.work / "tails")
+        for name, context in CUTS.items():
+            self.cut = tails(Path(self.values.get("validation", "embedded")), self.work / "cuts" / name, context + LAST)
         timer = threading.Timer(self.end - time.monotonic(), self.stop)
         timer.daemon = True
         timer.start()
         try:
-            with ThreadPoolExecutor(max(self.jobs, len(self.tasks))) as pool:
+            with ThreadPoolExecutor(len(self.tasks) + 1) as pool:
                 slots = threading.Semaphore(self.jobs)
+                pool.submit(self.prepare)
                 list(pool.map(lambda task: self.one(task, slots), self.tasks))
         finally:
             timer.cancel()
@@ -205,37 +236,58 @@ class Study:
             if arm.branch is not None:
                 base = (arm.branch, task[1])
                 self.trained[base].wait()
-                branch_off(self.work / name_of(base), folder, depth(task[0]))
+                if arm.tunes:
+                    self.prepared.wait()
+                    at_end(self.work / name_of(base), 3)
+                else:
+                    branch_off(self.work / name_of(base), folder, depth(task[0]))
             with slots:
                 done = self.process("train.py", self.training(task), folder)
                 self.trained[task].set()
                 for what in arm.evals if done else ():
                     to = folder / "evals" / what
-                    if not list(to.glob("*.json")) and (more := self.asked(arm, what)):
-                        self.process("evaluate.py", [f"run={folder}", f"evals=[{what}]", f"to={to}", *more], folder)
+                    if not list(to.glob("*.json")) and (self.cut or what not in CUTS):
+                        self.process("evaluate.py", [f"run={folder}", f"to={to}", *self.asked(arm, what)], folder)
         except (OSError, ValueError) as error:
             say(f"{name_of(task)}: {error}")
         finally:
             self.trained[task].set()
 
     def asked(self, arm: Arm, what: str) -> list[str]:
-        """Arguments of an evaluation; none where it cannot be made."""
-        if what == "position_loss" and self.tails is None:
-            return []
-        filled = {"block": arm.block, "top": arm.top, "first": arm.first, "tails": self.tails, "tail": TAIL}
-        line = EVALS[what].format(**filled, documents=self.values.get("documents", DOCUMENTS))
-        return [*shlex.split(line), f"cluster={self.values.get('cluster', CLUSTER)}"]
+        """Arguments of an evaluation."""
+        filled = {"block": arm.block, "top": arm.top, "first": arm.first, "cuts": self.work / "cuts"}
+        name, *words = shlex.split(EVALS[what].format(**filled))
+        documents = min(FEWER.get(what, MOST), int(self.values.get("documents", MOST)))
+        return [f"evals=[{name}]", *words, f"documents={documents}", f"cluster={self.values.get('cluster', CLUSTER)}"]
+
+    def prepare(self) -> None:
+        """Makes the conversations, once for all that are fine-tuned."""
+        try:
+            if any(ARMS[arm].tunes for arm, _ in self.tasks):
+                words = f"{SFT} model=tiny init.source=null".format(base="null", cache=self.work / "cache", sft="1M")
+                config = load([*shlex.split(words), *self.overrides]).data
+                open_sources(config, log=say)
+                open_validation(config, log=say)
+        except (OSError, ValueError) as error:
+            say(f"conversations: {error}")
+        finally:
+            self.prepared.set()
 
     def training(self, task: Task) -> list[str]:
         """The overrides of a run."""
-        arm, (start, tokens) = ARMS[task[0]], self.tokens
+        arm, (start, tokens, sft) = ARMS[task[0]], self.tokens
+        if arm.tunes:
+            base = self.work / name_of((arm.branch or "", task[1]))
+            words = shlex.split(f"{SFT} {arm.train}".format(base=base, cache=self.work / "cache", sft=sft))
+            words += [word for word in self.overrides if not word.startswith("model.")]  # it is the base's
+            return [*words, f"run.dir={self.work / name_of(task)}", f"run.seed={task[1]}"]
         last = round(tokens / BATCH / 10) * BATCH
         parts = [COMMON, AT_8K if arm.branch else FIRST_STAGE, model_of(task[0]), arm.train]
         text = " ".join(parts).format(start=start, first=tokens - last, last=last, fifth=tokens // 5)
         data, held_out = (self.values.get(key, "embedded") for key in ("data", "validation"))
         words = [*shlex.split(text), "data=files", f"data.path={data}", f"data.validation.path={held_out}"]
         words += [
-            f"eval.documents={self.values.get('documents', DOCUMENTS)}",
+            f"eval.documents={self.values.get('documents', MOST)}",
             f"run.allow_changes={str(bool(arm.branch)).lower()}",
         ]
         return [*words, *self.overrides, f"run.dir={self.work / name_of(task)}", f"run.seed={task[1]}"]
@@ -312,14 +364,19 @@ def name_of(task: Task) -> str:
     return f"{task[0].replace(', ', '-').replace(' ', '_')}_seed{task[1]}"
 
 
+def at_end(base: Path, ended: int) -> Path:
+    """The checkpoint of a run at the end of its stage of this number. ValueError where there is none."""
+    ends = checkpoints(base)
+    if len(ends) < ended:
+        raise ValueError(f"{base.name} did not come to its end")
+    return ends[ended - 1]
+
+
 def branch_off(base: Path, folder: Path, ended: int) -> None:
     """Makes a run of what another one had when `ended` of its stages were over. ValueError where it is not finished."""
     if folder.exists():
         return
-    ends = checkpoints(base)
-    if len(ends) < ended:
-        raise ValueError(f"{base.name} did not come to its end")
-    end = ends[ended - 1]
+    end = at_end(base, ended)
     shutil.copytree(end, folder / "checkpoints" / end.name)
     shutil.copytree(base / "position_loss", folder / "position_loss")
     tokens = int(end.name.removeprefix("tokens_"))
@@ -329,18 +386,18 @@ def branch_off(base: Path, folder: Path, ended: int) -> None:
     (folder / FILE_NAME).write_text("".join(kept), encoding="utf-8")
 
 
-def tails(held_out: Path, to: Path) -> Path | None:
-    """Shards of the documents' tokens up to 8K, the last TAIL of them; None where `held_out` are no shards."""
+def tails(held_out: Path, to: Path, length: int) -> bool:
+    """Makes shards of the documents' tokens up to 8K, the last `length` of them; False where `held_out` are none."""
     if not (held_out / META).is_file():
-        return None
+        return False
     if not to.exists():
         shards = TokenShards(held_out)
         known = np.flatnonzero(shards.lengths > LENGTH).tolist()
         to.mkdir(parents=True)
-        tokens = [np.array(shards.tokens(i, LENGTH - TAIL, LENGTH + 1)) for i in known]
+        tokens = [np.array(shards.tokens(i, LENGTH - length, LENGTH + 1)) for i in known]
         record = write_shard(to, 0, tokens, [shards.ids[i] for i in known])
         write_meta(to, load_tokenizer("bpe-4k"), [record], {"title": f"ends of {held_out.name}"})
-    return to
+    return True
 
 
 def keep(work: Path, path: Path) -> None:

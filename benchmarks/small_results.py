@@ -5,7 +5,8 @@ their 95 % intervals; the differences of single seeds are listed beside them. `r
 gap to full attention that a last stage of full attention closes, 1 - gap / gap of MoBA, its interval from draws of the
 clusters. `falls_by` is how much the loss falls from the first bucket behind REACH tokens, which is
 what MoBA attends to at most, to the last; `far_context` how much more the last bucket's tokens lose in the same weights
-where the document is cut off 1K tokens before them.
+where the document is cut off 1K tokens before them, or further away. `tuned` has what was fine-tuned: losses of the
+answers, and, conversation by conversation, minus those with no full layer.
 
 Shapes: N documents, B buckets of positions, C clusters, D draws.
 """
@@ -22,7 +23,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.common import markdown, origin, read_json, write
+from benchmarks.common import markdown, origin, read_json, row_table, write
 from benchmarks.study import of_run, over_seeds
 from conf.numbers import format_count, format_length
 from evals.context import clusters_by
@@ -38,9 +39,11 @@ from train.record.metrics import FILE_NAME, read_metrics
 
 DRAWS, REACH = 4000, 1024
 """REACH: block x top_k of the arms that most are about."""
-START, REFERENCE, SPARSE, SWITCHED, FIRST = "start", "full", "moba", "moba, then full", "moba, first block"
+START, TUNED = "start", "sft"
+REFERENCE, SPARSE, SWITCHED, FIRST = "full", "moba", "moba, then full", "moba, first block"
 GRAIN = ("1024x2", "512x4", "256x8", "128x16", "64x32")
 PLAIN = ", no key convolution"
+CUTS = ("cut_1K", "cut_2K", "cut_4K")
 GATES = {"mean": "the gate's", "local": "latest", "random": "random", "oracle": "best"}
 Runs = Mapping[str, Mapping[int, Path]]
 """Arm -> seed -> folder of the run."""
@@ -86,7 +89,7 @@ def collect(
     ValueError where no run was evaluated."""
     runs: dict[str, dict[int, Path]] = {}
     for (arm, seed), folder in names.items():
-        if not arm.startswith(START) and list((work / folder / "position_loss").glob("eval_*.npz")):
+        if not arm.startswith((START, TUNED)) and list((work / folder / "position_loss").glob("eval_*.npz")):
             runs.setdefault(arm, {})[seed] = work / folder
     if not runs:
         raise ValueError(f"{work} has no run with an evaluation")
@@ -98,6 +101,7 @@ def collect(
         "gaps": [gap for arm in runs for reference in references(arm) if (gap := gap_of(held, arm, reference))],
         "recovered": recovered(held),
         "router": [*gates_of(held), *routing_of(runs)],
+        "tuned": list(tuned(work, names)),
     }
     record["device"] = ", ".join(sorted({run["device"] for run in record["runs"]}))
     text = write(record, table(record), to)
@@ -150,16 +154,37 @@ def final(held: Held, arm: str) -> dict:
 
 
 def far_context(held: Held, arm: str, seeds: Sequence[int], whole: Sequence[Evaluation]) -> dict | None:
-    """How much more the last bucket's tokens lose where all but the last 1K before them is cut off; None where some
-    seed was not asked."""
-    paths = [sorted((held.runs[arm][seed] / "evals" / "position_loss").glob("*.json")) for seed in seeds]
-    if not all(paths):
-        return None
-    cut = [load_evaluation(path) for path, *_ in paths]
-    assert all(a.document_ids == b.document_ids for a, b in zip(cut, whole))
-    gap_SN = np.array([a.document_loss[:, -1] - b.document_loss[:, -1] for a, b in zip(cut, whole)])
-    clusters = whole[0].document_clusters
-    return document_mean(gap_SN.mean(0), clusters) | {"by_seed": gap_SN.mean(1).tolist()}
+    """How much more the last bucket's tokens lose where all but so many before them are cut off, by where (`cut_1K`);
+    None where some seed was not asked."""
+    found = {}
+    for name in CUTS:
+        paths = [sorted((held.runs[arm][seed] / "evals" / name).glob("*.json")) for seed in seeds]
+        if not all(paths):
+            continue
+        cut = [load_evaluation(path) for path, *_ in paths]
+        assert all(a.document_ids == b.document_ids for a, b in zip(cut, whole))
+        gap_SN = np.array([a.document_loss[:, -1] - b.document_loss[:, -1] for a, b in zip(cut, whole)])
+        found[name] = document_mean(gap_SN.mean(0), whole[0].document_clusters) | {"by_seed": gap_SN.mean(1).tolist()}
+    return found or None
+
+
+def tuned(work: Path, names: Mapping[tuple[str, int], str]) -> Iterator[dict]:
+    """What was fine-tuned, by the number of full layers: its last evaluation of each seed."""
+    found: dict[int, list[tuple[int, Path, dict]]] = {}
+    for (arm, seed), folder in names.items():
+        paths = sorted((work / folder / "position_loss").glob("eval_*.json"))
+        if arm.startswith(TUNED) and paths:
+            rows = [row for row in read_metrics(work / folder / FILE_NAME) if row["kind"] == "eval"]
+            found.setdefault(int(arm.split()[1]), []).append((seed, paths[-1], rows[-1]))
+    sides = {n: {seed: load_evaluation(path) for seed, path, _ in own} for n, own in found.items()}
+    for layers, own in sorted(found.items()):
+        row = {"layers": layers, "seeds": [seed for seed, *_ in own], "tokens": [last["tokens"] for *_, last in own]}
+        row |= {key: [last[key] for *_, last in own] for key in ("loss", "trailing_loss")}
+        pairs = [(one, sides[0][seed]) for seed, one in sides[layers].items() if seed in sides.get(0, {})]
+        if pairs and layers:
+            gap_SNB = np.array([ours.document_loss - theirs.document_loss for ours, theirs in pairs])
+            row["minus_none"] = document_mean(np.nanmean(gap_SNB.mean(0), 1), pairs[0][0].document_clusters)
+        yield row
 
 
 def references(arm: str) -> list[str]:
@@ -339,7 +364,7 @@ def table(record: Mapping) -> list[str]:
                 f"{own['trailing']:.4f}",
             ]
             start += [f"{of(own['falls_by'])} from {format_length(own['falls_from'])}"]
-            start += [of(own["far_context"]) if own["far_context"] else "-"]
+            start += [", ".join(f"{name} {of(value)}" for name, value in (own["far_context"] or {}).items()) or "-"]
             rows.append([*(start if i == 0 else [""] * len(start)), *gap_cells(gap)])
     lines += markdown(heads, rows)
     for name, part in record["recovered"]["parts"].items() if record["recovered"] else ():
@@ -363,6 +388,8 @@ def table(record: Mapping) -> list[str]:
             for row in gates
         ]  # fmt: skip
         lines += ["", *markdown(heads, rows)]
+    if record.get("tuned"):
+        lines += ["", *row_table(record["tuned"])]
     numbers = [row for row in record["router"] if row["eval"] == "routing"]
     if numbers:
         kept = ("captured", "oracle", "local", "random", "own", "recall", "snr", "hit", "model_hit", "model_error")

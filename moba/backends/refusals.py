@@ -46,7 +46,7 @@ def past_only(kind: AttentionSpec, q: QueryShape, documents: Documents | None) -
 def reference(kind: AttentionSpec, q: QueryShape, documents: Documents | None) -> str | None:
     """For the dense definition of MoBA."""
     if kind.routing is not None and kind.routing.gate != "mean":
-        return "backend='reference' knows MoBA's own gate alone: use 'torch' or 'flash' for another"
+        return "backend='reference' knows MoBA's own gate alone: use 'torch', 'flash' or 'triton' for another"
     return past_only(kind, q, documents)
 
 
@@ -131,8 +131,6 @@ def triton(kind: AttentionSpec, q: QueryShape, documents: Documents | None) -> s
     dtypes = ("float16", "float32") if interpreted else ("float16", "bfloat16")
     scale = 1.0 if q.softmax_scale is None else q.softmax_scale
     group = q.num_heads // q.num_kv_heads
-    if routing.gate != "mean":
-        return "backend='triton' knows MoBA's own gate alone: use 'torch' or 'flash' for another"
     if q.dtype not in dtypes:
         names = " and ".join(f"torch.{name}" for name in dtypes)
         problem = f"dtype torch.{q.dtype}: the triton backend takes {names}"

@@ -116,6 +116,10 @@ class Moba(AttentionSpec):
             options["first_blocks"] = self.first_blocks
             out, lse = reference_attention(q, k, v, **documents.bounds, **options, return_lse=True)
             return out, lse
+        if selection is None and (self.gate != MEAN or (self.first_blocks and backend != "triton")):
+            from moba.gates import select
+
+            options["selection"] = select(self.routing, q, k, documents=documents, softmax_scale=softmax_scale)
         if backend == "triton" and documents.cu_seqlens_k is not None and _only_decodes(documents, q, k, v):
             from moba.backends.triton_decode import moba_of_last_tokens
 
@@ -124,10 +128,6 @@ class Moba(AttentionSpec):
             from moba.backends.triton_attention import moba_triton
 
             return moba_triton(q, k, v, documents, **options, first_blocks=self.first_blocks)
-        if selection is None and (self.gate != MEAN or self.first_blocks):
-            from moba.gates import select
-
-            options["selection"] = select(self.routing, q, k, documents=documents, softmax_scale=softmax_scale)
         if backend == "torch":
             from moba.backends.torch_blocks import moba_torch
 
@@ -174,8 +174,8 @@ class Moba(AttentionSpec):
 
     @classmethod
     def check_backend(cls, values: Mapping[str, Any], backend: str) -> Iterator[BadOption]:
-        if values.get("gate") != MEAN and values.get("gate") in GATES and backend in ("triton", "reference"):
-            yield BadOption("backend", backend, "knows gate=mean alone; {key}.gate takes torch or flash")
+        if values.get("gate") != MEAN and values.get("gate") in GATES and backend == "reference":
+            yield BadOption("backend", backend, "knows gate=mean alone; {key}.gate takes auto, triton, flash or torch")
         if backend == "cudnn":
             yield BadOption(
                 "backend", backend, "is for full attention; MoBA takes auto, triton, flash, torch or reference"

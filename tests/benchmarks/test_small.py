@@ -29,6 +29,11 @@ def study(tmp_path, **values):
 def test_every_arm_composes_and_has_the_tokens_of_the_others(name, tmp_path):
     """Catches an override that was renamed since, and arms whose attention is not what their name says."""
     words = study(tmp_path, arms=name, start_tokens="2M", tokens="3.5M").training((name, 3))
+    if name.startswith("sft"):
+        assert "init.source=" in " ".join(words) and "moba-first_block_seed3" in " ".join(words)
+        (stage,) = load([*words, "model=tiny", "model.num_layers=6", "init.source=null"]).schedule.stages.values()
+        assert stage.attention.options["first_blocks"] == 1 and stage.attention.full_last == int(name[5])
+        return
     config = load(words)
     assert config.run.seed == 3 and config.run.allow_changes == (not name.startswith("start"))
     short, *others = config.schedule.stages.values()
@@ -78,12 +83,11 @@ def test_ends_of_documents_are_the_same_tokens(tmp_path):
     (tmp_path / "whole").mkdir()
     record = write_shard(tmp_path / "whole", 0, documents, ["a", "b", "c"])
     write_meta(tmp_path / "whole", tokenizer, [record], {})
-    made = small.tails(tmp_path / "whole", tmp_path / "ends")
-    assert made is not None
-    ends = TokenShards(made)
+    assert small.tails(tmp_path / "whole", tmp_path / "ends", 1536)
+    ends = TokenShards(tmp_path / "ends")
     assert ends.ids == ["a", "c"] and ends.lengths.tolist() == [1537] * 2
     assert ends.tokens(0, 0, 1537).tolist() == documents[0][8193 - 1537 : 8193].tolist()
-    assert small.tails(tmp_path / "embedded", tmp_path / "none") is None
+    assert not small.tails(tmp_path / "embedded", tmp_path / "none", 1536)
 
 
 def write_run(folder, losses, late_loss=5.0):
@@ -95,7 +99,7 @@ def write_run(folder, losses, late_loss=5.0):
     for tokens, loss_NB in losses.items():
         found = Evaluation.of_documents(EDGES, IDS, [f"key of {name}" for name in IDS], IDS, loss_NB)
         found.result("x").write(folder / "position_loss", f"eval_{tokens:015d}")
-        ends = {"loss": float(loss_NB.mean()), "trailing_loss": float(loss_NB[:, -1].mean())}
+        ends = {"loss": float(np.nanmean(loss_NB)), "trailing_loss": float(loss_NB[:, -1].mean())}
         rows.append({"kind": "eval", "tokens": tokens, **ends})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -113,13 +117,19 @@ def test_numbers_are_those_of_the_files(tmp_path):
         for seed in (0, 1):
             names[arm, seed] = small.name_of((arm, seed))
             loss_NB = base_NB + gap * (1 + 0.1 * (seed - 0.5)) * slope_B
-            cut_N3 = np.repeat(loss_NB[:, -1:] + 0.4, 3, axis=1)
-            found = Evaluation.of_documents(
-                np.arange(0, 1537, 512), IDS, [f"end of {name}" for name in IDS], IDS, cut_N3
-            )
-            found.result("x").write(tmp_path / "runs" / names[arm, seed] / "evals" / "position_loss", "cut")
+            for cut, more in {"cut_1K": 0.4, "cut_4K": 0.1}.items():
+                cut_N3 = np.repeat(loss_NB[:, -1:] + more, 3, axis=1)
+                keys = [f"end of {name}" for name in IDS]
+                found = Evaluation.of_documents(np.arange(0, 1537, 512), IDS, keys, IDS, cut_N3)
+                found.result("x").write(tmp_path / "runs" / names[arm, seed] / "evals" / cut, "cut")
             at = {100: loss_NB + 1, 200: loss_NB} | ({300: loss_NB - 1} if arm == "full" else {})
             write_run(tmp_path / "runs" / names[arm, seed], at, 4.5 if "then" in arm else 5.0)
+    for layers in (0, 3):
+        for seed in (0, 1):
+            names[f"sft, {layers} full", seed] = small.name_of((f"sft, {layers} full", seed))
+            answers_NB = np.where(np.arange(16) < 14, np.nan, base_NB - 0.1 * layers + seed)
+            folder = tmp_path / "runs" / names[f"sft, {layers} full", seed]
+            write_run(folder, {10: answers_NB + 1, 20: answers_NB})
     text = small_results.collect(tmp_path / "runs", tmp_path / "to", ["to=x"], "abc", "[^:]*", names)
     record = json.loads((tmp_path / "to" / "results.json").read_text())
     found = {(gap["arm"], gap["reference"]): gap for gap in record["gaps"]}
@@ -135,7 +145,11 @@ def test_numbers_are_those_of_the_files(tmp_path):
     assert by_position["gap"] == pytest.approx(0.2 * (1 - 0.5 / 15)) and by_position["share"] == pytest.approx(0.75)
     assert found["moba", "full"]["by_position"]["mean"] == pytest.approx(by_position["gap"])
     assert record["recovered"]["after_switch"] == [[pytest.approx(-0.5)]] * 2, "what is logged where they differ"
-    assert record["final"]["moba"]["far_context"]["mean"] == pytest.approx(0.4)
+    further = {name: value["mean"] for name, value in record["final"]["moba"]["far_context"].items()}
+    assert further == {"cut_1K": pytest.approx(0.4), "cut_4K": pytest.approx(0.1)}
+    (none, last) = record["tuned"]
+    assert (none["layers"], last["layers"], last["tokens"]) == (0, 3, [20, 20]) and "minus_none" not in none
+    assert last["minus_none"]["mean"] == pytest.approx(-0.3), "buckets without an answer count for nothing"
     assert "Recovered by the last stage, trailing: 75 %" in text
     every = Evaluation.of_documents(EDGES, IDS, IDS, [f"c{i}" for i in range(15)], base_NB)
     assert small_results.sampled(every, 15) == [f"c{i}" for i in range(15)]

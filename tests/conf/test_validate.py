@@ -162,7 +162,7 @@ CASES = [
     ([("data.sources.x", {"synthetic": {"task": "recall"}})], ["task=recall", "mqar", "straddle"]),
     ([("data.sources.x", {"synthetic": {"pairs": 4, "min_pairs": 8}})], ["min_pairs=8", "pairs=4"]),
     ([(f"{STAGES}.full.attention", {"kind": "full", "gate": "random"})], ["gate=random", "kind=moba"]),
-    ([(f"{STAGES}.sparse.attention", {"gate": "local", "backend": "triton"})], ["backend=triton", "gate", "flash"]),
+    ([(f"{STAGES}.sparse.attention", {"gate": "local", "backend": "reference"})], ["=reference", "gate", "triton"]),
     ([(f"{STAGES}.sparse.attention.gate", "best")], ["gate=best", "oracle"]),
     ([(f"{STAGES}.full.attention", {"kind": "full", "first_blocks": 1})], ["first_blocks=1", "kind=moba"]),
     ([(f"{STAGES}.sparse.attention", {"top_k": 1, "first_blocks": 1})], ["first_blocks=1", "top_k=1"]),

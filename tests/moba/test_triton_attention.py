@@ -339,3 +339,22 @@ def test_workspace_groups():
     assert kv_heads_at_once(8, 100, 350) == 3
     assert kv_heads_at_once(8, 100, 1) == 1
     assert kv_heads_at_once(8, 100, 799) == 4
+
+
+@pytest.mark.parametrize("gate", ["local", "random", "oracle"])
+def test_another_gate_s_blocks_are_attended_to(gate):
+    """Catches kernels that route by their own gate where another was asked for, or that count its blocks from the
+    pack's start; forward and backward, against the backend for any device, which selects by the same gate."""
+    inputs = [x.requires_grad_() for x in tensors(90, (4, 2), 16)]
+    weight = torch.linspace(-1, 1, 90 * 4 * 16).view(90, 4, 16)
+    options = {"cu_seqlens": bounds([0, 40, 40, 45, 90]), "block_size": 8, "top_k": 3}
+
+    def results(backend, gate):
+        out = moba_attention(*inputs, **options, gate=gate, backend=backend)
+        assert isinstance(out, torch.Tensor)
+        return [out, *torch.autograd.grad((out * weight).sum(), inputs)]
+
+    found = results("triton", gate)
+    for ours, theirs in zip(found, results("torch", gate)):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert (found[0] - results("triton", "mean")[0]).abs().max() > 0.1
