@@ -29,6 +29,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -181,9 +182,7 @@ def main() -> None:
     work = Path(values.get("runs", to / "runs"))
     to.mkdir(parents=True, exist_ok=True)
     if values.get("collect") != "true":
-        study = Study(values, overrides, work)
-        study.run()
-        keep(work, to / "kept.tar.gz")
+        Study(values, overrides, work, to / "kept.tar.gz").run()
     names = {(arm, seed): name_of((arm, seed)) for arm in ARMS for seed in range(MOST_SEEDS)}
     print(collect(work, to, sys.argv[1:], values.get("commit"), values.get("cluster", CLUSTER), names))
 
@@ -191,9 +190,9 @@ def main() -> None:
 class Study:
     """Processes that are started, waited for, and stopped when time is up."""
 
-    def __init__(self, values: Mapping[str, str], overrides: Sequence[str], work: Path):
-        """ValueError for arms that there are not."""
-        self.values, self.overrides, self.work = values, list(overrides), work
+    def __init__(self, values: Mapping[str, str], overrides: Sequence[str], work: Path, kept: Path):
+        """`kept`: the file of what `keep` keeps, made anew after each task. ValueError for arms that there are not."""
+        self.values, self.overrides, self.work, self.kept = values, list(overrides), work, kept
         self.end = time.monotonic() + 60 * float(values.get("minutes", 9))
         self.tasks = tasks_of(values.get("arms", SMALLEST), values.get("seeds", "0,1"))
         self.jobs = int(values.get("jobs", 10))
@@ -209,7 +208,7 @@ class Study:
         self.prepared = threading.Event()
         self.trained = {task: threading.Event() for task in self.tasks}
         self._running: set[subprocess.Popen] = set()
-        self._lock = threading.Lock()
+        self._lock, self._keeping = threading.Lock(), threading.Lock()
         self._stopped = False
 
     def run(self) -> None:
@@ -228,6 +227,7 @@ class Study:
         finally:
             timer.cancel()
             self.stop()
+            keep(self.work, self.kept)
 
     def one(self, task: Task, slots: threading.Semaphore) -> None:
         """Trains and evaluates a task; what goes wrong is said, and the others go on."""
@@ -252,6 +252,8 @@ class Study:
             say(f"{name_of(task)}: {error}")
         finally:
             self.trained[task].set()
+        with self._keeping:
+            keep(self.work, self.kept)
 
     def asked(self, arm: Arm, what: str) -> list[str]:
         """Arguments of an evaluation."""
@@ -401,11 +403,13 @@ def tails(held_out: Path, to: Path, length: int) -> bool:
 
 
 def keep(work: Path, path: Path) -> None:
-    """Everything but weights and figures in one file."""
-    with tarfile.open(path, "w:gz") as tar:
+    """Everything but tokens, weights and figures in one file. What is being written while others run is in the next."""
+    with tarfile.open(path.with_suffix(".part"), "w:gz", compresslevel=3) as tar:
         for file in sorted(work.rglob("*")):
-            if file.is_file() and "checkpoints" not in file.parts and file.suffix != ".png":
-                tar.add(file, file.relative_to(work))
+            if file.is_file() and not {"checkpoints", "cache", "cuts"} & {*file.parts} and file.suffix != ".png":
+                with suppress(OSError):
+                    tar.add(file, file.relative_to(work))
+    path.with_suffix(".part").replace(path)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ IDS = [f"package{i % 5}:{i}" for i in range(15)]
 
 def study(tmp_path, **values):
     """A study that was asked for."""
-    return small.Study({"minutes": "1", **values}, ["run.device=cpu"], tmp_path / "runs")
+    return small.Study({"minutes": "1", **values}, ["run.device=cpu"], tmp_path / "runs", tmp_path / "kept.tar.gz")
 
 
 @pytest.mark.parametrize("name", small.ARMS)
