@@ -380,7 +380,8 @@ def branch_off(base: Path, folder: Path, ended: int) -> None:
         return
     end = at_end(base, ended)
     shutil.copytree(end, folder / "checkpoints" / end.name)
-    shutil.copytree(base / "position_loss", folder / "position_loss")
+    if ended > 1:  # what the start was evaluated on is shorter
+        shutil.copytree(base / "position_loss", folder / "position_loss")
     tokens = int(end.name.removeprefix("tokens_"))
     lines = (base / FILE_NAME).read_text(encoding="utf-8").splitlines(keepends=True)
     # The stage that begins here is the branch's own.
