@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -43,7 +43,7 @@ from launch.observe import FIGURES, HeldOutEvaluator, draw_figures  # noqa: E402
 from launch.stopping import ParentWatch, Peer, PeerWatch, exit_code, peers_here, stop_reasons  # noqa: E402
 from moba.attention import BackendUnavailable  # noqa: E402
 from train.checkpoint import checkpoint_dir, store  # noqa: E402
-from train.checkpoint.run_lock import RunLocked, lock_run  # noqa: E402
+from train.checkpoint.run_lock import RunLock, RunLocked, lock_run  # noqa: E402
 from train.engine import collectives, signals  # noqa: E402
 from train.engine.signals import PreemptionFlag  # noqa: E402
 from train.hf import pretrained, source_files  # noqa: E402
@@ -114,12 +114,21 @@ def main(overrides: list[str]) -> None:
             print(plan().text(), flush=True)
         if saved is not None and saved.state["watched"] and saved.tokens >= config.schedule.tokens:
             if launched.rank == 0:
+                _tidy(run_dir)
                 print(
                     f"\n{run_dir} is finished. To train further from its weights, set another run.dir and "
                     f"init.source={run_dir}"
                 )
             return
         _train(config, settle(config, vocab_size, hardware).config, tokenizer, plan, watch)
+
+
+def _tidy(run_dir: Path) -> None:
+    """Puts right what a kill after the last step left of a finished run, unless another process holds it."""
+    with suppress(RunLocked):
+        lock = RunLock(run_dir)
+        store.clean_stale(run_dir)
+        lock.release()
 
 
 @contextmanager

@@ -342,7 +342,7 @@ def script_of(words: Sequence[str]) -> tuple[Path, list[str]] | None:
 
 def missing_extra(block: Block) -> bool:
     """Whether it installs an extra that this environment has not."""
-    modules = {"ruler": "nemo_long_context_eval", "lm-eval": "lm_eval"}
+    modules = {"ruler": "long_context_eval", "lm-eval": "lm_eval"}
     return any(f"[{extra}]" in block.text and find_spec(module) is None for extra, module in modules.items())
 
 
@@ -360,7 +360,7 @@ def runner(house):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launch_runs, "SECONDS", 1200.0)
-        patch.setenv("PYTHONPATH", launch_runs.FORK_PATH)
+        patch.setenv("PYTHONPATH", os.pathsep.join([launch_runs.FORK_PATH, os.environ.get("PYTHONPATH", "")]))
         patch.setenv("HF_HUB_OFFLINE", "1")
         launcher = launch_runs.Launcher(house / ".streams")
 

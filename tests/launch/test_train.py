@@ -139,6 +139,21 @@ def test_kills_at_chosen_moments_change_nothing(launcher, command, house, whole,
     assert_tidy(house.runs / name)
 
 
+def test_kills_after_the_last_step_are_mended_by_the_next_start(launcher, command, house, whole):
+    """Catches a finished run whose `latest` names an older checkpoint for ever: killed while the last one is written,
+    then once it has its name."""
+    for act in (Act(f"os.rename {SAVE.format(END)}"), Act("open checkpoints/.latest")):
+        ended = launcher.run(command("ended", "checkpoint.asynchronous=false"), act=act)
+        assert ended.code == -signal.SIGKILL, (act, ended)
+    assert (house.runs / "ended" / "checkpoints" / "latest").read_text().strip() != f"tokens_{END:015d}"
+    for _ in range(2):
+        ended = launcher.run(command("ended", "checkpoint.asynchronous=false"))
+        assert ended.code == 0, ended
+    assert "is finished" in ended.out
+    assert_same_run(house.runs / "ended", whole)
+    assert_tidy(house.runs / "ended")
+
+
 @settings(
     deadline=None,
     max_examples=3,

@@ -158,10 +158,15 @@ def commit(temporary: Path, files: dict[str, Entry]) -> Path:
     temporary.rename(final)
     _flush(root)
     shutil.rmtree(replaced, ignore_errors=True)
-    write_text(root / ".latest", name + "\n")
+    _point_to(final)
+    return final
+
+
+def _point_to(checkpoint: Path) -> None:
+    root = checkpoint.parent
+    write_text(root / ".latest", checkpoint.name + "\n")
     os.replace(root / ".latest", root / "latest")
     _flush(root)
-    return final
 
 
 def discard(temporary: Path) -> None:
@@ -170,7 +175,8 @@ def discard(temporary: Path) -> None:
 
 
 def clean_stale(run_dir: Path) -> None:
-    """Removes what killed processes left half-written or half-removed. Only for the holder of the run's lock."""
+    """Removes what killed processes left half-written or half-removed, and has `latest` name the newest checkpoint.
+    Only for the holder of the run's lock."""
     for path in (run_dir / "checkpoints").glob(f"{REPLACED}tokens_*"):
         final = path.with_name(path.name.removeprefix(REPLACED))
         if not final.exists():  # killed between the two renames that replace a checkpoint
@@ -178,6 +184,9 @@ def clean_stale(run_dir: Path) -> None:
     for prefix in (SAVING, REPLACED):
         for path in (run_dir / "checkpoints").glob(f"{prefix}tokens_*"):
             shutil.rmtree(path, ignore_errors=True)
+    last, pointer = newest(run_dir), run_dir / "checkpoints" / "latest"
+    if last is not None and not (pointer.exists() and pointer.read_bytes().strip() == last.name.encode()):
+        _point_to(last)
 
 
 def prune(run_dir: Path, keep: int) -> None:
