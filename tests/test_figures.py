@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PHOTOGRAPHED = {"docs/results/dashboard.png"}
 """Of a run, not of kept numbers."""
-MODELS = {"paper_545m": "545M", "paper_1_5b": "1.5B", "125m": "125m"}
+MODELS = {"paper_545m": "545M", "paper_1_5b": "1.5B", "125m": "125m", "llama3_8b": "8B"}
 
 
 @cache
@@ -105,7 +105,7 @@ def hundreds(value: float) -> str:
 
 def step_rows():
     rows = {r["variant"]: r for r in kept("benchmarks/results/step_profile_h100/results.json")["rows"]}
-    for model, name in MODELS.items():
+    for model, name in list(MODELS.items())[:3]:
         own = [rows.get(f"{kind}_32k/{model}/compile=auto/activation_checkpointing=auto") for kind in ("moba", "full")]
         cells = [x for r in own for x in ((hundreds(r["tokens_per_second"]), f"{r['mfu']:.0%}") if r else ("", ""))]
         memory = {f"{r['peak_memory_gib']:.0f} GiB" for r in own if r}
@@ -254,7 +254,7 @@ LONG = {"two": "benchmarks/results/longest_context/h200_two", "one": "benchmarks
 
 
 def long_rows():
-    rows = [r for name in ("", "_1m") for r in kept(f"{LONG['two']}{name}/results.json")["rows"] if "failed" not in r]
+    rows = [r for name in ("", "_1m", "_blocks", "_8b") for r in kept(f"{LONG['two']}{name}/results.json")["rows"] if "failed" not in r]
     for r in rows:
         shares = [f"{r[key]:.1%}".replace("%", " %") for key in ("communication", "communication_exposed")]
         exchange = "" if r["num_gpus"] == 1 else shares[0]
@@ -289,9 +289,10 @@ def test_a_table_has_the_numbers_of_its_results(name, head):
 
 
 def test_the_table_of_long_contexts_has_the_numbers_of_its_results():
-    """The same, of rows from two files in an order of their own, with settings in words."""
-    shown = [[*row[:2], row[2].split(",")[0], *row[4:]] for row in table("docs/long.md", "| model | context | GPUs |")]
-    assert len(shown) == 8
+    """The same, of rows from several files in an order of their own, with settings in words."""
+    both = [table("docs/long.md", f"| model | {head} | GPUs |") for head in ("context", "length")]
+    shown = [[*row[:2], row[2].split(",")[0], *row[4:]] for row in sum(both, [])]
+    assert len(shown) == 14
     assert [row for row in shown if row not in list(long_rows())] == []
 
 
@@ -384,16 +385,11 @@ def test_what_is_compared_would_be_missed(monkeypatch):
 
 
 def test_kills_on_gpus_are_as_documented():
-    """Catches a text about killed processes that says more than the kept logs."""
-    record, text = kept("benchmarks/results/two_gpus/kill.json"), page("docs/runs.md")
-    rank, torchrun = record["kills"]
-    made = len(record["losses"])
-    assert record["losses"] == record["losses_undisturbed"][:made], "to the last bit"
-    first, second, third = record["runs"]
-    assert (first["gpus"], second["gpus"], third["gpus"]) == (2, 2, 1) and second["from_step"] < third[
-        "from_step"
-    ] < made
-    assert f"The losses of the {made} steps that were made, {third['from_step']} on two GPUs" in text
-    assert f"all had ended {rank['seconds']} s after torchrun noticed" in text
-    assert f"had ended after some {torchrun['seconds']:.0f} s" in text
-    assert rank["lines_of_ours"] == torchrun["lines_of_ours"] == 1
+    """Catches a text about killed processes that says more than the kept results."""
+    (row,) = kept("benchmarks/results/two_gpus/kill.json")["kill"]
+    text = " ".join(page("docs/runs.md").split())
+    assert f"in one line, and all had ended after {row['rank_seconds']} s" in text and len(row["rank_said"]) == 1
+    assert f"saved a checkpoint and all had ended after {row['torchrun_seconds']} s" in text
+    _, *steps = sorted(set(row["started_from_steps"]))
+    assert f"went on from steps {' and '.join(map(str, steps))}" in text
+    assert row["largest_relative_difference"] == 0 and f"the losses of its {row['steps']} steps" in text

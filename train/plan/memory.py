@@ -65,7 +65,7 @@ def estimate_memory(
     exchanged = sequence_size > 1 and not by_blocks
     kept, working = activation_bytes(model, attention, own_tokens, bf16=bf16, compiled=compiled, exchanged=exchanged)
     if by_blocks and sequence_size > 1:
-        held, gradients_of_keys = gathered_bytes(model, micro_tokens, bf16=bf16)
+        held, gradients_of_keys = gathered_bytes(model, micro_tokens, own_tokens, bf16=bf16)
         kept, working = kept + held, working + gradients_of_keys
     return Memory(
         weights=0 if engine.offload_params else weights,
@@ -168,16 +168,16 @@ def activation_bytes(
     return num_tokens * width * (kept + 2 * hidden), num_tokens * width * (layer + passing) + partial
 
 
-def gathered_bytes(model: ModelConfig, num_tokens: int, *, bf16: bool) -> tuple[int, int]:
+def gathered_bytes(model: ModelConfig, num_tokens: int, own_tokens: int, *, bf16: bool) -> tuple[int, int]:
     """Bytes of the keys and values of all processes that share `num_tokens` tokens by blocks: those kept for the
-    backward pass, and those of the layer, or its group of heads, that is computed. There, they have gradients of each
-    of a process's two slices, and their sum."""
+    backward pass, in place of the process's own, and those of the layer, or its group of heads, that is computed.
+    There, they have gradients of each of a process's two slices, and their sum."""
     width, recomputed = (2 if bf16 else 4), model.activation_checkpointing
     one = num_tokens * 2 * num_kv_heads(model) * head_dim(model) * width
     if recomputed is True or recomputed in OFFLOADED:
         groups = min(HEAD_GROUPS, num_kv_heads(model)) if recomputed == OFFLOAD_HEADS else 1
         return 0, 4 * one // groups
-    return model.num_layers * one, 3 * one
+    return model.num_layers * (one - one * own_tokens // num_tokens), 3 * one
 
 
 def is_compiled(model: ModelConfig, engine: DeepSpeedConfig) -> bool:
