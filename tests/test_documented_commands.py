@@ -82,6 +82,7 @@ SMALLER = {
         for stage in ("cpt_256k", "cpt_512k", "cpt_1m", "moba_100b", "sft_32k", "sft_256k", "sft_1m")
     },
     "attention=2Kx3": ["attention=32x3"],
+    "evals=[needle] beside": ["lengths=512", "depths=2", "samples=2"],
     "run.dir=runs/continual_cpu": ["optim.lr.warmup_tokens=5%"],
 }  # fmt: skip
 """What a command that holds the text on the left is run with, in place of its own values of these keys."""

@@ -254,8 +254,8 @@ LONG = {"two": "benchmarks/results/longest_context/h200_two", "one": "benchmarks
 
 
 def long_rows():
-    rows = [r for name in ("", "_1m", "_blocks", "_8b") for r in kept(f"{LONG['two']}{name}/results.json")["rows"] if "failed" not in r]
-    for r in rows:
+    parts = (kept(f"{LONG['two']}{part}/results.json")["rows"] for part in ("", "_1m", "_blocks", "_8b"))
+    for r in (row for rows in parts for row in rows if "failed" not in row):
         shares = [f"{r[key]:.1%}".replace("%", " %") for key in ("communication", "communication_exposed")]
         exchange = "" if r["num_gpus"] == 1 else shares[0]
         exchange += f", of which {shares[1]} is not hidden" if shares[0] != shares[1] else ""
@@ -290,8 +290,8 @@ def test_a_table_has_the_numbers_of_its_results(name, head):
 
 def test_the_table_of_long_contexts_has_the_numbers_of_its_results():
     """The same, of rows from several files in an order of their own, with settings in words."""
-    both = [table("docs/long.md", f"| model | {head} | GPUs |") for head in ("context", "length")]
-    shown = [[*row[:2], row[2].split(",")[0], *row[4:]] for row in sum(both, [])]
+    both = (table("docs/long.md", f"| model | {head} | GPUs |") for head in ("context", "length"))
+    shown = [[*row[:2], row[2].split(",")[0], *row[4:]] for rows in both for row in rows]
     assert len(shown) == 14
     assert [row for row in shown if row not in list(long_rows())] == []
 
