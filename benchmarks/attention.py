@@ -3,12 +3,11 @@
     python benchmarks/attention.py                      # all rows, some minutes on an H100
     python benchmarks/attention.py --rows 64K --out results
 
-What is measured: `triton` and `flash` (the backends of moba), for long blocks also `ragged`
-(moba/backends/cudnn_lists.py, if nvidia-cudnn-frontend is installed), `cudnn` and `fa2` (torch's dense attention).
-Forward, forward+backward, the triton backend's routing (means, gate, top-k, lists) and the peak of allocated memory,
-inputs included. Batch 1, bfloat16, random normal inputs drawn afresh for every row, all in one process. Each time is
-the median over repeats that are queued without waiting, so that launches overlap with the work as they do in training;
-the inputs of every row exceed the L2 cache.
+What is measured: `triton` and `flash` (the backends of moba), `cudnn` and `fa2` (torch's dense attention). Forward,
+forward+backward, the triton backend's routing (means, gate, top-k, lists) and the peak of allocated memory, inputs
+included. Batch 1, bfloat16, random normal inputs drawn afresh for every row, all in one process. Each time is the
+median over repeats that are queued without waiting, so that launches overlap with the work as they do in training; the
+inputs of every row exceed the L2 cache.
 
 TFLOP/s count attended pairs only: 4 * pairs * H * D forward, three times that with the backward (moba.flops); routing
 counts as time but not as work. Ratios are dense cuDNN's time over the row's, forward+backward, in the same run.
@@ -39,7 +38,6 @@ from matplotlib.figure import Figure  # noqa: E402
 from benchmarks.common import cell, device_name  # noqa: E402
 from evals.results import commit, write_json  # noqa: E402
 from evals.style import look, save  # noqa: E402
-from moba.backends.cudnn_ragged import installed  # noqa: E402
 from moba.documents import Documents  # noqa: E402
 from moba.flops import attended_pairs, attention_flops  # noqa: E402
 from moba.kinds import Full, Moba  # noqa: E402
@@ -48,8 +46,7 @@ from moba.reference import reference_attention  # noqa: E402
 K = 1024
 TIME_BUDGET_MS = 400.0
 SECONDS_LONG = 2.5
-RAGGED_FROM = 256
-MOBA = ("triton", "flash", "ragged")
+MOBA = ("triton", "flash")
 
 
 @dataclass(frozen=True)
@@ -73,8 +70,7 @@ class Row:
     @property
     def implementations(self) -> list[str]:
         """What is measured, in order."""
-        long = ["ragged"] if self.block_size >= RAGGED_FROM and installed() else []
-        return [*self.dense, *(["flash"] if self.flash else []), "triton", *long]
+        return [*self.dense, *(["flash"] if self.flash else []), "triton"]
 
 
 def document_lengths(total: int, shortest: int, longest: int, seed: int) -> tuple[int, ...]:
@@ -132,8 +128,6 @@ class Result:
 def moba(backend: str, row: Row, q, k, v):
     if backend == "triton":
         from moba.backends.triton_attention import moba_triton as function
-    elif backend == "ragged":
-        from moba.backends.cudnn_lists import moba_cudnn as function
     else:
         from moba.backends.flash import moba_flash as function
     return function(q, k, v, documents(row), block_size=row.block_size, top_k=row.top_k)[0]
@@ -155,7 +149,6 @@ def varlen(row: Row, q, k, v):
 IMPLEMENTATIONS = {
     "triton": functools.partial(moba, "triton"),
     "flash": functools.partial(moba, "flash"),
-    "ragged": functools.partial(moba, "ragged"),
     "cudnn": functools.partial(dense, SDPBackend.CUDNN_ATTENTION),
     "fa2": functools.partial(dense, SDPBackend.FLASH_ATTENTION),
     "varlen": varlen,
@@ -273,23 +266,18 @@ def popularity(row: Row, q, k) -> float:
 
 def check() -> None:
     """Compares outputs and gradients of the triton backend with the float64 definition; raises if they are off."""
-    cases = [("triton", 128, 4, 128), ("triton", 128, 4, 64), ("triton", 256, 3, 128)]
-    cases += [("ragged", 256, 3, 128), ("ragged", 256, 3, 64)] if installed() else []
-    for implementation, block_size, top_k, head_dim in cases:
+    for block_size, top_k, head_dim in ((128, 4, 128), (128, 4, 64), (256, 3, 128)):
         row = Row("check", 1300, block_size, top_k, heads=(4, 2), head_dim=head_dim)
         q, k, v, d_out = inputs(row, seed=block_size)
         results = []
-        for function, dtype in ((functools.partial(moba, implementation, row), None), (None, torch.float64)):
+        for function, dtype in ((functools.partial(moba, "triton", row), None), (None, torch.float64)):
             x = [y.to(dtype or y.dtype).clone().requires_grad_() for y in (q, k, v)]
             out = function(*x) if function else reference_attention(*x, block_size=block_size, top_k=top_k)
             results.append([out, *torch.autograd.grad(out, x, d_out.to(out))])
         errors = [((a.double() - b).norm() / b.norm()).item() for a, b in zip(*results)]
-        print(
-            f"check {implementation} {block_size}x{top_k} d{head_dim}: relative errors",
-            " ".join(f"{e:.1e}" for e in errors),
-        )
+        print(f"check {block_size}x{top_k} d{head_dim}: relative errors", " ".join(f"{e:.1e}" for e in errors))
         if not max(errors) < 1e-2:
-            raise SystemExit(f"{implementation} disagrees with the reference: not timing it")
+            raise SystemExit("the triton backend disagrees with the reference: not timing it")
 
 
 def check_routing(num_tokens: int, keys: str, num_sampled: int = 1024) -> dict:
@@ -360,7 +348,6 @@ HEADER = f"{'row':22s} {'':8s}" + "".join(f"{key:>15}" for key in COLUMNS)
 NAMES = {
     "triton": "MoBA, Triton kernels",
     "flash": "MoBA, two varlen flash calls",
-    "ragged": "MoBA, long blocks on cuDNN",
     "cudnn": "dense, cuDNN",
     "fa2": "dense, FlashAttention 2",
 }

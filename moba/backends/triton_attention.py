@@ -52,7 +52,7 @@ def moba_triton(
     with device_of(q):
         layout = documents.kernel_layout(block_size)
     tensors = (layout.start_M, layout.length_M, layout.skipped_M, layout.first_block_T, layout.own_block_T)
-    selection_THK = None if selection is None else counted_in_pack(selection, layout)
+    selection_THK = None if selection is None else _moved(selection, layout.first_block_T[:, None]).transpose(0, 1)
     return triton_forward(q, k, v, *tensors, block_size, top_k, scale, first_blocks, selection_THK)[:2]
 
 
@@ -69,11 +69,6 @@ def route_triton(
         selection_THK = select_blocks(q, k, layout, block_size, top_k, first_blocks)
     selection_HTK = selection_THK.sort(dim=-1).values.transpose(0, 1)  # history lies before the own block
     return _moved(selection_HTK, -layout.first_block_T[:, None]).contiguous()
-
-
-def counted_in_pack(selection_HTK: Tensor, layout: Layout) -> Tensor:
-    """A selection as of `moba.route` as the operators take it: int32 [T, H, K], blocks counted through the pack."""
-    return _moved(selection_HTK, layout.first_block_T[:, None]).transpose(0, 1)
 
 
 def _moved(selection_HTK: Tensor, by_T1: Tensor) -> Tensor:
