@@ -61,10 +61,14 @@ class Context:
 
 def clusters_by(pattern: str | None) -> Callable[[str], str]:
     """From a document's id to its cluster: what the regular expression's first group, or all of it, matches at the
-    beginning; the id where it does not match, and with None."""
+    beginning; the id where it does not match, and with None. ValueError for what is no regular expression."""
+    try:
+        expression = None if pattern is None else re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"cluster={pattern}: not a regular expression ({error})") from error
 
     def cluster_of(document_id: str) -> str:
-        found = re.match(pattern, document_id) if pattern is not None else None
+        found = None if expression is None else expression.match(document_id)
         return found[found.re.groups and 1] if found else document_id
 
     return cluster_of

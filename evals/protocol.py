@@ -5,6 +5,7 @@ launch/evaluate.py does the rest: arguments and their help, the model, where fil
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy as np
 from conf.files import user_path
 from conf.numbers import given_length
 from conf.schema import SourceConfig
+from conf.words import listed
 from data.sources import open_validation
 from data.validation import HeldOut, held_out_documents
 from evals.context import Context
@@ -78,7 +80,11 @@ class Job:
         if source is None:
             raise ValueError(f"{self.trained.checkpoint} was trained without held-out documents; name some: data=...")
         limit = self.integer("documents", self.trained.config.eval.documents)
-        return held_out_documents(source, self.seq_len, limit, edges)
+        found = held_out_documents(source, self.seq_len, limit, edges)
+        pattern = self.values.get("cluster")
+        if pattern is not None and not any(re.match(pattern, name) for name in found.ids):
+            raise ValueError(f"cluster={pattern}: no document's id begins so; they are {listed(found.ids, most=3)}")
+        return found
 
     def say(self, line: str) -> None:
         """Prints on rank 0."""

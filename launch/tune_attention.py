@@ -57,8 +57,9 @@ def main(argv: list[str] | None = None) -> None:
     budget = _budget(values["budget"])
     if not values.get("to", ".yaml").endswith(".yaml"):
         raise UsageError(f"to={values['to']}: a plan file ends in .yaml")
+    cluster_of = clusters_by(values.get("cluster"))
     trained = load_trained(values["run"], values.get("device", "auto"))
-    context = Context(trained.model, trained.device, cluster_of=clusters_by(values.get("cluster")))
+    context = Context(trained.model, trained.device, cluster_of=cluster_of)
     folder = run_directory(trained.checkpoint) / "evals"
     job = Job(context, trained, values, folder)
     length = job.seq_len

@@ -210,6 +210,7 @@ def test_evaluate_writes_what_the_model_scores(run_dir, capsys):
         (["cohort=all"], ["cohort=all", "fixed"]),
         (["bucket=3"], ["bucket=3", "divide"]),
         (["cluster=("], ["cluster=(", "regular expression"]),
+        (["cluster=shelf"], ["cluster=shelf: no document's id begins so; they are "]),
         (["id_field=package"], ["id_field", "data="]),
         (["attention=sparse"], ["attention", "512x3"]),
         (["documents=0"], ["documents=0"]),

@@ -296,6 +296,8 @@ def test_the_command_writes_a_plan_that_can_be_read(job, monkeypatch, capsys, tm
         (["budget=0.3", "first_blocks=one"], "first_blocks=one: whole numbers"),
         (["budget=0.01", "block_sizes=64"], "block_sizes: none leaves 3 blocks per query within budget=0.01"),
         (["budget=0.11", "block_sizes=16"], "budget=0.11: a layer attends to 0.2"),
+        (["budget=0.3", "cluster=("], "cluster=(: not a regular expression"),
+        (["budget=0.3", "cluster=shelf"], "cluster=shelf: no document's id begins so"),
         (["budget=0.3", "documents=1"], "documents: 1 of 256 tokens, 1 cluster(s)"),
         ([], "budget=... is missing"),
     ],
