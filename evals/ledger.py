@@ -72,25 +72,35 @@ class Ledger:
 class Countdown:
     """Says now and then how much is done, and how long the rest will take."""
 
-    def __init__(self, job: Job, name: str, total: float, unit: str):
-        """`total`: work of this process, in tokens to be read, say; `unit`: what `step` counts."""
-        self._job, self._name, self._total, self._unit = job, name, total, unit
-        self._done = self._known = 0.0
-        self._began = self._said = time.monotonic()
+    def __init__(self, job: Job, name: str, work: Mapping[str, float], unit: str):
+        """`work` of this process by kind, in tokens to be read, say: a unit of one kind may take longer than one of
+        another; `unit`: what `step` counts."""
+        self._job, self._name, self._unit = job, name, unit
+        self._left, self._total = dict(work), sum(work.values())
+        self._done, self._seconds = dict.fromkeys(work, 0.0), dict.fromkeys(work, 0.0)
+        self._at = self._said = time.monotonic()
         self._count = 0
 
-    def skip(self, work: float) -> None:
+    def skip(self, work: float, kind: str = "") -> None:
         """So much of the work was done before."""
-        self._done += work
-        self._known += work
+        self._left[kind] -= work
 
-    def step(self, work: float, count: int) -> None:
-        """So much more work is done, that is `count` more units."""
-        self._done += work
-        self._count += count
+    def step(self, work: float, count: int, kind: str = "") -> None:
+        """So much more work of a kind is done since the last step, that is `count` more units."""
         now = time.monotonic()
-        if now - self._said >= SAY_SECONDS and self._done < self._total:
+        self._left[kind] -= work
+        self._done[kind] += work
+        self._seconds[kind] += now - self._at
+        self._at = now
+        self._count += count
+        left = sum(self._left.values())
+        if now - self._said >= SAY_SECONDS and left > 0:
             self._said = now
-            left = (now - self._began) / (self._done - self._known) * (self._total - self._done)
-            said = f"{self._name}: {self._done / self._total:.0%}, {self._count} {self._unit} so far"
-            self._job.say(f"{said}, about {clock(left)} left")
+            said = f"{self._name}: {1 - left / self._total:.0%}, {self._count} {self._unit} so far"
+            self._job.say(f"{said}, about {clock(self._seconds_left())} left")
+
+    def _seconds_left(self) -> float:
+        """At each kind's own rate, or where none of it is done at that of all."""
+        mean = sum(self._seconds.values()) / sum(self._done.values())
+        rates = {kind: self._seconds[kind] / done if done else mean for kind, done in self._done.items()}
+        return sum(max(0.0, left) * rates[kind] for kind, left in self._left.items())

@@ -67,7 +67,7 @@ def run(job: Job) -> Result:
     right = torch.zeros(sizes, dtype=torch.float64, device=job.context.device)
     mine = units[job.context.rank :: job.context.world_size]
     work = len(groups) * sum(length * len(indices) for _, length, indices in mine)
-    countdown = Countdown(job, "needle", work, unit="answers")
+    countdown = Countdown(job, "needle", {"": work}, unit="answers")
     for form, length, indices in mine:
         for plan, group in groups.items():
             _measure(job.context, plan, group, form, length, indices, grid.depths, tokenizer, ledger, countdown)

@@ -57,7 +57,7 @@ def run(job: Job) -> Result:
     )
     mine = list(_units(samples, batch_tokens(context)))[context.rank :: context.world_size]
     work = len(groups) * sum(length * len(indices) for _, length, indices in mine)
-    countdown = Countdown(job, "ruler", work, unit="answers")
+    countdown = Countdown(job, "ruler", {"": work}, unit="answers")
     sums = torch.zeros(len(arms), len(tasks), len(lengths), number, dtype=torch.float64, device=context.device)
     for name, length, indices in mine:
         task, asked = ruler.tasks[name], samples[name, length]

@@ -87,7 +87,8 @@ def _measure(job: Job, plans: Mapping[Setting, Plan], parts, ledger: Ledger) -> 
     """By part: float64 [S, N, values] of every setting and document, on every rank."""
     context = job.context
     mine = {name: list(range(len(own)))[context.rank :: context.world_size] for name, own in parts.items()}
-    countdown = Countdown(job, "sweep", len(plans) * sum(map(len, mine.values())), unit="documents")
+    work = {name: len(plans) * len(indices) for name, indices in mine.items()}
+    countdown = Countdown(job, "sweep", work, unit="documents")
     alone = replace(context, rank=0, world_size=1, reduce=lambda tensor: tensor, bars=False)
     keys = {setting: _key(setting, plan) for setting, plan in plans.items()}
     for setting, plan in plans.items():
@@ -96,10 +97,10 @@ def _measure(job: Job, plans: Mapping[Setting, Plan], parts, ledger: Ledger) -> 
                 for i in indices:
                     key = (*keys[setting], name, i)
                     if key in ledger:
-                        countdown.skip(1)
+                        countdown.skip(1, name)
                         continue
                     ledger.put({key: parts[name][i][1](alone)})
-                    countdown.step(1, 1)
+                    countdown.step(1, 1, name)
     found = {}
     for name, own in parts.items():
         width = 3 if name != "loss" else default_num_buckets(job.seq_len)

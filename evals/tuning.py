@@ -47,6 +47,8 @@ from moba.layer import MoBAAttention
 from moba.stats import MASS_ELEMENTS
 from train.model.decoder import Decoder
 
+DISTANCES, PASSES = "distances", "passes"
+"""What is measured: the distances of all candidates in a document, and a pass over one."""
 CHOOSERS = 4
 """One cluster of documents in so many chooses: it is measured half as often as there are layers, the others thrice."""
 MOST_ROWS = 512
@@ -249,7 +251,8 @@ class _Meter:
     def expect(self, choosing: int, others: int) -> None:
         """How much there is to do, in passes over a document or probe: a change of one layer takes half a pass, since
         what lies below it is known."""
-        work = choosing * (1 + 1 + len(self.dense) / 2 + 3 + 1 + len(self.dense) / 2 + 2) + others * 3
+        passes = choosing * (1 + len(self.dense) / 2 + 3 + 1 + len(self.dense) / 2 + 2) + others * 3
+        work = {DISTANCES: choosing, PASSES: passes}
         self.countdown = Countdown(self.job, "tune_attention", work, unit="measurements")
 
     @torch.inference_mode()
@@ -259,7 +262,7 @@ class _Meter:
         dense model."""
         key = ("errors", piece.key, _digest(candidates))
         if key in self.ledger:
-            self.countdown.skip(1)
+            self.countdown.skip(1, DISTANCES)
         else:
             rows: list[Tensor] = []
 
@@ -271,7 +274,7 @@ class _Meter:
             with _observed(self.model, observe):
                 self._inputs(piece.batch.to(self.device))
             self.ledger.put({key: torch.stack(rows).permute(1, 0, 2).tolist()})
-            self.countdown.step(1, 1)
+            self.countdown.step(1, 1, DISTANCES)
         error_LC, captured_LC = np.array(self.ledger[key])
         return error_LC, captured_LC
 
@@ -286,7 +289,8 @@ class _Meter:
         for n, piece in enumerate(pieces):
             keys = [("plan", piece.key, _digest(plan)) for plan in plans]
             missing = [i for i, key in enumerate(keys) if key not in self.ledger]
-            self.countdown.skip((not missing) + sum(work[i] for i in range(len(plans)) if i not in missing))
+            known = sum(work[i] for i in range(len(plans)) if i not in missing)
+            self.countdown.skip((not missing) + known, PASSES)
             if missing:
                 self._measure(piece, {keys[i]: plans[i] for i in missing}, base)
             found[n] = [self.ledger[key] for key in keys]
@@ -296,11 +300,11 @@ class _Meter:
         batch, rows_R = piece.batch.to(self.device), piece.rows_R.to(self.device)
         inputs = self._inputs(batch)
         full_R, full_RV = self._predictions(batch, rows_R, inputs[-1])
-        self.countdown.step(1, 1)
+        self.countdown.step(1, 1, PASSES)
         if base != self.dense:
             with under(self.model, base):
                 inputs = self._inputs(batch)
-            self.countdown.step(1, 1)
+            self.countdown.step(1, 1, PASSES)
         for key, plan in plans.items():
             first = self._first(plan, base)
             with under(self.model, plan):
@@ -310,7 +314,7 @@ class _Meter:
             labels_R = batch.labels[rows_R]
             right = [(log_RV.argmax(-1) == labels_R).all().double() for log_RV in (own_RV, full_RV)]
             self.ledger.put({key: torch.stack([(own_R - full_R).mean(), kl, full_R.mean(), *right]).tolist()})
-            self.countdown.step(1 - first / len(plan), 1)
+            self.countdown.step(1 - first / len(plan), 1, PASSES)
 
     @staticmethod
     def _first(plan: Plan, base: Plan) -> int:
