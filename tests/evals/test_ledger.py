@@ -9,8 +9,8 @@ from evals.ledger import Countdown
 
 
 def test_each_kind_of_work_has_its_own_rate(monkeypatch):
-    """Catches an estimate that takes slow and fast measurements for alike (two slow ones of 100 s, then ten of 2 s), that
-    counts what was known before as work of no time, and one for a kind of which none is done yet."""
+    """Catches an estimate that takes slow and fast measurements for alike (two slow ones of 100 s, then ten of 2 s),
+    that counts what was known before as work of no time, and one for a kind of which none is done yet."""
     now, said = [0.0], []
     monkeypatch.setattr(ledger.time, "monotonic", lambda: now[0])
     countdown = Countdown(SimpleNamespace(say=said.append), "toy", {"slow": 3, "fast": 20, "last": 1}, unit="things")
