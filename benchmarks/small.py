@@ -108,20 +108,21 @@ def stages(text: str) -> str:
     return " ".join(f"schedule.stages.{name}.attention.{word}" for word in text.split() for name in ("first", "last"))
 
 
-def sizes(layers: int, hidden: int) -> str:
+def sizes(layers: int, heads: int, rate: str) -> str:
     """Overrides of another size of model, of heads of 64."""
-    heads = f"model.num_heads={hidden // 64} model.num_kv_heads={hidden // 64}"
-    return f"model.num_layers={layers} model.hidden_size={hidden} {heads} model.ffn_size={hidden * 8 // 3}"
+    sizes = f"model.num_layers={layers} model.hidden_size={64 * heads} model.ffn_size={64 * heads * 8 // 3 // 32 * 32}"
+    return f"{sizes} model.num_heads={heads} model.num_kv_heads={heads} optim.lr.peak={rate}"
 
 
 START = "start"
 MODELS = {
-    "": "",
-    ", no key convolution": "model.key_conv=0",
-    ", 1.3M": sizes(3, 192),
-    ", 3.1M": sizes(4, 256),
+    "": ("", 1.0),
+    ", no key convolution": ("model.key_conv=0", 1.0),
+    ", 6.1M": (sizes(5, 5, "2.4e-3"), 0.575),
+    ", 16.9M": (sizes(7, 7, "1.7e-3"), 1.59),
 }
-"""End of an arm's name -> overrides of its model."""
+"""End of an arm's name -> (overrides of its model, its tokens relative to the others'): parameters without embeddings,
+beside 10.6M, tokens in proportion."""
 
 
 @dataclass(frozen=True)
@@ -197,7 +198,7 @@ class Study:
         self.tasks = tasks_of(values.get("arms", SMALLEST), values.get("seeds", "0,1"))
         self.jobs = int(values.get("jobs", 10))
         self.tokens = [
-            max(least, parse_tokens(values.get(key, default)) // least * least)
+            (parse_tokens(values.get(key, default)), least)
             for key, default, least in (
                 ("start_tokens", "32.768M", START_BATCH),
                 ("tokens", "29.4912M", 10 * BATCH),
@@ -277,14 +278,15 @@ class Study:
 
     def training(self, task: Task) -> list[str]:
         """The overrides of a run."""
-        arm, (start, tokens, sft) = ARMS[task[0]], self.tokens
+        arm, (model, share) = ARMS[task[0]], model_of(task[0])
+        start, tokens, sft = (max(least, int(share * asked) // least * least) for asked, least in self.tokens)
         if arm.tunes:
             base = self.work / name_of((arm.branch or "", task[1]))
             words = shlex.split(f"{SFT} {arm.train}".format(base=base, cache=self.work / "cache", sft=sft))
             words += [word for word in self.overrides if not word.startswith("model.")]  # it is the base's
             return [*words, f"run.dir={self.work / name_of(task)}", f"run.seed={task[1]}"]
         last = round(tokens / BATCH / 10) * BATCH
-        parts = [COMMON, AT_8K if arm.branch else FIRST_STAGE, model_of(task[0]), arm.train]
+        parts = [COMMON, AT_8K if arm.branch else FIRST_STAGE, model, arm.train]
         text = " ".join(parts).format(start=start, first=tokens - last, last=last, fifth=tokens // 5)
         data, held_out = (self.values.get(key, "embedded") for key in ("data", "validation"))
         words = [*shlex.split(text), "data=files", f"data.path={data}", f"data.validation.path={held_out}"]
@@ -356,9 +358,9 @@ def depth(arm: str) -> int:
     return 0 if base is None else 1 + depth(base)
 
 
-def model_of(arm: str) -> str:
-    """Overrides of its model."""
-    return next(words for end, words in reversed(MODELS.items()) if arm.endswith(end))
+def model_of(arm: str) -> tuple[str, float]:
+    """Of MODELS."""
+    return next(model for end, model in reversed(MODELS.items()) if arm.endswith(end))
 
 
 def name_of(task: Task) -> str:
