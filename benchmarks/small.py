@@ -153,8 +153,10 @@ SWEPT = ("cut_1K", "sweep")
 FULL = Arm(stages("kind=full"), START, evals=(*CUTS, "sweep"))
 ARMS: dict[str, Arm] = {
     **{f"{START}{model}": Arm(evals=()) for model in MODELS},
-    **{f"full{model}": replace(FULL, branch=f"{START}{model}") for model in MODELS},
-    **{f"moba{model}": replace(moba(128, 8), branch=f"{START}{model}", evals=tuple(EVALS)) for model in MODELS},
+    **{f"full{model}": replace(FULL, branch=f"{START}{model}", evals=()) for model in MODELS},
+    **{f"moba{model}": replace(moba(128, 8), branch=f"{START}{model}", evals=()) for model in MODELS},
+    "full": FULL,
+    "moba": replace(moba(128, 8), evals=tuple(EVALS)),
     "moba, then full": Arm("schedule.stages.last.attention.kind=full", "moba"),
     BASE: moba(128, 8, 1),
     **{f"{block}x{2048 // block}": moba(block, 2048 // block) for block in (1024, 512, 256, 128, 64)},
