@@ -1,4 +1,4 @@
-"""What benchmarks/small.py makes of its runs: numbers, tables, and figures in the MoBA paper's format.
+"""What benchmarks/study.py makes of the study `small`: numbers, tables, and figures in the MoBA paper's format.
 
 Gaps are differences of the same held-out documents, averaged over seeds, with clusters of documents as the draws of
 their 95 % intervals; the differences of single seeds are listed beside them. `recovered` is the part of MoBA's trailing
@@ -23,9 +23,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.common import markdown, origin, read_json, row_table, write
-from benchmarks.study import of_run, over_seeds
-from conf.numbers import format_count, format_length
+from benchmarks.common import markdown, read_json, row_table
+from benchmarks.studies import CUTS
+from benchmarks.study_results import Measured, Task, of_run, over_seeds
+from conf.numbers import format_count, format_length, parse_length
 from evals.context import clusters_by
 from evals.figures import length_axis, mark_dense, token_axis
 from evals.paired import difference
@@ -43,7 +44,6 @@ START, TUNED = "start", "sft"
 REFERENCE, SPARSE, SWITCHED, FIRST = "full", "moba", "moba, then full", "moba, first block"
 GRAIN = ("1024x2", "512x4", "256x8", "128x16", "64x32")
 PLAIN = ", no key convolution"
-CUTS = ("cut_1K", "cut_2K", "cut_4K")
 GATES = {"mean": "the gate's", "local": "latest", "random": "random", "oracle": "best"}
 Runs = Mapping[str, Mapping[int, Path]]
 """Arm -> seed -> folder of the run."""
@@ -52,8 +52,12 @@ Runs = Mapping[str, Mapping[int, Path]]
 class Held:
     """The evaluations during training of all runs, and what is asked of their weights in the end."""
 
-    def __init__(self, runs: Runs, cluster: str):
-        self.runs, self._cluster_of = runs, clusters_by(cluster)
+    def __init__(self, runs: Runs, found: Sequence[Measured], cluster: str):
+        self.runs, self._found, self._cluster_of = runs, found, clusters_by(cluster)
+
+    def asked(self, arm: str, what: str) -> dict[int, Path]:
+        """Seed -> the result of an evaluation, named by the beginning of its line."""
+        return {seed: path for name, seed, line, path in self._found if name == arm and line.startswith(what)}
 
     def tokens(self, arm: str, seed: int) -> set[int]:
         """At which a run was evaluated."""
@@ -77,37 +81,25 @@ class Held:
         return [self.at(arm, seed, tokens) for seed in seeds]
 
 
-def collect(
-    work: Path,
-    to: Path,
-    arguments: Sequence[str],
-    label: str | None,
-    cluster: str,
-    names: Mapping[tuple[str, int], str],
-) -> str:
-    """Writes results.json, table.md and figures; returns the table. `names`: of each (arm, seed) the run's folder.
-    ValueError where no run was evaluated."""
+def collect(folders: Mapping[Task, Path], found: Sequence[Measured], cluster: str) -> dict:
+    """What results.json has besides where it comes from. `folders`: of the runs. ValueError where none was
+    evaluated."""
     runs: dict[str, dict[int, Path]] = {}
-    for (arm, seed), folder in names.items():
-        if not arm.startswith((START, TUNED)) and list((work / folder / "position_loss").glob("eval_*.npz")):
-            runs.setdefault(arm, {})[seed] = work / folder
+    for (arm, seed), folder in folders.items():
+        if not arm.startswith((START, TUNED)) and list((folder / "position_loss").glob("eval_*.npz")):
+            runs.setdefault(arm, {})[seed] = folder
     if not runs:
-        raise ValueError(f"{work} has no run with an evaluation")
-    held = Held(runs, cluster)
+        raise ValueError("no run has an evaluation")
+    held = Held(runs, found, cluster)
     record = {
-        **origin(arguments, label),
         "runs": list(of_runs(runs)),
         "final": {arm: final(held, arm) for arm in runs},
         "gaps": [gap for arm in runs for reference in references(arm) if (gap := gap_of(held, arm, reference))],
         "recovered": recovered(held),
-        "router": [*gates_of(held), *routing_of(runs)],
-        "tuned": list(tuned(work, names)),
+        "router": [*gates_of(held), *routing_of(held)],
+        "tuned": list(tuned(folders)),
     }
-    record["device"] = ", ".join(sorted({run["device"] for run in record["runs"]}))
-    text = write(record, table(record), to)
-    for name, draw in figures(record).items():
-        draw(to / f"{name}.png")
-    return text
+    return record | {"device": ", ".join(sorted({run["device"] for run in record["runs"]}))}
 
 
 def of_runs(runs: Runs) -> Iterator[dict]:
@@ -154,27 +146,28 @@ def final(held: Held, arm: str) -> dict:
 
 
 def far_context(held: Held, arm: str, seeds: Sequence[int], whole: Sequence[Evaluation]) -> dict | None:
-    """How much more the last bucket's tokens lose where all but so many before them are cut off, by where (`cut_1K`);
+    """How much more the last bucket's tokens lose where all but so many before them are cut off, by how many are left;
     None where some seed was not asked."""
     found = {}
-    for name in CUTS:
-        paths = [sorted((held.runs[arm][seed] / "evals" / name).glob("*.json")) for seed in seeds]
-        if not all(paths):
+    for line in CUTS:
+        paths = held.asked(arm, line)
+        if not {*seeds} <= paths.keys():
             continue
-        cut = [load_evaluation(path) for path, *_ in paths]
+        cut = [load_evaluation(paths[seed]) for seed in seeds]
+        name = format_length(int(cut[0].curve.edges[-2]))
         assert all(a.document_ids == b.document_ids for a, b in zip(cut, whole))
         gap_SN = np.array([a.document_loss[:, -1] - b.document_loss[:, -1] for a, b in zip(cut, whole)])
         found[name] = document_mean(gap_SN.mean(0), whole[0].document_clusters) | {"by_seed": gap_SN.mean(1).tolist()}
     return found or None
 
 
-def tuned(work: Path, names: Mapping[tuple[str, int], str]) -> Iterator[dict]:
+def tuned(folders: Mapping[Task, Path]) -> Iterator[dict]:
     """What was fine-tuned, by the number of full layers: its last evaluation of each seed."""
     found: dict[int, list[tuple[int, Path, dict]]] = {}
-    for (arm, seed), folder in names.items():
-        paths = sorted((work / folder / "position_loss").glob("eval_*.json"))
+    for (arm, seed), folder in folders.items():
+        paths = sorted((folder / "position_loss").glob("eval_*.json"))
         if arm.startswith(TUNED) and paths:
-            rows = [row for row in read_metrics(work / folder / FILE_NAME) if row["kind"] == "eval"]
+            rows = [row for row in read_metrics(folder / FILE_NAME) if row["kind"] == "eval"]
             found.setdefault(int(arm.split()[1]), []).append((seed, paths[-1], rows[-1]))
     sides = {n: {seed: load_evaluation(path) for seed, path, _ in own} for n, own in found.items()}
     for layers, own in sorted(found.items()):
@@ -283,8 +276,8 @@ def _recovered(loss_ASN: np.ndarray, clusters: Sequence[str]) -> dict:
 def gates_of(held: Held) -> Iterator[dict]:
     """Of each arm with a router: its loss in the last eighth under other blocks, minus full attention's and minus that
     under its gate's."""
-    for arm, own in held.runs.items():
-        paths = [path for folder in own.values() for path in sorted((folder / "evals" / "sweep").glob("*.json"))]
+    for arm in held.runs:
+        paths = [*held.asked(arm, "sweep").values()]
         if not paths:
             continue
         names = ["full", *(row["gate"] for row in read_json(paths[0])["settings"][1:])]
@@ -310,11 +303,11 @@ def sampled(held_out: Evaluation, number: int) -> list[str]:
     return [held_out.document_clusters[i] for i in sorted(by_hash[:number])]
 
 
-def routing_of(runs: Runs) -> Iterator[dict]:
+def routing_of(held: Held) -> Iterator[dict]:
     """The statistics of each arm's gate, means over seeds; with the hits that FlashMoBA's model expects of the heads'
     ratios of signal to noise."""
-    for arm, own in runs.items():
-        paths = [path for folder in own.values() for path in sorted((folder / "evals" / "routing").glob("*.json"))]
+    for arm in held.runs:
+        paths = [*held.asked(arm, "routing").values()]
         if not paths:
             continue
         found: dict[str, list[float]] = {}
@@ -364,7 +357,9 @@ def table(record: Mapping) -> list[str]:
                 f"{own['trailing']:.4f}",
             ]
             start += [f"{of(own['falls_by'])} from {format_length(own['falls_from'])}"]
-            start += [", ".join(f"{name} {of(value)}" for name, value in (own["far_context"] or {}).items()) or "-"]
+            start += [
+                ", ".join(f"from {name} {of(value)}" for name, value in (own["far_context"] or {}).items()) or "-"
+            ]
             rows.append([*(start if i == 0 else [""] * len(start)), *gap_cells(gap)])
     lines += markdown(heads, rows)
     for name, part in record["recovered"]["parts"].items() if record["recovered"] else ():
@@ -425,7 +420,8 @@ def figures(record: Mapping) -> dict[str, Callable[[Path], None]]:
     """Name -> draws it into a PNG file; those for which there are runs."""
     main = [arm for arm in (REFERENCE, SPARSE, FIRST, SWITCHED) if arm in record["final"]]
     grain = [arm for arm in GRAIN if arm in record["final"]]
-    layers = [arm for arm in record["final"] if arm.startswith("last ")]
+    finals = record["final"]
+    cut = {arm: finals[arm] for arm in (REFERENCE, SPARSE) if arm in finals and finals[arm].get("far_context")}
     gates = [row for row in record["router"] if row["eval"] == "gates"]
     found: dict[str, Callable[[Path], None]] = {}
     if main:
@@ -441,11 +437,15 @@ def figures(record: Mapping) -> dict[str, Callable[[Path], None]]:
             "The same sparsity in smaller blocks (the paper's figure 4)",
             lambda axes: minus_full(axes, record, of_grain(record, grain)),
         )
-    if layers:
+    if cut:
+        found["context"] = _figure(
+            record, "The same last 512 tokens of each document after less context", lambda axes: by_context(axes, cut)
+        )
+    if record.get("tuned"):
         found["layers"] = _figure(
             record,
-            "Full attention in the last layers (the paper's figure 5b)",
-            lambda axes: minus_full(axes, record, of_layers(layers)),
+            "Fine-tuning with full attention in the last layers (the paper's figure 5b)",
+            lambda axes: by_layers(axes, record["tuned"]),
         )
     if gates:
         found["gates"] = _figure(
@@ -556,9 +556,52 @@ def of_grain(record: Mapping, names: Sequence[str]) -> dict[str, str]:
     return {name: f"{top} of {length // block} blocks\n({name})" for name, (block, top) in sizes.items()}
 
 
-def of_layers(names: Sequence[str]) -> dict[str, str]:
-    """Labels: how many layers."""
-    return {SPARSE: "none full\n(MoBA)"} | {name: f"last {name.split()[1]}\nfull" for name in sorted(names)}
+def by_context(axes: Sequence[Axes], finals: Mapping[str, Mapping]) -> None:
+    """The loss of the same tokens by how many are before them, and what the missing ones cost in the same weights."""
+    contexts: list[int] = []
+    for i, (name, own) in enumerate(finals.items()):
+        # In the last bucket of the whole document they have all that is before it.
+        contexts = [parse_length(key) for key in own["far_context"]] + [own["edges"][-2]]
+        gaps = [*own["far_context"].values(), {"mean": 0.0, "interval_95": None, "by_seed": []}]
+        style = look(i, len(finals))
+        axes[0].plot(contexts, [own["trailing"] + gap["mean"] for gap in gaps], label=name, **style)
+        widths = [gap["interval_95"] or np.nan for gap in gaps]
+        axes[1].errorbar(contexts, [gap["mean"] for gap in gaps], yerr=widths, capsize=3, label=name, **style)
+        for context, gap in zip(contexts, gaps):
+            axes[1].plot([context] * len(gap["by_seed"]), gap["by_seed"], "_", color="black")
+    for axis, label in zip(axes, (LOSS, "minus all of the context (nats per token)")):
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(contexts, [format_length(context) for context in contexts])
+        axis.set_xlabel("tokens before them (MoBA attends to 1K)")
+        axis.set_ylabel(label)
+        axis.grid(alpha=0.3)
+    axes[1].axhline(0, color="black", linewidth=0.8)
+    axes[1].set_title("same weights (bars: 95 %; dashes: seeds)", fontsize="medium")
+    axes[0].legend(fontsize="small")
+
+
+def by_layers(axes: Sequence[Axes], rows: Sequence[Mapping]) -> None:
+    """Losses of the answers by the number of full layers, and minus those without one."""
+    layers = [row["layers"] for row in rows]
+    for i, (key, label) in enumerate({"loss": "all answers", "trailing_loss": "in the last sixteenth"}.items()):
+        axes[0].plot(layers, [statistics.fmean(row[key]) for row in rows], label=label, **look(i, 2))
+        for row in rows:
+            axes[0].plot([row["layers"]] * len(row[key]), row[key], "_", color="black")
+    known = [row for row in rows if "minus_none" in row]
+    values = [row["minus_none"] for row in known]
+    widths = [value["interval_95"] or np.nan for value in values]
+    places = [row["layers"] for row in known]
+    axes[1].errorbar(places, [value["mean"] for value in values], yerr=widths, capsize=3, **look(0, 2))
+    axes[0].set_ylabel("loss (nats per supervised token)")
+    axes[0].set_ylim(bottom=0)
+    axes[0].set_title("held-out conversations (dashes: seeds)", fontsize="medium")
+    axes[1].set_ylabel("minus none full (nats per token)")
+    axes[1].set_title("conversation by conversation (bars: 95 %)", fontsize="medium")
+    for axis in axes:
+        axis.set_xticks(layers)
+        axis.set_xlabel("full layers, counted from the last")
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize="small")
 
 
 def by_gates(axes: Sequence[Axes], record: Mapping, rows: Sequence[Mapping]) -> None:
