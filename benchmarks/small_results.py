@@ -42,8 +42,7 @@ DRAWS, REACH = 4000, 1024
 """REACH: block x top_k of the arms that most are about."""
 START, TUNED = "start", "sft"
 REFERENCE, SPARSE, SWITCHED, FIRST = "full", "moba", "moba, then full", "moba, first block"
-GRAIN = ("1024x2", "512x4", "256x8", "128x16", "64x32")
-PLAIN = ", no key convolution"
+GRAIN = ("1024x2", "64x32")
 GATES = {"mean": "the gate's", "local": "latest", "random": "random", "oracle": "best"}
 Runs = Mapping[str, Mapping[int, Path]]
 """Arm -> seed -> folder of the run."""
@@ -162,18 +161,24 @@ def far_context(held: Held, arm: str, seeds: Sequence[int], whole: Sequence[Eval
 
 
 def tuned(folders: Mapping[Task, Path]) -> Iterator[dict]:
-    """What was fine-tuned, by the number of full layers: its last evaluation of each seed."""
-    found: dict[int, list[tuple[int, Path, dict]]] = {}
+    """What was fine-tuned, by the number of full layers and the tokens of the evaluation: losses of each seed, and how
+    far below those with no full layer."""
+    losses: dict[tuple[int, int], dict[int, Mapping]] = {}
+    sides: dict[tuple[int, int], dict[int, Evaluation]] = {}
     for (arm, seed), folder in folders.items():
-        paths = sorted((folder / "position_loss").glob("eval_*.json"))
-        if arm.startswith(TUNED) and paths:
-            rows = [row for row in read_metrics(folder / FILE_NAME) if row["kind"] == "eval"]
-            found.setdefault(int(arm.split()[1]), []).append((seed, paths[-1], rows[-1]))
-    sides = {n: {seed: load_evaluation(path) for seed, path, _ in own} for n, own in found.items()}
-    for layers, own in sorted(found.items()):
-        row = {"layers": layers, "seeds": [seed for seed, *_ in own], "tokens": [last["tokens"] for *_, last in own]}
-        row |= {key: [last[key] for *_, last in own] for key in ("loss", "trailing_loss")}
-        pairs = [(one, sides[0][seed]) for seed, one in sides[layers].items() if seed in sides.get(0, {})]
+        if not arm.startswith(TUNED) or not (folder / FILE_NAME).exists():
+            continue
+        for row in read_metrics(folder / FILE_NAME):
+            if row["kind"] == "eval":
+                place = int(arm.split()[1]), row["tokens"]
+                losses.setdefault(place, {})[seed] = row
+                path = folder / "position_loss" / f"eval_{row['tokens']:015d}"
+                sides.setdefault(place, {})[seed] = load_evaluation(path.with_suffix(".npz"))
+    for (layers, tokens), own in sorted(losses.items()):
+        row = {"layers": layers, "tokens": tokens, "seeds": list(own)}
+        row |= {key: [one[key] for one in own.values()] for key in ("loss", "trailing_loss")}
+        none = sides.get((0, tokens), {})
+        pairs = [(one, none[seed]) for seed, one in sides[layers, tokens].items() if seed in none]
         if pairs and layers:
             gap_SNB = np.array([ours.document_loss - theirs.document_loss for ours, theirs in pairs])
             row["minus_none"] = document_mean(np.nanmean(gap_SNB.mean(0), 1), pairs[0][0].document_clusters)
@@ -181,11 +186,10 @@ def tuned(folders: Mapping[Task, Path]) -> Iterator[dict]:
 
 
 def references(arm: str) -> list[str]:
-    """What an arm is held against: full attention of the same model, MoBA, and the coarsest blocks."""
-    kind, _, model = arm.partition(", ")
-    if f", {model}" == PLAIN or model.endswith("M"):
-        with_one = [kind] if f", {model}" == PLAIN else []
-        return [*([f"{REFERENCE}, {model}"] if kind != REFERENCE else []), *with_one]
+    """What an arm is held against: full attention of the same size of model, MoBA, and the coarsest blocks."""
+    kind, _, size = arm.partition(", ")
+    if size.endswith("M"):
+        return [f"{REFERENCE}, {size}"] if kind != REFERENCE else []
     others = [REFERENCE, SPARSE, *(GRAIN[:1] if arm in GRAIN else [])]
     return others[: others.index(arm)] if arm in others else others
 
@@ -528,7 +532,8 @@ def by_position(axes: Sequence[Axes], record: Mapping, names: Sequence[str]) -> 
 def minus_full(axes: Sequence[Axes], record: Mapping, labels: Mapping[str, str]) -> None:
     """Losses of all positions, and what is added from 1K to the end, minus full attention's: means over the seeds of
     each arm with the documents' interval, and a dot per seed. `labels`: arm -> its label on the axis."""
-    gaps = {gap["arm"]: gap for gap in record["gaps"] if gap["reference"] == REFERENCE and gap["arm"] in labels}
+    found = {gap["arm"]: gap for gap in record["gaps"] if gap["reference"] == REFERENCE}
+    gaps = {arm: found[arm] for arm in labels if arm in found}
     titles = {"mean": "all positions", "by_position": "last sixteenth minus first 1K"}
     for axis, (key, title) in zip(axes, titles.items()):
         for place, gap in enumerate(gaps.values()):
@@ -571,7 +576,7 @@ def by_context(axes: Sequence[Axes], finals: Mapping[str, Mapping]) -> None:
             axes[1].plot([context] * len(gap["by_seed"]), gap["by_seed"], "_", color="black")
     for axis, label in zip(axes, (LOSS, "minus all of the context (nats per token)")):
         axis.set_xscale("log", base=2)
-        axis.set_xticks(contexts, [format_length(context) for context in contexts])
+        axis.set_xticks(contexts, [f"{context / 1024:g}K" for context in contexts])
         axis.set_xlabel("tokens before them (MoBA attends to 1K)")
         axis.set_ylabel(label)
         axis.grid(alpha=0.3)
@@ -581,24 +586,18 @@ def by_context(axes: Sequence[Axes], finals: Mapping[str, Mapping]) -> None:
 
 
 def by_layers(axes: Sequence[Axes], rows: Sequence[Mapping]) -> None:
-    """Losses of the answers by the number of full layers, and minus those without one."""
-    layers = [row["layers"] for row in rows]
-    for i, (key, label) in enumerate({"loss": "all answers", "trailing_loss": "in the last sixteenth"}.items()):
-        axes[0].plot(layers, [statistics.fmean(row[key]) for row in rows], label=label, **look(i, 2))
-        for row in rows:
-            axes[0].plot([row["layers"]] * len(row[key]), row[key], "_", color="black")
-    known = [row for row in rows if "minus_none" in row]
-    values = [row["minus_none"] for row in known]
-    widths = [value["interval_95"] or np.nan for value in values]
-    places = [row["layers"] for row in known]
-    axes[1].errorbar(places, [value["mean"] for value in values], yerr=widths, capsize=3, **look(0, 2))
-    axes[0].set_ylabel("loss (nats per supervised token)")
-    axes[0].set_ylim(bottom=0)
-    axes[0].set_title("held-out conversations (dashes: seeds)", fontsize="medium")
-    axes[1].set_ylabel("minus none full (nats per token)")
-    axes[1].set_title("conversation by conversation (bars: 95 %)", fontsize="medium")
-    for axis in axes:
-        axis.set_xticks(layers)
+    """Losses of the answers, and of those far back, by the number of full layers: means, and a dash per seed."""
+    for axis, (key, title) in zip(axes, {"loss": "all answers", "trailing_loss": "in the last sixteenth"}.items()):
+        for i, tokens in enumerate(sorted({row["tokens"] for row in rows})):
+            own = [row for row in rows if row["tokens"] == tokens]
+            label = f"after {format_count(tokens)} tokens ({count(own[0]['seeds'])})"
+            axis.plot([row["layers"] for row in own], [np.mean(row[key]) for row in own], label=label, **look(i))
+            for row in own:
+                axis.plot([row["layers"]] * len(row[key]), row[key], "_", color="black")
+        axis.set_title(f"held-out conversations, {title} (dashes: seeds)", fontsize="medium")
+        axis.set_ylabel("loss (nats per supervised token)")
+        axis.set_ylim(bottom=0)
+        axis.set_xticks(sorted({row["layers"] for row in rows}))
         axis.set_xlabel("full layers, counted from the last")
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize="small")

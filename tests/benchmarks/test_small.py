@@ -155,8 +155,9 @@ def test_numbers_are_those_of_the_files(tmp_path, monkeypatch, command):
     assert record["recovered"]["after_switch"] == [[pytest.approx(-0.5)]] * 2, "what is logged where they differ"
     further = {name: value["mean"] for name, value in record["final"]["moba"]["far_context"].items()}
     assert further == {"1K": pytest.approx(0.4), "4K": pytest.approx(0.1)}
-    (none, last) = record["tuned"]
-    assert (none["layers"], last["layers"], last["tokens"]) == (0, 3, [20, 20]) and "minus_none" not in none
+    assert [(row["layers"], row["tokens"]) for row in record["tuned"]] == [(0, 10), (0, 20), (3, 10), (3, 20)]
+    none, last = record["tuned"][1], record["tuned"][3]
+    assert last["seeds"] == [0, 1] and "minus_none" not in none
     assert last["minus_none"]["mean"] == pytest.approx(-0.3), "buckets without an answer count for nothing"
     assert "Recovered by the last stage, trailing: 75 %" in text
     every = Evaluation.of_documents(EDGES, IDS, IDS, [f"c{i}" for i in range(15)], base_NB)
