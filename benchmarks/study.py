@@ -106,7 +106,7 @@ def main() -> None:
     values = {"documents": "16", **study.defaults, **key_values(own, KEYS, about=__doc__, required=["to"])}
     to = Path(values["to"])
     command = Command(study, values, tuple(overrides), Path(values.get("runs", to / "runs")))
-    asked = values.get("arms", ";".join(study.arms)).split(";")
+    asked = [text.strip() for text in values.get("arms", ";".join(study.arms)).split(";")]
     chosen = list(dict.fromkeys(text.partition("@")[0] for text in asked))
     if unknown := [arm for arm in chosen if arm not in study.arms]:
         raise UsageError(f"arms={';'.join(unknown)}: there are {'; '.join(study.arms)}")
