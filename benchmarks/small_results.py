@@ -23,7 +23,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.common import markdown, read_json, row_table
+from benchmarks.common import read_json
+from benchmarks.panels import tables
 from benchmarks.studies import CUTS
 from benchmarks.study_results import Measured, Task, of_run, over_seeds
 from conf.numbers import format_count, format_length, parse_length
@@ -35,7 +36,7 @@ from evals.routing_numbers import model_hit_rate
 from evals.routing_report import HEAD, RoutingReport
 from evals.statistics import clustered_sums
 from evals.style import LOSS, POSITION, color, look, marker, save
-from evals.swap import document_mean
+from evals.swap import document_mean, with_error
 from train.record.metrics import FILE_NAME, read_metrics
 
 DRAWS, REACH = 4000, 1024
@@ -337,84 +338,53 @@ def routing_of(held: Held) -> Iterator[dict]:
 
 def table(record: Mapping) -> list[str]:
     """Markdown."""
-    lines = [f"{record['device']}, commit {record['commit']}", "", f"`{record['command']}`", ""]
-    heads = [
-        "arm",
-        "tokens",
-        "seeds",
-        "loss",
-        "trailing loss",
-        "falls behind the reach by",
-        "minus",
-        "loss",
-        "trailing",
-    ]
-    rows = []
-    for arm, own in record["final"].items():
-        found = [gap for gap in record["gaps"] if gap["arm"] == arm] or [None]
-        for i, gap in enumerate(found):
-            start = [
-                arm,
-                format_count(own["tokens"]),
-                len(own["seeds"]),
-                f"{own['loss']:.4f}",
-                f"{own['trailing']:.4f}",
-            ]
-            start += [f"{of(own['falls_by'])} from {format_length(own['falls_from'])}"]
-            start += [
-                ", ".join(f"from {name} {of(value)}" for name, value in (own["far_context"] or {}).items()) or "-"
-            ]
-            rows.append([*(start if i == 0 else [""] * len(start)), *gap_cells(gap)])
-    lines += markdown(heads, rows)
-    for name, part in record["recovered"]["parts"].items() if record["recovered"] else ():
-        width = part["interval_95"]
-        known = "no interval" if width is None else f"95 %: {100 * width[0]:.0f} to {100 * width[1]:.0f}"
-        each = ", ".join(f"{100 * share:.0f}" for share in part["by_seed"])
-        share = f"{100 * part['share']:.0f} % ({known}; seeds {each})"
-        lines += ["", f"Recovered by the last stage, {name}: {share} of {part['gap']:+.4f}; left {part['left']:+.4f}"]
-    for gaps in record["recovered"]["after_switch"] if record["recovered"] else ():
-        if gaps:
-            lines += [
-                "",
-                f"Training loss behind the switch, same batches: {gaps[0]:+.3f} at first, {max(gaps):+.3f} at most",
-            ]
-    gates = [row for row in record["router"] if row["eval"] == "gates"]
-    if gates:
-        heads = ["trained as", "documents", "seeds", "full", *(f"{GATES[name]} - full" for name in GATES)]
-        rows = [
-            [row["arm"], row["num_documents"], row["seeds"], f"{row['last_eighth']['full']:.4f}",
-             *(of(row["minus_full"][name]) if name in row["minus_full"] else "-" for name in GATES)]
-            for row in gates
-        ]  # fmt: skip
-        lines += ["", *markdown(heads, rows)]
-    if record.get("tuned"):
-        lines += ["", *row_table(record["tuned"])]
-    numbers = [row for row in record["router"] if row["eval"] == "routing"]
-    if numbers:
-        kept = ("captured", "oracle", "local", "random", "own", "recall", "snr", "hit", "model_hit", "model_error")
-        rows = [[row["arm"], row["seeds"], *(f"{row['overall'][name]:.3f}" for name in kept)] for row in numbers]
-        lines += ["", *markdown(["router of", "seeds", *kept], rows)]
-    speeds = [
-        [run["arm"], run["seed"], ", ".join(f"{stage['tokens_per_second']:,.0f}" for stage in run["stages"])]
-        for run in record["runs"]
-    ]
-    return [*lines, "", *markdown(["arm", "seed", "tokens/s by stage, beside the others"], speeds)]
+    recovered = record["recovered"] or {"parts": {}, "after_switch": []}
+    parts = {
+        "in the end": [
+            {"arm": arm, **{key: own[key] for key in ("tokens", "loss", "trailing")}, "seeds": len(own["seeds"])}
+            | {"falls from 1K": with_error(own["falls_by"])}
+            | {f"more after {at} alone": with_error(value) for at, value in (own["far_context"] or {}).items()}
+            for arm, own in record["final"].items()
+        ],
+        "differences": [
+            {key: gap[key] for key in ("arm", "reference", "tokens")} | gap_cells(gap) for gap in record["gaps"]
+        ],
+        "recovered by the last stage": [
+            {"of": name, "gap": part["gap"], "left": part["left"], "share": f"{part['share']:.0%}"}
+            | {"95 %": " to ".join(f"{share:.0%}" for share in part["interval_95"] or ())}
+            | {"seeds": ", ".join(f"{share:.0%}" for share in part["by_seed"])}
+            for name, part in recovered["parts"].items()
+        ],
+        "training loss after the switch, same batches": [
+            {"first": gaps[0], "most": max(gaps)} for gaps in recovered["after_switch"] if gaps
+        ],
+        "last eighth under other blocks, minus full": [
+            {"trained as": row["arm"], "documents": row["num_documents"], "seeds": row["seeds"]}
+            | {"full": row["last_eighth"]["full"]}
+            | {label: with_error(row["minus_full"][name]) for name, label in GATES.items() if name in row["minus_full"]}
+            for row in record["router"]
+            if row["eval"] == "gates"
+        ],
+        "routers": [
+            {"router of": row["arm"], "seeds": row["seeds"], **row["overall"]}
+            for row in record["router"]
+            if row["eval"] == "routing"
+        ],
+        "fine-tuned": record["tuned"],
+        "tokens/s, beside the others": [
+            {"arm": run["arm"], "seed": run["seed"]} | {s["stage"]: s["tokens_per_second"] for s in run["stages"]}
+            for run in record["runs"]
+        ],
+    }
+    return tables(record, parts)
 
 
-def of(value: Mapping) -> str:
-    """A mean with its interval."""
-    width = value["interval_95"]
-    return f"{value['mean']:+.4f}" + ("" if width is None else f" +- {width:.4f}")
-
-
-def gap_cells(gap: Mapping | None) -> list[str]:
+def gap_cells(gap: Mapping) -> dict[str, str]:
     """Of a table."""
-    if gap is None:
-        return ["", "", "", ""]
     last = {"mean": gap["difference"][-1], "interval_95": gap["interval_95"][-1]}
     values = {"mean": gap["mean_loss"], "trailing": last, "by_position": gap["by_position"]}
     seeds = {key: ", ".join(f"{one[key]:+.4f}" for one in gap["by_seed"]) for key in values}
-    return [gap["reference"], *(f"{of(value)} ({seeds[key]})" for key, value in values.items())]
+    return {key: f"{with_error(value)} ({seeds[key]})" for key, value in values.items()}
 
 
 # -------------------- figures
