@@ -84,20 +84,21 @@ class Held:
 def collect(folders: Mapping[Task, Path], found: Sequence[Measured], cluster: str) -> dict:
     """What results.json has besides where it comes from. `folders`: of the runs. ValueError where none was
     evaluated."""
-    runs: dict[str, dict[int, Path]] = {}
+    every: dict[str, dict[int, Path]] = {}
     for (arm, seed), folder in folders.items():
-        if not arm.startswith((START, TUNED)) and list((folder / "position_loss").glob("eval_*.npz")):
-            runs.setdefault(arm, {})[seed] = folder
+        if not arm.startswith(START) and list((folder / "position_loss").glob("eval_*.npz")):
+            every.setdefault(arm, {})[seed] = folder
+    runs = {arm: own for arm, own in every.items() if not arm.startswith(TUNED)}
     if not runs:
         raise ValueError("no run has an evaluation")
     held = Held(runs, found, cluster)
     record = {
-        "runs": list(of_runs(runs)),
+        "runs": list(of_runs(every)),
         "final": {arm: final(held, arm) for arm in runs},
         "gaps": [gap for arm in runs for reference in references(arm) if (gap := gap_of(held, arm, reference))],
         "recovered": recovered(held),
         "router": [*gates_of(held), *routing_of(held)],
-        "tuned": list(tuned(folders)),
+        "tuned": list(tuned({arm: own for arm, own in every.items() if arm not in runs})),
     }
     return record | {"device": ", ".join(sorted({run["device"] for run in record["runs"]}))}
 
@@ -161,27 +162,24 @@ def far_context(held: Held, arm: str, seeds: Sequence[int], whole: Sequence[Eval
     return found or None
 
 
-def tuned(folders: Mapping[Task, Path]) -> Iterator[dict]:
+def tuned(runs: Runs) -> Iterator[dict]:
     """What was fine-tuned, by the number of full layers and the tokens of the evaluation: losses of each seed, and how
     far below those with no full layer."""
-    losses: dict[tuple[int, int], dict[int, Mapping]] = {}
-    sides: dict[tuple[int, int], dict[int, Evaluation]] = {}
-    for (arm, seed), folder in folders.items():
-        if not arm.startswith(TUNED) or not (folder / FILE_NAME).exists():
-            continue
-        for row in read_metrics(folder / FILE_NAME):
-            if row["kind"] == "eval":
-                place = int(arm.split()[1]), row["tokens"]
-                losses.setdefault(place, {})[seed] = row
-                path = folder / "position_loss" / f"eval_{row['tokens']:015d}"
-                sides.setdefault(place, {})[seed] = load_evaluation(path.with_suffix(".npz"))
-    for (layers, tokens), own in sorted(losses.items()):
+    found: dict[tuple[int, int], dict[int, tuple[Mapping, Evaluation]]] = {}
+    for arm, own in runs.items():
+        for seed, folder in own.items():
+            for row in read_metrics(folder / FILE_NAME):
+                if row["kind"] == "eval":
+                    held_out = load_evaluation(folder / "position_loss" / f"eval_{row['tokens']:015d}.npz")
+                    found.setdefault((int(arm.split()[1]), row["tokens"]), {})[seed] = row, held_out
+    for (layers, tokens), own in sorted(found.items()):
         row = {"layers": layers, "tokens": tokens, "seeds": list(own)}
-        row |= {key: [one[key] for one in own.values()] for key in ("loss", "trailing_loss")}
-        none = sides.get((0, tokens), {})
-        pairs = [(one, none[seed]) for seed, one in sides[layers, tokens].items() if seed in none]
+        row |= {key: [losses[key] for losses, _ in own.values()] for key in ("loss", "trailing_loss")}
+        none = found.get((0, tokens), {})
+        pairs = [(ours, none[seed][1]) for seed, (_, ours) in own.items() if seed in none]
         if pairs and layers:
             gap_SNB = np.array([ours.document_loss - theirs.document_loss for ours, theirs in pairs])
+            row["num_documents"] = gap_SNB.shape[1]
             row["minus_none"] = document_mean(np.nanmean(gap_SNB.mean(0), 1), pairs[0][0].document_clusters)
         yield row
 
@@ -419,7 +417,7 @@ def figures(record: Mapping) -> dict[str, Callable[[Path], None]]:
         found["layers"] = _figure(
             record,
             "Fine-tuning with full attention in the last layers (the paper's figure 5b)",
-            lambda axes: by_layers(axes, record["tuned"]),
+            lambda axes: by_layers(axes, record),
         )
     if gates:
         found["gates"] = _figure(
@@ -555,22 +553,30 @@ def by_context(axes: Sequence[Axes], finals: Mapping[str, Mapping]) -> None:
     axes[0].legend(fontsize="small")
 
 
-def by_layers(axes: Sequence[Axes], rows: Sequence[Mapping]) -> None:
-    """Losses of the answers, and of those far back, by the number of full layers: means, and a dash per seed."""
-    for axis, (key, title) in zip(axes, {"loss": "all answers", "trailing_loss": "in the last sixteenth"}.items()):
-        for i, tokens in enumerate(sorted({row["tokens"] for row in rows})):
-            own = [row for row in rows if row["tokens"] == tokens]
-            label = f"after {format_count(tokens)} tokens ({count(own[0]['seeds'])})"
-            axis.plot([row["layers"] for row in own], [np.mean(row[key]) for row in own], label=label, **look(i))
-            for row in own:
-                axis.plot([row["layers"]] * len(row[key]), row[key], "_", color="black")
-        axis.set_title(f"held-out conversations, {title} (dashes: seeds)", fontsize="medium")
+def by_layers(axes: Sequence[Axes], record: Mapping) -> None:
+    """The last held-out losses that all have by the number of full layers, and the training losses."""
+    counts = sorted({row["layers"] for row in record["tuned"]})
+    last = max(set.intersection(*({r["tokens"] for r in record["tuned"] if r["layers"] == n} for n in counts)))
+    rows = [row for row in record["tuned"] if row["tokens"] == last]
+    for i, (key, label) in enumerate({"loss": "all answers", "trailing_loss": "in the last sixteenth"}.items()):
+        axes[0].plot(counts, [np.mean(row[key]) for row in rows], label=label, **look(i, 2))
+        for row in rows:
+            axes[0].plot([row["layers"]] * len(row[key]), row[key], "_", color="black")
+    seeds = count(rows[0]["seeds"])
+    axes[0].set_title(f"held-out conversations after {format_count(last)} tokens ({seeds})", fontsize="medium")
+    axes[0].set_xticks(counts)
+    axes[0].set_xlabel("full layers, counted from the last")
+    for i, layers in enumerate(counts):
+        run = next(run for run in record["runs"] if run["arm"] == f"{TUNED}, {layers} full")
+        tokens, losses = zip(*run["train"])
+        axes[1].plot(tokens, losses, color=color(i), marker=marker(i), markersize=3, label=f"{layers} full")
+    axes[1].set_title("training", fontsize="medium")
+    token_axis(axes[1])
+    for axis in axes:
         axis.set_ylabel("loss (nats per supervised token)")
         axis.set_ylim(bottom=0)
-        axis.set_xticks(sorted({row["layers"] for row in rows}))
-        axis.set_xlabel("full layers, counted from the last")
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize="small")
+        axis.legend(fontsize="small")
 
 
 def by_gates(axes: Sequence[Axes], record: Mapping, rows: Sequence[Mapping]) -> None:
