@@ -11,9 +11,10 @@ import shutil
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import psutil
@@ -31,7 +32,7 @@ QUIET = ("data.validation=null", "logging.wandb=disabled", "logging.figures=fals
 QUIET += ("logging.every_tokens=0", "checkpoint.every_tokens=0")
 """Overrides of runs whose steps are measured one by one."""
 SPEEDS = ("tokens_per_second", "tflops", "mfu", "mfu_dense_equivalent", "attended_share")
-STALL_SECONDS, ENDED_SECONDS = 900, 120
+STALL_SECONDS, ENDED_SECONDS, SAVED_SECONDS = 900, 120, 8
 OUT_OF_MEMORY = "out of memory"
 
 
@@ -149,20 +150,41 @@ def speeds(train: Sequence[Mapping]) -> dict[str, float | None]:
 # -------------------- runs
 
 
+_running: set[subprocess.Popen] = set()
+_starting, _time_is_up = threading.Lock(), threading.Event()
+
+
+def stop_all() -> None:
+    """Ends the scripts that `launch` runs in other threads, and lets none begin: SIGTERM, and SIGKILL after a while."""
+    with _starting:
+        _time_is_up.set()
+    running = list(_running)
+    for process in running:
+        process.terminate()
+    until = time.monotonic() + SAVED_SECONDS
+    while time.monotonic() < until and any(process.poll() is None for process in running):
+        time.sleep(0.1)
+    for process in running:
+        if process.poll() is None:
+            process.kill()
+
+
 def launch(script: str, arguments: Sequence[str], run: Path, quiet: bool = False) -> None:
     """Runs a script of launch/ to its end. ValueError if it fails, with the last of what it said where that went to a
     file."""
     print(f"== {run.name}: {script} {' '.join(a for a in arguments if 'attention' in a)}", flush=True)
     began, path = time.monotonic(), run.with_name(f"{run.name}.log")
     path.parent.mkdir(parents=True, exist_ok=True)
-    words = [sys.executable, str(ROOT / "launch" / script), *arguments]
-    if not quiet:
-        code, tail = subprocess.run(words).returncode, ""
-    else:
-        with path.open("ab") as file:
-            code = subprocess.run(words, stdout=file, stderr=subprocess.STDOUT).returncode
-        tail = "\n".join(["", *path.read_text(errors="replace").splitlines()[-5:]])
+    with path.open("ab") if quiet else nullcontext() as file, _starting:
+        if _time_is_up.is_set():
+            raise ValueError(f"{run.name}: {script} was not begun: time is up")
+        words = [sys.executable, str(ROOT / "launch" / script), *arguments]
+        process = subprocess.Popen(words, stdout=file, stderr=file and subprocess.STDOUT)
+        _running.add(process)
+    code = process.wait()
+    _running.discard(process)
     if code != 0:
+        tail = "\n".join(["", *path.read_text(errors="replace").splitlines()[-5:]]) if quiet else ""
         raise ValueError(f"{run.name}: {script} failed with exit status {code}{tail}")
     print(f"   {run.name}: {script} done, {time.monotonic() - began:.0f} s", flush=True)
 

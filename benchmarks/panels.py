@@ -229,7 +229,6 @@ PANELS: dict[str, Callable[[SubFigure, Record], None]] = {
 
 def table(record: Record) -> list[str]:
     """Markdown: where it was measured, and what was; of losses by position the last."""
-    lines = [record["about"], "", f"{record['device']}, commit {record['commit']}", "", f"`{record['command']}`"]
     about = [({"arm": run["arm"], "seed": run["seed"]}, run) for run in record["runs"]]
     parts = {
         "measured": [row for row in record["measured"] if "settings" not in row],
@@ -239,4 +238,10 @@ def table(record: Record) -> list[str]:
         "stages": [arm | stage for arm, run in about for stage in run["stages"]],
         "switches": record.get("switches", ()),
     }
+    return tables(record, parts)
+
+
+def tables(record: Record, parts: Mapping[str, Sequence[Record]]) -> list[str]:
+    """Markdown: where it was measured, and the parts that have rows."""
+    lines = [record["about"], "", f"{record['device']}, commit {record['commit']}", "", f"`{record['command']}`"]
     return lines + [line for name, rows in parts.items() if rows for line in ("", f"{name}:", "", *row_table(rows))]

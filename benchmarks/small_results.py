@@ -1,4 +1,4 @@
-"""What benchmarks/small.py makes of its runs: numbers, tables, and figures in the MoBA paper's format.
+"""What benchmarks/study.py makes of the study `small`: numbers, tables, and figures in the MoBA paper's format.
 
 Gaps are differences of the same held-out documents, averaged over seeds, with clusters of documents as the draws of
 their 95 % intervals; the differences of single seeds are listed beside them. `recovered` is the part of MoBA's trailing
@@ -23,9 +23,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.common import markdown, origin, read_json, row_table, write
-from benchmarks.study import of_run, over_seeds
-from conf.numbers import format_count, format_length
+from benchmarks.common import read_json
+from benchmarks.panels import tables
+from benchmarks.studies import CUTS
+from benchmarks.study_results import Measured, Task, of_run, over_seeds
+from conf.numbers import format_count, format_length, parse_length
 from evals.context import clusters_by
 from evals.figures import length_axis, mark_dense, token_axis
 from evals.paired import difference
@@ -34,16 +36,14 @@ from evals.routing_numbers import model_hit_rate
 from evals.routing_report import HEAD, RoutingReport
 from evals.statistics import clustered_sums
 from evals.style import LOSS, POSITION, color, look, marker, save
-from evals.swap import document_mean
+from evals.swap import document_mean, with_error
 from train.record.metrics import FILE_NAME, read_metrics
 
 DRAWS, REACH = 4000, 1024
 """REACH: block x top_k of the arms that most are about."""
 START, TUNED = "start", "sft"
 REFERENCE, SPARSE, SWITCHED, FIRST = "full", "moba", "moba, then full", "moba, first block"
-GRAIN = ("1024x2", "512x4", "256x8", "128x16", "64x32")
-PLAIN = ", no key convolution"
-CUTS = ("cut_1K", "cut_2K", "cut_4K")
+GRAIN = ("1024x2", "64x32")
 GATES = {"mean": "the gate's", "local": "latest", "random": "random", "oracle": "best"}
 Runs = Mapping[str, Mapping[int, Path]]
 """Arm -> seed -> folder of the run."""
@@ -52,8 +52,12 @@ Runs = Mapping[str, Mapping[int, Path]]
 class Held:
     """The evaluations during training of all runs, and what is asked of their weights in the end."""
 
-    def __init__(self, runs: Runs, cluster: str):
-        self.runs, self._cluster_of = runs, clusters_by(cluster)
+    def __init__(self, runs: Runs, found: Sequence[Measured], cluster: str):
+        self.runs, self._found, self._cluster_of = runs, found, clusters_by(cluster)
+
+    def asked(self, arm: str, what: str) -> dict[int, Path]:
+        """Seed -> the result of an evaluation, named by the beginning of its line."""
+        return {seed: path for name, seed, line, path in self._found if name == arm and line.startswith(what)}
 
     def tokens(self, arm: str, seed: int) -> set[int]:
         """At which a run was evaluated."""
@@ -77,37 +81,26 @@ class Held:
         return [self.at(arm, seed, tokens) for seed in seeds]
 
 
-def collect(
-    work: Path,
-    to: Path,
-    arguments: Sequence[str],
-    label: str | None,
-    cluster: str,
-    names: Mapping[tuple[str, int], str],
-) -> str:
-    """Writes results.json, table.md and figures; returns the table. `names`: of each (arm, seed) the run's folder.
-    ValueError where no run was evaluated."""
-    runs: dict[str, dict[int, Path]] = {}
-    for (arm, seed), folder in names.items():
-        if not arm.startswith((START, TUNED)) and list((work / folder / "position_loss").glob("eval_*.npz")):
-            runs.setdefault(arm, {})[seed] = work / folder
+def collect(folders: Mapping[Task, Path], found: Sequence[Measured], cluster: str) -> dict:
+    """What results.json has besides where it comes from. `folders`: of the runs. ValueError where none was
+    evaluated."""
+    every: dict[str, dict[int, Path]] = {}
+    for (arm, seed), folder in folders.items():
+        if not arm.startswith(START) and list((folder / "position_loss").glob("eval_*.npz")):
+            every.setdefault(arm, {})[seed] = folder
+    runs = {arm: own for arm, own in every.items() if not arm.startswith(TUNED)}
     if not runs:
-        raise ValueError(f"{work} has no run with an evaluation")
-    held = Held(runs, cluster)
+        raise ValueError("no run has an evaluation")
+    held = Held(runs, found, cluster)
     record = {
-        **origin(arguments, label),
-        "runs": list(of_runs(runs)),
+        "runs": list(of_runs(every)),
         "final": {arm: final(held, arm) for arm in runs},
         "gaps": [gap for arm in runs for reference in references(arm) if (gap := gap_of(held, arm, reference))],
         "recovered": recovered(held),
-        "router": [*gates_of(held), *routing_of(runs)],
-        "tuned": list(tuned(work, names)),
+        "router": [*gates_of(held), *routing_of(held)],
+        "tuned": list(tuned({arm: own for arm, own in every.items() if arm not in runs})),
     }
-    record["device"] = ", ".join(sorted({run["device"] for run in record["runs"]}))
-    text = write(record, table(record), to)
-    for name, draw in figures(record).items():
-        draw(to / f"{name}.png")
-    return text
+    return record | {"device": ", ".join(sorted({run["device"] for run in record["runs"]}))}
 
 
 def of_runs(runs: Runs) -> Iterator[dict]:
@@ -154,45 +147,48 @@ def final(held: Held, arm: str) -> dict:
 
 
 def far_context(held: Held, arm: str, seeds: Sequence[int], whole: Sequence[Evaluation]) -> dict | None:
-    """How much more the last bucket's tokens lose where all but so many before them are cut off, by where (`cut_1K`);
+    """How much more the last bucket's tokens lose where all but so many before them are cut off, by how many are left;
     None where some seed was not asked."""
     found = {}
-    for name in CUTS:
-        paths = [sorted((held.runs[arm][seed] / "evals" / name).glob("*.json")) for seed in seeds]
-        if not all(paths):
+    for line in CUTS:
+        paths = held.asked(arm, line)
+        if not {*seeds} <= paths.keys():
             continue
-        cut = [load_evaluation(path) for path, *_ in paths]
+        cut = [load_evaluation(paths[seed]) for seed in seeds]
+        name = format_length(int(cut[0].curve.edges[-2]))
         assert all(a.document_ids == b.document_ids for a, b in zip(cut, whole))
         gap_SN = np.array([a.document_loss[:, -1] - b.document_loss[:, -1] for a, b in zip(cut, whole)])
         found[name] = document_mean(gap_SN.mean(0), whole[0].document_clusters) | {"by_seed": gap_SN.mean(1).tolist()}
     return found or None
 
 
-def tuned(work: Path, names: Mapping[tuple[str, int], str]) -> Iterator[dict]:
-    """What was fine-tuned, by the number of full layers: its last evaluation of each seed."""
-    found: dict[int, list[tuple[int, Path, dict]]] = {}
-    for (arm, seed), folder in names.items():
-        paths = sorted((work / folder / "position_loss").glob("eval_*.json"))
-        if arm.startswith(TUNED) and paths:
-            rows = [row for row in read_metrics(work / folder / FILE_NAME) if row["kind"] == "eval"]
-            found.setdefault(int(arm.split()[1]), []).append((seed, paths[-1], rows[-1]))
-    sides = {n: {seed: load_evaluation(path) for seed, path, _ in own} for n, own in found.items()}
-    for layers, own in sorted(found.items()):
-        row = {"layers": layers, "seeds": [seed for seed, *_ in own], "tokens": [last["tokens"] for *_, last in own]}
-        row |= {key: [last[key] for *_, last in own] for key in ("loss", "trailing_loss")}
-        pairs = [(one, sides[0][seed]) for seed, one in sides[layers].items() if seed in sides.get(0, {})]
+def tuned(runs: Runs) -> Iterator[dict]:
+    """What was fine-tuned, by the number of full layers and the tokens of the evaluation: losses of each seed, and how
+    far below those with no full layer."""
+    found: dict[tuple[int, int], dict[int, tuple[Mapping, Evaluation]]] = {}
+    for arm, own in runs.items():
+        for seed, folder in own.items():
+            for row in read_metrics(folder / FILE_NAME):
+                if row["kind"] == "eval":
+                    held_out = load_evaluation(folder / "position_loss" / f"eval_{row['tokens']:015d}.npz")
+                    found.setdefault((int(arm.split()[1]), row["tokens"]), {})[seed] = row, held_out
+    for (layers, tokens), own in sorted(found.items()):
+        row = {"layers": layers, "tokens": tokens, "seeds": list(own)}
+        row |= {key: [losses[key] for losses, _ in own.values()] for key in ("loss", "trailing_loss")}
+        none = found.get((0, tokens), {})
+        pairs = [(ours, none[seed][1]) for seed, (_, ours) in own.items() if seed in none]
         if pairs and layers:
             gap_SNB = np.array([ours.document_loss - theirs.document_loss for ours, theirs in pairs])
+            row["num_documents"] = gap_SNB.shape[1]
             row["minus_none"] = document_mean(np.nanmean(gap_SNB.mean(0), 1), pairs[0][0].document_clusters)
         yield row
 
 
 def references(arm: str) -> list[str]:
-    """What an arm is held against: full attention of the same model, MoBA, and the coarsest blocks."""
-    kind, _, model = arm.partition(", ")
-    if f", {model}" == PLAIN or model.endswith("M"):
-        with_one = [kind] if f", {model}" == PLAIN else []
-        return [*([f"{REFERENCE}, {model}"] if kind != REFERENCE else []), *with_one]
+    """What an arm is held against: full attention of the same size of model, MoBA, and the coarsest blocks."""
+    kind, _, size = arm.partition(", ")
+    if size.endswith("M"):
+        return [f"{REFERENCE}, {size}"] if kind != REFERENCE else []
     others = [REFERENCE, SPARSE, *(GRAIN[:1] if arm in GRAIN else [])]
     return others[: others.index(arm)] if arm in others else others
 
@@ -283,8 +279,8 @@ def _recovered(loss_ASN: np.ndarray, clusters: Sequence[str]) -> dict:
 def gates_of(held: Held) -> Iterator[dict]:
     """Of each arm with a router: its loss in the last eighth under other blocks, minus full attention's and minus that
     under its gate's."""
-    for arm, own in held.runs.items():
-        paths = [path for folder in own.values() for path in sorted((folder / "evals" / "sweep").glob("*.json"))]
+    for arm in held.runs:
+        paths = [*held.asked(arm, "sweep").values()]
         if not paths:
             continue
         names = ["full", *(row["gate"] for row in read_json(paths[0])["settings"][1:])]
@@ -310,11 +306,11 @@ def sampled(held_out: Evaluation, number: int) -> list[str]:
     return [held_out.document_clusters[i] for i in sorted(by_hash[:number])]
 
 
-def routing_of(runs: Runs) -> Iterator[dict]:
+def routing_of(held: Held) -> Iterator[dict]:
     """The statistics of each arm's gate, means over seeds; with the hits that FlashMoBA's model expects of the heads'
     ratios of signal to noise."""
-    for arm, own in runs.items():
-        paths = [path for folder in own.values() for path in sorted((folder / "evals" / "routing").glob("*.json"))]
+    for arm in held.runs:
+        paths = [*held.asked(arm, "routing").values()]
         if not paths:
             continue
         found: dict[str, list[float]] = {}
@@ -340,82 +336,53 @@ def routing_of(runs: Runs) -> Iterator[dict]:
 
 def table(record: Mapping) -> list[str]:
     """Markdown."""
-    lines = [f"{record['device']}, commit {record['commit']}", "", f"`{record['command']}`", ""]
-    heads = [
-        "arm",
-        "tokens",
-        "seeds",
-        "loss",
-        "trailing loss",
-        "falls behind the reach by",
-        "minus",
-        "loss",
-        "trailing",
-    ]
-    rows = []
-    for arm, own in record["final"].items():
-        found = [gap for gap in record["gaps"] if gap["arm"] == arm] or [None]
-        for i, gap in enumerate(found):
-            start = [
-                arm,
-                format_count(own["tokens"]),
-                len(own["seeds"]),
-                f"{own['loss']:.4f}",
-                f"{own['trailing']:.4f}",
-            ]
-            start += [f"{of(own['falls_by'])} from {format_length(own['falls_from'])}"]
-            start += [", ".join(f"{name} {of(value)}" for name, value in (own["far_context"] or {}).items()) or "-"]
-            rows.append([*(start if i == 0 else [""] * len(start)), *gap_cells(gap)])
-    lines += markdown(heads, rows)
-    for name, part in record["recovered"]["parts"].items() if record["recovered"] else ():
-        width = part["interval_95"]
-        known = "no interval" if width is None else f"95 %: {100 * width[0]:.0f} to {100 * width[1]:.0f}"
-        each = ", ".join(f"{100 * share:.0f}" for share in part["by_seed"])
-        share = f"{100 * part['share']:.0f} % ({known}; seeds {each})"
-        lines += ["", f"Recovered by the last stage, {name}: {share} of {part['gap']:+.4f}; left {part['left']:+.4f}"]
-    for gaps in record["recovered"]["after_switch"] if record["recovered"] else ():
-        if gaps:
-            lines += [
-                "",
-                f"Training loss behind the switch, same batches: {gaps[0]:+.3f} at first, {max(gaps):+.3f} at most",
-            ]
-    gates = [row for row in record["router"] if row["eval"] == "gates"]
-    if gates:
-        heads = ["trained as", "documents", "seeds", "full", *(f"{GATES[name]} - full" for name in GATES)]
-        rows = [
-            [row["arm"], row["num_documents"], row["seeds"], f"{row['last_eighth']['full']:.4f}",
-             *(of(row["minus_full"][name]) if name in row["minus_full"] else "-" for name in GATES)]
-            for row in gates
-        ]  # fmt: skip
-        lines += ["", *markdown(heads, rows)]
-    if record.get("tuned"):
-        lines += ["", *row_table(record["tuned"])]
-    numbers = [row for row in record["router"] if row["eval"] == "routing"]
-    if numbers:
-        kept = ("captured", "oracle", "local", "random", "own", "recall", "snr", "hit", "model_hit", "model_error")
-        rows = [[row["arm"], row["seeds"], *(f"{row['overall'][name]:.3f}" for name in kept)] for row in numbers]
-        lines += ["", *markdown(["router of", "seeds", *kept], rows)]
-    speeds = [
-        [run["arm"], run["seed"], ", ".join(f"{stage['tokens_per_second']:,.0f}" for stage in run["stages"])]
-        for run in record["runs"]
-    ]
-    return [*lines, "", *markdown(["arm", "seed", "tokens/s by stage, beside the others"], speeds)]
+    recovered = record["recovered"] or {"parts": {}, "after_switch": []}
+    parts = {
+        "in the end": [
+            {"arm": arm, **{key: own[key] for key in ("tokens", "loss", "trailing")}, "seeds": len(own["seeds"])}
+            | {"falls from 1K": with_error(own["falls_by"])}
+            | {f"more after {at} alone": with_error(value) for at, value in (own["far_context"] or {}).items()}
+            for arm, own in record["final"].items()
+        ],
+        "differences": [
+            {key: gap[key] for key in ("arm", "reference", "tokens")} | gap_cells(gap) for gap in record["gaps"]
+        ],
+        "recovered by the last stage": [
+            {"of": name, "gap": part["gap"], "left": part["left"], "share": f"{part['share']:.0%}"}
+            | {"95 %": " to ".join(f"{share:.0%}" for share in part["interval_95"] or ())}
+            | {"seeds": ", ".join(f"{share:.0%}" for share in part["by_seed"])}
+            for name, part in recovered["parts"].items()
+        ],
+        "training loss after the switch, same batches": [
+            {"first": gaps[0], "most": max(gaps)} for gaps in recovered["after_switch"] if gaps
+        ],
+        "last eighth under other blocks, minus full": [
+            {"trained as": row["arm"], "documents": row["num_documents"], "seeds": row["seeds"]}
+            | {"full": row["last_eighth"]["full"]}
+            | {label: with_error(row["minus_full"][name]) for name, label in GATES.items() if name in row["minus_full"]}
+            for row in record["router"]
+            if row["eval"] == "gates"
+        ],
+        "routers": [
+            {"router of": row["arm"], "seeds": row["seeds"], **row["overall"]}
+            for row in record["router"]
+            if row["eval"] == "routing"
+        ],
+        "fine-tuned": record["tuned"],
+        "tokens/s, beside the others": [
+            {"arm": run["arm"], "seed": run["seed"]} | {s["stage"]: s["tokens_per_second"] for s in run["stages"]}
+            for run in record["runs"]
+        ],
+    }
+    return tables(record, parts)
 
 
-def of(value: Mapping) -> str:
-    """A mean with its interval."""
-    width = value["interval_95"]
-    return f"{value['mean']:+.4f}" + ("" if width is None else f" +- {width:.4f}")
-
-
-def gap_cells(gap: Mapping | None) -> list[str]:
+def gap_cells(gap: Mapping) -> dict[str, str]:
     """Of a table."""
-    if gap is None:
-        return ["", "", "", ""]
     last = {"mean": gap["difference"][-1], "interval_95": gap["interval_95"][-1]}
     values = {"mean": gap["mean_loss"], "trailing": last, "by_position": gap["by_position"]}
     seeds = {key: ", ".join(f"{one[key]:+.4f}" for one in gap["by_seed"]) for key in values}
-    return [gap["reference"], *(f"{of(value)} ({seeds[key]})" for key, value in values.items())]
+    return {key: f"{with_error(value)} ({seeds[key]})" for key, value in values.items()}
 
 
 # -------------------- figures
@@ -425,7 +392,8 @@ def figures(record: Mapping) -> dict[str, Callable[[Path], None]]:
     """Name -> draws it into a PNG file; those for which there are runs."""
     main = [arm for arm in (REFERENCE, SPARSE, FIRST, SWITCHED) if arm in record["final"]]
     grain = [arm for arm in GRAIN if arm in record["final"]]
-    layers = [arm for arm in record["final"] if arm.startswith("last ")]
+    finals = record["final"]
+    cut = {arm: finals[arm] for arm in (REFERENCE, SPARSE) if arm in finals and finals[arm].get("far_context")}
     gates = [row for row in record["router"] if row["eval"] == "gates"]
     found: dict[str, Callable[[Path], None]] = {}
     if main:
@@ -441,11 +409,15 @@ def figures(record: Mapping) -> dict[str, Callable[[Path], None]]:
             "The same sparsity in smaller blocks (the paper's figure 4)",
             lambda axes: minus_full(axes, record, of_grain(record, grain)),
         )
-    if layers:
+    if cut:
+        found["context"] = _figure(
+            record, "The same last 512 tokens of each document after less context", lambda axes: by_context(axes, cut)
+        )
+    if record.get("tuned"):
         found["layers"] = _figure(
             record,
-            "Full attention in the last layers (the paper's figure 5b)",
-            lambda axes: minus_full(axes, record, of_layers(layers)),
+            "Fine-tuning with full attention in the last layers (the paper's figure 5b)",
+            lambda axes: by_layers(axes, record),
         )
     if gates:
         found["gates"] = _figure(
@@ -528,7 +500,8 @@ def by_position(axes: Sequence[Axes], record: Mapping, names: Sequence[str]) -> 
 def minus_full(axes: Sequence[Axes], record: Mapping, labels: Mapping[str, str]) -> None:
     """Losses of all positions, and what is added from 1K to the end, minus full attention's: means over the seeds of
     each arm with the documents' interval, and a dot per seed. `labels`: arm -> its label on the axis."""
-    gaps = {gap["arm"]: gap for gap in record["gaps"] if gap["reference"] == REFERENCE and gap["arm"] in labels}
+    found = {gap["arm"]: gap for gap in record["gaps"] if gap["reference"] == REFERENCE}
+    gaps = {arm: found[arm] for arm in labels if arm in found}
     titles = {"mean": "all positions", "by_position": "last sixteenth minus first 1K"}
     for axis, (key, title) in zip(axes, titles.items()):
         for place, gap in enumerate(gaps.values()):
@@ -556,9 +529,54 @@ def of_grain(record: Mapping, names: Sequence[str]) -> dict[str, str]:
     return {name: f"{top} of {length // block} blocks\n({name})" for name, (block, top) in sizes.items()}
 
 
-def of_layers(names: Sequence[str]) -> dict[str, str]:
-    """Labels: how many layers."""
-    return {SPARSE: "none full\n(MoBA)"} | {name: f"last {name.split()[1]}\nfull" for name in sorted(names)}
+def by_context(axes: Sequence[Axes], finals: Mapping[str, Mapping]) -> None:
+    """The loss of the same tokens by how many are before them, and what the missing ones cost in the same weights."""
+    contexts: list[int] = []
+    for i, (name, own) in enumerate(finals.items()):
+        # In the last bucket of the whole document they have all that is before it.
+        contexts = [parse_length(key) for key in own["far_context"]] + [own["edges"][-2]]
+        gaps = [*own["far_context"].values(), {"mean": 0.0, "interval_95": None, "by_seed": []}]
+        style = look(i, len(finals))
+        axes[0].plot(contexts, [own["trailing"] + gap["mean"] for gap in gaps], label=name, **style)
+        widths = [gap["interval_95"] or np.nan for gap in gaps]
+        axes[1].errorbar(contexts, [gap["mean"] for gap in gaps], yerr=widths, capsize=3, label=name, **style)
+        for context, gap in zip(contexts, gaps):
+            axes[1].plot([context] * len(gap["by_seed"]), gap["by_seed"], "_", color="black")
+    for axis, label in zip(axes, (LOSS, "minus all of the context (nats per token)")):
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(contexts, [f"{context / 1024:g}K" for context in contexts])
+        axis.set_xlabel("tokens before them (MoBA attends to 1K)")
+        axis.set_ylabel(label)
+        axis.grid(alpha=0.3)
+    axes[1].axhline(0, color="black", linewidth=0.8)
+    axes[1].set_title("same weights (bars: 95 %; dashes: seeds)", fontsize="medium")
+    axes[0].legend(fontsize="small")
+
+
+def by_layers(axes: Sequence[Axes], record: Mapping) -> None:
+    """The last held-out losses that all have by the number of full layers, and the training losses."""
+    counts = sorted({row["layers"] for row in record["tuned"]})
+    last = max(set.intersection(*({r["tokens"] for r in record["tuned"] if r["layers"] == n} for n in counts)))
+    rows = [row for row in record["tuned"] if row["tokens"] == last]
+    for i, (key, label) in enumerate({"loss": "all answers", "trailing_loss": "in the last sixteenth"}.items()):
+        axes[0].plot(counts, [np.mean(row[key]) for row in rows], label=label, **look(i, 2))
+        for row in rows:
+            axes[0].plot([row["layers"]] * len(row[key]), row[key], "_", color="black")
+    seeds = count(rows[0]["seeds"])
+    axes[0].set_title(f"held-out conversations after {format_count(last)} tokens ({seeds})", fontsize="medium")
+    axes[0].set_xticks(counts)
+    axes[0].set_xlabel("full layers, counted from the last")
+    for i, layers in enumerate(counts):
+        run = next(run for run in record["runs"] if run["arm"] == f"{TUNED}, {layers} full")
+        tokens, losses = zip(*run["train"])
+        axes[1].plot(tokens, losses, color=color(i), marker=marker(i), markersize=3, label=f"{layers} full")
+    axes[1].set_title("training", fontsize="medium")
+    token_axis(axes[1])
+    for axis in axes:
+        axis.set_ylabel("loss (nats per supervised token)")
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize="small")
 
 
 def by_gates(axes: Sequence[Axes], record: Mapping, rows: Sequence[Mapping]) -> None:

@@ -24,9 +24,17 @@ class Arm:
     train: str | None = ""
     """Overrides besides the study's; None: the given model as it is."""
     start: str | None = None
-    """The arm from whose run, of the same seed, it starts."""
+    """The arm from whose run's weights, of the same seed, it starts."""
+    branch: str | None = None
+    """The arm whose run, of the same seed, it goes on with as if it were its own: from the end of that one's last
+    stage, or, where that one has a `branch` too, of the stage before it."""
     evals: tuple[str, ...] | None = None
     """None: those of the study."""
+
+    @property
+    def base(self) -> str | None:
+        """The arm that has to be trained before."""
+        return self.start or self.branch
 
 
 @dataclass(frozen=True)
@@ -39,7 +47,7 @@ class Study:
     """Overrides of all its runs."""
     arms: Mapping[str, Arm]
     panels: tuple[str, ...]
-    """Functions of benchmarks/panels.py."""
+    """Functions of benchmarks/panels.py. None: numbers and figures are those of benchmarks/small_results.py."""
     evals: tuple[str, ...] = ()
     every_stage: bool = False
     """Evaluates the end of each stage, not only the last."""
@@ -51,6 +59,11 @@ class Study:
     seeds: int = 1
     defaults: Mapping[str, str] = field(default_factory=dict)
     """Values of the command's arguments where it does not say."""
+
+    def chain(self, name: str) -> list[str]:
+        """The arm, behind all that have to be trained before."""
+        base = self.arms[name].base
+        return [*(self.chain(base) if base else []), name]
 
 
 def at_stages(lengths: Mapping[str, str], **settings: list[object]) -> str:
@@ -126,6 +139,99 @@ def over_lengths(**attention: list[object]) -> Arm:
     return Arm(at_stages(EXTENSION_GPU, batch_tokens=["32K", "64K", "128K"], **rates, **attention))
 
 
+# -------------------- the MoBA paper's pretraining figures in small
+
+
+def sized(layers: int, heads: int, rate: str) -> str:
+    """Overrides of a model of heads of 64, and of its learning rate."""
+    width = f"model.hidden_size={64 * heads} model.ffn_size={64 * heads * 8 // 3 // 32 * 32}"
+    return f"model.num_layers={layers} model.num_heads={heads} model.num_kv_heads={heads} {width} optim.lr.peak={rate}"
+
+
+SIZES = {
+    "": (sized(6, 6, "2e-3"), 1.0),
+    ", 6.1M": (sized(5, 5, "2.4e-3"), 0.575),
+    ", 16.9M": (sized(7, 7, "1.7e-3"), 1.59),
+}
+"""End of an arm's name -> (overrides of its model, its tokens relative to the others'): parameters without embeddings,
+beside 10.6M, tokens in proportion."""
+
+
+def from_nothing(size: str, attention: str | None = None) -> str:
+    """Overrides of 2,000 steps at 1K under full attention, or, with those of the attention of both further stages, of
+    900 steps at 8K after them; in the last tenth of these the learning rate falls."""
+    model, share = SIZES[size]
+    start, last = int(2000 * share) * 16 * 1024, int(90 * share) * 32 * 1024
+    text = (
+        f"{QUIET} model=tiny model.qk_norm=true model.rope_theta=200000 model.key_conv=3 "
+        f"model.activation_checkpointing=false {model} data=files data.path={{data}} data.tokenizer=bpe-4k "
+        "data.validation.path={validation} data.interleave=64 schedule=custom schedule.block_size=128 schedule.top_k=8 "
+        "optim.lr.warmup_tokens=1M eval.documents={documents} eval.suite=loss logging.progress=false "
+        f"logging.every_tokens=327680 +schedule.stages.short.tokens={start} schedule.stages.short.seq_len=1K "
+        "schedule.stages.short.batch_tokens=16K schedule.stages.short.micro_tokens=16K "
+        "schedule.stages.short.attention.kind=full"
+    )
+    if attention is None:
+        return f"{text} optim.lr.kind=constant eval.every_tokens=0"
+    both = [f"schedule.stages.{at}.attention.{word}" for word in attention.split() for at in ("first", "last")]
+    return (
+        f"{text} +schedule.stages.first.tokens={9 * last} +schedule.stages.last.tokens={last} schedule.seq_len=8K "
+        "schedule.batch_tokens=32K schedule.micro_tokens=32K optim.lr.kind=wsd "
+        f"optim.lr.decay_tokens={last} eval.every_tokens={2 * last} {' '.join(both)}"
+    )
+
+
+def at_8k(attention: str, size: str = "", evals: tuple[str, ...] = ()) -> Arm:
+    """An arm that goes on from the start at 8K."""
+    return Arm(from_nothing(size, attention), branch=f"start{size}", evals=evals)
+
+
+def blocks(block: int, top: int, first: int = 0) -> str:
+    """The words of MoBA."""
+    return f"block_size={block} top_k={top} first_blocks={first}"
+
+
+def asked(block: int, top: int, first: int = 0) -> tuple[str, ...]:
+    """The evaluations of a router."""
+    sweep = f"sweep block_sizes={block} top_k={top} gates=[mean,local,random,oracle] first_blocks={first} documents=44"
+    return CUTS[0], sweep, "routing documents=22"
+
+
+CUTS = tuple(
+    f"position_loss data={{cuts}}/{n} seq_len={n + 512} bucket=512 documents={{documents}}" for n in (1024, 2048, 4096)
+)
+"""The last 512 tokens of each held-out document with so many before them in place of all."""
+SFT_8K = (
+    f"{QUIET} model=from_source data=sft data.path=embedded-chat:8K data.tokenizer=bpe-4k data.chat_template=plain "
+    "'data.validation={path: embedded-chat:8K, format: chat}' schedule=moba_only schedule.tokens=7864320 "
+    "schedule.seq_len=8K schedule.batch_tokens=32K schedule.micro_tokens=32K schedule.block_size=128 schedule.top_k=8 "
+    "optim.lr.peak=1e-3 optim.lr.warmup_tokens=10% eval.suite=loss eval.documents=128 eval.every_tokens=50% "
+    "logging.progress=false logging.every_tokens=327680 schedule.stages.sparse.attention.first_blocks=1"
+)
+FROM_NOTHING = {
+    **{f"start{size}": Arm(from_nothing(size), evals=()) for size in SIZES},
+    **{f"full{size}": at_8k("kind=full", size) for size in SIZES},
+    **{f"moba{size}": at_8k(blocks(128, 8), size) for size in SIZES},
+    "full": at_8k("kind=full", evals=(*CUTS, asked(128, 8)[1])),
+    "moba": at_8k(blocks(128, 8), evals=(*CUTS, *asked(128, 8)[1:])),
+    "moba, then full": Arm(
+        from_nothing("", blocks(128, 8)) + " schedule.stages.last.attention.kind=full", branch="moba", evals=CUTS[:1]
+    ),
+    "moba, first block": at_8k(blocks(128, 8, 1), evals=asked(128, 8, 1)),
+    "random": at_8k("gate=random", evals=asked(128, 8)[:2]),
+    "latest": at_8k("gate=local", evals=asked(128, 8)[:2]),
+    "64x32": at_8k(blocks(64, 32), evals=asked(64, 32)),
+    "1024x2": at_8k(blocks(1024, 2), evals=asked(1024, 2)),
+    **{
+        f"sft, {n} full": Arm(f"{SFT_8K} schedule.stages.sparse.attention.full_last={n}", "moba, first block", evals=())
+        for n in (0, 1, 2, 3, 4, 6)
+    },
+}
+
+
+# -------------------- fine-tuning
+
+
 LAYERS = (0, 1, 3, 5, 10, 20, 30)
 SFT = (
     f"{QUIET} data=sft data.path=embedded-chat:16K data.chat_template=plain "
@@ -161,6 +267,14 @@ STUDIES: dict[str, Study] = {
         evals=BOTH,
         every_stage=True,
         reference="full",
+    ),
+    "small": Study(
+        "The MoBA paper's pretraining figures in small: from nothing, 8K, 64 blocks of 128",
+        "",
+        FROM_NOTHING,
+        panels=(),
+        seeds=2,
+        defaults={"documents": "124", "cluster": "[^:]*"},
     ),
     "sft_layers": Study(
         "Fine-tuning with full attention in the last layers, 30 layers, 16K, MoBA 512x3",

@@ -5,6 +5,11 @@ the loss by position shows is context and not how documents begin.
 
 Ids are <group>:<id>:<number>; the groups take turns, so that the first n windows are as many of each as can be. Then
 launch/prepare_data.py tokenises them.
+
+    python benchmarks/windows.py source=shards/validation to=cuts
+
+takes from such shards the last 512 of the first 8K tokens of each document with 1K, 2K and 4K before them, as
+shards in cuts/1024 and so on: the study `small` evaluates the same tokens after less context.
 """
 
 from __future__ import annotations
@@ -17,24 +22,30 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import numpy as np
 import pyarrow.parquet as parquet
 
-from benchmarks.common import whole_numbers
+from benchmarks.common import read_json, whole_numbers
+from data.shards import META, TokenShards, write_meta, write_shard
+from data.tokenizer import load_tokenizer
 from launch.cli import exits_on, key_values
 
 KEYS = {
-    "source": "parquet file with the columns id, text and the group's",
-    "to": "the .jsonl",
+    "source": "parquet file with the columns id, text and the group's; or token shards",
+    "to": "the .jsonl; of token shards a folder",
     "group": "column: documents with the same value belong together (default package)",
     "windows": "of a group at most (default 12)",
     "characters": "of a window (default 40000: 8K tokens of bpe-4k and more)",
 }
+LENGTH, LAST, CONTEXTS = 8192, 512, (1024, 2048, 4096)
 
 
 @exits_on(ValueError, OSError)
 def main() -> None:
     """The command; see the module's text."""
     values = key_values(sys.argv[1:], KEYS, about=__doc__, required=["source", "to"])
+    if Path(values["source"], META).is_file():
+        return ends(Path(values["source"]), Path(values["to"]))
     group = values.get("group", "package")
     (most,), (size,) = (
         whole_numbers(values, key, value) for key, value in (("windows", "12"), ("characters", "40000"))
@@ -53,6 +64,19 @@ def main() -> None:
     order = [found[-1 - i] for i in range(most) for found in turns if i < len(found)]
     Path(values["to"]).write_text("".join(json.dumps(one) + "\n" for one in order), encoding="utf-8")
     print(f"{len(order)} windows of {len(texts)} groups in {values['to']}")
+
+
+def ends(source: Path, to: Path) -> None:
+    """Writes shards of the ends of documents of at least LENGTH tokens and one, LAST tokens after CONTEXTS."""
+    shards, tokenizer = TokenShards(source), load_tokenizer(read_json(source / META)["tokenizer"]["name"])
+    known = [i for i, length in enumerate(shards.lengths.tolist()) if length > LENGTH]
+    for context in CONTEXTS:
+        folder = to / str(context)
+        folder.mkdir(parents=True)
+        tokens = [np.array(shards.tokens(i, LENGTH - LAST - context, LENGTH + 1)) for i in known]
+        record = write_shard(folder, 0, tokens, [shards.ids[i] for i in known])
+        write_meta(folder, tokenizer, [record], {"title": f"ends of {source.name}"})
+    print(f"ends of {len(known)} documents in {to}")
 
 
 def shares(room: Sequence[int], most: int) -> list[int]:

@@ -85,7 +85,7 @@ def drawings() -> dict[Path, Drawing]:
     found[router.with_name("layers.png")] = Drawing(partial(draw_heads, router), (router,))
     for source in sorted(ROOT.glob(f"{RESULTS}/*/results.json")):
         path = source.relative_to(ROOT)
-        if "study" in record(path):
+        if STUDIES[record(path).get("study", "small")].panels:
             found[path.with_name("figure.png")] = Drawing(partial(draw_study, path), (path,))
         else:
             for name, draw in small_results.figures(record(path)).items():

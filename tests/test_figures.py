@@ -225,6 +225,7 @@ def gate_rows():
 
 
 SMALL = "docs/results/small_h100/results.json"
+GATED = ("moba, first block", "1024x2")
 
 
 def with_interval(value: dict) -> str:
@@ -233,7 +234,7 @@ def with_interval(value: dict) -> str:
 
 def small_rows():
     gaps = {row["arm"]: row for row in kept(SMALL)["gaps"] if row["reference"] == "full"}
-    arms = ("full", "moba", "moba, then full", "moba, first block", "1024x2", "64x32", "last 1 full", "last 3 full")
+    arms = ("full", "moba", "moba, then full", "moba, first block", "64x32", "1024x2", "latest", "random")
     for arm in arms:
         own, cells = kept(SMALL)["final"][arm], ["", ""]
         if row := gaps.get(arm):
@@ -243,11 +244,24 @@ def small_rows():
         yield [arm, str(len(own["seeds"])), f"{own['loss']:.3f}", f"{own['trailing']:.3f}", *cells]
 
 
+def small_context_rows():
+    for arm in ("full", "moba", "64x32", "1024x2"):
+        found = kept(SMALL)["final"][arm]["far_context"]
+        yield [arm, *(with_interval(found[at]) if at in found else "" for at in ("1K", "2K", "4K"))]
+
+
 def small_gate_rows():
     rows = {row["arm"]: row for row in kept(SMALL)["router"] if row["eval"] == "gates"}
-    for arm in ("moba", "moba, first block", "moba, no key convolution", "64x32", "1024x2"):
+    for arm in GATED:
         gates = (rows[arm]["minus_full"][gate] for gate in ("mean", "local", "random", "oracle"))
         yield [arm, f"{rows[arm]['last_eighth']['full']:.3f}", *map(with_interval, gates)]
+
+
+def small_tuned_rows():
+    rows = kept(SMALL)["tuned"]
+    for layers in (0, 1, 2, 3, 4, 6):
+        own = [row for row in rows if row["layers"] == layers]
+        yield [str(layers), *(f"{np.mean(row[key]):.3f}" for row in own for key in ("loss", "trailing_loss"))]
 
 
 LONG = {"two": "benchmarks/results/longest_context/h200_two", "one": "benchmarks/results/longest_context/h100_one"}
@@ -277,7 +291,9 @@ TABLES = {
     ("docs/recipes.md", "| length, blocks"): extended_rows,
     ("docs/findings.md", "| gate | trailing"): gate_rows,
     ("docs/findings.md", "| from nothing"): small_rows,
+    ("docs/findings.md", "| tokens before"): small_context_rows,
     ("docs/findings.md", "| trained with"): small_gate_rows,
+    ("docs/findings.md", "| full last layers"): small_tuned_rows,
 }
 
 

@@ -1,93 +1,101 @@
-"""benchmarks/small.py: its arms compose, its runs are stopped in time, and its numbers are those of the files."""
+"""The study `small`: its arms compose, its runs are stopped in time, and its numbers are those of the files."""
 
 import json
 import sys
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from pyarrow import Table, parquet
 
-from benchmarks import small, small_results, windows
+from benchmarks import common, small_results, study, windows
+from benchmarks.studies import CUTS, FROM_NOTHING, SIZES, STUDIES
 from data.shards import TokenShards, write_meta, write_shard
 from data.tokenizer import load_tokenizer
 from evals.position_loss import Evaluation
-from launch.cli import UsageError
 from launch.config import load
 
 EDGES = np.arange(0, 8193, 512)
 IDS = [f"package{i % 5}:{i}" for i in range(15)]
 
 
-def study(tmp_path, **values):
-    """A study that was asked for."""
-    return small.Study({"minutes": "1", **values}, ["run.device=cpu"], tmp_path / "runs", tmp_path / "kept.tar.gz")
+@pytest.fixture
+def command(tmp_path):
+    """The study as it would be asked for."""
+    values = {"data": "embedded", "validation": "embedded", "documents": "124", "cuts": "cuts", "cluster": "[^:]*"}
+    return study.Command(STUDIES["small"], values, (), tmp_path / "runs")
 
 
-@pytest.mark.parametrize("name", small.ARMS)
-def test_every_arm_composes_and_has_the_tokens_of_the_others(name, tmp_path):
+@pytest.mark.parametrize("name", [arm for arm in FROM_NOTHING if not arm.startswith("sft")])
+def test_every_arm_has_the_tokens_of_its_size_and_the_attention_of_its_name(name, command):
     """Catches an override that was renamed since, and arms whose attention is not what their name says."""
-    words = study(tmp_path, arms=name, start_tokens="2M", tokens="3.5M").training((name, 3))
-    if name.startswith("sft"):
-        assert "init.source=" in " ".join(words) and "moba-first_block_seed3" in " ".join(words)
-        (stage,) = load([*words, "model=tiny", "model.num_layers=6", "init.source=null"]).schedule.stages.values()
-        assert stage.attention.options["first_blocks"] == 1 and stage.attention.full_last == int(name[5])
-        return
-    config = load(words)
+    config = load(command.training(name, 3))
     assert config.run.seed == 3 and config.run.allow_changes == (not name.startswith("start"))
     short, *others = config.schedule.stages.values()
-    assert short.tokens == 122 * small.START_BATCH and short.attention.kind == "full"
+    share = next(share for size, (_, share) in reversed(SIZES.items()) if name.endswith(size))
+    assert short.tokens == int(2000 * share) * 16384 and short.attention.kind == "full"
     assert bool(others) == (not name.startswith("start"))
     if others:
         first, last = others
-        assert (first.tokens, last.tokens) == (90 * small.BATCH, 10 * small.BATCH)
+        assert first.tokens == 9 * last.tokens and last.tokens == int(90 * share) * 32768
         assert config.optim.lr.options["decay_tokens"] == last.tokens
         kinds = first.attention.kind, last.attention.kind
         assert kinds == (("full",) * 2 if name.startswith("full") else ("moba", "full" if "then" in name else "moba"))
-        if "x" not in name:
-            return
-        sizes = [first.attention.options[key] for key in ("block_size", "top_k")]
-        assert name == f"{sizes[0]}x{sizes[1]}" and sizes[0] * sizes[1] == 2048
+        assert (first.attention.options["first_blocks"] == 1) == (name == "moba, first block")
+        if name[0].isdigit():
+            sizes = [first.attention.options[key] for key in ("block_size", "top_k")]
+            assert name == f"{sizes[0]}x{sizes[1]}" and sizes[0] * sizes[1] == 2048
+
+
+def test_what_is_fine_tuned_has_the_layers_of_its_name(command):
+    """Catches fine-tuning of other weights, without their first block, or with layers in the name alone."""
+    for name in (arm for arm in FROM_NOTHING if arm.startswith("sft")):
+        words = command.training(name, 3)
+        assert f"init.source={command.folder('moba, first block', 3)}" in words
+        (stage,) = load([*words, "model=tiny", "model.num_layers=6", "init.source=null"]).schedule.stages.values()
+        assert stage.attention.options["first_blocks"] == 1 and stage.attention.full_last == int(name[5])
 
 
 def test_tasks_bring_what_they_go_on_from_and_come_behind_it():
-    """Catches a branch that waits for a run behind it in the queue or for none, and an arm that is misspelt."""
-    found = small.tasks_of("moba, then full;moba;1024x2@1;full, 1.3M@0", "0,1")
-    starts = [("start", 0), ("start, 1.3M", 0), ("start", 1)]
-    assert found[:3] == starts and found[-2:] == [("moba, then full", 0), ("moba, then full", 1)]
-    assert sorted(found[3:-2]) == [("1024x2", 1), ("full, 1.3M", 0), ("moba", 0), ("moba", 1)]
-    assert small.tasks_of("moba, then full", "0,1")[-1] == ("moba, then full", 1)
-    with pytest.raises(UsageError, match="arms=mobaa: there are start;"):
-        small.tasks_of("full;mobaa", "0")
-    assert "hidden_size=192" in small.model_of("full, 1.3M") and small.model_of("moba, first block") == ""
+    """Catches a run that waits for one that nobody makes, and a seed of one arm that goes to all."""
+    found = study.tasks_of(STUDIES["small"], ["moba, then full", "moba", "1024x2@1", "full, 6.1M@0"], [0, 1])
+    assert found[:3] == [("start", 0), ("start, 6.1M", 0), ("start", 1)]
+    assert found[-2:] == [("moba, then full", 0), ("moba, then full", 1)]
+    assert sorted(found[3:-2]) == [("1024x2", 1), ("full, 6.1M", 0), ("moba", 0), ("moba", 1)]
+    chain = STUDIES["small"].chain("sft, 3 full")
+    assert chain == ["start", "moba, first block", "sft, 3 full"]
 
 
-def test_what_runs_is_ended_when_time_is_up(tmp_path, monkeypatch):
-    """Catches a study that outlives its minutes, and one that begins something after them."""
+def test_what_runs_is_ended_when_time_is_up(tmp_path, monkeypatch, command, capsys):
+    """Catches a study that outlives its minutes, one that begins something after them, and one that gives up then."""
     (tmp_path / "launch").mkdir()
     (tmp_path / "launch" / "train.py").write_text("import time; time.sleep(60)")
-    monkeypatch.setattr(small, "ROOT", tmp_path)
-    one = study(tmp_path, arms="full;moba", seeds="0")
-    threading.Timer(1, one.stop).start()
+    monkeypatch.setattr(common, "ROOT", tmp_path)
+    monkeypatch.setattr(common, "_time_is_up", threading.Event())
     began = time.monotonic()
-    assert not one.process("train.py", [], tmp_path / "run")
-    assert not one.process("train.py", [], tmp_path / "another") and time.monotonic() - began < 30
-    assert sys.executable  # the children's
+    timed = replace(command, values={**command.values, "minutes": "0.02", "jobs": "1"})
+    study.run_all(timed, [("start", 0), ("start", 1), ("full", 0)])
+    said = capsys.readouterr().out
+    assert time.monotonic() - began < 30 and "start_seed1: train.py was not begun: time is up" in said
+    assert "start_seed0: train.py failed with exit status -15" in said
+    assert "start_seed0 did not come to the end of its stage 1" in said
 
 
-def test_ends_of_documents_are_the_same_tokens(tmp_path):
+def test_ends_of_documents_are_the_same_tokens(tmp_path, monkeypatch):
     """Catches ends that are shifted by a token, so that other predictions would be compared, and short documents."""
     tokenizer = load_tokenizer("bpe-4k")
     documents = [(np.arange(length) % 4000 + i).astype(tokenizer.dtype) for i, length in enumerate((9000, 8192, 8193))]
     (tmp_path / "whole").mkdir()
     record = write_shard(tmp_path / "whole", 0, documents, ["a", "b", "c"])
     write_meta(tmp_path / "whole", tokenizer, [record], {})
-    assert small.tails(tmp_path / "whole", tmp_path / "ends", 1536)
-    ends = TokenShards(tmp_path / "ends")
+    monkeypatch.setattr(sys, "argv", ["windows.py", f"source={tmp_path}/whole", f"to={tmp_path}/ends"])
+    windows.main()
+    ends = TokenShards(tmp_path / "ends" / "1024")
     assert ends.ids == ["a", "c"] and ends.lengths.tolist() == [1537] * 2
     assert ends.tokens(0, 0, 1537).tolist() == documents[0][8193 - 1537 : 8193].tolist()
-    assert not small.tails(tmp_path / "embedded", tmp_path / "none", 1536)
+    assert TokenShards(tmp_path / "ends" / "4096").lengths.tolist() == [4609] * 2
 
 
 def write_run(folder, losses, late_loss=5.0):
@@ -104,33 +112,33 @@ def write_run(folder, losses, late_loss=5.0):
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def test_numbers_are_those_of_the_files(tmp_path):
+def test_numbers_are_those_of_the_files(tmp_path, monkeypatch, command):
     """Catches gaps of unlike tokens or with the wrong sign, a recovered share that is not of the last bucket, seeds
     that are not averaged, and clusters that are single documents."""
     generator = np.random.default_rng(0)
     base_NB = 3 - np.linspace(0, 0.8, 16) + generator.normal(0, 0.3, (15, 1))
     slope_B = np.linspace(0, 1, 16)
     arms = {"full": 0.0, "moba": 0.2, "moba, then full": 0.05, "moba, first block": 0.1, "1024x2": 0.3, "64x32": 0.15}
-    arms |= {"last 1 full": 0.1}
-    names = {}
     for arm, gap in arms.items():
         for seed in (0, 1):
-            names[arm, seed] = small.name_of((arm, seed))
+            folder = command.folder(arm, seed)
             loss_NB = base_NB + gap * (1 + 0.1 * (seed - 0.5)) * slope_B
-            for cut, more in {"cut_1K": 0.4, "cut_4K": 0.1}.items():
-                cut_N3 = np.repeat(loss_NB[:, -1:] + more, 3, axis=1)
-                keys = [f"end of {name}" for name in IDS]
-                found = Evaluation.of_documents(np.arange(0, 1537, 512), IDS, keys, IDS, cut_N3)
-                found.result("x").write(tmp_path / "runs" / names[arm, seed] / "evals" / cut, "cut")
+            for line, context, more in ((CUTS[0], 1024, 0.4), (CUTS[2], 4096, 0.1)):
+                edges = np.arange(0, context + 513, 512)
+                cut_NB = np.repeat(loss_NB[:, -1:] + more, len(edges) - 1, axis=1)
+                found = Evaluation.of_documents(edges, IDS, [f"end of {name}" for name in IDS], IDS, cut_NB)
+                found.result("x").write(folder / "evals" / f"tokens_2_{study.named(line)}", "cut")
             at = {100: loss_NB + 1, 200: loss_NB} | ({300: loss_NB - 1} if arm == "full" else {})
-            write_run(tmp_path / "runs" / names[arm, seed], at, 4.5 if "then" in arm else 5.0)
+            write_run(folder, at, 4.5 if "then" in arm else 5.0)
     for layers in (0, 3):
         for seed in (0, 1):
-            names[f"sft, {layers} full", seed] = small.name_of((f"sft, {layers} full", seed))
             answers_NB = np.where(np.arange(16) < 14, np.nan, base_NB - 0.1 * layers + seed)
-            folder = tmp_path / "runs" / names[f"sft, {layers} full", seed]
-            write_run(folder, {10: answers_NB + 1, 20: answers_NB})
-    text = small_results.collect(tmp_path / "runs", tmp_path / "to", ["to=x"], "abc", "[^:]*", names)
+            write_run(command.folder(f"sft, {layers} full", seed), {10: answers_NB + 1, 20: answers_NB})
+    words = [f"to={tmp_path}/to", f"runs={tmp_path}/runs", "validation=x", "cuts=y", "commit=abc", "collect=true"]
+    asked = [*arms, "sft, 0 full", "sft, 3 full"]
+    monkeypatch.setattr(sys, "argv", ["study.py", "small", f"arms={';'.join(asked)}", *words])
+    study.main()
+    text = (tmp_path / "to" / "table.md").read_text()
     record = json.loads((tmp_path / "to" / "results.json").read_text())
     found = {(gap["arm"], gap["reference"]): gap for gap in record["gaps"]}
     assert found["moba", "full"]["tokens"] == 200, "where both have an evaluation"
@@ -146,22 +154,23 @@ def test_numbers_are_those_of_the_files(tmp_path):
     assert found["moba", "full"]["by_position"]["mean"] == pytest.approx(by_position["gap"])
     assert record["recovered"]["after_switch"] == [[pytest.approx(-0.5)]] * 2, "what is logged where they differ"
     further = {name: value["mean"] for name, value in record["final"]["moba"]["far_context"].items()}
-    assert further == {"cut_1K": pytest.approx(0.4), "cut_4K": pytest.approx(0.1)}
-    (none, last) = record["tuned"]
-    assert (none["layers"], last["layers"], last["tokens"]) == (0, 3, [20, 20]) and "minus_none" not in none
+    assert further == {"1K": pytest.approx(0.4), "4K": pytest.approx(0.1)}
+    assert [(row["layers"], row["tokens"]) for row in record["tuned"]] == [(0, 10), (0, 20), (3, 10), (3, 20)]
+    none, last = record["tuned"][1], record["tuned"][3]
+    assert last["seeds"] == [0, 1] and "minus_none" not in none
     assert last["minus_none"]["mean"] == pytest.approx(-0.3), "buckets without an answer count for nothing"
-    assert "Recovered by the last stage, trailing: 75 %" in text
+    assert "| trailing | 0.2000 | 0.0500 | 75% |" in text
     every = Evaluation.of_documents(EDGES, IDS, IDS, [f"c{i}" for i in range(15)], base_NB)
     assert small_results.sampled(every, 15) == [f"c{i}" for i in range(15)]
     drawn = {path.name for path in (tmp_path / "to").glob("*.png")}
-    assert drawn == {"loss_by_tokens.png", "loss_by_position.png", "granularity.png", "layers.png"}
+    assert drawn == {"loss_by_tokens.png", "loss_by_position.png", "granularity.png", "context.png", "layers.png"}
 
 
 def test_a_branch_takes_what_the_base_had_where_the_stages_part(tmp_path):
     """Catches a branch of a run that is not finished, of its end, or without what it measured."""
     base = tmp_path / "base"
-    with pytest.raises(ValueError, match="base did not come to its end"):
-        small.branch_off(base, tmp_path / "branch", 1)
+    with pytest.raises(ValueError, match="base did not come to the end of its stage 1"):
+        study.branch_off(base, tmp_path / "branch", 1)
     for tokens in (10, 20, 30):
         folder = base / "checkpoints" / f"tokens_{tokens:015d}"
         folder.mkdir(parents=True)
@@ -171,7 +180,7 @@ def test_a_branch_takes_what_the_base_had_where_the_stages_part(tmp_path):
     rows = [{"kind": "stage", "tokens": tokens} for tokens in (0, 10, 20)] + [{"kind": "eval", "tokens": 20}]
     (base / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (base / "position_loss").mkdir()
-    small.branch_off(base, tmp_path / "branch", 2)
+    study.branch_off(base, tmp_path / "branch", 2)
     assert [path.name[-2:] for path in (tmp_path / "branch" / "checkpoints").iterdir()] == ["20"]
     kept = [json.loads(line) for line in (tmp_path / "branch" / "metrics.jsonl").read_text().splitlines()]
     assert kept == [rows[0], rows[1], rows[3]], "the stage that begins there is written anew, with its own attention"

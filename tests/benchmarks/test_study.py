@@ -22,7 +22,7 @@ FULL = "schedule.stages.sparse.attention.kind=full"
 
 def command(name, tmp_path, values=()):
     """The command of a declared study."""
-    given = {"model": "models/x", "data": "embedded", "validation": "embedded", "documents": "2"}
+    given = {"model": "models/x", "data": "embedded", "validation": "embedded", "documents": "2", "cuts": "cuts"}
     return study.Command(STUDIES[name], given | dict(values), (), tmp_path)
 
 
@@ -34,10 +34,8 @@ def test_every_declared_arm_composes_and_every_evaluation_is_known(name, tmp_pat
     declared = command(name, tmp_path, {"model": str(tmp_path / "model")})
     for arm_name, arm in declared.study.arms.items():
         if arm.train is not None:
-            words = [
-                w.replace(str(declared.folder("base", 0)), str(tmp_path / "model"))
-                for w in declared.training(arm_name, 0)
-            ]
+            source = str(declared.folder(arm.start or "base", 0))
+            words = [w.replace(source, str(tmp_path / "model")) for w in declared.training(arm_name, 0)]
             try:
                 config = load(words)
             except ConfigError as error:  # the model here has no tokenizer
@@ -46,7 +44,7 @@ def test_every_declared_arm_composes_and_every_evaluation_is_known(name, tmp_pat
                 assert config.run.seed == 0
         for line in declared.evals(arm):
             what, *words = declared.filled(line)
-            assert what in study.READ and {word.partition("=")[0] for word in words} <= keys().keys()
+            assert what in {*study.READ, "routing"} and {word.partition("=")[0] for word in words} <= keys().keys()
     assert {*declared.study.panels} <= panels.PANELS.keys()
 
 

@@ -1,0 +1,116 @@
+"""What benchmarks/study.py takes from the runs and evaluations of a study: speeds, losses, differences."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.common import read_json, speeds
+from evals.paired import difference
+from evals.position_loss import Evaluation, load_evaluation, plain
+from evals.statistics import half_width
+from evals.swap import document_mean
+
+Task = tuple[str, int]
+"""(arm, seed)"""
+Measured = tuple[str, int, str, Path]
+"""(arm, seed, line of the evaluation, its .json)"""
+AFTER_SWITCH = 10
+"""Log intervals after a switch of which the largest difference is given."""
+
+
+def of_run(records: Sequence[Mapping]) -> dict:
+    """Speed and memory of each stage, and the losses over training."""
+    stages = []
+    for stage in (r for r in records if r["kind"] == "stage"):
+        own = [r for r in records if r["kind"] == "train" and r["stage"] == stage["stage"]]
+        about = {key: stage[key] for key in ("stage", "seq_len", "attention")}
+        stages.append({**about, "tokens": stage["end"] - stage["tokens"], "steps": len(own), **speeds(own[3:] or own)})
+    held_out = [{key: r.get(key) for key in ("tokens", *HELD_OUT)} for r in records if r["kind"] == "eval"]
+    train = [[r["tokens"], r["loss"]] for r in records if r["kind"] == "train"]
+    device = next(r["device"] for r in records if r["kind"] == "run")
+    return {"device": device, "stages": stages, "held_out": held_out, "train": train}
+
+
+HELD_OUT = ("loss", "trailing_loss", "recall_all")
+
+
+def of_position_loss(path: Path) -> dict:
+    """Of an evaluation: the loss by position, and the trailing loss with its interval."""
+    record, curve = read_json(path), load_evaluation(path).curve
+    width = half_width(curve.trailing.se, curve.trailing_interval_freedom)
+    kept = ("tokens", "stage", "attention", "seq_len", "num_documents", "num_clusters", "edges", "mean")
+    loss = float(np.nanmean(curve.mean))
+    trailing = {"trailing": curve.trailing.value, "interval_95": plain([width])[0]}
+    return {key: record[key] for key in kept} | {"loss": loss, **trailing}
+
+
+def of_recall(path: Path) -> dict:
+    """Of an evaluation: the share of right answers under each attention, of all and of far evidence."""
+    record = read_json(path)
+    (task,) = record["tasks"].values()
+    right = {row["attention"]: {key: row[key]["accuracy"] for key in ("all", "far")} for row in task["variants"]}
+    return {"tokens": record["tokens"], "attention": record["attention"], "right": right}
+
+
+def of_sweep(path: Path) -> dict:
+    """Of an evaluation: each setting's loss in the last eighth of the documents, minus full attention's, and the share
+    of right answers of each probe."""
+    record, loss_SNB = read_json(path), np.load(path.with_suffix(".npz"))["document_loss"]
+    last_SN = loss_SNB[:, :, -(loss_SNB.shape[2] // 8) :].mean(-1)
+    clusters = list(range(last_SN.shape[1]))
+    settings = [
+        {key: row[key] for key in ("attention", "gate", "first_blocks", "attended_share") if key in row}
+        | {"last_eighth": float(own.mean()), "minus_full": document_mean(own - last_SN[0], clusters)}
+        | {"right": {task: found["right"] for task, found in row["recall"].items()}}
+        for row, own in zip(record["settings"], last_SN)
+    ]
+    kept = ("tokens", "seq_len", "num_documents", "num_clusters")
+    return {key: record[key] for key in kept} | {"settings": settings}
+
+
+READ = {"position_loss": of_position_loss, "recall": of_recall, "sweep": of_sweep}
+
+
+def over_seeds(evaluations: Sequence[Evaluation]) -> Evaluation:
+    """The evaluation whose documents have the mean loss of those of all seeds."""
+    first = evaluations[0]
+    assert all(one.document_keys == first.document_keys for one in evaluations)
+    loss_NB = np.mean([one.document_loss for one in evaluations], axis=0)
+    return Evaluation.of_documents(
+        first.curve.edges, first.document_ids, first.document_keys, first.document_clusters, loss_NB
+    )
+
+
+def differences(found: Sequence[Measured], reference: str) -> Iterator[dict]:
+    """How far each arm's losses are above the reference's first evaluation after as many tokens and of the same
+    length."""
+    groups: dict[tuple, list[tuple[dict, Evaluation]]] = {}
+    for name, _, line, path in found:
+        record = read_json(path)
+        key = (name, line, record["tokens"], record["seq_len"])
+        groups.setdefault(key, []).append((record, load_evaluation(path)))
+    standard: dict[tuple, list[tuple[dict, Evaluation]]] = {}
+    for (name, _, *place), own in groups.items():
+        if name == reference:
+            standard.setdefault(tuple(place), own)
+    for (name, line, *place), own in groups.items():
+        against = standard.get(tuple(place), own)
+        if against is own:
+            continue
+        ours, theirs = ([evaluation for _, evaluation in side] for side in (own, against))
+        by_seed = [float(difference(a, b).by_bucket.mean[-1]) for a, b in zip(ours, theirs)]
+        about = {key: own[0][0][key] for key in ("tokens", "seq_len", "stage", "attention", "dense_up_to")}
+        gap = difference(over_seeds(ours), over_seeds(theirs)).summary()
+        yield {"arm": name, "reference": reference, "eval": line, **about, **gap, "by_seed": by_seed}
+
+
+def after_switch(metrics: Mapping[tuple[str, int], Sequence[Mapping]], arms: tuple[str, str], seed: int) -> dict:
+    """How the training losses of the first arm differ from the second's on the same batches once it has switched: up to
+    the switch both have the same weights, so that the first difference is the attention's doing."""
+    ours, theirs = ({r["tokens"]: r["loss"] for r in metrics[arm, seed] if r["kind"] == "train"} for arm in arms)
+    at = next(r["tokens"] for r in metrics[arms[0], seed] if r["kind"] == "stage" and r["stage_index"] == 1)
+    gaps = [ours[t] - theirs[t] for t in sorted(ours) if t > at and t in theirs][:AFTER_SWITCH]
+    return {"seed": seed, "arm": arms[0], "against": arms[1], "tokens": at, "first": gaps[0], "largest": max(gaps)}
