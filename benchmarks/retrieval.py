@@ -26,7 +26,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from benchmarks.common import evaluate, markdown, origin, read_json, split, train, whole_numbers, write
-from conf.numbers import format_length, parse_length, parse_tokens
+from conf.numbers import format_length, given_length, parse_tokens
 from data import retrieval_set
 from data.sources import SHIPPED_TEXT
 from evals.style import save
@@ -85,7 +85,7 @@ def main() -> None:
     work, attention = Path(values.get("work", to)), values.get("attention", "128x8")
     if attention.count("x") != 1 or "+" in attention:
         raise UsageError(f"attention={attention}: <block size>x<top_k>, such as 128x8")
-    length = parse_length(values.get("length", "8K"))
+    length = given_length({"length": "8K"} | values, "length")
     beside = values.get("beside", f"{attention},{attention}+1")
     if unknown := [one for one in beside.split(",") if not re.fullmatch(r"[0-9]+K?x[0-9]+(\+[0-9]+)?", one)]:
         raise UsageError(f"beside={beside}: {unknown[0]}: <block size>x<top_k>, such as 128x8 or 128x8+1")

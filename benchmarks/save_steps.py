@@ -101,7 +101,7 @@ def main() -> None:
     given = key_values(own, KEYS, about=__doc__)
     arms = given.get("arms", ",".join(ARMS)).split(",")
     if unknown := sorted({*arms} - {*ARMS}):
-        raise UsageError(f"arms={given['arms']}: {', '.join(unknown)}: choose of {', '.join(ARMS)}")
+        raise UsageError(f"arms={given['arms']}: {unknown[0]!r} is none of {', '.join(ARMS)}")
     (steps,), (limit,) = (whole_numbers(given, key, least) for key, least in (("steps", "5"), ("seconds", "150")))
     to = Path(given.get("to", ROOT / "benchmarks" / "results" / "save_steps"))
     runs = Path(given.get("runs", "runs/save_steps"))

@@ -54,7 +54,7 @@ from benchmarks.common import (  # noqa: E402
     whole_numbers,
     write,
 )
-from conf.numbers import parse_length  # noqa: E402
+from conf.numbers import given_length  # noqa: E402
 from launch.cli import UsageError, exits_on, key_values  # noqa: E402
 from launch.config import detect_hardware, load  # noqa: E402
 from train.checkpoint.checkpoint_dir import newest  # noqa: E402
@@ -131,7 +131,7 @@ def main() -> None:
     refuse_own(overrides, KEYS)
     device, gpus = _processes(values)
     steps = whole_numbers(values, "loss_steps", "50", least=5)[0]
-    runs, seq_len = Path(values.get("runs", to / "runs")), parse_length(values.get("seq_len", "32K"))
+    runs, seq_len = Path(values.get("runs", to / "runs")), given_length({"seq_len": "32K"} | values, "seq_len")
     study = Study(runs, tuple(overrides), device, seq_len, steps)
     models = values.get("models", "paper_545m").split(",")
     attentions = values.get("attentions", "moba_32k,full_32k").split(",")

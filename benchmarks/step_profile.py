@@ -53,10 +53,10 @@ from benchmarks.kernel_kinds import idle_share, longest_kernels, milliseconds_by
 from benchmarks.profiled_train import START_FILE  # noqa: E402
 from benchmarks.step_tables import publish  # noqa: E402
 from conf.build import ConfigError  # noqa: E402
-from conf.numbers import parse_length  # noqa: E402
+from conf.numbers import given_length  # noqa: E402
 from data.shards import META, write_meta, write_shard  # noqa: E402
 from data.tokenizer import Tokenizer, load_tokenizer  # noqa: E402
-from launch.cli import exits_on, key_values  # noqa: E402
+from launch.cli import UsageError, exits_on, key_values  # noqa: E402
 from launch.config import detect_hardware, load  # noqa: E402
 from train.record.throughput import CONVENTION  # noqa: E402
 
@@ -117,6 +117,8 @@ def main() -> None:
     overrides, arguments = split(sys.argv[1:])
     values = key_values(arguments, KEYS, about=__doc__, required=["to"])
     variants = values["variants"].split(",") if "variants" in values else VARIANTS
+    if short := [variant for variant in variants if "/" not in variant]:
+        raise UsageError(f"variants={short[0]}: <experiment>/<model>[/<option>...], such as {VARIANTS[0]}")
     study = _study(values, overrides)
     configs = [load(study.arguments(variant), detect_hardware()) for variant in variants]
     data = _data(study, load_tokenizer(configs[0].data.tokenizer))
@@ -142,8 +144,8 @@ def _study(values: dict[str, str], overrides: Sequence[str]) -> Study:
     return Study(
         to=Path(values["to"]),
         overrides=tuple(overrides),
-        seq_len=parse_length(values.get("seq_len", "32K")),
-        batch_tokens=parse_length(values.get("batch_tokens", "64K")),
+        seq_len=given_length({"seq_len": "32K"} | values, "seq_len"),
+        batch_tokens=given_length({"batch_tokens": "64K"} | values, "batch_tokens"),
         limit=float(values.get("limit", 170)),
         **{
             key: whole_numbers(values, key, default)[0]

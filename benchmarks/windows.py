@@ -28,7 +28,7 @@ import pyarrow.parquet as parquet
 from benchmarks.common import read_json, whole_numbers
 from data.shards import META, TokenShards, write_meta, write_shard
 from data.tokenizer import load_tokenizer
-from launch.cli import exits_on, key_values
+from launch.cli import UsageError, exits_on, key_values
 
 KEYS = {
     "source": "parquet file with the columns id, text and the group's; or token shards",
@@ -50,6 +50,8 @@ def main() -> None:
     (most,), (size,) = (
         whole_numbers(values, key, value) for key, value in (("windows", "12"), ("characters", "40000"))
     )
+    if not Path(values["source"]).is_file():
+        raise UsageError(f"source={values['source']}: no such file (parquet) or folder of shards")
     rows = parquet.read_table(values["source"], columns=["id", "text", group]).to_pylist()
     texts = {name: [row for row in rows if row[group] == name] for name in sorted({row[group] for row in rows})}
     generator, turns = random.Random(0), []

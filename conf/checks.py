@@ -43,6 +43,7 @@ NEED_ORIGINAL_LENGTH = ("yarn", "llama3")
 MODEL_ROPE_TYPES = ("default", "linear", "llama3", "yarn", "dynamic")
 PRECISIONS = ("auto", "bf16", "fp32")
 DEVICES = ("auto", "cuda", "cpu")
+MOST_WORKERS = 1024
 # What deepspeed.extra must not say, because other keys say it: there would be two answers.
 OWN_KEYS = {
     "optimizer": "optim.*",
@@ -196,6 +197,8 @@ def _check_data(config: RunConfig, problems: Problems) -> None:
     if data.chat_template is not None and not any(source.format in FORMATS and source.is_chat for source in every):
         problems.add("data.chat_template", data.chat_template, "no source has format=chat; use null, or data=sft")
     _at_least("data.num_workers", data.num_workers, 0, problems)
+    if data.num_workers > MOST_WORKERS:
+        problems.add("data.num_workers", data.num_workers, f"at most {MOST_WORKERS} processes, about one per core")
     _at_least("data.interleave", data.interleave, 1, problems)
 
 

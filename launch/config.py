@@ -263,6 +263,9 @@ def _refuse_unreadable(overrides: list[str]) -> None:
             near = "".join(key.split())
             how = f"without spaces: {near}={value}" if KEY.fullmatch(near) else "and keys are words joined by dots"
             problems.append(f"{cut(text)}: settings are written key=value, {how}")
+        elif key.removeprefix("schedule.").startswith("attention."):
+            written = f"schedule.stages.<stage>.{key.removeprefix('schedule.')}={value}"
+            problems.append(f"{cut(text)}: attention is a matter of stages: write {written}")
         elif _is_value(text) or key.startswith("hydra"):
             continue
         elif key == "exp" and not text.startswith("+"):

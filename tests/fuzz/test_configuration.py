@@ -205,6 +205,9 @@ def test_whatever_is_typed_at_length():
         ("wandb=offline", "write logging.wandb="),
         ("num_gpus=1", "write torchrun --nproc_per_node=<GPUs>"),
         ("seed=1", "write run.seed=..."),
+        ("attention.backend=cudnn", "write schedule.stages.<stage>.attention.backend=cudnn"),
+        ("schedule.attention.first_blocks=1", "write schedule.stages.<stage>.attention.first_blocks=1"),
+        ("data.num_workers=1000000", "at most 1024 processes"),
     ],
 )
 def test_one_line_under_the_key_that_was_typed(typed, said):
