@@ -47,6 +47,7 @@ DRAWN_FROM = "Drawn from"
 """The name under which a PNG keeps the checksum."""
 TOKENS, BLOCK, TOP_K, HEAD_DIM = 64, 8, 3, 16
 OWN, PICKED, OTHER, NONE = color(0), color(1), "#d9d9d9", "#ffffff"
+SHARED = ("parallel.sequence=2",)
 QUERY = 52
 """The query of the first picture."""
 
@@ -93,6 +94,8 @@ def drawings() -> dict[Path, Drawing]:
     for path in sorted(path.relative_to(ROOT) for path in ROOT.glob(f"{BENCHMARKS}/*/results.json")):
         if "variant" in record(path).get("rows", [{}])[0]:
             found[path.with_name("figure.png")] = Drawing(partial(draw_step, path), (path,))
+    two = [BENCHMARKS / "longest_context" / f"h200_two{part}" / "results.json" for part in ("", "_1m", "_blocks")]
+    found[BENCHMARKS / "two_gpus" / "figure.png"] = Drawing(partial(draw_two_gpus, two), two)
     kernels = BENCHMARKS / "attention.json"
     found[kernels.with_suffix(".png")] = Drawing(lambda path: attention.draw(record(kernels), path), (kernels,))
     return found
@@ -119,6 +122,39 @@ def main() -> None:
 def draw_step(source: Path, path: Path) -> None:
     """Where the time of a step goes."""
     step_tables.draw(record(source), path)
+
+
+def draw_two_gpus(sources: Sequence[Path], path: Path) -> None:
+    """Two GPUs beside one at the same context, of each file that has both."""
+    names = {(): "data parallel, ZeRO-1", ("deepspeed=zero3",): "data parallel, ZeRO-3", SHARED: "one sequence, heads"}
+    names |= {(*SHARED, f"parallel.sequence_by={by}"): f"one sequence, {by}" for by in ("heads", "blocks")}
+    bars = []
+    for source in sources:
+        rows = [row for row in record(source)["rows"] if "failed" not in row]
+        alone = {(row["model"], row["seq_len"]): row["tokens_per_second"] for row in rows if row["num_gpus"] == 1}
+        for row in rows:
+            one = alone.get((row["model"], row["seq_len"]))
+            if row["num_gpus"] == 2 and one is not None:
+                model = row["model"].removeprefix("paper_").replace("_", ".").upper()
+                about = f"{model}, {row['seq_len'] // 1024}K"
+                bars.append((about, names[tuple(row["overrides"])], one, row["tokens_per_second"]))
+    bars.sort()
+    figure = Figure(figsize=(8, 0.6 * len(bars) + 1), layout="constrained")
+    axes = figure.subplots()
+    for i, (number, hatch) in enumerate(((2, ""), (3, "//"))):
+        at = np.arange(len(bars)) + 0.4 * i - 0.2
+        label = ("one GPU", "two GPUs")[i]
+        axes.barh(at, [bar[number] for bar in bars], 0.4, color=color(i), hatch=hatch, label=label)
+    for at, (_, _, one, two) in enumerate(bars):
+        axes.text(two, at + 0.2, f" {two / one:.2f} times", va="center", fontsize="small")
+    axes.set_yticks(range(len(bars)), [f"{about}\n{how}" for about, how, *_ in bars])
+    axes.invert_yaxis()
+    axes.set_xlim(right=1.15 * max(bar[3] for bar in bars))
+    axes.set_xlabel("tokens per second")
+    axes.set_title("MoBA 2048x3 on two H200 and on one")
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.legend(fontsize="small", loc="upper right")
+    save(figure, path)
 
 
 def draw_study(source: Path, path: Path) -> None:
