@@ -30,7 +30,6 @@ from moba.backends.triton_lists import (
 from moba.backends.triton_tiles import is_short, padded, tile_for
 
 LOG2_E = 1.4426950408889634
-LN_2 = 0.6931471805599453
 
 
 def attention_forward(
