@@ -45,6 +45,14 @@ def by_blocks(config: RunConfig) -> bool:
     return config.parallel.sequence > 1 and exchange(config).by == BLOCKS
 
 
+def most_processes(config: RunConfig) -> float:
+    """How many processes may share a sequence: by heads as many as there are, by blocks any number."""
+    if config.parallel.sequence_by == HEADS or refusal(config) is not None:
+        assert config.model.num_heads is not None
+        return config.model.num_heads
+    return float("inf")
+
+
 def refusal(config: RunConfig) -> tuple[str, object, str] | None:
     """(key, value, what would work) of the first setting that cannot go by blocks; None if all can."""
     for name, stage in config.schedule.stages.items():

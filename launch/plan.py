@@ -17,6 +17,7 @@ import re  # noqa: E402
 from dataclasses import replace  # noqa: E402
 
 from conf.build import ConfigError, Problems, quantity  # noqa: E402
+from conf.exchange import most_processes  # noqa: E402
 from conf.hardware import Hardware  # noqa: E402
 from conf.numbers import parse_memory  # noqa: E402
 from conf.words import cut  # noqa: E402
@@ -158,7 +159,7 @@ def longest_table(arguments: list[str]) -> str:
         config = next(iter(configs.values()))
         vocab_size = embedding_rows(config.model, load_tokenizer(config.data.tokenizer).vocab_size)
         for count in sorted({int(text) for text in counts.split(",")}):
-            shares = [2**n for n in range(count.bit_length()) if count % 2**n == 0 and 2**n <= config.model.num_heads]
+            shares = [2**n for n in range(count.bit_length()) if count % 2**n == 0 and 2**n <= most_processes(config)]
             rows += [longest(config.model.name, configs, count, share, vocab_size, hardware) for share in shares]
     return table(rows, hardware)
 

@@ -244,7 +244,12 @@ def test_verdicts():
     assert text == "does not fit 80.0 GB per GPU; on 2 GPUs would"
     advice = "parallel.sequence=8 deepspeed=zero3 model.activation_checkpointing=offload on 8 GPUs would"
     assert verdict("4M", 80 * GB) == f"does not fit 80.0 GB per GPU; {advice}"
-    assert verdict("64M", 80 * GB).endswith("split over as many GPUs as there are heads")
+    assert verdict("64M", 80 * GB).endswith("split over as many GPUs as 4,096")
+    few = {"num_heads": 4, "num_kv_heads": 1, "head_dim": 128}
+    advice = "parallel.sequence=16 deepspeed=zero3 model.activation_checkpointing=offload on 16 GPUs would"
+    assert verdict("8M", 80 * GB, model=few).endswith(advice), "by blocks, over more GPUs than heads"
+    heads = verdict("8M", 80 * GB, model=few, parallel={"sequence_by": "heads"})
+    assert heads.endswith("split over as many GPUs as there are heads")
     unknown = make_plan(config_of(), 384, Hardware(num_gpus=1)).verdict
     assert "gpu_memory=80GB" in unknown
 

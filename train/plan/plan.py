@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from conf.exchange import most_processes
 from conf.files import user_path
 from conf.hardware import Hardware, data_size
 from conf.numbers import format_length, format_memory
@@ -296,7 +297,7 @@ def _advice(config: RunConfig, hardware: Hardware, need, most: int) -> str:
         smallest = need(model=models[leaner[-1]], engine=zero3, one_sequence=True, **arguments)
         return smallest.activations + smallest.working > most
 
-    shares = [shared * 2**n for n in range(12) if shared * 2**n <= config.model.num_heads or n == 0]
+    shares = [shared * 2**n for n in range(12) if shared * 2**n <= most_processes(config) or n == 0]
     shares = [share for share in shares if not is_too_long(share)]
     num_gpus = max([hardware.world_size, *shares[:1]])
     while shares and num_gpus <= MOST_GPUS:
@@ -306,7 +307,8 @@ def _advice(config: RunConfig, hardware: Hardware, need, most: int) -> str:
                 if (found := _changes(config, hardware, need, most, models, split, num_gpus)) is not None:
                     return f"; {' '.join(found)} would"
         num_gpus *= 2
-    return ": the activations of one sequence are too large even when split over as many GPUs as there are heads"
+    heads = "as there are heads" if most_processes(config) < MOST_GPUS else f"as {MOST_GPUS:,}"
+    return f": the activations of one sequence are too large even when split over as many GPUs {heads}"
 
 
 def _changes(
