@@ -225,7 +225,7 @@ def _fitting_micro(seq_len: int, batch_tokens: int, world_size: int) -> str:
     """The micro_tokens that would fit this batch, as the end of a sentence."""
     packs = batch_tokens // seq_len
     if packs % world_size:
-        return f"; {packs} sequence(s) a step do not divide among {world_size} ranks at all"
+        return f"; {packs} sequence(s) per step do not divide among {world_size} ranks"
     fits = [n * seq_len for n in range(1, packs // world_size + 1) if (packs // world_size) % n == 0]
     return f", or micro_tokens={' or '.join(map(str, fits[:6]))}"
 

@@ -98,7 +98,7 @@ def reference_sliding(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Sliding-window attention by dense masks; arguments and results as for `reference_attention`.
 
-    A query sees the last `window` tokens of its document up to itself, its own included.
+    A query attends to the last `window` tokens of its document, itself included.
     """
 
     def allowed(_: int, queries: slice, num_keys: int) -> torch.Tensor:

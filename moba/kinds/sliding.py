@@ -28,7 +28,7 @@ class Sliding(AttentionSpec):
     options = {
         "window": Option(
             int,
-            "Tokens that a query of an S layer sees, its own included; null = schedule.window.",
+            "Window length of an S layer: the latest tokens, the query's own included; null = schedule.window.",
             is_length=True,
         )
     }

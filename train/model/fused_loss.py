@@ -8,7 +8,7 @@ gradient, as under a sum or a mean, and whether they have is seen without asking
 one number, expanded, with a stride of 0. For any other upstream gradient the backward pass makes the logits again and
 scales them token by token. Nothing waits for the device.
 
-By bytes (a token, V vocabulary rows, float32 logits): besides the products' own, 6 V instead of 38 V.
+Bytes per token (V vocabulary rows, float32 logits): besides the products' own, 6 V instead of 38 V.
 
 Shape suffixes: T tokens, C width of the residual stream, V rows of the output matrix.
 """
