@@ -347,6 +347,9 @@ def sentences():
     short, middle, blocks, long = map(ratio, at)
     yield "README.md", f"{short:.1f} times as fast at 8K with blocks of 128, top 8, and {middle:.1f} times at 32K"
     yield "README.md", f"{blocks:.0f} times at 64K with 512x3; {long:.0f} times at 512K with 128x8"
+    behind = {r["arm"]: r["difference"][-1] for r in kept(SMALL)["gaps"] if r["reference"] == "full"}
+    yield "README.md", f"MoBA 128x8 is {behind['moba']:.2f} nats behind full attention in the last sixteenth"
+    yield "README.md", f"for the last tenth of the tokens at 8K the gap is {behind['moba, then full']:.2f}"
     gates = {row[0]: row[1].split(" ")[0].strip("+") for row in gate_rows()}
     first = gates["mean, first block always selected (`first_blocks=1`)"]
     yield "README.md", f"loses {float(gates['mean (MoBA)']):.2f} nats on the last eighth"
