@@ -211,8 +211,16 @@ def kill(study: Study, setup: Setup) -> dict:
                 wait(process, folder, lambda at=fifths * fifth: _reached(folder, batch, at) and newest(folder))
                 ends[name] = _killed(process, folder, victim)
         for gpus, last in ((1, int(3.5 * fifth)), (setup.gpus, study.loss_steps)):
+            before = newest(folder)
             with started(["launch/train.py"], arguments, gpus, folder) as process:
-                wait(process, folder, lambda at=last: _reached(folder, batch, at))
+                # On one until it has saved, so that all go on from its checkpoint.
+                wait(
+                    process,
+                    folder,
+                    lambda at=last, before=before: (
+                        _reached(folder, batch, at) and (at == study.loss_steps or newest(folder) != before)
+                    ),
+                )
         shutil.rmtree(folder / "checkpoints")
         lines = read_metrics(folder / FILE_NAME)
         by_tokens = {r["tokens"]: r["loss"] for r in lines if r["kind"] == "train"}  # the last word on each step

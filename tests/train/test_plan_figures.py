@@ -192,15 +192,15 @@ def memory_of(stage: int, world_size: int, bf16: bool = True, **engine):
 
 def test_memory_of_model_states():
     """Catches what ZeRO splits and what it doesn't (2 + 4 + 12 bytes per parameter in bf16, 4 + 4 + 8 in plain
-    fp32)."""
+    fp32), and the billion weights that ZeRO 3 keeps gathered."""
     model, one = memory_of(3, 1)
-    size = num_parameters(model, 32768)["total"]
-    assert (one.weights, one.optimizer) == (2 * size, 12 * size)
+    size, gathered = num_parameters(model, 32768)["total"], 2 * 10**9
+    assert size > 10**9 and (one.weights, one.optimizer) == (2 * size + gathered, 12 * size)
     for stage in (1, 2, 3):
         _, many = memory_of(stage, 8)
         shard = -(-size // 8)
         assert many.optimizer == 12 * shard
-        assert many.weights == 2 * (shard if stage == 3 else size)
+        assert many.weights == (2 * shard + gathered if stage == 3 else 2 * size)
         assert many.gradients >= 4 * (shard if stage >= 2 else size)
     assert memory_of(2, 8)[1].gradients < memory_of(1, 8)[1].gradients
     plain = memory_of(0, 8, bf16=False)[1]
@@ -211,7 +211,9 @@ def test_memory_offloaded_and_recomputed():
     """Catches offloaded states that still count on the device, and checkpointing that changes nothing."""
     _, here = memory_of(3, 1)
     _, there = memory_of(3, 1, offload_optimizer=True, offload_params=True)
-    assert there.weights == there.optimizer == 0 and there.host == here.weights + here.optimizer * 22 // 12
+    gathered = 2 * 10**9
+    assert (there.weights, there.optimizer) == (gathered, 0)
+    assert there.host == here.weights - gathered + here.optimizer * 22 // 12
     assert there.gradients == here.gradients - here.optimizer // 3 == 2 * 500_000_000, "summed on the host"
     model, _ = memory_of(1, 1)
     arguments = {"bf16": True, "world_size": 1, "micro_tokens": 32768, "attention": (Full(),) * 20}
@@ -271,16 +273,24 @@ def measured_peaks():
     for path in sorted(folder.glob("*/results.json")):
         record = json.loads(path.read_text(encoding="utf-8"))
         for row in record["rows"]:
-            if "failed" in row or "planned" not in row:  # the plan of a run is that of its longest stage
+            if "failed" in row:
                 continue
+            # What was chosen by itself stands in the row of a run's longest length.
+            chosen = next(r["automatic"] for r in record["rows"] if r["case"] == row["case"] and "automatic" in r)
+            micro = f"schedule.stages.at_{row['seq_len'] // 1024}K.micro_tokens=64K"
+            several = any(text.startswith(micro) for text in chosen)
             cores = record.get("cores", 16 if path.parent.name == "h100_one" else 32)  # README.md says it
-            own = [*row["overrides"], *(s.split(":")[0] for s in row["automatic"] if s.startswith("model."))]
+            own = [*row["overrides"], *(text.split(":")[0] for text in chosen if text.startswith("model."))]
             if record["commit"] == "67d748f":  # had one name for what is two ways now
                 own = [text.replace("=offload", "=offload_heads") if "checkpointing" in text else text for text in own]
             groups = 1 if "parallel.sequence=2" in own else row["num_gpus"]
-            sizes = [f"schedule.seq_len={row['seq_len']}", f"schedule.batch_tokens={row['seq_len'] * groups}"]
+            batch = 64 * 1024 if several else row["seq_len"] * groups
+            sizes = [f"schedule.seq_len={row['seq_len']}", f"schedule.batch_tokens={batch}"]
+            sizes += [f"schedule.micro_tokens={batch}"] if several else []
             overrides, peaks = [f"model={row['model']}", *sizes, *own], (row["peak_memory_gib"], row["host_gib"])
-            yield pytest.param(overrides, row["num_gpus"], cores, *peaks, id=f"{path.parent.name}/{row['case']}")
+            yield pytest.param(
+                overrides, row["num_gpus"], cores, *peaks, id=f"{path.parent.name}/{row['case']}/{row['seq_len']}"
+            )
 
 
 @pytest.mark.parametrize(("overrides", "num_gpus", "cores", "gpu_gib", "host_gib"), list(measured_peaks()))

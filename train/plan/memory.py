@@ -16,6 +16,7 @@ from train.model.sizes import HEAD_GROUPS, TILE_TOKENS, head_dim, key_conv_width
 from train.schedule import Stage
 
 VERDICT_SHARE = 0.92
+LIVE_PARAMETERS = 10**9  # so many gathered weights stay on the device: DeepSpeed's stage3_max_live_parameters
 REDUCE_BUCKET = 500_000_000
 MASTER_AND_MOMENTS = 12
 MOMENTS = 8
@@ -56,7 +57,8 @@ def estimate_memory(
     """The memory of training `micro_tokens` tokens at a time with this plan of attention, a process of `world_size`, of
     which `sequence_size` share each sequence, by heads or `by_blocks`."""
     own_tokens = -(-micro_tokens // sequence_size)
-    weights, gradients, optimizer = _states(num_parameters(model, vocab_size)["total"], engine, bf16, world_size)
+    total, width = num_parameters(model, vocab_size)["total"], 2 if bf16 else 4
+    weights, gradients, optimizer = _states(total, engine, bf16, world_size)
     # With the optimizer on the host go gradients, and buffers on their way there and back.
     moved = optimizer * OFFLOADED_OPTIMIZER // MASTER_AND_MOMENTS if engine.offload_optimizer else 0
     host = moved + (weights if engine.offload_params else 0)
@@ -67,8 +69,9 @@ def estimate_memory(
     if by_blocks and sequence_size > 1:
         held, gradients_of_keys = gathered_bytes(model, micro_tokens, own_tokens, bf16=bf16)
         kept, working = kept + held, working + gradients_of_keys
+    gathered = width * min(total, LIVE_PARAMETERS) if engine.zero_stage == 3 else 0
     return Memory(
-        weights=0 if engine.offload_params else weights,
+        weights=(0 if engine.offload_params else weights) + gathered,
         gradients=gradients,
         optimizer=0 if engine.offload_optimizer else optimizer,
         activations=kept,
