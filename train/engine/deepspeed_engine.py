@@ -35,8 +35,9 @@ GATHER_ELEMENTS = 2**26  # 256 MiB of device memory while a large parameter is c
 
 def _launch_less(optimizer: Any) -> None:
     """Has a BF16_Optimizer do on flat tensors what it does parameter by parameter: with hundreds of parameters the
-    device idles between its small kernels. No setting of DeepSpeed 0.19 does that, so two methods of this one object
-    are replaced. Sums of gradients stay the same to the bit; the norm adds up in another order."""
+    device idles between its small kernels. DeepSpeed 0.19 has no setting for the norm, and its immediate_grad_update
+    takes one more kernel per parameter; so two methods of this one object are replaced. Sums of gradients stay the same
+    to the bit; the norm adds up in another order."""
 
     @torch.no_grad()
     def add_gradient(weight: Tensor, group: int, index: int, clear_lp_grads: bool) -> None:
