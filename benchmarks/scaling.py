@@ -210,17 +210,11 @@ def kill(study: Study, setup: Setup) -> dict:
             with started(["launch/train.py"], arguments, setup.gpus, folder) as process:
                 wait(process, folder, lambda at=fifths * fifth: _reached(folder, batch, at) and newest(folder))
                 ends[name] = _killed(process, folder, victim)
-        for gpus, last in ((1, int(3.5 * fifth)), (setup.gpus, study.loss_steps)):
-            before = newest(folder)
-            with started(["launch/train.py"], arguments, gpus, folder) as process:
-                # On one until it has saved, so that all go on from its checkpoint.
-                wait(
-                    process,
-                    folder,
-                    lambda at=last, before=before: (
-                        _reached(folder, batch, at) and (at == study.loss_steps or newest(folder) != before)
-                    ),
-                )
+        before = newest(folder)
+        with started(["launch/train.py"], arguments, 1, folder) as process:
+            wait(process, folder, lambda: newest(folder) != before)  # so that all go on from what one has saved
+        with started(["launch/train.py"], arguments, setup.gpus, folder) as process:
+            wait(process, folder, lambda: _reached(folder, batch, study.loss_steps))
         shutil.rmtree(folder / "checkpoints")
         lines = read_metrics(folder / FILE_NAME)
         by_tokens = {r["tokens"]: r["loss"] for r in lines if r["kind"] == "train"}  # the last word on each step

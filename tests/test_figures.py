@@ -105,11 +105,11 @@ def hundreds(value: float) -> str:
 
 def step_rows():
     rows = {r["variant"]: r for r in kept("benchmarks/results/step_profile_h100/results.json")["rows"]}
-    for model, name in list(MODELS.items())[:3]:
+    for model in ("paper_545m", "paper_1_5b", "125m"):
         own = [rows.get(f"{kind}_32k/{model}/compile=auto/activation_checkpointing=auto") for kind in ("moba", "full")]
         cells = [x for r in own for x in ((hundreds(r["tokens_per_second"]), f"{r['mfu']:.0%}") if r else ("", ""))]
         memory = {f"{r['peak_memory_gib']:.0f} GiB" for r in own if r}
-        yield [name, *(cell.replace("%", " %") for cell in cells), "/".join(sorted(memory))]
+        yield [MODELS[model], *(cell.replace("%", " %") for cell in cells), "/".join(sorted(memory))]
 
 
 def recipe_rows():

@@ -290,14 +290,14 @@ def _advice(config: RunConfig, hardware: Hardware, need, most: int) -> str:
     leaner = modes[modes.index(config.model.activation_checkpointing) :]
     models = {mode: replace(config.model, activation_checkpointing=mode) for mode in leaner}
     zero3 = replace(config.deepspeed, zero_stage=3)
-    shared = config.parallel.sequence
+    shared, limit = config.parallel.sequence, most_processes(config)
 
     def is_too_long(shared: int) -> bool:
         arguments = {"parallel": replace(config.parallel, sequence=shared), "world_size": MOST_GPUS}
         smallest = need(model=models[leaner[-1]], engine=zero3, one_sequence=True, **arguments)
         return smallest.activations + smallest.working > most
 
-    shares = [shared * 2**n for n in range(12) if shared * 2**n <= most_processes(config) or n == 0]
+    shares = [shared * 2**n for n in range(12) if shared * 2**n <= limit or n == 0]
     shares = [share for share in shares if not is_too_long(share)]
     num_gpus = max([hardware.world_size, *shares[:1]])
     while shares and num_gpus <= MOST_GPUS:
@@ -307,7 +307,7 @@ def _advice(config: RunConfig, hardware: Hardware, need, most: int) -> str:
                 if (found := _changes(config, hardware, need, most, models, split, num_gpus)) is not None:
                     return f"; {' '.join(found)} would"
         num_gpus *= 2
-    heads = "as there are heads" if most_processes(config) < MOST_GPUS else f"as {MOST_GPUS:,}"
+    heads = "as there are heads" if limit < MOST_GPUS else f"as {MOST_GPUS:,}"
     return f": the activations of one sequence are too large even when split over as many GPUs {heads}"
 
 
