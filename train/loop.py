@@ -6,9 +6,9 @@ counted in tokens, so the state of a run is: weights and moments (engine), token
 loss sums by position, the level that spikes are told by, and the random state. A save is copied to the host in the
 loop and written beside it (train/checkpoint/saving.py); there is one at most.
 
-Host synchronisations: those of DeepSpeed's step (train/step.py). A log interval's sums are copied to the host in
-`_log`; on a GPU the line is written once the next step's first micro-batch is queued, so that the device never waits
-for it, and always before anything else is written.
+Host synchronisations: those of the step (train/step.py). Whether a step was skipped, and a log interval's sums, are
+copied to the host and, on a GPU, read once the next step's first micro-batch is queued, so that the device never waits
+for it; and always before anything else is written.
 """
 
 from __future__ import annotations
@@ -134,8 +134,9 @@ class Trainer:
         self._host_buffer: store.HostBuffer | None = None  # for the copies of asynchronous saves
         self._save_wait = self._save_write = 0.0
         self._watch_missing = False
+        self._unknown: tuple[OnHost, int] | None = None  # whether the last step was skipped, and where it ended
         self._line: Callable[[], None] | None = None
-        self._line_can_wait = world.device.type == "cuda"
+        self._can_wait = world.device.type == "cuda"
         self._reset_interval()
         self._start()
 
@@ -177,9 +178,12 @@ class Trainer:
             ends = self.tokens >= stage.end
             watch_due = ends or self._due(config.eval.every_tokens, stage)
             save_due = ends or self._due(config.checkpoint.every_tokens, stage)
+            at_once = watch_due or save_due or result.stop or not self._can_wait
+            if at_once:
+                self._settle()
             if watch_due or save_due or self._due(config.logging.every_tokens or 1, stage):
                 self._log(stage)
-            if watch_due or save_due or result.stop or not self._line_can_wait:
+            if at_once:
                 self._write_line()
             # Whoever asked to stop may not wait for an evaluation: the next start makes up for it.
             if watch_due and not result.stop:
@@ -192,6 +196,7 @@ class Trainer:
         return True
 
     def _micro_batch_done(self, index: int, number: int) -> None:
+        self._settle()
         self._write_line()
         if self.observers.heartbeat is not None:
             self.observers.heartbeat(index, number)
@@ -234,13 +239,20 @@ class Trainer:
         self.step += 1
         for batch in batches:
             self.throughput.add(stage.attention, batch.lengths)
-        if not result.skipped:
-            self._interval_sum += result.loss_sum
-            self._interval_tokens += result.num_tokens
+        self._interval_sum += result.loss_sum.masked_fill(result.skipped, 0)
+        self._interval_tokens += result.num_tokens * ~result.skipped
         self._grad_norm = result.grad_norm
-        if result.skipped:
+        self._unknown = OnHost(result.skipped), self.tokens
+
+    def _settle(self) -> None:
+        """Waits for the end of the last step and counts it as taken or skipped, if that is still to be done."""
+        unknown, self._unknown = self._unknown, None
+        if unknown is None:
+            return
+        skipped, tokens = bool(unknown[0].read()[0]), unknown[1]
+        if skipped:
             self._finish_save()  # the guard may name it
-        self.guard.update(result.skipped, tokens=self.tokens, last_checkpoint=self.last_checkpoint)
+        self.guard.update(skipped, tokens=tokens, last_checkpoint=self.last_checkpoint)
 
     def _due(self, every: int, stage: Stage) -> bool:
         """True if the step that just ended crossed a multiple of `every` tokens (0 = never)."""
@@ -251,7 +263,7 @@ class Trainer:
     def _reset_interval(self) -> None:
         """Starts a log interval."""
         self._interval_sum = torch.zeros((), dtype=torch.float64, device=self.world.device)
-        self._interval_tokens = 0
+        self._interval_tokens = torch.zeros((), dtype=torch.int64, device=self.world.device)
         self._interval_loss.reset()
         self._save_wait = self._save_write = 0.0
 
@@ -261,14 +273,13 @@ class Trainer:
         loss_sum = self.world.sum_over_data(self._interval_sum)
         work, seconds = self.throughput.take()
         work = on_device(torch.tensor(work, dtype=torch.int64), self.world.device)
-        on_host = OnHost(losses.sums, loss_sum, self.world.sum_over_data(work), self._grad_norm)
-        tokens, supervised = self.tokens, self._interval_tokens
+        work = self.world.sum_over_data(work)
+        on_host = OnHost(losses.sums, loss_sum, work, self._grad_norm, self._interval_tokens)
+        tokens = self.tokens
         known = {
             "step": self.step,
             **stage_columns(stage),
-            "supervised_tokens": supervised,
             "lr": self.schedule.learning_rate(tokens - stage.batch_tokens),
-            "skipped_steps": self.guard.total,
             **({} if self.spikes is None else {"spikes": self.spikes.total}),
             "save_wait_seconds": self._save_wait,
             "save_write_seconds": self._save_write,
@@ -276,12 +287,15 @@ class Trainer:
         }
 
         def line() -> None:
-            sums, loss_sum, work, grad_norm = on_host.read()
+            sums, loss_sum, work, grad_norm, interval_tokens = on_host.read()
+            supervised = int(interval_tokens)
             rates = self.throughput.rates(Work(*work.tolist()), seconds)
             record = self.metrics.write(
                 "train",
                 tokens,
                 **known,
+                supervised_tokens=supervised,
+                skipped_steps=self.guard.total,
                 loss=loss_sum.item() / supervised if supervised else float("nan"),
                 trailing_loss=losses.with_sums(sums).curve().trailing.value,
                 grad_norm=grad_norm.item(),
@@ -372,7 +386,7 @@ class Trainer:
             "tokenizer": self._tokenizer,
             "loader": self.loader.state_dict(),
             "guard": self.guard.state_dict(),
-            "interval_tokens": self._interval_tokens,
+            "interval_tokens": int(self._interval_tokens),
             "max_length": sums["stage"].max_length,
             "num_buckets": sums["stage"].num_buckets,
         }
@@ -497,7 +511,7 @@ class Trainer:
             return
         if saved.state["max_length"] != stage.seq_len:  # changed by hand (run.allow_changes)
             return
-        self._interval_tokens = saved.state["interval_tokens"]
+        self._interval_tokens.fill_(saved.state["interval_tokens"])
         if self.world.data_rank == 0:
             shape = {key: saved.state[key] for key in ("max_length", "num_buckets")}
             self._stage_loss.load_state_dict(shape | {"state": saved.tensors["stage"]})

@@ -10,7 +10,7 @@ norm is tested before the optimizer, on all ranks alike since the gradients are 
 dropped as if it had never been: no parameter, moment or step count moves. Who tests the norm:
 
     stage 0                 DeepSpeedEngine._step_plain
-    stage 1 bf16            DeepSpeed's BF16_Optimizer.step
+    stage 1 bf16            torch's fused AdamW, on the device (train/engine/bf16_optimizer.py)
     stages 1, 2, 3          DeepSpeed's ZeRO optimizers' step, bf16 and fp32, offloaded or not
 
 A spike (train/spikes.py, where run.on_spike asks for it) is dropped in the same way. Its loss is summed over the ranks
@@ -18,8 +18,10 @@ and compared on the device, its norm too, between DeepSpeed's reading of the nor
 (train/engine/adamw.py); the answer is read there, where nothing is left to be waited for but the comparison.
 
 So there is no stage where a non-finite gradient reaches the weights, and no collective or host synchronisation is
-spent on the test of the loss. Host synchronisations: DeepSpeed's step reads the norm once per step (stages 1 and 2 in
-bf16 an overflow flag too), which waits for the backward pass. What we read ourselves was copied long before.
+spent on the test of the loss. Host synchronisations: at stage 1 in bf16, unless spikes are looked for, the host waits
+for the counts of valid tokens alone, which the device has made at the step's beginning: it stays a step ahead of the
+device. Elsewhere DeepSpeed's step reads the norm (at stage 2 in bf16 an overflow flag too), which waits for the
+backward pass.
 """
 
 from __future__ import annotations
@@ -48,8 +50,9 @@ class StepResult:
     grad_norm: torch.Tensor
     """Global L2 norm of the gradients before clipping; float32 [], on the device. inf or nan in a skipped step
     that is no spike."""
-    skipped: bool
-    """True, on all ranks, if the loss or the gradients were not finite, or a spike, and nothing was updated."""
+    skipped: torch.Tensor
+    """True, on all ranks, if the loss or the gradients were not finite, or a spike, and nothing was updated; bool [],
+    on the device."""
     spike: bool
     """True, on all ranks, if it was skipped as a spike."""
     stop: bool
@@ -71,8 +74,8 @@ def train_step(
     them, and ranks that share sequences the same ones.
 
     `stop` is this rank's wish to end the run after this step. `on_losses(losses float32 [T], batch)` gets every
-    micro-batch's detached per-token losses, on the device, once the step is known to be good; a skipped step is not
-    observed. `on_micro_batch(k, n)` is told when the host is done with micro-batch k of n. `spikes` judges the step,
+    micro-batch's detached per-token losses, on the device, behind the step; those of a skipped step are all NaN.
+    `on_micro_batch(k, n)` is told when the host is done with micro-batch k of n. `spikes` judges the step,
     and takes a good one into account.
     """
     valid = torch.stack([(batch.labels != IGNORED).sum() for batch in batches]).sum()
@@ -108,7 +111,7 @@ def train_step(
     skipped, grad_norm = engine.step(lr, None if spikes is None else is_spike)
     if spikes is not None and loss is not None and not skipped:
         spikes.add(loss, grad_norm)
-    if on_losses is not None and not skipped:
+    if on_losses is not None:
         for losses, batch in seen:
-            on_losses(losses, batch)
+            on_losses(losses.masked_fill(skipped, torch.nan), batch)
     return StepResult(loss_sum, num_tokens, grad_norm, skipped, spike, stop=num_stops > 0)

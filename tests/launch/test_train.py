@@ -249,7 +249,7 @@ def let_lines_wait() -> None:
     fit = Trainer.fit
 
     def waiting(trainer, preemption):
-        trainer._line_can_wait = True
+        trainer._can_wait = True
         return fit(trainer, preemption)
 
     Trainer.fit = waiting

@@ -32,6 +32,7 @@ ENGINES = {
     "z2": (2, "fp32", False),
     "z3": (3, "fp32", False),
     "z1-bf16": (1, "bf16", False),
+    "z1-bf16-spikes": (1, "bf16", False),
     "z2-bf16": (2, "bf16", False),
     "z3-bf16": (3, "bf16", False),
     "z2-offload": (2, "fp32", True),
@@ -39,6 +40,11 @@ ENGINES = {
     "z3-compiled": (3, "fp32", False),
 }
 COMPILED = "z3-compiled"
+ON_DEVICE = "z1-bf16"  # the one that is not asked about spikes, and decides about a step on the device
+
+
+def bad_kinds(name: str) -> tuple[str, ...]:
+    return BAD[:3] if name == ON_DEVICE else BAD
 
 
 def build_model(compile: bool = False) -> Decoder:
@@ -61,7 +67,7 @@ def config_of(name: str) -> RunConfig:
         zero_stage=stage, precision=precision, offload_optimizer=offload, extra={"zero_optimization": zero}
     )
     return RunConfig(
-        run=RunSection(on_spike="skip"),  # the optimizer that takes a veto
+        run=RunSection(on_spike="off" if name == ON_DEVICE else "skip"),  # skip: the optimizer that takes a veto
         model=ModelConfig(compile=name == COMPILED),
         deepspeed=deepspeed,
         optim=OptimConfig(lr=LRConfig(peak=1.0), weight_decay=0.1, grad_clip=GRAD_CLIP),

@@ -22,11 +22,11 @@ from typing import Any
 import numpy as np
 import torch
 from engine_runs import (
-    BAD,
     COMPILED,
     ENGINES,
     LAST,
     SAVE_AT,
+    bad_kinds,
     build_model,
     config_of,
     learning_rate,
@@ -125,7 +125,7 @@ def bad_step(engine: Any, world: World, kind: str) -> dict[str, Any]:
         for number in (1.0, 1.1):
             pair = (number, 1e6 * number) if kind == "spike of the loss" else (1e6 * number, 1e-3 * number)
             spikes.add(*map(torch.tensor, pair))
-    seen: list[int] = []
+    seen: list[torch.Tensor] = []
 
     def spoil(module: Any, inputs: Any, losses: torch.Tensor) -> torch.Tensor:
         if kind == "gradient":
@@ -138,16 +138,16 @@ def bad_step(engine: Any, world: World, kind: str) -> dict[str, Any]:
     before = snapshot(engine), engine.step_count()
     hook = engine.model.register_forward_hook(spoil) if world.rank == world.world_size - 1 else None
     record, result = one_step(
-        engine, LAST + 1, world, on_losses=lambda losses, batch: seen.append(len(losses)), spikes=spikes
+        engine, LAST + 1, world, on_losses=lambda losses, batch: seen.append(losses), spikes=spikes
     )
     if hook:
         hook.remove()
     after = snapshot(engine), engine.step_count()
     return {
-        "skipped": gather_objects(result.skipped),
+        "skipped": gather_objects(bool(result.skipped)),
         "spike": gather_objects(result.spike),
         "untouched": same(before[0], after[0]) and before[1] == after[1],
-        "observed": len(seen),
+        "observed": sum(int(losses.isfinite().sum()) for losses in seen),
         "loss_is_finite": bool(np.isfinite(record["loss"])),
     }
 
@@ -212,7 +212,7 @@ def first(directory: Path, world: World) -> dict[str, Any]:
         save_beside(run_dir, engine, SAVE_AT, buffer)
         mine["draws"] = gather_objects(draws())
         mine["steps"] += steps(engine, range(SAVE_AT, LAST), world)
-        mine["bad"] = {kind: bad_step(engine, world, kind) for kind in BAD}
+        mine["bad"] = {kind: bad_step(engine, world, kind) for kind in bad_kinds(name)}
         record, result, seen = observed_step(engine, world)
         mine["steps"].append(record)
         mine["stop"] = gather_objects(result.stop)

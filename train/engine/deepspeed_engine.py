@@ -33,31 +33,6 @@ from train.model.decoder import Decoder
 GATHER_ELEMENTS = 2**26  # 256 MiB of device memory while a large parameter is collected
 
 
-def _launch_less(optimizer: Any) -> None:
-    """Has a BF16_Optimizer do on flat tensors what it does parameter by parameter: with hundreds of parameters the
-    device idles between its small kernels. DeepSpeed 0.19 has no setting for the norm, and its immediate_grad_update
-    takes one more kernel per parameter; so two methods of this one object are replaced. Sums of gradients stay the same
-    to the bit; the norm adds up in another order."""
-
-    @torch.no_grad()
-    def add_gradient(weight: Tensor, group: int, index: int, clear_lp_grads: bool) -> None:
-        if weight.grad is None:
-            return
-        total = optimizer.fp32_groups_gradients[group][index]
-        total.add_(weight.grad.view(total.shape))
-        weight._hp_grad = total  # pyright: ignore[reportAttributeAccessIssue]  # where DeepSpeed looks for it
-        weight.grad = None  # rather than zeroed and added to by the next backward pass
-        optimizer.fp32_groups_has_gradients[group][index] = True
-
-    def gradients(for_clipping: bool = False) -> Any:
-        """Clipping concerns what this rank's AdamW reads; the norm is that of all."""
-        if for_clipping:
-            return optimizer.fp32_groups_gradient_flat_partition
-        return optimizer.fp32_groups_gradients_flat, {}
-
-    optimizer._update_hp_grad, optimizer.get_grads_for_norm = add_gradient, gradients
-
-
 class DeepSpeedEngine:
     """As train/engine/engine.py says; made by train/engine/optim.py."""
 
@@ -71,7 +46,9 @@ class DeepSpeedEngine:
         from deepspeed.runtime.bf16_optimizer import BF16_Optimizer  # slow to import
 
         if isinstance(engine.optimizer, BF16_Optimizer):
-            _launch_less(engine.optimizer)
+            from train.engine.bf16_optimizer import DeviceOptimizer
+
+            DeviceOptimizer.adopt(engine.optimizer)
 
     @property
     def model(self) -> Decoder:
@@ -94,14 +71,16 @@ class DeepSpeedEngine:
         self._engine.set_gradient_accumulation_boundary(last)
         self._engine.backward(loss, scale_wrt_gas=False)
 
-    def step(self, lr: float, veto: Callable[[Tensor], bool] | None = None) -> tuple[bool, Tensor]:
+    def step(self, lr: float, veto: Callable[[Tensor], bool] | None = None) -> tuple[Tensor, Tensor]:
         for group in self._optimizer.param_groups:  # every ZeRO optimizer hands them on to the inner one
             group["lr"] = lr
         if self.zero_stage == 0:
             return self._step_plain(veto)
         vetoed = self._step_unless(veto)
-        skipped = vetoed or not self._engine.was_step_applied()
-        return skipped, as_norm(self._engine.get_global_grad_norm(), self._engine.device)
+        norm = as_norm(self._engine.get_global_grad_norm(), self._engine.device)
+        if vetoed or not self._engine.was_step_applied():
+            return torch.ones_like(norm, dtype=torch.bool), norm
+        return ~norm.isfinite(), norm  # which an optimizer that does not ask the host decides by
 
     def _step_unless(self, veto: Callable[[Tensor], bool] | None) -> bool:
         """DeepSpeed's step; True if AdamW's part of it was vetoed."""
@@ -122,15 +101,16 @@ class DeepSpeedEngine:
         adamw.veto = None
         return any(answers)
 
-    def _step_plain(self, veto: Callable[[Tensor], bool] | None) -> tuple[bool, Tensor]:
+    def _step_plain(self, veto: Callable[[Tensor], bool] | None) -> tuple[Tensor, Tensor]:
         """At stage 0, where the optimizer is torch's own and DeepSpeed clips without testing the norm."""
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
         norm = as_norm(norm, self._engine.device)
-        if not norm.isfinite() or (veto is not None and veto(norm)):
+        skipped = ~norm.isfinite()
+        if skipped or (veto is not None and veto(norm)):
             self._engine.zero_grad()
-            return True, norm
+            return torch.ones_like(skipped), norm
         self._engine.step()
-        return False, norm
+        return skipped, norm
 
     def train(self) -> None:
         self._engine.train()

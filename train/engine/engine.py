@@ -70,10 +70,10 @@ class Engine(Protocol):
         """Adds the gradients of a scalar loss; `last`: of the step's last micro-batch. They are averaged over ranks."""
         ...
 
-    def step(self, lr: float, veto: Callable[[Tensor], bool] | None = None) -> tuple[bool, Tensor]:
-        """(skipped, L2 norm of the gradients before clipping: float32 [] on the device), having clipped and stepped
-        unless the norm, which all ranks share, is not finite, or `veto(norm)`, the same on all ranks, says no. Only an
-        engine of a run that looks for spikes takes a veto."""
+    def step(self, lr: float, veto: Callable[[Tensor], bool] | None = None) -> tuple[Tensor, Tensor]:
+        """(skipped: bool [], L2 norm of the gradients before clipping: float32 []), both on the device, having clipped
+        and stepped unless the norm, which all ranks share, is not finite, or `veto(norm)`, the same on all ranks, says
+        no. Only an engine of a run that looks for spikes takes a veto."""
         ...
 
     def train(self) -> None:

@@ -132,7 +132,8 @@ def build_engine(model: Decoder, config: RunConfig, world: World) -> DeepSpeedEn
                 lr=optim.lr.peak,
                 betas=(optim.betas[0], optim.betas[1]),
                 eps=optim.eps,
-                fused=world.device.type == "cuda",
+                # In bf16 on a CPU too: there is one optimizer that decides on the device (bf16_optimizer.py).
+                fused=world.device.type == "cuda" or resolve_precision(config.deepspeed, world.device) == "bf16",
             )
             offloads = config.model.activation_checkpointing in OFFLOADED
             if config.deepspeed.zero_stage == 3 and (offloads or config.model.compile is True):
