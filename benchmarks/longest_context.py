@@ -4,9 +4,10 @@
     python benchmarks/longest_context.py to=long cases=paper_1_5b/128K/1,paper_1_5b/128K/2/parallel.sequence=2
 
 A case is model/context/GPUs, and overrides behind further slashes. Among them `steps=20` takes another number of steps,
-and `batch=64K` several sequences per step where one is shorter. The context `>=128K` is doubled until a run fails;
-32K+128K+256K are stages of one run, which pays for its start once. Every step is one document of the full length per
-group of processes; the attention is that of +exp=moba_32k (2048x3) unless overrides say otherwise.
+`limit=90` another number of seconds, and `batch=64K` several sequences per step where one is shorter: the same for data
+parallelism and a shared sequence. The context `>=128K` is doubled until a run fails; 32K+128K+256K are stages of one
+run, which pays for its start once. Every sequence is one document of the full length, one per step and group of
+processes unless `batch` says more; the attention is that of +exp=moba_32k (2048x3) unless overrides say otherwise.
 
 Measured: median tokens/s and MFU of the steps after the first, rank 0's peak of GPU memory as torch allocates it, the
 peak of resident memory of all processes together, the share of a step in communication, and that in
@@ -61,11 +62,12 @@ KEYS = {
     "cases": "comma-separated; see above",
     "steps": "steps of a case that does not say (default 3)",
     "seconds": "seconds for all cases together (default 540)",
-    "limit": "seconds for one run at most (default 200)",
+    "limit": "seconds for one run at most, of a case that does not say (default 200)",
     "commit": "commit of the code, where this is no git checkout",
 }
 LEAST_SECONDS = 30
 DOCUMENTS = 4
+OF_A_CASE = ("steps", "batch", "limit")
 
 
 @dataclass(frozen=True)
@@ -78,20 +80,22 @@ class Case:
     overrides: tuple[str, ...]
     steps: int
     batch: int
+    limit: float
     doubles: bool
 
     @classmethod
-    def parse(cls, text: str, steps: int) -> Case:
+    def parse(cls, text: str, steps: int, limit: float) -> Case:
         """The case that is written model/context/GPUs/overrides."""
         if text.count("/") < 2 or not text.split("/")[2].isdecimal():
             raise UsageError(f"cases={text}: <model>/<context>/<GPUs>[/<override>...], such as paper_1_5b/128K/1")
         model, seq_len, num_gpus, *more = text.split("/")
-        given = dict(part.split("=", 1) for part in more if part.startswith(("steps=", "batch=")))
-        own = [part for part in more if part.partition("=")[0] not in given]
+        own = [part for part in more if part.partition("=")[0] not in OF_A_CASE]
+        given = dict(part.split("=", 1) for part in more if part not in own)
         doubles = seq_len.startswith(">=")
         lengths = tuple(map(parse_length, seq_len.removeprefix(">=").split("+")))
         batch = parse_length(given["batch"]) if "batch" in given else 0
-        return cls(model, lengths, int(num_gpus), tuple(own), int(given.get("steps", steps)), batch, doubles)
+        amounts = (int(given.get("steps", steps)), batch, float(given.get("limit", limit)))
+        return cls(model, lengths, int(num_gpus), tuple(own), *amounts, doubles)
 
     @property
     def name(self) -> str:
@@ -99,15 +103,18 @@ class Case:
         parts = [self.model, "+".join(map(format_length, self.lengths)), str(self.num_gpus), *self.overrides]
         return "_".join(parts).replace("=", "-").replace(".", "-")
 
+    def batch_tokens(self, length: int) -> int:
+        """Tokens per step at a length: a sequence for each group of processes, or as many as were asked for."""
+        size = next((int(p.partition("=")[2]) for p in self.overrides if p.startswith("parallel.sequence=")), 1)
+        return max(length * (self.num_gpus // size), self.batch)
+
     def arguments(self, shared: list[str]) -> list[str]:
         """The overrides of its run, without its directory."""
-        size = next((int(p.partition("=")[2]) for p in self.overrides if p.startswith("parallel.sequence=")), 1)
-        groups, last = self.num_gpus // size, self.lengths[-1]
         stages = ["schedule=custom"]
         for length in self.lengths:
-            batch = max(length * groups, self.batch)
+            batch = self.batch_tokens(length)
             # The last is long enough not to end while its trace is written.
-            tokens = (self.steps + 1) * (8 if length == last else 1) * batch
+            tokens = (self.steps + 1) * (8 if length == self.lengths[-1] else 1) * batch
             own = {"seq_len": length, "batch_tokens": batch, "tokens": tokens, "attention.kind": "moba"}
             stages += [f"+schedule.stages.at_{format_length(length)}.{key}={value}" for key, value in own.items()]
         model = ["+exp=moba_32k", f"model={self.model}", "optim.lr.peak=1e-4"]
@@ -121,7 +128,8 @@ def main() -> None:
     values = key_values(arguments, KEYS, about=__doc__, required=["to", "cases"])
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the processes of a run, too
     to = Path(values["to"])
-    cases = [Case.parse(text, int(values.get("steps", 3))) for text in values["cases"].split(",")]
+    default = (int(values.get("steps", 3)), float(values.get("limit", 200)))
+    cases = [Case.parse(text, *default) for text in values["cases"].split(",")]
     ends = time.monotonic() + float(values.get("seconds", 540))
     record = {
         **origin(sys.argv[1:], values.get("commit")),
@@ -135,7 +143,7 @@ def main() -> None:
         case = cases.pop(0)
         left = ends - time.monotonic()
         print(f"== {case.name}, {left:.0f} s left", flush=True)
-        rows = _measured(case, to, shared, min(left, float(values.get("limit", 200))))
+        rows = _measured(case, to, shared, min(left, case.limit))
         if case.doubles and "failed" not in rows[-1]:
             cases.insert(0, replace(case, lengths=(2 * case.lengths[-1],)))
         record["rows"] += rows
@@ -146,7 +154,10 @@ def main() -> None:
 def _measured(case: Case, to: Path, shared: list[str], limit: float) -> list[dict]:
     """What its run did, a row for each length; `failed` says why one could not be reached in time or at all."""
     about = {"model": case.model, "num_gpus": case.num_gpus, "overrides": list(case.overrides)}
-    rows = [{"case": case.name, "seq_len": length} | about for length in case.lengths]
+    rows = [
+        {"case": case.name, "seq_len": length, "batch_tokens": case.batch_tokens(length)} | about
+        for length in case.lengths
+    ]
     documents = to / f"documents_{case.lengths[-1]}"
     arguments = [*case.arguments(shared), "data=files", f"data.path={documents}"]
     hardware = detect_hardware(case.num_gpus, case.num_gpus)
@@ -223,12 +234,12 @@ def _watch_host(process: psutil.Popen, peak: list[float]) -> None:
             time.sleep(0.5)
 
 
-HEADS = ("model", "context", "GPUs", "with", "tokens/s", "MFU attended", "step s", "GPU GiB (plan)", "host GiB (plan)")
-HEADS += ("in communication, exposed", "losses")
+HEADS = ("model", "context", "GPUs", "sequences per step", "with", "tokens/s", "MFU attended", "step s")
+HEADS += ("GPU GiB (plan)", "host GiB (plan)", "in communication, exposed", "losses")
 
 
 ABOUT = (
-    "One document of the full length per step and group of processes. Peak GPU: rank 0's, as torch allocates; host: "
+    "Every sequence is one document of the full length. Peak GPU: rank 0's, as torch allocates; host: "
     "resident memory of all processes together."
 )
 
@@ -239,7 +250,9 @@ def _table(record: dict) -> list[str]:
 
 
 def _cells(row: dict) -> list[str]:
-    start = [row["model"], format_length(row["seq_len"]), str(row["num_gpus"]), " ".join(row["overrides"])]
+    sequences = row["batch_tokens"] // row["seq_len"]
+    start = [row["model"], format_length(row["seq_len"]), str(row["num_gpus"]), str(sequences)]
+    start.append(" ".join(row["overrides"]))
     if "failed" in row:
         return [*start, row["failed"], *[""] * (len(HEADS) - len(start) - 1)]
     memory, plan = (("peak_memory_gib", "gpu_gib"), ("host_gib", "host_gib")), row.get("planned")

@@ -27,7 +27,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 
@@ -68,6 +68,7 @@ KEYS = {
     "models": "files of conf/model (default paper_545m)",
     "attentions": "files of conf/exp, of which the first stage is run (default moba_32k,full_32k)",
     "zero": "ZeRO stages (default 1,2,3)",
+    "sequence": "numbers of GPUs that share each sequence (default 1)",
     "device": "cuda (default), or cpu: processes on the CPU in place of GPUs",
     "seq_len": "context (default 32K)",
     "loss_steps": "steps compared (default 50)",
@@ -100,11 +101,13 @@ class Setup:
     attention: str
     zero: int
     gpus: int
+    sequence: int
 
     @property
     def name(self) -> str:
         """For folders and the screen."""
-        return f"{self.model}_{self.attention}_zero{self.zero}_{self.gpus}"
+        shared = f"_sequence{self.sequence}" if self.sequence > 1 else ""
+        return f"{self.model}_{self.attention}_zero{self.zero}_{self.gpus}{shared}"
 
     def batch(self, study: Study) -> int:
         """Tokens per step: a sequence for each GPU."""
@@ -115,6 +118,7 @@ class Setup:
         first."""
         own = [f"+exp={self.attention}", f"model={self.model}", f"deepspeed=zero{self.zero}", *QUIET]
         own += ["model.activation_checkpointing=true", f"run.device={study.device}", *study.overrides]
+        own += [f"parallel.sequence={self.sequence}"]
         own += [f"schedule.seq_len={study.seq_len}", f"schedule.batch_tokens={self.batch(study)}"]
         return [*own, f"schedule.tokens={2 * study.loss_steps * self.batch(study)}"]
 
@@ -135,7 +139,8 @@ def main() -> None:
     study = Study(runs, tuple(overrides), device, seq_len, steps)
     models = values.get("models", "paper_545m").split(",")
     attentions = values.get("attentions", "moba_32k,full_32k").split(",")
-    setups = [Setup(*each) for each in product(models, attentions, whole_numbers(values, "zero", "1,2,3"), gpus)]
+    zero, sequence = whole_numbers(values, "zero", "1,2,3"), whole_numbers(values, "sequence", "1")
+    setups = [Setup(*each) for each in product(models, attentions, zero, gpus, sequence)]
     for setup in setups:  # mistakes now, not in each run
         load(setup.arguments(study), detect_hardware(setup.gpus, setup.gpus))
     record, text = {**origin(sys.argv[1:], values.get("commit")), **_about(study)}, ""
@@ -183,8 +188,8 @@ def _about(study: Study) -> dict:
 
 
 def losses(study: Study, setup: Setup) -> dict:
-    """How the losses of one process and of all compare, the same batch given."""
-    alone, together = (_curve(study, setup, gpus) for gpus in (1, setup.gpus))
+    """How the losses of one process, which splits nothing, and of all compare, the same batch given."""
+    alone, together = _curve(study, replace(setup, zero=1, sequence=1), 1), _curve(study, setup, setup.gpus)
     return alone if "failed" in alone else together if "failed" in together else _compared(study, together, alone)
 
 
@@ -219,9 +224,12 @@ def kill(study: Study, setup: Setup) -> dict:
         lines = read_metrics(folder / FILE_NAME)
         by_tokens = {r["tokens"]: r["loss"] for r in lines if r["kind"] == "train"}  # the last word on each step
         course = [by_tokens[tokens] for tokens in sorted(by_tokens)][: study.loss_steps]
+        starts = [r["tokens"] // batch for r in lines if r["kind"] == "run"]
+        if not starts[-2] < starts[-1] < study.loss_steps:
+            return {"failed": f"started from steps {starts}: none compared is from a checkpoint of one process"}
         return {
             **{f"{name}_{key}": value for name, end in ends.items() for key, value in end.items()},
-            "started_from_steps": [r["tokens"] // batch for r in lines if r["kind"] == "run"],
+            "started_from_steps": starts,
             **_compared(study, {"losses": course}, whole),
         }
 

@@ -94,7 +94,7 @@ def drawings() -> dict[Path, Drawing]:
     for path in sorted(path.relative_to(ROOT) for path in ROOT.glob(f"{BENCHMARKS}/*/results.json")):
         if "variant" in record(path).get("rows", [{}])[0]:
             found[path.with_name("figure.png")] = Drawing(partial(draw_step, path), (path,))
-    two = [BENCHMARKS / "longest_context" / f"h200_two{part}" / "results.json" for part in ("", "_1m", "_blocks")]
+    two = sorted(path.relative_to(ROOT) for path in ROOT.glob(f"{BENCHMARKS}/longest_context/*_two*/results.json"))
     found[BENCHMARKS / "two_gpus" / "figure.png"] = Drawing(partial(draw_two_gpus, two), two)
     kernels = BENCHMARKS / "attention.json"
     found[kernels.with_suffix(".png")] = Drawing(lambda path: attention.draw(record(kernels), path), (kernels,))
@@ -130,13 +130,14 @@ def draw_two_gpus(sources: Sequence[Path], path: Path) -> None:
     names |= {(*SHARED, f"parallel.sequence_by={by}"): f"one sequence, {by}" for by in ("heads", "blocks")}
     bars = []
     for source in sources:
-        rows = [row for row in record(source)["rows"] if "failed" not in row]
+        kept = record(source)
+        rows = [row for row in kept["rows"] if "failed" not in row]
         alone = {(row["model"], row["seq_len"]): row["tokens_per_second"] for row in rows if row["num_gpus"] == 1}
         for row in rows:
             one = alone.get((row["model"], row["seq_len"]))
             if row["num_gpus"] == 2 and one is not None:
                 model = row["model"].removeprefix("paper_").replace("_", ".").upper()
-                about = f"{model}, {row['seq_len'] // 1024}K"
+                about = f"{model}, {row['seq_len'] // 1024}K, {kept['device'].split()[1]}"
                 bars.append((about, names[tuple(row["overrides"])], one, row["tokens_per_second"]))
     bars.sort()
     figure = Figure(figsize=(8, 0.6 * len(bars) + 1), layout="constrained")
@@ -151,7 +152,7 @@ def draw_two_gpus(sources: Sequence[Path], path: Path) -> None:
     axes.invert_yaxis()
     axes.set_xlim(right=1.15 * max(bar[3] for bar in bars))
     axes.set_xlabel("tokens per second")
-    axes.set_title("MoBA 2048x3 on two H200 and on one")
+    axes.set_title("MoBA 2048x3 on two GPUs and on one")
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.legend(fontsize="small", loc="upper right")
     save(figure, path)

@@ -264,11 +264,11 @@ def small_tuned_rows():
         yield [str(layers), *(f"{np.mean(row[key]):.3f}" for row in own for key in ("loss", "trailing_loss"))]
 
 
-LONG = {"two": "benchmarks/results/longest_context/h200_two", "one": "benchmarks/results/longest_context/h100_one"}
+LONG = "benchmarks/results/longest_context"
 
 
 def long_rows():
-    parts = (kept(f"{LONG['two']}{part}/results.json")["rows"] for part in ("", "_1m", "_blocks", "_8b"))
+    parts = (kept(path)["rows"] for path in ROOT.glob(f"{LONG}/*_two*/results.json"))
     for r in (row for rows in parts for row in rows if "failed" not in row):
         shares = [f"{r[key]:.1%}".replace("%", " %") for key in ("communication", "communication_exposed")]
         exchange = "" if r["num_gpus"] == 1 else shares[0]
@@ -366,7 +366,7 @@ def sentences():
     swap = {r["attention"]: r["trailing_minus_full"] for r in kept("docs/results/quickstart/swap.json")["variants"]}
     own, random = (f"{swap[key]['mean']:.3f} +- {swap[key]['interval_95']:.3f}" for key in ("moba", "random"))
     yield "README.md", f"MoBA is {own} above full attention, random blocks {random}"
-    rows = kept(f"{LONG['two']}_1m/results.json")["rows"]
+    rows = kept(f"{LONG}/h200_two_1m/results.json")["rows"]
     one, two = (r["tokens_per_second"] for r in rows[:2])
     yield (
         "README.md",

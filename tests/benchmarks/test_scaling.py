@@ -78,6 +78,20 @@ def test_a_failed_run_is_a_result_and_leaves_no_process(tmp_path):
     assert not any(worker.is_running() for worker in [process, *workers])
 
 
+def test_all_setups_are_compared_with_one_process_that_splits_nothing(monkeypatch, tmp_path):
+    """Catches a reference that shares the fault it should show, and one that is made anew for every ZeRO stage."""
+    asked = []
+    monkeypatch.setattr(scaling, "_curve", lambda study, setup, gpus: asked.append((setup, gpus)) or {"losses": [2.0]})
+    study = scaling.Study(tmp_path, (), "cpu", 512, 1)
+    for zero, sequence in ((2, 1), (3, 2)):
+        assert scaling.losses(study, scaling.Setup("tiny", "moba_32k", zero, 2, sequence))["same"]
+    (first, one), (_, two), (second, _), (shared, _) = asked
+    assert (first, one, two) == (second, 1, 2)
+    assert {"deepspeed=zero1", "parallel.sequence=1"} <= {*first.arguments(study)}
+    assert {"deepspeed=zero3", "parallel.sequence=2"} <= {*shared.arguments(study)}
+    assert first.batch(study) == shared.batch(study) == 1024
+
+
 @pytest.mark.parametrize(
     "arguments, gpus, words",
     [
