@@ -169,9 +169,37 @@ def stop_all() -> None:
             process.kill()
 
 
-def launch(script: str, arguments: Sequence[str], run: Path, quiet: bool = False) -> None:
-    """Runs a script of launch/ to its end. ValueError if it fails, with the last of what it said where that went to a
-    file."""
+class Places:
+    """Room for some runs at a time, on the GPUs in turn; who comes first in the order of the study gets it first."""
+
+    def __init__(self, number: int):
+        known = ",".join(map(str, range(torch.cuda.device_count())))
+        gpus = os.environ.get("CUDA_VISIBLE_DEVICES", known).split(",")
+        self._free = [gpus[i % len(gpus)] for i in range(number)]
+        self._waiting: list[int] = []
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def taken(self, turn: int) -> Iterator[str]:
+        """A place for what is `turn`-th; gives its GPU, as CUDA_VISIBLE_DEVICES names it."""
+        with self._changed:
+            self._waiting.append(turn)
+            self._changed.wait_for(lambda: self._free and turn == min(self._waiting))
+            self._waiting.remove(turn)
+            gpu = max(self._free, key=self._free.count)
+            self._free.remove(gpu)
+            self._changed.notify_all()
+        try:
+            yield gpu
+        finally:
+            with self._changed:
+                self._free.append(gpu)
+                self._changed.notify_all()
+
+
+def launch(script: str, arguments: Sequence[str], run: Path, quiet: bool = False, gpu: str | None = None) -> None:
+    """Runs a script of launch/ to its end, on one GPU where that is named. ValueError if it fails, with the last of
+    what it said where that went to a file."""
     print(f"== {run.name}: {script} {' '.join(a for a in arguments if 'attention' in a)}", flush=True)
     began, path = time.monotonic(), run.with_name(f"{run.name}.log")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -179,7 +207,8 @@ def launch(script: str, arguments: Sequence[str], run: Path, quiet: bool = False
         if _time_is_up.is_set():
             raise ValueError(f"{run.name}: {script} was not begun: time is up")
         words = [sys.executable, str(ROOT / "launch" / script), *arguments]
-        process = subprocess.Popen(words, stdout=file, stderr=file and subprocess.STDOUT)
+        environment = os.environ | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {})
+        process = subprocess.Popen(words, stdout=file, stderr=file and subprocess.STDOUT, env=environment)
         _running.add(process)
     code = process.wait()
     _running.discard(process)

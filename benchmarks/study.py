@@ -6,8 +6,9 @@
 
 Arguments with a dot go to all runs of launch/train.py. `to` gets results.json, table.md and figures. Runs and
 evaluations that are finished are not made again: the same command goes on where it was interrupted. Small models leave
-a GPU idle between their launches: `jobs` runs at a time fill it; what a run says goes to <run>.log beside it. After
-`minutes` what still runs is stopped, and the results are those of what there is.
+a GPU idle between their launches: `jobs` runs at a time, on all GPUs there are, fill it; what a run says goes to
+<run>.log beside it. Those named first in `arms` come first. After `minutes` what still runs is stopped, and the results
+are those of what there is.
 
 Documents are averaged over seeds before they are compared; the differences of single seeds are listed.
 """
@@ -29,12 +30,12 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import panels, small_results  # noqa: E402
-from benchmarks.common import launch, origin, read_json, split, stop_all, write  # noqa: E402
+from benchmarks.common import Places, launch, origin, read_json, split, stop_all, write  # noqa: E402
 from benchmarks.studies import STUDIES, Arm, Study  # noqa: E402
 from benchmarks.study_results import READ, Measured, Task, after_switch, differences, of_run  # noqa: E402
 from launch.cli import UsageError, exits_on, key_values  # noqa: E402
 from launch.config import load  # noqa: E402
-from train.checkpoint.checkpoint_dir import checkpoints  # noqa: E402
+from train.checkpoint.checkpoint_dir import STATE, checkpoints  # noqa: E402
 from train.record.metrics import FILE_NAME, read_metrics  # noqa: E402
 
 KEYS = {
@@ -47,8 +48,8 @@ KEYS = {
     "cluster": "regular expression; held-out ids with the same match are one cluster of the errors",
     "cuts": "the ends of the held-out documents (benchmarks/windows.py), where the study takes them",
     "seeds": "comma-separated (default: as many as the study has, from 0)",
-    "arms": "which, separated by ';', of one seed alone as <arm>@<seed> (default: all)",
-    "jobs": "runs at a time (default 1)",
+    "arms": "which, separated by ';', of one seed alone as <arm>@<seed>, in this order (default: all)",
+    "jobs": "runs at a time, if several with as many evaluations beside them (default 1)",
     "minutes": "after which all is stopped; then a run that fails does not end the others either (default: none)",
     "collect": "true: only makes the results of what is there",
     "commit": "commit of the code, where this is no git checkout",
@@ -152,36 +153,42 @@ def check(command: Command, chosen: Sequence[str]) -> None:
 
 
 def tasks_of(study: Study, asked: Sequence[str], seeds: Sequence[int]) -> list[Task]:
-    """What is to be done, those that others begin from first; an arm that is not trained has one seed."""
+    """What is to be done, in the order that was asked for, each behind what it begins from; an arm that is not trained
+    has one seed."""
     found: dict[Task, None] = {}
     for text in asked:
         name, _, only = text.partition("@")
         trained = study.arms[name].train is not None
         for seed in [int(only)] if only else seeds if trained else seeds[:1]:
             found |= {(link, seed): None for link in study.chain(name)}
-    places = {seed: place for place, seed in enumerate(seeds)}
-    return sorted(found, key=lambda task: (len(study.chain(task[0])), places.get(task[1], len(places))))
+    return list(found)
 
 
 def run_all(command: Command, tasks: Sequence[Task]) -> None:
-    """Makes all runs and their evaluations, `jobs` at a time. ValueError when one fails, what was not begun is dropped;
-    but where time is limited the others go on, and what is not made when it is up is left out."""
+    """Makes all runs, `jobs` at a time, the first of those that can begin first, and as many evaluations beside them;
+    one after the other where it is one job. ValueError when one fails, what was not begun is dropped; but where time is
+    limited the others go on, and what is not made when it is up is left out."""
     jobs, timed = int(command.values.get("jobs", 1)), "minutes" in command.values
     failed: list[Exception] = []
-    trained, slots = {task: threading.Event() for task in tasks}, threading.Semaphore(jobs)
+    trained, runs = {task: threading.Event() for task in tasks}, Places(jobs)
+    evaluations = Places(jobs) if jobs > 1 else runs
     timer = threading.Timer(60 * float(command.values.get("minutes", 0)), stop_all)
     timer.daemon = True
     if timed:
         timer.start()
 
     def work(task: Task) -> None:
-        base = command.study.arms[task[0]].base
+        base, turn = command.study.arms[task[0]].base, tasks.index(task)
         try:
             if base is not None:
                 trained[base, task[1]].wait()
-            with slots:
+            with runs.taken(turn) as gpu:
                 if timed or not failed:
-                    one(command, *task, trained[task], quiet=jobs > 1)
+                    train(command, *task, jobs > 1, gpu)
+            trained[task].set()
+            with evaluations.taken(turn) as gpu:
+                if timed or not failed:
+                    evaluate(command, *task, jobs > 1, gpu)
         except (OSError, ValueError) as error:
             failed.append(error)
             print(f"== {error}", flush=True)
@@ -195,17 +202,23 @@ def run_all(command: Command, tasks: Sequence[Task]) -> None:
         raise failed[0]
 
 
-def one(command: Command, name: str, seed: int, trained: threading.Event, quiet: bool) -> None:
-    """Trains an arm and evaluates its checkpoints."""
+def train(command: Command, name: str, seed: int, quiet: bool, gpu: str) -> None:
+    """Trains an arm, if it is one that is trained."""
+    arm, folder = command.study.arms[name], command.folder(name, seed)
+    if arm.train is None:
+        return
+    if arm.branch:
+        branch_off(command.folder(arm.branch, seed), folder, len(command.study.chain(arm.branch)))
+    launch("train.py", command.training(name, seed), folder, quiet, gpu)
+
+
+def evaluate(command: Command, name: str, seed: int, quiet: bool, gpu: str) -> None:
+    """Makes the evaluations of an arm's checkpoints that are not there yet."""
     arm, folder = command.study.arms[name], command.folder(name, seed)
     if arm.train is None:
         sources = [(Path(command.filled("{model}")[0]), "as_it_came")]
     else:
-        if arm.branch:
-            branch_off(command.folder(arm.branch, seed), folder, len(command.study.chain(arm.branch)))
-        launch("train.py", command.training(name, seed), folder, quiet)
-        trained.set()
-        ends = checkpoints(folder)
+        ends = stage_ends(folder)
         sources = [(path, path.name) for path in (ends if command.study.every_stage else ends[-1:])]
     for source, label in sources:
         for line in command.evals(arm):
@@ -214,7 +227,7 @@ def one(command: Command, name: str, seed: int, trained: threading.Event, quiet:
             words += [f"cluster={command.values['cluster']}"] if "cluster" in command.values else []
             to = folder / "evals" / f"{label}_{named(line)}"
             if not list(to.glob("*.json")):
-                launch("evaluate.py", [f"run={source}", f"evals=[{what}]", *words, f"to={to}"], folder, quiet)
+                launch("evaluate.py", [f"run={source}", f"evals=[{what}]", *words, f"to={to}"], folder, quiet, gpu)
 
 
 def measured(command: Command, name: str, seed: int) -> list[Measured]:
@@ -236,18 +249,28 @@ def branch_off(base: Path, folder: Path, ended: int) -> None:
     """Makes a run of what another one had when `ended` of its stages were over. ValueError where it is not finished."""
     if folder.exists():
         return
-    ends = checkpoints(base)
+    ends = stage_ends(base)
     if len(ends) < ended:
         raise ValueError(f"{base.name} did not come to the end of its stage {ended}")
     end = ends[ended - 1]
-    shutil.copytree(end, folder / "checkpoints" / end.name)
+    tokens, making = int(end.name.removeprefix("tokens_")), folder.with_name(f".{folder.name}")
+    shutil.rmtree(making, ignore_errors=True)  # of a study that was killed
+    shutil.copytree(end, making / "checkpoints" / end.name)
     if ended > 1:  # what the first stage was evaluated on is shorter
-        shutil.copytree(base / "position_loss", folder / "position_loss")
-    tokens = int(end.name.removeprefix("tokens_"))
-    lines = (base / FILE_NAME).read_text(encoding="utf-8").splitlines(keepends=True)
+        (making / "position_loss").mkdir()
+        for path in (base / "position_loss").glob("eval_*"):
+            if int(path.stem.removeprefix("eval_")) <= tokens:
+                shutil.copy(path, making / "position_loss")
+    rows = (base / FILE_NAME).read_text(encoding="utf-8").splitlines(keepends=True)
     # The stage that begins here is the branch's own.
-    kept = [line for line in lines if not ((row := json.loads(line))["kind"] == "stage" and row["tokens"] >= tokens)]
-    (folder / FILE_NAME).write_text("".join(kept), encoding="utf-8")
+    kept = [text for text in rows if (row := json.loads(text))["tokens"] < tokens + (row["kind"] != "stage")]
+    (making / FILE_NAME).write_text("".join(kept), encoding="utf-8")
+    making.rename(folder)
+
+
+def stage_ends(folder: Path) -> list[Path]:
+    """A run's checkpoints at the ends of stages; one that was stopped has others."""
+    return [path for path in checkpoints(folder) if read_json(path / STATE)["stage_end"]]
 
 
 # -------------------- results

@@ -30,7 +30,7 @@ from moba.routing import (
     select_by_score,
 )
 
-_MASK = (1 << 32) - 1
+_MASK, _FACTOR = (1 << 32) - 1, 0x45D9F3B
 
 
 @torch.no_grad()
@@ -98,17 +98,19 @@ def block_log_mass(
 
 
 def _uniform(q_CHD: torch.Tensor, position_C: torch.Tensor, column_m: torch.Tensor) -> torch.Tensor:
-    """float32 [H, C, m] numbers in [0, 1) that look random: a hash of the bits of each query, its position and the
-    block."""
+    """float32 [H, C, m] numbers that look evenly drawn from [-2^31, 2^31): a hash of the bits of each query, its
+    position and the block. What is done for each of them is in 32 bits: it is most of the gate's time."""
     weight_D = torch.arange(1, q_CHD.shape[2] + 1, device=q_CHD.device) * 0x9E3779B1 | 1
     bits_CH = (q_CHD.float().view(torch.int32).long() * weight_D).sum(dim=-1)
-    seed_HC = _mix(bits_CH.T + position_C * 0x85EBCA6B)
-    return (_mix(seed_HC[:, :, None] + column_m * 0xC2B2AE35) >> 8).float() / (1 << 24)
+    seed_HC, seed_m = _mix(bits_CH.T + position_C * 0x85EBCA6B), _mix(column_m * 0xC2B2AE35)
+    x_HCm = (seed_HC[:, :, None] ^ seed_m).mul_(_FACTOR)
+    return x_HCm.bitwise_xor_(x_HCm >> 16).mul_(_FACTOR).float()
 
 
 def _mix(x: torch.Tensor) -> torch.Tensor:
-    """Each int64's low 32 bits, scrambled: multiplications and shifts that let every bit change half of the others."""
+    """int32, each int64's low 32 bits scrambled: multiplications and shifts that let every bit change half of the
+    others."""
     x = x & _MASK
     for _ in range(2):
-        x = ((x ^ (x >> 16)) * 0x45D9F3B) & _MASK
-    return x ^ (x >> 16)
+        x = ((x ^ (x >> 16)) * _FACTOR) & _MASK
+    return ((x ^ (x >> 16)) - (1 << 31)).int()

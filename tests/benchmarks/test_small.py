@@ -59,11 +59,12 @@ def test_what_is_fine_tuned_has_the_layers_of_its_name(command):
 
 
 def test_tasks_bring_what_they_go_on_from_and_come_behind_it():
-    """Catches a run that waits for one that nobody makes, and a seed of one arm that goes to all."""
-    found = study.tasks_of(STUDIES["small"], ["moba, then full", "moba", "1024x2@1", "full, 6.1M@0"], [0, 1])
-    assert found[:3] == [("start", 0), ("start, 6.1M", 0), ("start", 1)]
-    assert found[-2:] == [("moba, then full", 0), ("moba, then full", 1)]
-    assert sorted(found[3:-2]) == [("1024x2", 1), ("full, 6.1M", 0), ("moba", 0), ("moba", 1)]
+    """Catches a run that waits for one that nobody makes, a seed of one arm that goes to all, and another order than
+    the one asked for."""
+    found = study.tasks_of(STUDIES["small"], ["full, 6.1M@0", "moba, then full", "moba", "1024x2@1"], [0, 1])
+    assert found[:2] == [("start, 6.1M", 0), ("full, 6.1M", 0)]
+    each = ("start", "moba", "moba, then full")
+    assert found[2:] == [*((name, 0) for name in each), *((name, 1) for name in each), ("1024x2", 1)]
     chain = STUDIES["small"].chain("sft, 3 full")
     assert chain == ["start", "moba, first block", "sft, 3 full"]
 
@@ -81,6 +82,30 @@ def test_what_runs_is_ended_when_time_is_up(tmp_path, monkeypatch, command, caps
     assert time.monotonic() - began < 30 and "start_seed1: train.py was not begun: time is up" in said
     assert "start_seed0: train.py failed with exit status -15" in said
     assert "start_seed0 did not come to the end of its stage 1" in said
+
+
+def test_places_go_to_the_first_in_the_order_and_to_all_gpus(monkeypatch):
+    """Catches a run of little value that is made before one of more, a GPU that is left idle, and more runs at a time
+    than places."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    places, order, gpus, lock = common.Places(2), [], [], threading.Lock()
+    held = [places.taken(turn) for turn in (0, 1)]
+    assert {place.__enter__() for place in held} == {"3", "5"}
+
+    def work(turn):
+        with places.taken(turn) as gpu, lock:
+            order.append(turn)
+            gpus.append(gpu)
+
+    threads = [threading.Thread(target=work, args=(turn,)) for turn in (4, 2, 5, 3)]
+    for thread in threads:
+        thread.start()
+        time.sleep(0.05)
+    assert order == []
+    held[1].__exit__(None, None, None)
+    for thread in threads:
+        thread.join(10)
+    assert order == [2, 3, 4, 5] and set(gpus) == {"5"}
 
 
 def test_ends_of_documents_are_the_same_tokens(tmp_path, monkeypatch):
@@ -167,20 +192,27 @@ def test_numbers_are_those_of_the_files(tmp_path, monkeypatch, command):
 
 
 def test_a_branch_takes_what_the_base_had_where_the_stages_part(tmp_path):
-    """Catches a branch of a run that is not finished, of its end, or without what it measured."""
+    """Catches a branch of a run that is not finished, of its end, of where it was once stopped, without what it
+    measured, or with what it measured later."""
     base = tmp_path / "base"
     with pytest.raises(ValueError, match="base did not come to the end of its stage 1"):
         study.branch_off(base, tmp_path / "branch", 1)
-    for tokens in (10, 20, 30):
+    for tokens in (10, 15, 20, 30):
         folder = base / "checkpoints" / f"tokens_{tokens:015d}"
         folder.mkdir(parents=True)
-        (folder / "state.json").write_text("{}")
-        entry = {"size": 2, "sha256": "0" * 64}
+        text = json.dumps({"stage_end": tokens != 15})
+        (folder / "state.json").write_text(text)
+        entry = {"size": len(text), "sha256": "0" * 64}
         (folder / "manifest.json").write_text(json.dumps({"format_version": 1, "files": {"state.json": entry}}))
-    rows = [{"kind": "stage", "tokens": tokens} for tokens in (0, 10, 20)] + [{"kind": "eval", "tokens": 20}]
+    rows = [{"kind": "stage", "tokens": tokens} for tokens in (0, 10, 20)]
+    rows += [{"kind": "eval", "tokens": tokens} for tokens in (20, 30)]
     (base / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (base / "position_loss").mkdir()
+    for tokens in (20, 30):
+        (base / "position_loss" / f"eval_{tokens:015d}.npz").touch()
+    (tmp_path / ".branch").mkdir()
     study.branch_off(base, tmp_path / "branch", 2)
+    assert [path.name for path in (tmp_path / "branch" / "position_loss").iterdir()] == ["eval_000000000000020.npz"]
     assert [path.name[-2:] for path in (tmp_path / "branch" / "checkpoints").iterdir()] == ["20"]
     kept = [json.loads(line) for line in (tmp_path / "branch" / "metrics.jsonl").read_text().splitlines()]
     assert kept == [rows[0], rows[1], rows[3]], "the stage that begins there is written anew, with its own attention"
