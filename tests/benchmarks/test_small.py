@@ -77,7 +77,7 @@ def test_what_runs_is_ended_when_time_is_up(tmp_path, monkeypatch, command, caps
     monkeypatch.setattr(common, "_time_is_up", threading.Event())
     began = time.monotonic()
     timed = replace(command, values={**command.values, "minutes": "0.02", "jobs": "1"})
-    study.run_all(timed, [("start", 0), ("start", 1), ("full", 0)])
+    study.run_all(timed, [("start", 0), ("start", 1), ("full", 0)], began)
     said = capsys.readouterr().out
     assert time.monotonic() - began < 30 and "start_seed1: train.py was not begun: time is up" in said
     assert "start_seed0: train.py failed with exit status -15" in said
