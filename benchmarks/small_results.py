@@ -60,8 +60,8 @@ class Held:
         return {seed: path for name, seed, line, path in self._found if name == arm and line.startswith(what)}
 
     def tokens(self, arm: str, seed: int) -> set[int]:
-        """At which a run was evaluated."""
-        files = (self.runs[arm][seed] / "position_loss").glob("eval_*.npz")
+        """At which a run was evaluated; one that was killed may have left an array whose .json was not written yet."""
+        files = (self.runs[arm][seed] / "position_loss").glob("eval_*.json")
         return {int(path.stem.removeprefix("eval_")) for path in files}
 
     def common(self, *arms: str) -> tuple[list[int], int]:
@@ -86,7 +86,7 @@ def collect(folders: Mapping[Task, Path], found: Sequence[Measured], cluster: st
     evaluated."""
     every: dict[str, dict[int, Path]] = {}
     for (arm, seed), folder in folders.items():
-        if not arm.startswith(START) and list((folder / "position_loss").glob("eval_*.npz")):
+        if not arm.startswith(START) and list((folder / "position_loss").glob("eval_*.json")):
             every.setdefault(arm, {})[seed] = folder
     runs = {arm: own for arm, own in every.items() if not arm.startswith(TUNED)}
     if not runs:

@@ -21,6 +21,7 @@ import shlex
 import shutil
 import sys
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -96,6 +97,7 @@ class Command:
 @exits_on(ValueError, OSError)
 def main() -> None:
     """The command; see the module's text."""
+    began = time.monotonic()
     name, *arguments = sys.argv[1:] or [""]
     if name in ("--help", "-h", "") or name not in STUDIES:
         listed = "\n".join(f"  {key:<15}{one.about}" for key, one in STUDIES.items())
@@ -117,7 +119,7 @@ def main() -> None:
     tasks = tasks_of(study, asked, seeds)
     if values.get("collect") != "true":
         check(command, chosen)
-        run_all(command, tasks)
+        run_all(command, tasks, began)
     found = [one for task in tasks for one in measured(command, *task)]
     record = {"study": name, "about": study.about, **origin(arguments, values.get("commit")), "seeds": seeds}
     if not study.panels:
@@ -164,15 +166,15 @@ def tasks_of(study: Study, asked: Sequence[str], seeds: Sequence[int]) -> list[T
     return list(found)
 
 
-def run_all(command: Command, tasks: Sequence[Task]) -> None:
+def run_all(command: Command, tasks: Sequence[Task], began: float) -> None:
     """Makes all runs, `jobs` at a time, the first of those that can begin first, and as many evaluations beside them;
     one after the other where it is one job. ValueError when one fails, what was not begun is dropped; but where time is
-    limited the others go on, and what is not made when it is up is left out."""
+    limited, from `began` on, the others go on, and what is not made when it is up is left out."""
     jobs, timed = int(command.values.get("jobs", 1)), "minutes" in command.values
     failed: list[Exception] = []
     trained, runs = {task: threading.Event() for task in tasks}, Places(jobs)
     evaluations = Places(jobs) if jobs > 1 else runs
-    timer = threading.Timer(60 * float(command.values.get("minutes", 0)), stop_all)
+    timer = threading.Timer(began + 60 * float(command.values.get("minutes", 0)) - time.monotonic(), stop_all)
     timer.daemon = True
     if timed:
         timer.start()

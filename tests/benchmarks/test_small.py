@@ -77,7 +77,7 @@ def test_what_runs_is_ended_when_time_is_up(tmp_path, monkeypatch, command, caps
     monkeypatch.setattr(common, "_time_is_up", threading.Event())
     began = time.monotonic()
     timed = replace(command, values={**command.values, "minutes": "0.02", "jobs": "1"})
-    study.run_all(timed, [("start", 0), ("start", 1), ("full", 0)])
+    study.run_all(timed, [("start", 0), ("start", 1), ("full", 0)], began)
     said = capsys.readouterr().out
     assert time.monotonic() - began < 30 and "start_seed1: train.py was not begun: time is up" in said
     assert "start_seed0: train.py failed with exit status -15" in said
@@ -155,6 +155,7 @@ def test_numbers_are_those_of_the_files(tmp_path, monkeypatch, command):
                 found.result("x").write(folder / "evals" / f"tokens_2_{study.named(line)}", "cut")
             at = {100: loss_NB + 1, 200: loss_NB} | ({300: loss_NB - 1} if arm == "full" else {})
             write_run(folder, at, 4.5 if "then" in arm else 5.0)
+    (command.folder("moba", 0) / "position_loss" / "eval_000000000000300.npz").touch()  # killed while it wrote
     for layers in (0, 3):
         for seed in (0, 1):
             answers_NB = np.where(np.arange(16) < 14, np.nan, base_NB - 0.1 * layers + seed)
