@@ -25,7 +25,7 @@ FEW_LONG = 0.05  # of a stage's tokens
 
 
 def describe_layers(attention: tuple[AttentionSpec, ...]) -> str:
-    """A plan of attention in words: "moba 2048x3 (layers 0-8), full (layers 9-11)"."""
+    """An attention plan in words: "moba 2048x3 (layers 0-8), full (layers 9-11)"."""
     layers: dict[str, list[int]] = {}
     for index, spec in enumerate(attention):
         layers.setdefault(str(spec), []).append(index)
