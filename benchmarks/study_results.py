@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.common import read_json, speeds
+from conf.numbers import format_length
 from evals.paired import difference
 from evals.position_loss import Evaluation, load_evaluation, plain
 from evals.statistics import half_width
@@ -71,7 +72,17 @@ def of_sweep(path: Path) -> dict:
     return {key: record[key] for key in kept} | {"settings": settings}
 
 
-READ = {"position_loss": of_position_loss, "recall": of_recall, "sweep": of_sweep}
+def of_needle(path: Path) -> dict:
+    """Of an evaluation: the share of exact answers under each attention, at all lengths and by length."""
+    record = read_json(path)
+    right: dict[str, dict[str, float]] = {}
+    for row in record["shares"]:
+        at = "all" if row["length"] is None else format_length(row["length"])
+        right.setdefault(row["arm"], {})[at] = row["exact"]["share"]
+    return {"tokens": record["tokens"], "right": right}
+
+
+READ = {"position_loss": of_position_loss, "recall": of_recall, "sweep": of_sweep, "needle": of_needle}
 
 
 def over_seeds(evaluations: Sequence[Evaluation]) -> Evaluation:
