@@ -244,7 +244,7 @@ class Trainer:
         self._unknown = OnHost(result.skipped), self.tokens
 
     def _settle(self) -> None:
-        """Waits for the end of the last step and counts it as taken or skipped, if that is still to be done."""
+        """Counts the last step as taken or skipped, if not yet done; waits for its end."""
         unknown, self._unknown = self._unknown, None
         if unknown is None:
             return
