@@ -20,7 +20,7 @@ from evals.position_loss import Evaluation
 from evals.style import LOSS, POSITION, add_legend, color, look, marker, save
 
 Records = Sequence[Mapping[str, Any]]
-MOST_BANDS = 2  # more would be seen as one
+MOST_BANDS = 2  # more would overlap
 SMOOTHING = 40  # a smoothed value is the mean of about a fortieth of the points
 
 

@@ -1,8 +1,8 @@
 """Tasks of lm-evaluation-harness (extra lm-eval), its own or those of a folder, under one or several attentions.
 
-The harness makes prompts, metrics and their standard errors; evals/lm_eval_model.py answers. Most of its tasks are far
-shorter than block size x top k, where MoBA is full attention: they test the weights only. Every result says how many
-requests were longer.
+The harness provides prompts, metrics and their standard errors; evals/lm_eval_model.py answers. Most of its tasks are
+far shorter than block size x top k, where MoBA is full attention: they test the weights only. Every result says how
+many requests were longer.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """The one training loop: a staged run from its first token, or from a checkpoint, to its last.
 
 `Trainer.fit` is the run, to be read top to bottom. Everything that decides the trajectory happens in it or in
-`train_step`; what is handed in from outside (evaluation, figures, wandb, the progress bar) only observes. Progress is
-counted in tokens, so the state of a run is: weights and moments (engine), tokens and steps, the loader's position, the
-loss sums by position, the spike statistics, and the random state. A checkpoint is copied to the host in the loop and
-written asynchronously (train/checkpoint/saving.py), one at a time.
+`train_step`; what is passed in (evaluation, figures, wandb, the progress bar) only observes. Progress is counted in
+tokens, so the state of a run is: weights and moments (engine), tokens and steps, the loader's position, the loss sums
+by position, the spike statistics, and the random state. A checkpoint is copied to the host in the loop and written
+asynchronously (train/checkpoint/saving.py), one at a time.
 
 Host synchronisations: those of the step (train/step.py). Whether a step was skipped, and a log interval's sums, are
 copied to the host and, on a GPU, read once the next step's first micro-batch is queued, so that the device never waits

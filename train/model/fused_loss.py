@@ -8,7 +8,7 @@ gradient, as under a sum or a mean, and whether they have is seen without a sync
 one number, expanded, with a stride of 0. For any other upstream gradient the backward pass recomputes the logits and
 scales them token by token.
 
-Bytes per token (V vocabulary rows, float32 logits): besides the products' own, 6 V instead of 38 V.
+Memory traffic per token (V vocabulary rows, float32 logits), besides the products': 6 V bytes instead of 38 V.
 
 Shape suffixes: T tokens, C hidden size, V vocabulary rows.
 """

@@ -88,7 +88,8 @@ def matmul_flops_per_token(config: ModelConfig, vocab_size: int, backward: bool 
 
 
 def embedding_rows(config: ModelConfig, tokenizer_size: int) -> int:
-    """Rows of the embedding for a tokenizer of so many ids: model.vocab_size, or the padded size where that is null.
+    """Rows of the embedding for a tokenizer of `tokenizer_size` ids: model.vocab_size, or the padded size where that is
+    null.
 
     ConfigError if model.vocab_size is too small for the tokenizer.
     """

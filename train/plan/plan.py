@@ -285,7 +285,7 @@ def _time(config: RunConfig, stages: Sequence[StagePlan], hardware: Hardware) ->
 
 
 def _advice(config: RunConfig, hardware: Hardware, need, most: int) -> str:
-    """What would make it fit: the first of ever larger changes that does, or that none does."""
+    """How to make it fit: the first of ever larger changes with which it does, or that there is none."""
     modes = list(KEPT)
     leaner = modes[modes.index(config.model.activation_checkpointing) :]
     models = {mode: replace(config.model, activation_checkpointing=mode) for mode in leaner}

@@ -101,7 +101,7 @@ def _mixture_warnings(config: RunConfig, schedule: Schedule, sources: Mapping[st
 
 
 def inputs_used(sources: Mapping[str, Source], seq_len: int) -> dict[str, np.ndarray]:
-    """How many inputs of each document training at this length uses, int64 [num_documents] a source."""
+    """Inputs of each document that training at this length uses, int64 [num_documents] per source."""
     return {
         name: source.usable_inputs(seq_len) if source.is_chat else source.lengths - 1
         for name, source in sources.items()

@@ -161,7 +161,7 @@ def read_metrics(path: Path | str) -> list[dict[str, Any]]:
 
 
 def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """Each line as it stands in the file, with what it says."""
+    """Each line's bytes, with its record."""
     try:
         lines = path.read_bytes().splitlines(keepends=True)
     except OSError as error:
@@ -179,7 +179,7 @@ def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
 
 
 def _record(line: bytes) -> dict[str, Any]:
-    """What a line says. FileError if it is no line of ours."""
+    """A line's record. FileError if it is not a valid one."""
     record = parse_object(line, _Line, where="which")
     if record["kind"] == "stage":
         parse_json(line, _StageLine, where="which")

@@ -5,7 +5,7 @@ precede it, 1 to the length. Under packing that is `positions + 1`, never the pl
 float64 on the device, one per position, so a whole stage can be accumulated, saved and resumed exactly.
 
 Buckets are 2048 tokens, or a sixteenth of the length where it is under 32K (MoBA paper, Table 3). A bucket of the curve
-counts every token that lies in it, so the documents behind it change with the position. The trailing loss is the last
+counts every token that lies in it, so the set of documents changes with the position. The trailing loss is the last
 bucket of only those documents or windows that reach the full length (paper, section 3.1).
 
 Tokens of one document are far from independent: standard errors treat each document or window as a cluster. Shape

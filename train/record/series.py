@@ -102,7 +102,7 @@ def _derived(record: Mapping[str, Any], stages: Sequence[Any]) -> dict[str, floa
 
 
 def epochs(tokens: int, stages: Sequence[Any], source_tokens: Mapping[str, int]) -> dict[str, float]:
-    """`data/epochs/<source>` after so many tokens, as the plan counts them: by the stages' mixtures and the sources'
+    """`data/epochs/<source>` after `tokens` tokens, as the plan counts them: by the stages' mixtures and the sources'
     sizes. (Counting documents drawn would overstate it: several long ones are partly used at a time.)"""
     read = {
         name: sum(max(min(tokens, stage.end) - stage.start, 0) * stage.mix.get(name, 0.0) for stage in stages)

@@ -172,7 +172,7 @@ class Throughput:
         return self.flops(work.tokens, work.attended_pairs) / work.tokens
 
     def describe(self) -> dict[str, Any]:
-        """Convention and hardware behind the rates: columns of a `run` line."""
+        """Convention and hardware of the rates: columns of a `run` line."""
         return {
             "device": self.device_name or "cpu",
             "num_devices": self.num_devices,
