@@ -28,7 +28,7 @@ from matplotlib.figure import Figure
 from benchmarks.common import read_json
 from benchmarks.panels import centres, known, measured_on, prepared, spread, tables
 from benchmarks.studies import CUTS
-from benchmarks.study_results import Measured, Task, of_run, over_seeds
+from benchmarks.study_results import Measured, Task, of_run, over_seeds, training_losses
 from conf.numbers import format_count, format_length, parse_length
 from evals.context import clusters_by
 from evals.figures import length_axis, mark_dense, token_axis
@@ -62,17 +62,13 @@ class Held:
         """Seed -> the result of an evaluation, named by the beginning of its line."""
         return {seed: path for name, seed, line, path in self._found if name == arm and line.startswith(what)}
 
-    def tokens(self, arm: str, seed: int) -> set[int]:
-        """At which a run was evaluated."""
-        files = (self.runs[arm][seed] / "position_loss").glob("eval_*.npz")
-        return {int(path.stem.removeprefix("eval_")) for path in files}
-
     def common(self, *arms: str) -> tuple[list[int], int]:
         """(seeds, tokens): the seeds that all of them have, and the last evaluation that all of these have; no seeds
         where there is none."""
         seeds = [s for s in self.runs.get(arms[0], {}) if all(s in self.runs.get(arm, {}) for arm in arms)]
-        shared = set.intersection(*(self.tokens(arm, seed) for arm in arms for seed in seeds)) if seeds else set()
-        return (seeds, max(shared)) if shared else ([], 0)
+        names = [{path.name for path in evaluations(self.runs[arm][seed])} for arm in arms for seed in seeds]
+        shared = set.intersection(*names) if seeds else set()
+        return (seeds, int(max(shared)[5:-4])) if shared else ([], 0)
 
     def at(self, arm: str, seed: int, tokens: int) -> Evaluation:
         """One of them, with the clusters that were asked for."""
@@ -84,19 +80,28 @@ class Held:
         return [self.at(arm, seed, tokens) for seed in seeds]
 
 
+def evaluations(folder: Path) -> list[Path]:
+    """The evaluations during training, eval_<tokens>.npz."""
+    return [*(folder / "position_loss").glob("eval_*.npz")]
+
+
 def collect(folders: Mapping[Task, Path], found: Sequence[Measured], cluster: str) -> dict:
     """What results.json has besides where it comes from. `folders`: of the runs. ValueError where none was
     evaluated."""
     every: dict[str, dict[int, Path]] = {}
     for (arm, seed), folder in folders.items():
-        if not arm.startswith(START) and list((folder / "position_loss").glob("eval_*.npz")):
+        if not arm.startswith(START) and evaluations(folder):
             every.setdefault(arm, {})[seed] = folder
     runs = {arm: own for arm, own in every.items() if not arm.startswith(TUNED)}
     if not runs:
         raise ValueError("no run has an evaluation")
     held = Held(runs, found, cluster)
     record = {
-        "runs": list(of_runs(every)),
+        "runs": [
+            {"arm": arm, "seed": seed, **of_run(at_length(read_metrics(folder / FILE_NAME)))}
+            for arm, own in every.items()
+            for seed, folder in own.items()
+        ],
         "final": {arm: final(held, arm) for arm in runs},
         "gaps": [gap for arm in runs for reference in references(arm) if (gap := gap_of(held, arm, reference))],
         "recovered": recovered(held),
@@ -104,13 +109,6 @@ def collect(folders: Mapping[Task, Path], found: Sequence[Measured], cluster: st
         "tuned": list(tuned({arm: own for arm, own in every.items() if arm not in runs})),
     }
     return record | {"device": ", ".join(sorted({run["device"] for run in record["runs"]}))}
-
-
-def of_runs(runs: Runs) -> Iterator[dict]:
-    """Each run's speed, and its losses over training."""
-    for arm, own in runs.items():
-        for seed, folder in own.items():
-            yield {"arm": arm, "seed": seed, **of_run(at_length(read_metrics(folder / FILE_NAME)))}
 
 
 def at_length(metrics: Sequence[dict]) -> list[dict]:
@@ -250,10 +248,7 @@ def recovered(held: Held) -> dict | None:
 
 def after_switch(switched: Path, sparse: Path) -> list[float]:
     """The training loss minus that of the run that was not switched, on the same batches: every logged one since."""
-    ours, theirs = (
-        {row["tokens"]: row["loss"] for row in read_metrics(folder / FILE_NAME) if row["kind"] == "train"}
-        for folder in (switched, sparse)
-    )
+    ours, theirs = (training_losses(read_metrics(folder / FILE_NAME)) for folder in (switched, sparse))
     gaps = [ours[tokens] - theirs[tokens] for tokens in sorted(ours.keys() & theirs.keys())]
     start = next((i for i, gap in enumerate(gaps) if gap != 0), len(gaps))
     return gaps[start:]

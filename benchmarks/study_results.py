@@ -118,10 +118,15 @@ def differences(found: Sequence[Measured], reference: str) -> Iterator[dict]:
         yield {"arm": name, "reference": reference, "eval": line, **about, **gap, "by_seed": by_seed}
 
 
+def training_losses(records: Sequence[Mapping]) -> dict[int, float]:
+    """Tokens -> loss of each log interval of a run."""
+    return {row["tokens"]: row["loss"] for row in records if row["kind"] == "train"}
+
+
 def after_switch(metrics: Mapping[tuple[str, int], Sequence[Mapping]], arms: tuple[str, str], seed: int) -> dict:
     """How the training losses of the first arm differ from the second's on the same batches once it has switched: up to
     the switch both have the same weights, so that the first difference is the attention's doing."""
-    ours, theirs = ({r["tokens"]: r["loss"] for r in metrics[arm, seed] if r["kind"] == "train"} for arm in arms)
+    ours, theirs = (training_losses(metrics[arm, seed]) for arm in arms)
     at = next(r["tokens"] for r in metrics[arms[0], seed] if r["kind"] == "stage" and r["stage_index"] == 1)
     gaps = [ours[t] - theirs[t] for t in sorted(ours) if t > at and t in theirs][:AFTER_SWITCH]
     return {"seed": seed, "arm": arms[0], "against": arms[1], "tokens": at, "first": gaps[0], "largest": max(gaps)}
