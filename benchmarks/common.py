@@ -218,21 +218,6 @@ def launch(script: str, arguments: Sequence[str], run: Path, quiet: bool = False
     print(f"   {run.name}: {script} done, {time.monotonic() - began:.0f} s", flush=True)
 
 
-def train(folder: Path, overrides: Sequence[str], seed: int) -> Path:
-    """The run directory, once launch/train.py has finished there with these overrides; it goes on with a run that was
-    interrupted, and sees by itself that one is finished."""
-    launch("train.py", [*overrides, f"run.dir={folder}", f"run.seed={seed}"], folder)
-    return folder
-
-
-def evaluate(run: Path, name: str, *arguments: str) -> Path:
-    """The .json that launch/evaluate.py writes for one eval of a run, made if it is not there."""
-    to = run / "evals" / name
-    if not list(to.glob("*.json")):
-        launch("evaluate.py", [f"run={run}", f"evals=[{name}]", *arguments, f"to={to}"], run)
-    return min(to.glob("*.json"))
-
-
 class Failed(Exception):
     """A run that did not get as far as it should; the text is the reason."""
 

@@ -26,19 +26,44 @@ def draw(record: Record, panels: Sequence[str], path: Path) -> None:
     parts = figure.subfigures(1, len(panels), squeeze=False, width_ratios=[WIDTHS.get(name, 1) for name in panels])[0]
     for part, name in zip(parts, panels):
         PANELS[name](part, record)
-    figure.suptitle(
-        f"{record['about']}\n{record['device']}, commit {(record['commit'] or 'unknown')[:7]}", fontsize="medium"
-    )
+    figure.suptitle(f"{record['about']}\n{measured_on(record)}", fontsize="medium")
     save(figure, path)
 
 
-def one(figure: SubFigure, title: str, ylabel: str) -> Axes:
-    """A panel with one pair of axes."""
-    axes = figure.add_subplot()
+def measured_on(record: Record) -> str:
+    """Device and commit."""
+    return f"{record['device']}, commit {(record['commit'] or 'unknown')[:7]}"
+
+
+def prepared(axes: Axes, title: str, ylabel: str) -> Axes:
+    """The axes, with a title, a label and a grid."""
     axes.set_title(title, fontsize="medium")
     axes.set_ylabel(ylabel)
     axes.grid(alpha=0.3)
     return axes
+
+
+def one(figure: SubFigure, title: str, ylabel: str) -> Axes:
+    """A panel with one pair of axes."""
+    return prepared(figure.add_subplot(), title, ylabel)
+
+
+def known(widths: Sequence[float | None]) -> list[float]:
+    """Half-widths of error bars, NaN where there is no interval."""
+    return [np.nan if width is None else width for width in widths]
+
+
+def centres(edges: Sequence[int]) -> np.ndarray:
+    """The middle of each bucket."""
+    return (np.array(edges[:-1]) + edges[1:]) / 2
+
+
+def spread(axes: Axes, x: Sequence[float], values_XS: np.ndarray, label: str, style: Mapping, alpha: float) -> None:
+    """A line through the means over seeds, the range of seeds shaded."""
+    axes.plot(x, values_XS.mean(1), label=label, **style)
+    if values_XS.shape[1] > 1:
+        low, high = values_XS.min(1), values_XS.max(1)
+        axes.fill_between(x, low, high, color=style["color"], alpha=alpha, linewidth=0)
 
 
 def arms(rows: Sequence[Record]) -> list[str]:
@@ -53,17 +78,14 @@ def training(figure: SubFigure, record: Record) -> None:
     key, title = ("recall_all", "Right answers") if recalled else ("trailing_loss", "Held-out trailing loss")
     axes = one(figure, f"{title} over training, own attention", "share of right answers" if recalled else LOSS)
     names = [name for name in arms(record["runs"]) if len(_course(record, name, key)) > 2]
-    known: list[dict[int, tuple[float, ...]]] = []
+    drawn: list[dict[int, tuple[float, ...]]] = []
     for i, name in enumerate(names):
         course = _course(record, name, key)
-        same = [[t for t in course if other.get(t) == course[t]] for other in known]
+        same = [[t for t in course if other.get(t) == course[t]] for other in drawn]
         start = max((max(tokens) for tokens in same if len(tokens) > 1), default=0)
-        known.append(course)
+        drawn.append(course)
         course = {tokens: values for tokens, values in course.items() if tokens >= start}
-        style, values = look(i, len(names)), np.array([*course.values()])
-        axes.plot(list(course), values.mean(1), label=shown(name), **style)
-        if values.shape[1] > 1:
-            axes.fill_between(list(course), values.min(1), values.max(1), color=style["color"], alpha=0.15, linewidth=0)
+        spread(axes, [*course], np.array([*course.values()]), shown(name), look(i, len(names)), alpha=0.15)
     axes.set_xlim(left=0)
     token_axis(axes)
     figure.legend(loc="outside lower center", ncols=3, fontsize="small")
@@ -91,23 +113,15 @@ def difference(figure: SubFigure, record: Record) -> None:
     )
     names = [row["arm"] for row in rows]
     for i, row in enumerate(rows):
-        edges = np.array(row["edges"])
-        aside = (i - (len(rows) - 1) / 2) * np.diff(edges).min() / 10
-        widths = [np.nan if width is None else width for width in row["interval_95"]]
+        x = centres(row["edges"]) + (i - (len(rows) - 1) / 2) * np.diff(row["edges"]).min() / 10
         label = f"{shown(row['arm'])} at {format_count(row['tokens'])} tokens, under {shown(row['attention'])}"
         style = {"capsize": 2, "label": label if names.count(row["arm"]) > 1 else shown(row["arm"])}
-        centres = (edges[:-1] + edges[1:]) / 2 + aside
-        axes.errorbar(centres, row["difference"], yerr=widths, **look(i), **style)
+        axes.errorbar(x, row["difference"], yerr=known(row["interval_95"]), **look(i), **style)
     mark_dense(axes, next((row["dense_up_to"] for row in rows if row["dense_up_to"]), None), longest)
     axes.axhline(0, color="black", linewidth=0.8)
     length_axis(axes.xaxis, longest)
     axes.set_xlabel(POSITION)
     axes.legend(fontsize="small", title="bars: 95 % intervals over documents", title_fontsize="small")
-
-
-def _curve(axes: Axes, row: Record, label: str, style: dict) -> None:
-    edges = np.array(row["edges"])
-    axes.plot((edges[:-1] + edges[1:]) / 2, row["mean"], label=label, **style)
 
 
 def stages(figure: SubFigure, record: Record) -> None:
@@ -118,7 +132,7 @@ def stages(figure: SubFigure, record: Record) -> None:
     for axes, before, name in zip(panels, list(ends), names):
         rows = [row for row in record["measured"] if row["stage"] == name]
         for i, row in enumerate(rows):
-            _curve(axes, row, row["arm"], look(i, len(rows)))
+            axes.plot(centres(row["edges"]), row["mean"], label=row["arm"], **look(i, len(rows)))
         axes.axvspan(ends[before], ends[name], color="0.9", zorder=0)
         length_axis(axes.xaxis, row["seq_len"])
         axes.set(title=f"after {format_length(ends[before])} to {format_length(ends[name])}", xlabel=POSITION)
@@ -135,8 +149,7 @@ def trailing(figure: SubFigure, record: Record) -> None:
     for i, name in enumerate(arms(rows)):
         own = [row for row in rows if row["arm"] == name]
         gaps, widths = ([row[key][-1] for row in own] for key in ("difference", "interval_95"))
-        known = [np.nan if width is None else width for width in widths]
-        axes.errorbar(range(len(own)), gaps, yerr=known, capsize=4, label=shown(name), **look(i))
+        axes.errorbar(range(len(own)), gaps, yerr=known(widths), capsize=4, label=shown(name), **look(i))
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set_xticks(range(len(own)), [format_length(row["seq_len"]) for row in own])
     axes.set_xlabel("length in training and evaluation (bars: 95 %)")
@@ -192,6 +205,22 @@ def recall(figure: SubFigure, record: Record) -> None:
     figure.legend(fontsize="small", title="evaluated with", loc="outside lower center", ncols=len(variants))
 
 
+def needle(figure: SubFigure, record: Record) -> None:
+    """Exact answers over context length, an axes per attention of the evaluation, a line per training."""
+    names, attentions = arms(record["measured"]), list(record["measured"][0]["right"])
+    for axes, attention in zip(figure.subplots(1, len(attentions), sharey=True), attentions):
+        prepared(axes, f"evaluated with {shown(attention)}", "")
+        for i, name in enumerate(names):
+            by_length = [row["right"][attention] for row in record["measured"] if row["arm"] == name]
+            lengths = [length for length in by_length[0] if length != "all"]
+            means = [statistics.fmean(row[length] for row in by_length) for length in lengths]
+            axes.plot(lengths, means, label=shown(name), **look(i, len(names)))
+        axes.set_ylim(-0.02, 1.05)
+    figure.supylabel("share of right answers", fontsize="medium")
+    figure.supxlabel("context length (tokens)", fontsize="medium")
+    axes.legend(fontsize="small", title="trained with", title_fontsize="small")
+
+
 def gates(figure: SubFigure, record: Record) -> None:
     """What each gate's loss is above full attention's."""
     axes = one(figure, "Loss of the last eighth, document by document", "")
@@ -218,9 +247,9 @@ def shown(name: str) -> str:
     return LABELS.get(name, name.replace("moba", "MoBA"))
 
 
-WIDTHS = {"stages": 2.4, "recall": 1.5}
+WIDTHS = {"stages": 2.4, "recall": 1.5, "needle": 2.4}
 PANELS: dict[str, Callable[[SubFigure, Record], None]] = {
-    f.__name__: f for f in (training, difference, stages, trailing, speed, layers, recall, gates)
+    f.__name__: f for f in (training, difference, stages, trailing, speed, layers, recall, needle, gates)
 }
 
 

@@ -17,16 +17,18 @@ import hashlib
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.common import read_json
-from benchmarks.panels import tables
+from benchmarks.panels import centres, known, measured_on, prepared, spread, tables
 from benchmarks.studies import CUTS
-from benchmarks.study_results import Measured, Task, of_run, over_seeds
+from benchmarks.study_results import Measured, Task, of_run, over_seeds, training_losses
 from conf.numbers import format_count, format_length, parse_length
 from evals.context import clusters_by
 from evals.figures import length_axis, mark_dense, token_axis
@@ -44,6 +46,7 @@ DRAWS, REACH = 4000, 1024
 START, TUNED = "start", "sft"
 REFERENCE, SPARSE, SWITCHED, FIRST = "full", "moba", "moba, then full", "moba, first block"
 GRAIN = ("1024x2", "64x32")
+MINUS_FULL = "minus full (nats per token)"
 GATES = {"mean": "the gate's", "local": "latest", "random": "random", "oracle": "best"}
 Runs = Mapping[str, Mapping[int, Path]]
 """Arm -> seed -> folder of the run."""
@@ -59,17 +62,13 @@ class Held:
         """Seed -> the result of an evaluation, named by the beginning of its line."""
         return {seed: path for name, seed, line, path in self._found if name == arm and line.startswith(what)}
 
-    def tokens(self, arm: str, seed: int) -> set[int]:
-        """At which a run was evaluated; one that was killed may have left an array whose .json was not written yet."""
-        files = (self.runs[arm][seed] / "position_loss").glob("eval_*.json")
-        return {int(path.stem.removeprefix("eval_")) for path in files}
-
     def common(self, *arms: str) -> tuple[list[int], int]:
         """(seeds, tokens): the seeds that all of them have, and the last evaluation that all of these have; no seeds
         where there is none."""
         seeds = [s for s in self.runs.get(arms[0], {}) if all(s in self.runs.get(arm, {}) for arm in arms)]
-        shared = set.intersection(*(self.tokens(arm, seed) for arm in arms for seed in seeds)) if seeds else set()
-        return (seeds, max(shared)) if shared else ([], 0)
+        names = [{path.name for path in evaluations(self.runs[arm][seed])} for arm in arms for seed in seeds]
+        shared = set.intersection(*names) if seeds else set()
+        return (seeds, int(max(shared)[5:-4])) if shared else ([], 0)
 
     def at(self, arm: str, seed: int, tokens: int) -> Evaluation:
         """One of them, with the clusters that were asked for."""
@@ -81,19 +80,29 @@ class Held:
         return [self.at(arm, seed, tokens) for seed in seeds]
 
 
+def evaluations(folder: Path) -> list[Path]:
+    """The evaluations during training, eval_<tokens>.npz. One that was killed may have left an array whose .json was
+    not written yet."""
+    return [path.with_suffix(".npz") for path in (folder / "position_loss").glob("eval_*.json")]
+
+
 def collect(folders: Mapping[Task, Path], found: Sequence[Measured], cluster: str) -> dict:
     """What results.json has besides where it comes from. `folders`: of the runs. ValueError where none was
     evaluated."""
     every: dict[str, dict[int, Path]] = {}
     for (arm, seed), folder in folders.items():
-        if not arm.startswith(START) and list((folder / "position_loss").glob("eval_*.json")):
+        if not arm.startswith(START) and evaluations(folder):
             every.setdefault(arm, {})[seed] = folder
     runs = {arm: own for arm, own in every.items() if not arm.startswith(TUNED)}
     if not runs:
         raise ValueError("no run has an evaluation")
     held = Held(runs, found, cluster)
     record = {
-        "runs": list(of_runs(every)),
+        "runs": [
+            {"arm": arm, "seed": seed, **of_run(at_length(read_metrics(folder / FILE_NAME)))}
+            for arm, own in every.items()
+            for seed, folder in own.items()
+        ],
         "final": {arm: final(held, arm) for arm in runs},
         "gaps": [gap for arm in runs for reference in references(arm) if (gap := gap_of(held, arm, reference))],
         "recovered": recovered(held),
@@ -101,13 +110,6 @@ def collect(folders: Mapping[Task, Path], found: Sequence[Measured], cluster: st
         "tuned": list(tuned({arm: own for arm, own in every.items() if arm not in runs})),
     }
     return record | {"device": ", ".join(sorted({run["device"] for run in record["runs"]}))}
-
-
-def of_runs(runs: Runs) -> Iterator[dict]:
-    """Each run's speed, and its losses over training."""
-    for arm, own in runs.items():
-        for seed, folder in own.items():
-            yield {"arm": arm, "seed": seed, **of_run(at_length(read_metrics(folder / FILE_NAME)))}
 
 
 def at_length(metrics: Sequence[dict]) -> list[dict]:
@@ -247,10 +249,7 @@ def recovered(held: Held) -> dict | None:
 
 def after_switch(switched: Path, sparse: Path) -> list[float]:
     """The training loss minus that of the run that was not switched, on the same batches: every logged one since."""
-    ours, theirs = (
-        {row["tokens"]: row["loss"] for row in read_metrics(folder / FILE_NAME) if row["kind"] == "train"}
-        for folder in (switched, sparse)
-    )
+    ours, theirs = (training_losses(read_metrics(folder / FILE_NAME)) for folder in (switched, sparse))
     gaps = [ours[tokens] - theirs[tokens] for tokens in sorted(ours.keys() & theirs.keys())]
     start = next((i for i, gap in enumerate(gaps) if gap != 0), len(gaps))
     return gaps[start:]
@@ -390,71 +389,45 @@ def gap_cells(gap: Mapping) -> dict[str, str]:
 
 def figures(record: Mapping) -> dict[str, Callable[[Path], None]]:
     """Name -> draws it into a PNG file; those for which there are runs."""
-    main = [arm for arm in (REFERENCE, SPARSE, FIRST, SWITCHED) if arm in record["final"]]
-    grain = [arm for arm in GRAIN if arm in record["final"]]
     finals = record["final"]
+    main = [arm for arm in (REFERENCE, SPARSE, FIRST, SWITCHED) if arm in finals]
+    grain = [arm for arm in GRAIN if arm in finals]
     cut = {arm: finals[arm] for arm in (REFERENCE, SPARSE) if arm in finals and finals[arm].get("far_context")}
     gates = [row for row in record["router"] if row["eval"] == "gates"]
-    found: dict[str, Callable[[Path], None]] = {}
-    if main:
-        found["loss_by_tokens"] = _figure(
-            record, "Held-out loss over training (the paper's figure 3a)", lambda axes: over_tokens(axes, record, main)
-        )
-        found["loss_by_position"] = _figure(
-            record, "Loss by position (the paper's figure 5a)", lambda axes: by_position(axes, record, main)
-        )
-    if len(grain) > 1:
-        found["granularity"] = _figure(
-            record,
-            "The same sparsity in smaller blocks (the paper's figure 4)",
-            lambda axes: minus_full(axes, record, of_grain(record, grain)),
-        )
-    if cut:
-        found["context"] = _figure(
-            record, "The same last 512 tokens of each document after less context", lambda axes: by_context(axes, cut)
-        )
-    if record.get("tuned"):
-        found["layers"] = _figure(
-            record,
+    every = {
+        "loss_by_tokens": (main, over_tokens, "Held-out loss over training (the paper's figure 3a)"),
+        "loss_by_position": (main, by_position, "Loss by position (the paper's figure 5a)"),
+        "granularity": (grain[1:] and grain, by_grain, "The same sparsity in smaller blocks (the paper's figure 4)"),
+        "context": (cut, by_context, "The same last 512 tokens of each document after less context"),
+        "layers": (
+            record.get("tuned"),
+            by_layers,
             "Fine-tuning with full attention in the last layers (the paper's figure 5b)",
-            lambda axes: by_layers(axes, record),
-        )
-    if gates:
-        found["gates"] = _figure(
-            record,
-            "Trained weights under other blocks, last eighth of the documents",
-            lambda axes: by_gates(axes, record, gates),
-        )
-    return found
+        ),
+        "gates": (gates, by_gates, "Trained weights under other blocks, last eighth of the documents"),
+    }
+    return {name: partial(_draw, record, *about) for name, about in every.items() if about[0]}
 
 
-def _figure(record: Mapping, title: str, plot: Callable[[Sequence[Axes]], None]) -> Callable[[Path], None]:
-    def draw(path: Path) -> None:
-        figure = Figure(figsize=(12, 4.8), layout="constrained")
-        plot(figure.subplots(1, 2))
-        where = f"{record['device']}, commit {(record['commit'] or 'unknown')[:7]}"
-        figure.suptitle(f"{title}\n{where}", fontsize="medium")
-        save(figure, path)
-
-    return draw
+def _draw(record: Mapping, shown: Any, plot: Callable[..., None], title: str, path: Path) -> None:
+    figure = Figure(figsize=(12, 4.8), layout="constrained")
+    plot(figure.subplots(1, 2), record, shown)
+    figure.suptitle(f"{title}\n{measured_on(record)}", fontsize="medium")
+    save(figure, path)
 
 
 def over_tokens(axes: Sequence[Axes], record: Mapping, names: Sequence[str]) -> None:
     """Means over seeds, with the least and the most shaded."""
     for axis, key, title in zip(axes, ("loss", "trailing_loss"), ("all positions", "last sixteenth")):
+        prepared(axis, title, LOSS)
         for i, name in enumerate(names):
-            runs = [
-                {row["tokens"]: row[key] for row in run["held_out"]} for run in record["runs"] if run["arm"] == name
-            ]
-            tokens = sorted(set.intersection(*(set(run) for run in runs)))
+            own = [run["held_out"] for run in record["runs"] if run["arm"] == name]
+            runs = [{row["tokens"]: row[key] for row in rows} for rows in own]
+            tokens = sorted(set.intersection(*map(set, runs)))
             if name == SWITCHED:  # before that it is MoBA's
                 tokens = tokens[-2:]
             values = np.array([[run[at] for run in runs] for at in tokens])
-            style = look(i, len(names))
-            axis.plot(tokens, values.mean(1), label=f"{name} ({count(runs)})", **style)
-            axis.fill_between(tokens, values.min(1), values.max(1), color=style["color"], alpha=0.2, linewidth=0)
-        axis.set_title(title, fontsize="medium")
-        axis.set_ylabel(LOSS)
+            spread(axis, tokens, values, f"{name} ({count(runs)})", look(i, len(names)), alpha=0.2)
         axis.set_yscale("log")
         axis.yaxis.set_major_formatter("{x:.2f}")
         axis.yaxis.set_minor_formatter("{x:.2f}")
@@ -465,56 +438,58 @@ def over_tokens(axes: Sequence[Axes], record: Mapping, names: Sequence[str]) -> 
 
 def by_position(axes: Sequence[Axes], record: Mapping, names: Sequence[str]) -> None:
     """The curves, and what each is above full attention document by document."""
+    prepared(axes[0], "means (shaded: least to most of the seeds)", LOSS)
+    prepared(axes[1], "document by document (bars: 95 % of one place; shaded: of all)", MINUS_FULL)
     longest = record["final"][names[0]]["edges"][-1]
     for i, name in enumerate(names):
         own, style = record["final"][name], look(i, len(names))
-        edges = np.array(own["edges"])
-        centres = (edges[:-1] + edges[1:]) / 2
-        axes[0].plot(centres, own["mean"], label=name, **style)
+        x = centres(own["edges"])
+        axes[0].plot(x, own["mean"], label=name, **style)
         seeds = np.array(own["by_seed"])
-        axes[0].fill_between(centres, seeds.min(0), seeds.max(0), color=style["color"], alpha=0.2, linewidth=0)
+        axes[0].fill_between(x, seeds.min(0), seeds.max(0), color=style["color"], alpha=0.2, linewidth=0)
         gap = next((g for g in record["gaps"] if g["arm"] == name and g["reference"] == REFERENCE), None)
         if gap is None:
             continue
-        aside = (i - len(names) / 2) * np.diff(edges).min() / 8
-        widths = [np.nan if width is None else width for width in gap["interval_95"]]
-        axes[1].errorbar(centres + aside, gap["difference"], yerr=widths, capsize=2, label=name, **style)
-        for one in [width for width in [gap["band_95"]] if None not in width]:
-            low, high = (np.array(gap["difference"]) + sign * np.array(one, dtype=float) for sign in (-1, 1))
-            axes[1].fill_between(centres + aside, low, high, color=style["color"], alpha=0.12, linewidth=0)
-    axes[0].set_ylabel(LOSS)
+        x = x + (i - len(names) / 2) * np.diff(own["edges"]).min() / 8
+        axes[1].errorbar(x, gap["difference"], yerr=known(gap["interval_95"]), capsize=2, label=name, **style)
+        if None not in gap["band_95"]:
+            low, high = (np.array(gap["difference"]) + sign * np.array(gap["band_95"]) for sign in (-1, 1))
+            axes[1].fill_between(x, low, high, color=style["color"], alpha=0.12, linewidth=0)
     axes[0].set_ylim(top=max(max(record["final"][name]["mean"][1:]) for name in names) * 1.06)
-    axes[0].set_title("means (shaded: least to most of the seeds)", fontsize="medium")
-    axes[1].set_ylabel("minus full (nats per token)")
-    axes[1].set_title("document by document (bars: 95 % of one place; shaded: of all)", fontsize="medium")
     axes[1].axhline(0, color="black", linewidth=0.8)
     for axis in axes:
         mark_dense(axis, REACH, longest)
         length_axis(axis.xaxis, longest)
         axis.set_xlabel(POSITION)
-        axis.grid(alpha=0.3)
     axes[0].legend(fontsize="small", loc="upper right", ncols=2)
     axes[1].legend(fontsize="small", loc="upper left")
 
 
-def minus_full(axes: Sequence[Axes], record: Mapping, labels: Mapping[str, str]) -> None:
+def by_grain(axes: Sequence[Axes], record: Mapping, names: Sequence[str]) -> None:
     """Losses of all positions, and what is added from 1K to the end, minus full attention's: means over the seeds of
-    each arm with the documents' interval, and a dot per seed. `labels`: arm -> its label on the axis."""
-    found = {gap["arm"]: gap for gap in record["gaps"] if gap["reference"] == REFERENCE}
-    gaps = {arm: found[arm] for arm in labels if arm in found}
+    each arm with the documents' interval, and a dash per seed."""
+    length = record["final"][names[0]]["edges"][-1]
+    gaps = {gap["arm"]: gap for gap in record["gaps"] if gap["reference"] == REFERENCE and gap["arm"] in names}
+    labels = []
+    for name in (name for name in names if name in gaps):
+        block, top = map(int, name.split("x"))
+        labels.append(f"{top} of {length // block} blocks\n({name})\n{count(gaps[name]['seeds'])}")
     titles = {"mean": "all positions", "by_position": "last sixteenth minus first 1K"}
     for axis, (key, title) in zip(axes, titles.items()):
-        for place, gap in enumerate(gaps.values()):
+        prepared(axis, f"{title} (bars: 95 %; dashes: seeds)", MINUS_FULL)
+        for place, gap in enumerate(gaps[name] for name in names if name in gaps):
             value = gap["mean_loss" if key == "mean" else key]
             axis.errorbar(place, value["mean"], yerr=value["interval_95"] or np.nan, capsize=4, **look(1, 2))
-            axis.plot([place] * len(gap["seeds"]), [one[key] for one in gap["by_seed"]], "_", color="black")
+            dashes(axis, place, [one[key] for one in gap["by_seed"]])
         axis.axhline(0, color=color(0), label="full")
-        axis.set_xticks(range(len(gaps)), [f"{labels[arm]}\n{count(gap['seeds'])}" for arm, gap in gaps.items()])
-        axis.set_xlim(-0.6, len(gaps) - 0.4)
-        axis.set_ylabel("minus full (nats per token)")
-        axis.set_title(f"{title} (bars: 95 %; dashes: seeds)", fontsize="medium")
-        axis.grid(alpha=0.3)
+        axis.set_xticks(range(len(labels)), labels)
+        axis.set_xlim(-0.6, len(labels) - 0.4)
     axes[0].legend(fontsize="small")
+
+
+def dashes(axis: Axes, place: float, seeds: Sequence[float]) -> None:
+    """A dash per seed."""
+    axis.plot([place] * len(seeds), seeds, "_", color="black")
 
 
 def count(seeds: Sequence) -> str:
@@ -522,14 +497,7 @@ def count(seeds: Sequence) -> str:
     return "1 seed" if len(seeds) == 1 else f"{len(seeds)} seeds"
 
 
-def of_grain(record: Mapping, names: Sequence[str]) -> dict[str, str]:
-    """Labels: how many blocks of how many."""
-    length = record["final"][names[0]]["edges"][-1]
-    sizes = {name: [int(part) for part in name.split("x")] for name in names}
-    return {name: f"{top} of {length // block} blocks\n({name})" for name, (block, top) in sizes.items()}
-
-
-def by_context(axes: Sequence[Axes], finals: Mapping[str, Mapping]) -> None:
+def by_context(axes: Sequence[Axes], _: Mapping, finals: Mapping[str, Mapping]) -> None:
     """The loss of the same tokens by how many are before them, and what the missing ones cost in the same weights."""
     contexts: list[int] = []
     for i, (name, own) in enumerate(finals.items()):
@@ -541,60 +509,52 @@ def by_context(axes: Sequence[Axes], finals: Mapping[str, Mapping]) -> None:
         widths = [gap["interval_95"] or np.nan for gap in gaps]
         axes[1].errorbar(contexts, [gap["mean"] for gap in gaps], yerr=widths, capsize=3, label=name, **style)
         for context, gap in zip(contexts, gaps):
-            axes[1].plot([context] * len(gap["by_seed"]), gap["by_seed"], "_", color="black")
-    for axis, label in zip(axes, (LOSS, "minus all of the context (nats per token)")):
+            dashes(axes[1], context, gap["by_seed"])
+    prepared(axes[0], "", LOSS)
+    prepared(axes[1], "same weights (bars: 95 %; dashes: seeds)", "minus all of the context (nats per token)")
+    for axis in axes:
         axis.set_xscale("log", base=2)
         axis.set_xticks(contexts, [f"{context / 1024:g}K" for context in contexts])
         axis.set_xlabel("tokens before them (MoBA attends to 1K)")
-        axis.set_ylabel(label)
-        axis.grid(alpha=0.3)
     axes[1].axhline(0, color="black", linewidth=0.8)
-    axes[1].set_title("same weights (bars: 95 %; dashes: seeds)", fontsize="medium")
     axes[0].legend(fontsize="small")
 
 
-def by_layers(axes: Sequence[Axes], record: Mapping) -> None:
+def by_layers(axes: Sequence[Axes], record: Mapping, tuned: Sequence[Mapping]) -> None:
     """The last held-out losses that all have by the number of full layers, and the training losses."""
-    counts = sorted({row["layers"] for row in record["tuned"]})
-    last = max(set.intersection(*({r["tokens"] for r in record["tuned"] if r["layers"] == n} for n in counts)))
-    rows = [row for row in record["tuned"] if row["tokens"] == last]
+    counts = sorted({row["layers"] for row in tuned})
+    last = max(set.intersection(*({row["tokens"] for row in tuned if row["layers"] == n} for n in counts)))
+    rows = [row for row in tuned if row["tokens"] == last]
+    about = f"held-out conversations after {format_count(last)} tokens ({count(rows[0]['seeds'])})"
+    for axis, title in zip(axes, (about, "training")):
+        prepared(axis, title, "loss (nats per supervised token)")
     for i, (key, label) in enumerate({"loss": "all answers", "trailing_loss": "in the last sixteenth"}.items()):
         axes[0].plot(counts, [np.mean(row[key]) for row in rows], label=label, **look(i, 2))
         for row in rows:
-            axes[0].plot([row["layers"]] * len(row[key]), row[key], "_", color="black")
-    seeds = count(rows[0]["seeds"])
-    axes[0].set_title(f"held-out conversations after {format_count(last)} tokens ({seeds})", fontsize="medium")
+            dashes(axes[0], row["layers"], row[key])
     axes[0].set_xticks(counts)
     axes[0].set_xlabel("full layers, counted from the last")
     for i, layers in enumerate(counts):
         run = next(run for run in record["runs"] if run["arm"] == f"{TUNED}, {layers} full")
-        tokens, losses = zip(*run["train"])
-        axes[1].plot(tokens, losses, color=color(i), marker=marker(i), markersize=3, label=f"{layers} full")
-    axes[1].set_title("training", fontsize="medium")
+        axes[1].plot(*zip(*run["train"]), color=color(i), marker=marker(i), markersize=3, label=f"{layers} full")
     token_axis(axes[1])
     for axis in axes:
-        axis.set_ylabel("loss (nats per supervised token)")
         axis.set_ylim(bottom=0)
-        axis.grid(alpha=0.3)
         axis.legend(fontsize="small")
 
 
-def by_gates(axes: Sequence[Axes], record: Mapping, rows: Sequence[Mapping]) -> None:
+def by_gates(axes: Sequence[Axes], _: Mapping, rows: Sequence[Mapping]) -> None:
     """What each gate's loss is above full attention's, and above the gate's own."""
-    for axis, key, title in zip(
-        axes, ("minus_full", "minus_gate"), ("minus full attention", "minus the gate's blocks")
-    ):
+    titles = {"minus_full": "minus full attention", "minus_gate": "minus the gate's blocks"}
+    for axis, (key, title) in zip(axes, titles.items()):
+        prepared(axis, f"{title} (bars: 95 %)", "nats per token")
         for g, (gate, label) in enumerate(GATES.items()):
-            known = [(r, row[key][gate]) for r, row in enumerate(rows) if gate in row[key]]
-            places = [r + 0.15 * (g - 1.5) for r, _ in known]
-            widths = [value["interval_95"] or np.nan for _, value in known]
+            found = {r + 0.15 * (g - 1.5): row[key][gate] for r, row in enumerate(rows) if gate in row[key]}
+            means, widths = ([value[what] for value in found.values()] for what in ("mean", "interval_95"))
             style = {"fmt": marker(g), "color": color(g), "capsize": 3, "label": label}
-            axis.errorbar(places, [value["mean"] for _, value in known], yerr=widths, **style)
+            axis.errorbar([*found], means, yerr=known(widths), **style)
         axis.set_xticks(range(len(rows)), [row["arm"].replace(", ", ",\n") for row in rows], fontsize="small")
         axis.axhline(0, color="black", linewidth=0.8)
-        axis.set_ylabel("nats per token")
         axis.set_xlabel("trained as")
-        axis.set_title(f"{title} (bars: 95 %)", fontsize="medium")
-        axis.grid(alpha=0.3)
         axis.margins(y=0.2)
     axes[0].legend(fontsize="small", title="blocks", title_fontsize="small", loc="upper center", ncols=len(GATES))

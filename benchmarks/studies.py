@@ -113,6 +113,22 @@ MQAR = (
 OF_SPARSE = "schedule=moba_only schedule.stages.sparse.attention"
 
 
+# -------------------- retrieval in a small model
+
+
+RETRIEVAL = (
+    f"{QUIET} data=files data.path={{data}} data.tokenizer=bpe-4k schedule.batch_tokens=32K optim.lr.warmup_tokens=5% "
+    "eval.documents=16 eval.every_tokens=0 logging.every_tokens=1M"
+)
+# The key convolution: 48M tokens were too few without it.
+MODEL_28M = (
+    "model=tiny model.hidden_size=512 model.num_layers=8 model.num_heads=8 model.num_kv_heads=4 model.head_dim=64 "
+    "model.ffn_size=1408 model.qk_norm=true model.rope_theta=200000 model.key_conv=3"
+)
+FROM_2K = "model=from_source schedule.seq_len=8K schedule.tokens=24M optim.lr.peak=1e-3"
+BLOCKS_8K = "schedule=moba_only schedule.block_size=128 schedule.top_k=8"
+
+
 # -------------------- longer contexts
 
 
@@ -298,6 +314,20 @@ STUDIES: dict[str, Study] = {
         panels=("training", "recall"),
         evals=("recall samples=256 attention=8x4",),
         seeds=3,
+    ),
+    "retrieval": Study(
+        "A needle grid at 8K after training on retrieval, from the same start at 2K",
+        RETRIEVAL,
+        {
+            "start": Arm(
+                f"{MODEL_28M} schedule=full_only schedule.seq_len=2K schedule.tokens=48M optim.lr.peak=2e-3", evals=()
+            ),
+            "full": Arm(f"{FROM_2K} schedule=full_only", "start"),
+            "moba": Arm(f"{FROM_2K} {BLOCKS_8K}", "start"),
+            "moba, first block": Arm(f"{FROM_2K} {BLOCKS_8K} {OF_SPARSE.split()[1]}.first_blocks=1", "start"),
+        },
+        panels=("needle",),
+        evals=("needle lengths=1K,2K,4K,8K forms=key_value arms=full attention=full beside=128x8,128x8+1",),
     ),
     "extension_cpu": Study(
         "A two-layer model on bytes from 2K to 16K on a CPU",

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.common import read_json, speeds
+from conf.numbers import format_length
 from evals.paired import difference
 from evals.position_loss import Evaluation, load_evaluation, plain
 from evals.statistics import half_width
@@ -71,7 +72,17 @@ def of_sweep(path: Path) -> dict:
     return {key: record[key] for key in kept} | {"settings": settings}
 
 
-READ = {"position_loss": of_position_loss, "recall": of_recall, "sweep": of_sweep}
+def of_needle(path: Path) -> dict:
+    """Of an evaluation: the share of exact answers under each attention, at all lengths and by length."""
+    record = read_json(path)
+    right: dict[str, dict[str, float]] = {}
+    for row in record["shares"]:
+        at = "all" if row["length"] is None else format_length(row["length"])
+        right.setdefault(row["arm"], {})[at] = row["exact"]["share"]
+    return {"tokens": record["tokens"], "right": right}
+
+
+READ = {"position_loss": of_position_loss, "recall": of_recall, "sweep": of_sweep, "needle": of_needle}
 
 
 def over_seeds(evaluations: Sequence[Evaluation]) -> Evaluation:
@@ -107,10 +118,15 @@ def differences(found: Sequence[Measured], reference: str) -> Iterator[dict]:
         yield {"arm": name, "reference": reference, "eval": line, **about, **gap, "by_seed": by_seed}
 
 
+def training_losses(records: Sequence[Mapping]) -> dict[int, float]:
+    """Tokens -> loss of each log interval of a run."""
+    return {row["tokens"]: row["loss"] for row in records if row["kind"] == "train"}
+
+
 def after_switch(metrics: Mapping[tuple[str, int], Sequence[Mapping]], arms: tuple[str, str], seed: int) -> dict:
     """How the training losses of the first arm differ from the second's on the same batches once it has switched: up to
     the switch both have the same weights, so that the first difference is the attention's doing."""
-    ours, theirs = ({r["tokens"]: r["loss"] for r in metrics[arm, seed] if r["kind"] == "train"} for arm in arms)
+    ours, theirs = (training_losses(metrics[arm, seed]) for arm in arms)
     at = next(r["tokens"] for r in metrics[arms[0], seed] if r["kind"] == "stage" and r["stage_index"] == 1)
     gaps = [ours[t] - theirs[t] for t in sorted(ours) if t > at and t in theirs][:AFTER_SWITCH]
     return {"seed": seed, "arm": arms[0], "against": arms[1], "tokens": at, "first": gaps[0], "largest": max(gaps)}

@@ -1,7 +1,7 @@
-"""Answers of a model to prompts that it reads in batches, each batch once for several ways to answer.
+"""Batched prefill and decoding: each batch of prompts is read once for all arms that share its prefill.
 
-An arm is a pair of attention plans: one for the prompt and one for the answer. The first token of an answer is
-predicted by the prompt's last one, so it comes from the prompt's plan; the paper and its released code read with MoBA
+An arm is a pair of attention plans: prefill for the prompt and decode for the answer. The first token of an answer is
+predicted by the prompt's last one, so it comes from the prefill plan; the paper and its released code read with MoBA
 and answer with full attention (`hybrid`).
 
 Shapes: N sequences of a batch, V vocabulary rows.
@@ -31,36 +31,36 @@ ARMS = (OWN, HYBRID, DENSE)
 ABOUT_BESIDE = "more arms, prompt and answer with this attention, each as attention= takes it: 128x16+1,plan.yaml"
 ABOUT_ARMS = f"{OWN} (prompt and answer with the attention in force), {HYBRID} (the answer with full), {DENSE}"
 BATCH_TOKENS, MOST_BATCH_TOKENS = 1 << 16, 1 << 18
-"""Prompt tokens that are cached at a time, or one prompt where that is longer; more, up to the second, where the cache
-then takes CACHE_SHARE of the GPU's memory at most."""
+"""Prompt tokens cached at a time (at least one prompt); up to the second number where the cache then takes at most
+CACHE_SHARE of the GPU's memory."""
 CACHE_SHARE = 0.25
 READ_TOKENS = 1 << 14
-"""Tokens of all texts together in a pass over prompts."""
+"""Tokens of all texts together in one forward pass of prefill."""
 SCORED_TOKENS = 2048
-"""Tokens of answers whose scores over the whole vocabulary are kept at a time."""
+"""Answer tokens whose logits are kept at a time."""
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to attend."""
+    """Attention of the prompt and of the answer."""
 
     name: str
     prefill: tuple[AttentionSpec, ...]
-    """Of each layer, for the prompt."""
+    """Per layer, for the prompt."""
     decode: tuple[AttentionSpec, ...]
-    """Of each layer, for the answer."""
+    """Per layer, for the answer."""
 
     @property
     def key(self) -> str:
-        """Its name in a ledger, whose file tells the attention in force alone: a plan's file may come to hold another
-        plan."""
+        """Its name in a ledger, with a hash of its plans where the name alone (of a plan file, say) does not fix
+        them."""
         plan = hashlib.sha256(repr((self.prefill, self.decode)).encode()).hexdigest()[:8]
         return self.name if self.name in ARMS else f"{self.name} {plan}"
 
 
 def chosen_arms(job: Job, default: str) -> list[Arm]:
-    """The arms that were asked for by arms=, in the order of ARMS, and one for each attention of beside=. A plan with
-    nothing to replace has the arm `full` alone of the first. ValueError for a name that is none, or is there twice."""
+    """The arms of arms=, in the order of ARMS, and one per attention of beside=. Without a sparse layer arms= gives
+    `full` only. ValueError for an unknown or repeated name."""
     asked = names(job.values, "arms", ARMS, default)
     own = job.context.model.attention
     dense = tuple(spec.dense() for spec in own)
@@ -80,7 +80,7 @@ def chosen_arms(job: Job, default: str) -> list[Arm]:
 
 
 def by_prompt(arms: Sequence[Arm]) -> dict[tuple[AttentionSpec, ...], list[Arm]]:
-    """The arms by the plan that reads the prompt: those that share it read it once."""
+    """The arms by prefill plan: those that share one read the prompt once."""
     groups: dict[tuple[AttentionSpec, ...], list[Arm]] = {}
     for arm in arms:
         groups.setdefault(arm.prefill, []).append(arm)
@@ -88,8 +88,8 @@ def by_prompt(arms: Sequence[Arm]) -> dict[tuple[AttentionSpec, ...], list[Arm]]
 
 
 def chosen_lengths(job: Job, default: Sequence[str]) -> list[int]:
-    """Those of lengths=, ascending; else those of the default up to the context of the run's last stage, or that one
-    if it is shorter than all."""
+    """The lengths of lengths=, ascending; else those of the default up to the context of the run's last stage, or that
+    context if it is shorter than all."""
     context = job.trained.stage.seq_len
     if "lengths" not in job.values:
         return [length for length in map(parse_length, default) if length <= context] or [context]
@@ -107,7 +107,7 @@ def chosen_lengths(job: Job, default: Sequence[str]) -> list[int]:
 
 
 def batch_tokens(context: Context) -> int:
-    """How many tokens of prompts to cache at a time: the same on every process."""
+    """Prompt tokens to cache at a time, the same on every process."""
     if torch.device(context.device).type != "cuda":
         return BATCH_TOKENS
     weight = context.model.model.embed_tokens.weight
@@ -120,19 +120,19 @@ def batch_tokens(context: Context) -> int:
 
 
 class Reader:
-    """N texts that a model reads, and continues, side by side."""
+    """N texts that a model reads and continues as a batch."""
 
     def __init__(self, model: Decoder, number: int, vocab_size: int, chunk_tokens: int = READ_TOKENS):
-        """`vocab_size`: ids from there on are never written; `chunk_tokens`: read at a time, of all texts together,
-        which changes nothing but the memory."""
+        """`vocab_size`: ids from there on are never generated; `chunk_tokens`: of all texts together, read at a time to
+        save memory."""
         self._model, self._vocab_size, self._chunk = model, vocab_size, chunk_tokens
         self._device = model.model.embed_tokens.weight.device
         self._cache = KVCache(len(model.attention), number)
         self._scores: list[Tensor] = [torch.empty(0)] * number
 
     def read(self, parts: Sequence[Sequence[int]], plan: Sequence[AttentionSpec]) -> None:
-        """Reads on: each text goes on with its part, which may be empty. Long ones are read one after the other, so
-        that a pass has few pieces; short ones together."""
+        """Appends a part, which may be empty, to each text. Long parts are read one after the other, so that a pass has
+        few pieces; short ones together."""
         done = [0] * len(parts)
         while any(start < len(part) for start, part in zip(done, parts)):
             room, chunks = self._chunk, []
@@ -145,11 +145,11 @@ class Reader:
             self._scores = [next(scores) if chunk else old for chunk, old in zip(chunks, self._scores)]
 
     def mark(self) -> tuple:
-        """What `rewind` takes to come back to here."""
+        """The present state, for `rewind`."""
         return self._cache.mark(), list(self._scores)
 
     def rewind(self, mark: tuple) -> None:
-        """Forgets what was read since."""
+        """Removes what was read since `mark`."""
         marks, self._scores = mark
         self._cache.rewind(marks)
 
@@ -160,8 +160,8 @@ class Reader:
         stop: Collection[int] = (),
         done: Callable[[list[int]], bool] = lambda written: False,
     ) -> list[list[int]]:
-        """Up to `length` of the likeliest tokens after each text, which end before one of `stop`, or with those of
-        which `done` is true; the texts stay as they are."""
+        """Greedy decoding of up to `length` tokens after each text, which end before a token of `stop`, or once `done`
+        is true; the texts stay as they are."""
         mark, written, going = self.mark(), [[] for _ in self._scores], [True] * len(self._scores)
         for left in reversed(range(length)):
             tokens = torch.stack(self._scores).argmax(-1).tolist()
@@ -176,13 +176,12 @@ class Reader:
         return written
 
     def log_likelihood(self, answers: Sequence[Sequence[int]], plan: Sequence[AttentionSpec]) -> list[float]:
-        """The log-probability in nats of one answer to each text, all its tokens together; the texts stay as they
-        are."""
+        """The summed log-probability, in nats, of one answer per text; the texts stay as they are."""
         return [total for total, _ in self.score(answers, plan)]
 
     def score(self, answers: Sequence[Sequence[int]], plan: Sequence[AttentionSpec]) -> list[tuple[float, bool]]:
-        """(log_likelihood, whether every token of the answer is the likeliest) of one answer to each text; the texts
-        stay as they are. Long answers are read in parts, so that their scores need not be kept."""
+        """(log_likelihood, whether greedy decoding gives it) of one answer per text; the texts stay as they are. Long
+        answers are read in parts, so that their logits need not be kept."""
         mark = self.mark()
         totals = torch.zeros(len(answers), dtype=torch.float64, device=self._device)
         greedy = torch.ones(len(answers), dtype=torch.bool, device=self._device)
@@ -205,7 +204,7 @@ class Reader:
 
     @torch.inference_mode()
     def _forward(self, parts: Sequence[Sequence[int]], plan: Sequence[AttentionSpec], rows: Sequence[int]) -> Tensor:
-        """Reads a token or more of some texts; [len(rows), V] scores behind these rows of what is read."""
+        """Reads tokens of some texts; returns the next-token logits, [len(rows), V], of these rows of what is read."""
         lengths, before = [len(part) for part in parts], self._cache.lengths
         if not sum(lengths):
             return self._scores[0].new_empty(0, self._vocab_size)

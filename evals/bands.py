@@ -1,9 +1,9 @@
-"""A band that holds all buckets of a paired difference at once, where there is one that holds as often as it says.
+"""A simultaneous 95 % band over all buckets of a paired difference, where one with nominal coverage exists.
 
-Sixteen intervals of 95 % miss somewhere far more often than one, and how much wider they have to be depends on how
-buckets go together and on how few clusters there are: Bonferroni's is far too wide for few. The factor here is the
-quantile of the largest |t| over buckets in draws that resemble the clusters: normal, of their sizes, going together
-over buckets as their residuals do; scaled to what Satterthwaite's degrees of freedom say for one bucket.
+Sixteen intervals of 95 % miss somewhere far more often than one; how much wider they must be depends on the correlation
+of buckets and on the number of clusters: Bonferroni's is far too wide for few clusters. The factor here is the quantile
+of the largest |t| over buckets in draws that resemble the clusters: normal, of their sizes, correlated over buckets as
+their residuals are; scaled to one bucket's quantile at Satterthwaite's degrees of freedom.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from evals.statistics import CONFIDENCE, Estimate, clustered_sums, student_quant
 
 DRAWS = 1000
 LARGEST_SHARE = 0.3
-"""Of the weight: with a larger cluster the band holds in 91 to 98 of 100 by how alike its documents are."""
+"""Of the weight: with a larger cluster coverage is 91 to 98 %, depending on the correlation of its documents."""
 FEWEST = 4
 LARGE_OF_MANY, TIMES_ITS_PART = 0.1, 8
-"""A cluster of more than a tenth of the weight, and more than so many times an equal part: with one of 20 and two of 10
-beside 77 of 1 the band holds in 92 of 100."""
+"""No band for a cluster of more than a tenth of the weight and more than 8 times an equal part: with clusters of 20,
+10, 10 and 77 of 1, coverage is 92 %."""
 FEW = 200
 DRAWN_AT_ONCE = 2_000_000  # numbers, so that memory stays small with thousands of clusters
 
@@ -38,7 +38,7 @@ def no_band(clusters: np.ndarray, largest_share: np.ndarray) -> str | None:
 
 
 def simultaneous_factor(sums_NX: np.ndarray, counts_NX: np.ndarray, clusters: list[str], found: Estimate) -> float:
-    """How many standard errors the band is wide to each side, X buckets; those without an interval do not count."""
+    """Half-width of the band over X buckets, in standard errors; buckets without an interval do not count."""
     known = np.isfinite(found.freedom) & (found.se > 0)
     if not known.any():
         return math.nan
@@ -60,7 +60,7 @@ def relative_t(sums_NX: np.ndarray, counts_NX: np.ndarray, clusters: Sequence[st
 
 
 def _drawn_t(e_CX: np.ndarray, c_CX: np.ndarray, share_CX: np.ndarray) -> np.ndarray:
-    """|t| of each bucket in draws of whole clusters, their residuals going together as e_CX do: [DRAWS, X]."""
+    """|t| of each bucket in draws of whole clusters, with residuals correlated as e_CX are: [DRAWS, X]."""
     n, generator = len(e_CX), np.random.default_rng(0)
     root_RX = e_CX / math.sqrt(n)
     if n > FEW:

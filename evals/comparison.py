@@ -1,4 +1,4 @@
-"""Draws runs beside each other: loss over tokens, loss by position and speed, with the gap to a reference run.
+"""Draws runs together: loss over tokens, loss by position and speed, with the gap to a reference run.
 
 The reference is the last run given, so that `launch/report.py runs/moba runs/full` shows what MoBA costs.
 """
@@ -20,7 +20,7 @@ from evals.position_loss import Evaluation
 from evals.style import LOSS, POSITION, add_legend, color, look, marker, save
 
 Records = Sequence[Mapping[str, Any]]
-MOST_BANDS = 2  # more would be seen as one
+MOST_BANDS = 2  # more would overlap
 SMOOTHING = 40  # a smoothed value is the mean of about a fortieth of the points
 
 
@@ -33,7 +33,7 @@ def column(records: Records, name: str) -> np.ndarray:
 def smooth(tokens: np.ndarray, values: np.ndarray, boundaries: Boundaries = ()) -> np.ndarray:
     """float64 [N]: the mean of the values around each, fewer at the ends, none from beyond a stage boundary.
 
-    An average that crossed the boundary would hide what the switch did.
+    An average across the boundary would hide the effect of the switch.
     """
     reach = len(values) // (2 * SMOOTHING)
     kernel = np.ones(2 * reach + 1)
@@ -53,7 +53,7 @@ def plot_losses(
     title: str = "Training loss",
 ) -> None:
     """Draws a column of `train` records over tokens, faint as logged and bold smoothed; with two runs or more also each
-    run's gap to the last one, token for token."""
+    run's gap to the last one at equal tokens."""
     figure, axes, below = _panels(len(runs) > 1)
     reference = _points(list(runs.values())[-1], name)
     extents = [(np.inf, -np.inf)]
@@ -88,11 +88,10 @@ def plot_losses(
 def plot_positions(runs: Mapping[str, Evaluation], path: Path | str, dense_up_to: int | None = None) -> None:
     """Draws held-out loss by position; with two runs or more also each run's gap to the last one, bucket by bucket.
 
-    Where both runs were evaluated on the same documents the gap is that of the documents' own differences (evals/
-    paired.py), far sharper than the spread of the documents, which is drawn of a single run alone; otherwise it adds
-    both curves' errors. Bars are 95 % intervals of one bucket; the shaded band, drawn of one or two gaps, holds all
-    buckets at once. Runs of other buckets, or that share one document only, have no gap drawn. `dense_up_to`: block
-    size x top k, marked.
+    Where both runs were evaluated on the same documents the gap is paired by document (evals/paired.py), far sharper
+    than the spread of documents; otherwise both curves' errors are added. Bars are 95 % intervals of one bucket; the
+    shaded band, drawn for up to two gaps, is simultaneous over buckets. Runs with other buckets, or with only one
+    shared document, have no gap. `dense_up_to`: block size x top k, marked.
     """
     figure, axes, below = _panels(len(runs) > 1)
     reference, extents = list(runs.values())[-1], [0.0]
@@ -143,7 +142,7 @@ def plot_held_out(runs: Mapping[str, Records], path: Path | str, boundaries: Bou
     for i, (label, records) in enumerate(runs.items()):
         tokens, values = _points(records, "trailing_loss")
         known = [record for record in records if record.get("trailing_loss") is not None]
-        freedom = column(known, "trailing_freedom")  # of older runs the documents are known alone
+        freedom = column(known, "trailing_freedom")  # older runs have only the number of documents
         freedom = np.where(np.isnan(freedom), column(known, "documents") - 1, freedom)
         width = interval(column(known, "trailing_se"), freedom)
         axes.plot(tokens, values, label=label, **look(i, len(runs)))
@@ -157,7 +156,8 @@ def plot_held_out(runs: Mapping[str, Records], path: Path | str, boundaries: Bou
 
 
 def plot_routing_history(runs: Mapping[str, Records], path: Path | str, boundaries: Boundaries = ()) -> None:
-    """Draws the share of full attention that the gate captured over training, with the best and a random choice's."""
+    """Draws the share of full attention that the gate captured over training, beside that of the best and of random
+    blocks."""
     figure, axes, _ = _panels(False)
     kinds = {"captured": ("picked by the gate", "-"), "oracle_share": ("best", "--"), "random_share": ("random", ":")}
     for i, (label, records) in enumerate(runs.items()):

@@ -1,4 +1,4 @@
-"""What every measurement is given: the model, where it runs, and this process's share of the work.
+"""What every evaluation gets: the model, its device, and this process's share of the work.
 
 The same for an eval of a finished run (launch/evaluate.py) and for the evaluations during training (launch/observe.py),
 so that a measurement written for one serves the other.
@@ -26,18 +26,18 @@ class Context:
     """A model to be measured, by one process or by several that share the work."""
 
     model: Decoder
-    """With the attention plan in force. A measurement that swaps the plan gives it back."""
+    """With its current attention plan. An evaluation that swaps the plan restores it."""
     device: torch.device | str
     engine: LossFn | None = None
-    """In training what runs the model: sharded weights are gathered by its forward pass alone."""
+    """In training the engine: only its forward pass gathers sharded weights."""
     rank: int = 0
     world_size: int = 1
     reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor
     """Sums a tensor over the processes."""
     cluster_of: Callable[[str], str] = str
-    """From a document's id to the cluster that it is counted in (clusters_by)."""
+    """From a document's id to its cluster (clusters_by)."""
     bars: bool = False
-    """Whether loops show how far they are: on rank 0 and a terminal."""
+    """Whether loops show progress bars: on rank 0 and a terminal."""
 
     @property
     def loss_fn(self) -> LossFn:
@@ -45,10 +45,10 @@ class Context:
         return self.model if self.engine is None else self.engine
 
     def share(self, count: int, what: str) -> Iterator[tuple[int, bool]]:
-        """(index, whether it counts) of what this process works on of `count` things, every world_size-th.
+        """(index, whether it counts) of this process's share of `count` items, every world_size-th.
 
-        All processes are given the same number, as sharded parameters need: one left over repeats the first, which it
-        must not count. `what` names the progress bar.
+        All processes get the same number, as sharded parameters need: a process with one fewer repeats the first, which
+        does not count. `what` names the progress bar.
         """
         for start in self.watch(range(0, count, self.world_size), what):
             index = start + self.rank
@@ -61,7 +61,7 @@ class Context:
 
 def clusters_by(pattern: str | None) -> Callable[[str], str]:
     """From a document's id to its cluster: what the regular expression's first group, or all of it, matches at the
-    beginning; the id where it does not match, and with None. ValueError for what is no regular expression."""
+    beginning; the id where it does not match, and with None. ValueError for an invalid regular expression."""
     try:
         expression = None if pattern is None else re.compile(pattern)
     except re.error as error:

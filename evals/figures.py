@@ -1,6 +1,6 @@
 """Draws PNG figures: loss by position, its heat map over training, and losses over tokens.
 
-Each function takes data and a path. What a bucket, an error bar and "trailing" mean stands in the figure itself.
+Each function takes data and a path. The figure itself says what a bucket, an error bar and "trailing" mean.
 """
 
 from __future__ import annotations
@@ -117,10 +117,9 @@ def plot_history(
     title: str = "Loss over training",
     ylabel: str = LOSS,
 ) -> None:
-    """Draws one line a series `(tokens, values)` over training tokens, with the stages marked; NaN leaves a gap.
+    """Draws one line per series `(tokens, values)` over training tokens, with the stages marked; NaN leaves a gap.
 
-    The upper end of the axis leaves out the first steps of a run from random weights, where they are far above the
-    rest.
+    The axis cuts off the first steps of a run from scratch, where they are far above the rest.
     """
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
@@ -170,7 +169,7 @@ def _trailing_text(curve: PositionCurve) -> str:
 
 
 def length_axis(axis, longest: int) -> None:
-    """Ticks at eighths of the length, all in binary K where they are whole in it, else all in tokens."""
+    """Ticks at eighths of the length, all in binary K where they are whole numbers of it, else all in tokens."""
     step = max(1, longest // 8)
     unit, suffix = (1024, "K") if step % 1024 == 0 else (1, "")
     axis.set_ticks(np.arange(0, longest + 1, step))
@@ -187,7 +186,7 @@ def mark_stages(axes, boundaries: Boundaries) -> None:
     """A dashed line with the stage's name where each stage starts, as far as the axis reaches."""
     left, right = axes.get_xlim()
     for tokens, name in boundaries:
-        if tokens > right:  # of another run: its name, outside the axes, would be given their room
+        if tokens > right:  # of another run: its name, outside the axes, would shrink them
             continue
         if tokens > 0:
             axes.axvline(tokens, color="black", linestyle="--", linewidth=1)

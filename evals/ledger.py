@@ -1,7 +1,7 @@
-"""Finished parts of a long evaluation, in files, so that one that was interrupted continues; and how long it will take.
+"""Finished parts of a long evaluation, kept in files so that an interrupted one resumes; and its remaining time.
 
-The files' name is a hash of the settings under which parts are the same, which stand in the first line. Every process
-writes a file of its own, one JSON line per part, and reads all of them when it starts.
+The files are named by a hash of the settings that the parts depend on, which are in the first line. Every process
+writes its own file, one JSON line per part, and reads all of them at its start.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ SAY_SECONDS = 15.0
 
 
 class Ledger:
-    """What is known of the parts, by key."""
+    """The results of finished parts, by key."""
 
     def __init__(self, job: Job, name: str, settings: Mapping[str, Any]):
         """`settings`: what the parts depend on, as JSON values, beside the model, its attention and this code."""
         trained, checkpoint = job.trained, job.trained.checkpoint.resolve()
         origin = {
             "checkpoint": str(checkpoint),
-            # Another training may have put other weights there.
+            # The weights there may have been replaced.
             "written": max((file.stat().st_mtime_ns for file in checkpoint.iterdir() if file.is_file()), default=0),
             "tokens": trained.tokens,
             "attention": [repr(spec) for spec in job.context.model.attention],
@@ -60,7 +60,7 @@ class Ledger:
         return self._known[key]
 
     def put(self, found: Mapping[tuple, Any]) -> None:
-        """Keeps parts that were finished together, on disk when it returns."""
+        """Adds finished parts; they are on disk when it returns."""
         self._known |= found
         self._append("".join(json.dumps([key, value]) + "\n" for key, value in found.items()))
 
@@ -70,11 +70,11 @@ class Ledger:
 
 
 class Countdown:
-    """Says now and then how much is done, and how long the rest will take."""
+    """Reports progress and remaining time now and then."""
 
     def __init__(self, job: Job, name: str, work: Mapping[str, float], unit: str):
-        """`work` of this process by kind, in tokens to be read, say: a unit of one kind may take longer than one of
-        another; `unit`: what `step` counts."""
+        """`work`: of this process by kind, in tokens to be read, say; the kinds may differ in time per unit of work.
+        `unit`: what `step` counts."""
         self._job, self._name, self._unit = job, name, unit
         self._left, self._total = dict(work), sum(work.values())
         self._done, self._seconds = dict.fromkeys(work, 0.0), dict.fromkeys(work, 0.0)
@@ -82,11 +82,11 @@ class Countdown:
         self._count = 0
 
     def skip(self, work: float, kind: str = "") -> None:
-        """So much of the work was done before."""
+        """Subtracts work that an earlier process did."""
         self._left[kind] -= work
 
     def step(self, work: float, count: int, kind: str = "") -> None:
-        """So much more work of a kind is done since the last step, that is `count` more units."""
+        """Adds work of a kind done since the last step, `count` units."""
         now = time.monotonic()
         self._left[kind] -= work
         self._done[kind] += work
@@ -100,7 +100,7 @@ class Countdown:
             self._job.say(f"{said}, about {clock(self._seconds_left())} left")
 
     def _seconds_left(self) -> float:
-        """At each kind's own rate, or where none of it is done at that of all."""
+        """At each kind's own speed, or that of all where none of it is done."""
         mean = sum(self._seconds.values()) / sum(self._done.values())
         rates = {kind: self._seconds[kind] / done if done else mean for kind, done in self._done.items()}
         return sum(max(0.0, left) * rates[kind] for kind, left in self._left.items())

@@ -1,8 +1,8 @@
-"""Tasks of lm-evaluation-harness (extra lm-eval), those it knows or those of a folder, under one attention or several.
+"""Tasks of lm-evaluation-harness (extra lm-eval), its own or those of a folder, under one or several attentions.
 
-The harness makes prompts, metrics and their standard errors; evals/lm_eval_model.py answers. Most of its tasks are far
-shorter than block size x top k, where MoBA is full attention: what they tell of is the weights. How many requests were
-longer stands in every result.
+The harness provides prompts, metrics and their standard errors; evals/lm_eval_model.py answers. Most of its tasks are
+far shorter than block size x top k, where MoBA is full attention: they test the weights only. Every result says how
+many requests were longer.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def run(job: Job) -> Result:
 
 
 def _tasks(job: Job) -> tuple[Any, list[str]]:
-    """(the harness's TaskManager, names of tasks). ValueError for what there is not."""
+    """(the harness's TaskManager, names of tasks). ValueError for unknown tasks."""
     manager_of = import_module(f"{PACKAGE}.tasks").TaskManager
     folder = user_path(job.values["tasks_folder"]) if "tasks_folder" in job.values else None
     if folder is not None and not folder.is_dir():
@@ -110,7 +110,7 @@ class Score:
 
     task: str
     metric: str
-    """With the filter of the answers behind a comma, as the harness names it."""
+    """As the harness names it, with the answers' filter after a comma."""
     value: float
     stderr: float | None
 

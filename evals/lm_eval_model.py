@@ -1,11 +1,11 @@
-"""The model of a run as a language model of lm-evaluation-harness (extra lm-eval), over the project's own KV cache.
+"""A run's model as an LM of lm-evaluation-harness (extra lm-eval), over the project's own KV cache.
 
-Requests are encoded as its HFLM encodes them: with the token that begins a document, if the run's tokenizer has one,
-and too long ones cut from the left. Requests that share their context read it once; nothing is padded, so blocks start
-where texts start. Scores are float32 over all rows of the output, as in training.
+Requests are encoded as by its HFLM: with BOS, if the run's tokenizer has one, and too long ones truncated from the
+left. Requests that share their context read it once; nothing is padded, so blocks start where texts start.
+Log-probabilities are float32 over all vocabulary rows, as in training.
 
-Every process is told all requests, works on its share of them and is given all answers: to the harness it is alone.
-What is answered is kept (evals/ledger.py), so that an interrupted evaluation goes on.
+Every process gets all requests, works on its share and returns all answers: to the harness there is one process.
+Answers are kept (evals/ledger.py), so that an interrupted evaluation resumes.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class RunLM(TemplateLM):
     """A run's model under one arm."""
 
     def __init__(self, context: Context, arm: Arm, tokenizer: Tokenizer, max_length: int, ledger: Ledger):
-        """`max_length`: tokens that the model is shown at most."""
+        """`max_length`: tokens of a request at most."""
         super().__init__()
         self._ledger = ledger
         self._context, self._arm, self._tokens, self.max_length = context, arm, tokenizer, max_length
@@ -43,16 +43,16 @@ class RunLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """The token that ends a document."""
+        """EOS."""
         return self._tokens.eos_id
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text that has no context."""
+        """The token before a text without context."""
         return self._tokens.eos_id if self._tokens.bos_id is None else self._tokens.bos_id
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Ids, behind the token that begins a document unless that is not wanted."""
+        """Token ids, with BOS first by default."""
         bos = self._tokens.bos_id
         head = [] if bos is None or add_special_tokens is False else [bos]
         return head + self._tokens.encode(string).tolist()
@@ -103,19 +103,19 @@ class RunLM(TemplateLM):
         return [(values[places[pair]][0], values[places[pair]][1] > 0) for pair in wanted]
 
     def _read_answers(self, asked: Sequence[tuple[tuple[int, ...], list[tuple[int, ...]]]], rows: int) -> None:
-        """Puts (log-likelihood, whether greedy) of answers behind their contexts into the ledger."""
+        """Adds (log-likelihood, whether greedy) of answers after their contexts to the ledger."""
         reader = Reader(self._context.model, len(asked), rows)
         reader.read([context for context, _ in asked], self._arm.prefill)
         found = {}
         for n in range(max(len(answers) for _, answers in asked)):
-            # A context with fewer answers is asked its last one again.
+            # A context with fewer answers repeats its last one.
             now = [answers[: n + 1][-1] for _, answers in asked]
             for (context, _), answer, score in zip(asked, now, reader.score(now, self._arm.decode)):
                 found[self._key(context, answer)] = score
         self._ledger.put(found)
 
     def _key(self, before: Sequence[int], *what: Any) -> tuple[str, ...]:
-        """Of an answer, or of what is written, behind these tokens."""
+        """The ledger's key of an answer, or of generated text, after these tokens."""
         return (
             self._arm.key,
             *(hashlib.sha256(repr(part).encode()).hexdigest()[:16] for part in (tuple(before), *what)),
@@ -142,7 +142,7 @@ class RunLM(TemplateLM):
         return texts
 
     def _written(self, prompts: Sequence[list[int]], until: Sequence[str], length: int) -> list[list[int]]:
-        """The tokens written after each prompt."""
+        """The tokens generated after each prompt."""
 
         def done(written: list[int]) -> bool:
             text = self._tokens.decode(written)

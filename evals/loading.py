@@ -1,9 +1,9 @@
-"""A trained model out of a run directory, one of its checkpoints or a Hugging Face directory, ready to be measured in
-one process.
+"""Loads a trained model from a run directory, one of its checkpoints or a Hugging Face directory, for evaluation in one
+process.
 
-The attention and RoPE are those of the stage that the checkpoint was trained in, so a measurement is of the model as it
-was trained unless the caller swaps the attention. A Hugging Face model attends to everything, unless its config.json
-has a MoBA plan (launch/export.py writes one).
+The attention and RoPE are those of the stage that the checkpoint was trained in, so a model is evaluated as it was
+trained unless the caller swaps the attention. A Hugging Face model has full attention, unless its config.json has a
+MoBA plan (launch/export.py writes one).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from train.model.decoder import Decoder
 from train.model.sizes import embedding_rows
 from train.schedule import Stage, build_schedule, last_sparse
 
-SPARSE, DENSE = Moba.name, Full.name  # words for a plan
+SPARSE, DENSE = Moba.name, Full.name  # names of plans
 
 
 @dataclass
@@ -37,14 +37,13 @@ class TrainedModel:
     """A model with the attention and RoPE of its stage, and where it came from."""
 
     model: Decoder
-    """In evaluation mode, on `device`, in the precision of its training there (bf16 on a GPU, unless fp32 was asked
-    for)."""
+    """In evaluation mode, on `device`, in its training precision there (bf16 on a GPU, unless fp32 was configured)."""
     config: RunConfig
-    """The configuration it was trained with; of a Hugging Face model, the model and the tokenizer alone."""
+    """The configuration it was trained with; for a Hugging Face model, only model and tokenizer."""
     stage: Stage
     """The stage of its last step."""
     tokens: int
-    """Tokens it has seen."""
+    """Training tokens."""
     checkpoint: Path
     device: torch.device
 
@@ -52,8 +51,8 @@ class TrainedModel:
 def load_trained(source: Path | str, device: str | torch.device = "auto") -> TrainedModel:
     """The model of a checkpoint directory, of the newest checkpoint of a run directory, or of a Hugging Face directory.
 
-    `device` is "auto", "cpu", "cuda" or a torch device. Raises CheckpointError, DataError or ValueError for what a user
-    can put right.
+    `device` is "auto", "cpu", "cuda" or a torch device. Raises CheckpointError, DataError or ValueError for user
+    errors.
     """
     target = device if isinstance(device, torch.device) else resolve_device(device)
     if (user_path(source) / pretrained.CONFIG).is_file():
@@ -76,7 +75,7 @@ def load_trained(source: Path | str, device: str | torch.device = "auto") -> Tra
 
 
 def _load_pretrained(directory: Path, device: torch.device) -> TrainedModel:
-    """The model of a Hugging Face directory, with the tokenizer that lies there, as if trained in one stage."""
+    """The model and tokenizer of a Hugging Face directory, as if trained in one stage."""
     shape = pretrained.read_shape(directory)
     shape = replace(shape, loss_tile=parse_length(shape.loss_tile))
     assert shape.vocab_size is not None
@@ -96,7 +95,7 @@ def _load_pretrained(directory: Path, device: torch.device) -> TrainedModel:
 
 
 def resolve_device(device: str) -> torch.device:
-    """The torch device of "auto", "cpu" or "cuda"; ValueError for another, or for a GPU that is not there."""
+    """The torch device of "auto", "cpu" or "cuda"; ValueError for another value, or without a GPU."""
     if device not in ("auto", "cpu", "cuda"):
         raise ValueError(f"device={device!r}: choose one of auto, cpu, cuda")
     if device == "cuda" and not torch.cuda.is_available():
@@ -105,21 +104,21 @@ def resolve_device(device: str) -> torch.device:
 
 
 def portable(plan: tuple[AttentionSpec, ...]) -> tuple[AttentionSpec, ...]:
-    """The same attention on whatever backend this machine has: a run's own choice may need another device."""
+    """The same attention with automatic backends: the run's own choice may need another device."""
     return tuple(replace(spec, backend="auto") for spec in plan)
 
 
 def attention_label(text: str) -> str:
-    """What `attention_plan` was asked for, as part of a file's name: of a plan file its own name."""
+    """The argument of `attention_plan` as part of a file's name; for a plan file, its stem."""
     return Path(text).stem if names_a_file(text) else text
 
 
 def attention_plan(text: str, trained: TrainedModel) -> tuple[AttentionSpec, ...]:
-    """The attention of each layer that `text` names: "stage" (as trained), "moba" (of its stage, or of the last one
-    before that had it), "full" in place of MoBA, or "<block size>x<top_k>" for MoBA in the layers that the stage gives
-    MoBA (in the full ones, if it gives it to none); "+1" behind it: with the document's first block always seen.
-    Sliding windows, which belong to the model, stay. A file (.yaml, .json) that gives each layer its own
-    (moba/kinds/plan_file.py) is for models without them. ValueError for anything else."""
+    """The attention of each layer that `text` names: "stage" (as trained), "moba" (of its stage, or of the last earlier
+    stage with MoBA), "full" in place of MoBA, or "<block size>x<top_k>" for MoBA in the layers that the stage gives
+    MoBA (in the full ones, if it gives it to none); "+1" after it: with the document's first block always attended.
+    Sliding windows, which belong to the model, stay. A plan file (.yaml, .json; moba/kinds/plan_file.py) is for models
+    without them. ValueError for anything else."""
     own = portable(trained.stage.attention)
     if names_a_file(text):
         fixed = [layer for layer, spec in enumerate(own) if not spec.replaces_full and spec != Full()]
@@ -149,8 +148,8 @@ def attention_plan(text: str, trained: TrainedModel) -> tuple[AttentionSpec, ...
 def with_moba(
     plan: tuple[AttentionSpec, ...], block_size: int, top_k: int, gate: str = MEAN, first_blocks: int = 0
 ) -> tuple[AttentionSpec, ...]:
-    """A plan with this MoBA in the layers that have MoBA; in the full ones, if none has. ValueError for sizes that
-    there are not."""
+    """A plan with this MoBA in the layers that have MoBA; in the full ones, if none has. ValueError for invalid
+    sizes."""
     spec = Moba(block_size, top_k, gate, first_blocks)
     sparse = any(s.replaces_full for s in plan)
     return tuple(spec if (s.replaces_full if sparse else s == Full()) else s for s in plan)

@@ -1,9 +1,9 @@
-"""A needle in a haystack: over context length and depth, how often the same weights find a fact under each attention.
+"""Needle in a haystack: how often the same weights find a fact, by context length and depth, under each attention.
 
-Two scores. `exact`: the greedily written text begins with the answer. `ranked`: of ten answers, read after the prompt,
-the right one has the highest log-likelihood; chance is 10 %, and models that cannot yet write an answer show here
-whether they know it. Prompts of one length are read in batches, what stands before the needle once for all depths, and
-the prompt once for the arms that read it alike (evals/answering.py).
+Two scores. `exact`: the greedy continuation begins with the answer. `ranked`: of ten candidate answers the right one
+has the highest log-likelihood; chance is 10 %, and this also measures models that cannot yet generate an answer.
+Prompts of one length are read in batches, the text before the needle once for all depths, and the prompt once for arms
+with the same prefill (evals/answering.py).
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Grid:
     forms: list[str]
     lengths: list[int]
     depths: list[float]
-    """Percent of the text that stands before the needle."""
+    """Percent of the text before the needle."""
     samples: int
 
 
@@ -57,7 +57,7 @@ def run(job: Job) -> Result:
     ledger = Ledger(job, "needle", {"seed": SEED, "tokenizer": tokenizer.fingerprint})
     units = _units(grid, batch_tokens(job.context))
     for form in grid.forms:
-        make_sample(form, tokenizer, min(grid.lengths), SEED, 0)  # says now if that is too short
+        make_sample(form, tokenizer, min(grid.lengths), SEED, 0)  # fails now if that is too short
     cells = len(grid.forms) * len(grid.lengths) * len(grid.depths)
     job.say(
         f"needle: {cells} cells of {grid.samples} samples, up to {format_length(max(grid.lengths))} tokens, under "
@@ -102,7 +102,7 @@ def _measure(
     ledger: Ledger,
     countdown: Countdown,
 ) -> None:
-    """Puts into the ledger what is missing of some samples at all depths, under the arms that share a prompt's plan."""
+    """Adds the missing results of some samples at all depths, under arms with the same prefill, to the ledger."""
     work = length * len(indices)
     missing = [
         depth
@@ -133,7 +133,7 @@ def _measure(
 def _answers(
     reader: Reader, samples: Sequence[Sample], arm: Arm, tokenizer: Tokenizer
 ) -> list[tuple[tuple[bool, bool], str]]:
-    """(its SCORES, the text that was written) of each sample."""
+    """(SCORES, generated text) of each sample."""
     room = max(len(sample.candidates[0]) for sample in samples) + SPARE_TOKENS
     written = reader.greedy(room, arm.decode, stop={tokenizer.eos_id})
     texts = [tokenizer.decode(tokens).strip() for tokens in written]
@@ -141,12 +141,12 @@ def _answers(
         reader.log_likelihood([sample.candidates[c] for sample in samples], arm.decode)
         for c in range(len(samples[0].candidates))
     ]
-    best = np.array(likely[0]) > np.max(likely[1:], axis=0)  # not where it is one of equals, or NaN
+    best = np.array(likely[0]) > np.max(likely[1:], axis=0)  # false for ties and NaN
     return [((text.startswith(s.answer), bool(b)), text) for s, text, b in zip(samples, texts, best)]
 
 
 def _units(grid: Grid, tokens: int) -> list[tuple[str, int, list[int]]]:
-    """(form, length, samples) that are read together, of so many tokens, for processes to share."""
+    """(form, length, samples) of batches of at most `tokens` tokens, to be shared among processes."""
     units = []
     for form in grid.forms:
         for length in grid.lengths:

@@ -1,4 +1,4 @@
-"""What evals/needle.py finds out, as numbers, text, JSON values and heat maps.
+"""Results of evals/needle.py as numbers, text, JSON values and heat maps.
 
 Shapes: S scores, F forms, A arms, L lengths, D depths, N samples.
 """
@@ -30,7 +30,7 @@ WORDS = {"exact": "exact match", "ranked": "ranked first of 10"}
 
 @dataclass(frozen=True, eq=False)
 class NeedleReport:
-    """How often one model was right."""
+    """The answers of one model."""
 
     forms: list[str]
     arms: list[str]
@@ -43,7 +43,7 @@ class NeedleReport:
 
     def share(self, score: int, form: int, arm: int, length: int | None) -> Estimate:
         """Share of right answers at a length, or at all; the depths of a sample, which share their text, are one
-        draw."""
+        cluster."""
         right_LDN = self.right_SFALDN[score, form, arm]
         chosen_LDN = right_LDN if length is None else right_LDN[length : length + 1]
         texts_XD = chosen_LDN.swapaxes(1, 2).reshape(-1, len(self.depths))
@@ -94,7 +94,7 @@ class NeedleReport:
         }
 
     def table(self) -> str:
-        """The shares in percent as text: a line a form, arm and length."""
+        """The shares in percent as text: a line per form, arm and length."""
         width = max(8, *(len(arm) + 2 for arm in self.arms))
         lines = [
             f"{'form':<11}{'arm':<{width}}{'length':>8}"
@@ -108,7 +108,7 @@ class NeedleReport:
         return "\n".join(lines)
 
     def result(self, seed: int) -> Result:
-        """The report as files and text; one figure a form."""
+        """The report as files and text; one figure per form."""
         totals = [row for row in self.rows() if row[2] is None]
         return Result(
             length=max(self.lengths),
@@ -125,7 +125,7 @@ class NeedleReport:
         )
 
     def draw(self, form: int, path: Path) -> None:
-        """Draws the heat maps of a form: a row of panels a score, one panel per arm."""
+        """Draws the heat maps of a form: a row of panels per score, one panel per arm."""
         rows, columns = len(SCORES), len(self.arms)
         width, height = max(2.2, 1.2 + 0.66 * len(self.lengths)), max(2.2, 1.0 + 0.36 * len(self.depths))
         figure = Figure(figsize=(max(4.5, width * columns + 1), height * rows + 1), layout="constrained")
@@ -155,7 +155,7 @@ class NeedleReport:
         save(figure, path)
 
     def _mark_dense(self, axes, arm: str) -> None:
-        """A dotted line right of the lengths at which the sparse attention is full attention."""
+        """A dotted line after the lengths at which sparse attention equals full attention."""
         if self.dense_up_to is None or arm == DENSE:
             return
         dense = sum(length <= self.dense_up_to for length in self.lengths)

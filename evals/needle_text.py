@@ -1,12 +1,12 @@
 """Prompts with a needle: a fact at a given depth of a long text, and a question for it at the end.
 
 Two forms. `essay`: a sentence about a city between the sentences of the held-out works that ship with the project.
-`key_value`: a pair among pairs that look the same, answered by copying what stood behind the same key; small models
-learn that first. The other candidates of a ranking are, in `key_value`, values of the same list, so that knowing the
-list is not enough; in `essay` things to do that the text does not mention.
+`key_value`: a pair among pairs that look the same, answered by copying the value of the same key; small models learn
+that first. The other candidates of a ranking are, in `key_value`, values of the same list, so that having seen the list
+is not enough; in `essay`, activities that the text does not mention.
 
-A prompt is of exactly the length that was asked for, the answer and its end included. All depths of a sample share
-their text, so that it can be read once.
+A prompt has exactly the length asked for, the answer and spare tokens included. All depths of a sample share their
+text, so that it can be read once.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from data.tokenizer import Tokenizer
 
 ESSAY, KEY_VALUE = FORMS = ("essay", "key_value")
 CANDIDATES = 10
-SPARE_TOKENS = 2  # behind the answer, which may be spelt with more tokens than we would
+SPARE_TOKENS = 2  # after the answer, which the model may spell with more tokens
 
 CITIES = ("Lisbon", "Nairobi", "Kyoto", "Quito", "Tromso", "Hanoi", "Valencia", "Adelaide", "Montreal", "Tbilisi")
 THINGS = (
@@ -41,7 +41,7 @@ THINGS = (
     "sketch the lions in front of a big bank",
     "play chess with strangers under the oak",
 )
-"""All of one length, or a ranking would be one of lengths."""
+"""All of one length, or a ranking would compare lengths."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,10 +49,10 @@ class Sample:
     """A text, and where a needle can go. Token ids throughout."""
 
     head: list[int]
-    """What stands before the text."""
+    """The prompt before the text."""
     text: list[int]
     cuts: list[int]
-    """Places in the text where a sentence, or a pair, begins or ends; ascending, from 0 to all of it."""
+    """Token offsets of the boundaries of sentences, or pairs; ascending, from 0 to the text's length."""
     needle: list[int]
     question: list[int]
     candidates: list[list[int]]
@@ -61,11 +61,11 @@ class Sample:
     """The right one, as text."""
 
     def place(self, depth: float) -> int:
-        """The cut nearest to this share of the text."""
+        """The cut nearest to this fraction of the text."""
         return min(self.cuts, key=lambda cut: abs(cut - depth * len(self.text)))
 
     def prompt(self, depth: float) -> list[int]:
-        """All of it, with the needle at this depth."""
+        """The whole prompt, with the needle at this depth."""
         place = self.place(depth)
         return self.head + self.text[:place] + self.needle + self.text[place:] + self.question
 
@@ -118,8 +118,8 @@ def _fill(
     pieces: Iterator[str],
     shuffle: random.Random | None = None,
 ) -> Sample:
-    """The sample, with as many pieces of text as there is room for: first the end of the one that does not fit, then
-    the others, in any order with `shuffle`."""
+    """The sample, with as many pieces of text as fit: first the end of the one that does not fit, then the others,
+    shuffled with `shuffle`."""
 
     def ids(text: str) -> list[int]:
         return tokenizer.encode(text).tolist()
@@ -148,7 +148,7 @@ def _fill(
 
 
 def _sentences(rng: random.Random) -> Iterator[str]:
-    """The sentences of the shipped held-out works from a random one on, work after work, without end."""
+    """The sentences of the shipped held-out works from a random one on, work after work, endlessly."""
     works = _works()
     work = rng.randrange(len(works))
     start = rng.randrange(len(works[work]))
@@ -159,7 +159,7 @@ def _sentences(rng: random.Random) -> Iterator[str]:
 
 @lru_cache(maxsize=1)
 def _works() -> list[list[str]]:
-    """Each work's sentences, with the white space before them."""
+    """Each work's sentences, with leading white space."""
     files = [SHIPPED_TEXT["embedded-validation"]]
     config = SourceConfig(path="embedded-validation")
     return [re.split(r"(?<=[.!?])(?=\s)", text) for _, text in Documents(config).of_files(files)]

@@ -1,4 +1,4 @@
-"""One HTML file that needs nothing else: sections of tables, pictures and text."""
+"""A self-contained HTML file: sections of tables, pictures and text."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ def page(title: str, sections: Sequence[tuple[str, str]]) -> str:
 
 
 def image(path: Path) -> str:
-    """A PNG file, inside the page."""
+    """A PNG file, embedded."""
     data = base64.b64encode(path.read_bytes()).decode("ascii")
     return f'<img alt="{html.escape(path.stem)}" src="data:image/png;base64,{data}">'
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table; numbers to the right, words to the left."""
+    """A table; numbers aligned right, words left."""
     head = "".join(f"<th>{html.escape(name)}</th>" for name in columns)
     body = "\n".join(
         "<tr>" + "".join(f"<td{_kind(cell)}>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
@@ -61,5 +61,5 @@ def note(text: str) -> str:
 
 
 def folded(heading: str, text: str) -> str:
-    """Plain text behind a heading to be opened."""
+    """Plain text in a collapsed section."""
     return f"<details><summary>{html.escape(heading)}</summary><pre>{html.escape(text)}</pre></details>"

@@ -1,8 +1,7 @@
 """Two evaluations compared document by document: the difference by position, its error, and what more documents buy.
 
-Documents differ far more from each other than two models do on one of them, so the differences of equal documents
-resolve gaps that the two curves cannot. What the error does not hold: another seed of training may move a model by
-more than all of it.
+Documents differ far more from each other than two models do on one of them, so paired differences resolve gaps that the
+two curves cannot. The error does not cover the training seed, which may move a model by more.
 
 Shapes: N shared documents, B buckets.
 """
@@ -29,7 +28,7 @@ class Difference:
     by_bucket: Estimate
     """[B] mean difference in nats per token, its error, and the documents and clusters it rests on."""
     factor: float
-    """Standard errors that the band of all buckets is wide to each side; NaN without a band."""
+    """Half-width of the simultaneous band in standard errors; NaN without a band."""
     no_band: str | None
     """Why there is none."""
     num_documents: int
@@ -37,7 +36,7 @@ class Difference:
 
     @property
     def paired(self) -> bool:
-        """True if equal documents were compared."""
+        """True if the same documents were compared."""
         return self.num_documents > 0
 
     @property
@@ -46,11 +45,11 @@ class Difference:
         return self.by_bucket.se * np.sqrt(self.by_bucket.clusters)
 
     def interval(self) -> np.ndarray:
-        """[B] half-width of each bucket's own 95 % interval; NaN where none holds at its rate."""
+        """[B] half-width of each bucket's own 95 % interval; NaN where none has nominal coverage."""
         return half_width(self.by_bucket.se, self.by_bucket.freedom)
 
     def band(self) -> np.ndarray:
-        """[B] half-width of the band that holds all buckets at once with 95 %; NaN where none does."""
+        """[B] half-width of the simultaneous 95 % band; NaN where there is none."""
         return self.by_bucket.se * self.factor
 
     def summary(self, gap: float | None = None) -> dict[str, Any]:

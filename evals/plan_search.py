@@ -1,9 +1,9 @@
-"""Which attention each layer should have, if all layers together may attend to so many pairs: a search over measured
+"""Which attention each layer should have within a budget of attended pairs over all layers: a search over measured
 costs, without a model.
 
-Costs of layers are taken to add up, and pairs do. So the best plan for a budget is a knapsack: on each layer's lower
-convex hull of (pairs, cost) the steps that save most a pair come first, and what is left of the budget goes to the
-single changes that still fit.
+Costs are assumed to add over layers, as pairs do. So the best plan for a budget is a knapsack: on each layer's lower
+convex hull of (pairs, cost) the steps that save most per pair come first, and the remaining budget goes to single
+changes that still fit.
 
 Shapes: L layers, C candidates for each of them.
 """
@@ -18,11 +18,11 @@ import numpy as np
 from moba.kinds import AttentionSpec, Full, Moba
 
 LEVELS = (1 / 4, 1 / 2, 3 / 4, 1, 3 / 2, 2, 3)
-"""Multiples of the budget, as a share of the causal pairs, that candidates come close to from below."""
+"""Multiples of the budget (a share of the causal pairs); candidates are the largest below each."""
 SLACK = 1 + 1e-12
-"""For sums of floats."""
+"""Tolerance for sums of floats."""
 LEAST_TOP_K = 3
-"""With fewer, the first block and the query's own leave a gate nothing to pick."""
+"""With fewer, the first block and the query's own leave the gate nothing to select."""
 
 
 def pairs_share(spec: AttentionSpec, length: int) -> float:
@@ -31,7 +31,7 @@ def pairs_share(spec: AttentionSpec, length: int) -> float:
 
 
 def candidates(length: int, budget: float, block_sizes: Iterable[int], first_blocks: Iterable[int]) -> list[Moba]:
-    """What a layer may have beside full attention: for each block size and first_blocks the largest top_k at each of
+    """A layer's options beside full attention: for each block size and first_blocks the largest top_k at each of
     LEVELS."""
     found = []
     for block_size in block_sizes:
@@ -47,9 +47,9 @@ def candidates(length: int, budget: float, block_sizes: Iterable[int], first_blo
 
 
 def predicted_cost(kl_L: np.ndarray, error_LC: np.ndarray, reference_L: Sequence[int]) -> np.ndarray:
-    """[L, C] nats that each candidate is expected to cost in each layer: what was measured at the layer's reference
-    candidate, in proportion to the squared error of the attention's output. Small errors act on the loss by their
-    square, as at any minimum."""
+    """[L, C] predicted cost in nats of each candidate in each layer: the cost measured at the layer's reference
+    candidate, scaled by the squared error of the attention's output. Near a minimum the loss is quadratic in small
+    errors."""
     at_reference_L1 = np.take_along_axis(error_LC, np.asarray(reference_L)[:, None], axis=1)
     with np.errstate(invalid="ignore", divide="ignore"):
         ratio_LC = np.where(at_reference_L1 > 0, error_LC / at_reference_L1, 0)
@@ -57,8 +57,8 @@ def predicted_cost(kl_L: np.ndarray, error_LC: np.ndarray, reference_L: Sequence
 
 
 def allocate(pairs_C: np.ndarray, cost_LC: np.ndarray, budget: float) -> list[int]:
-    """Each layer's candidate [L], of the least summed cost that was found with at most `budget` pairs in all, which the
-    smallest candidates must not exceed."""
+    """Each layer's candidate [L], of the least summed cost found within `budget` pairs in all. The smallest candidates
+    must fit the budget."""
     num_layers = len(cost_LC)
     hulls = [_hull(pairs_C, cost_C) for cost_C in cost_LC]
     at = [hull[0] for hull in hulls]
@@ -89,7 +89,7 @@ def allocate(pairs_C: np.ndarray, cost_LC: np.ndarray, budget: float) -> list[in
 
 
 def best_alike(pairs_C: np.ndarray, cost_LC: np.ndarray, budget: float) -> int:
-    """The candidate of least summed cost if all layers have the same, of those within the budget."""
+    """The candidate within the budget with the least summed cost if all layers have the same."""
     fits_C = len(cost_LC) * pairs_C <= budget * SLACK
     assert fits_C.any(), (pairs_C, budget)
     return int(np.where(fits_C, cost_LC.sum(0), np.inf).argmin())

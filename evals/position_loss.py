@@ -1,14 +1,15 @@
 """Loss by position on held-out documents: one document a forward pass, from its start, nothing packed.
 
 Which documents: a cohort of data.validation. In the fixed one every bucket is measured on the same documents, so the
-curve shows what context gives, not which documents are long. In a packed stream the late positions would see little of
-their own document. Documents, or groups of them that belong together, are the clusters of the standard errors.
+curve shows the effect of context, not of which documents are long. In a packed stream late positions would have little
+context of their own document. Documents, or groups of them that belong together, are the clusters of the standard
+errors.
 
-An evaluation also keeps each document's mean in each bucket, under a key made from its tokens: two models evaluated
-on the same documents can then be compared document by document (evals/paired.py), which resolves far smaller
-differences than two separate curves.
+An evaluation also keeps each document's mean in each bucket, under a hash of its tokens: two models evaluated on the
+same documents can then be compared document by document (evals/paired.py), which resolves far smaller differences than
+two separate curves.
 
-Sums are whole numbers of 2^-32 nats, whose order does not matter: one process and many agree bit for bit.
+Sums are integers in units of 2^-32 nats, so their order does not matter: one process and many agree bit for bit.
 
 Shapes: T positions, N documents, B buckets.
 """
@@ -38,7 +39,7 @@ from train.record.position_loss import PositionCurve, Trailing, bucket_edges, de
 FORMAT = 2
 FIXED_POINT = 2.0**32
 LARGEST = 1e6
-"""Nats; a loss beyond counts as not finite (the sums are 64 bits wide)."""
+"""Nats; a larger loss counts as non-finite (the sums are 64-bit)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,21 +51,21 @@ class Evaluation:
     document_ids: list[str]
     """[N] names."""
     document_keys: list[str]
-    """[N] hash of the evaluated tokens: equal keys in two evaluations are the same text in the same tokens."""
+    """[N] hash of the evaluated tokens: equal keys mean equal tokens."""
     document_clusters: list[str]
     """[N] which cluster each belongs to."""
     document_loss: np.ndarray
     """float64 [N, B] mean loss of each document in each bucket, nats per token; NaN where it does not fill it."""
     num_non_finite: int
-    """Tokens whose loss was infinite, NaN or beyond LARGEST, which are left out of every mean."""
+    """Tokens whose loss was infinite, NaN or beyond LARGEST, excluded from every mean."""
     cohort: str = "fixed"
 
     @classmethod
     def of_documents(
         cls, edges: np.ndarray, ids: list[str], keys: list[str], clusters: list[str], loss_NB: np.ndarray
     ) -> Evaluation:
-        """The evaluation of documents that all reach the length, from each one's mean loss in each bucket, every token
-        of which counts; without what is known of single positions."""
+        """The evaluation of documents that all reach the length, from each one's mean loss in each bucket, where every
+        token counts; without per-position losses."""
         count_NB = np.broadcast_to(np.diff(edges), loss_NB.shape)
         length = int(edges[-1])
         unknown_2T = np.zeros((2, length))
@@ -141,7 +142,7 @@ def evaluate(
     num_buckets = num_buckets or default_num_buckets(seq_len)
     edges_E = torch.from_numpy(bucket_edges(num_buckets, seq_len)).to(device)
     by_position = torch.zeros(2, seq_len, dtype=torch.int64, device=device)
-    # Of each document and bucket: sum, tokens counted, tokens there (without labels too, but not if not finite).
+    # Of each document and bucket: sum, tokens counted, tokens there (also without labels, but not if non-finite).
     table = torch.zeros(3, len(documents), num_buckets, dtype=torch.int64, device=device)
     non_finite = torch.zeros(1, dtype=torch.int64, device=device)
     for index, counts in context.share(len(documents), what):
@@ -199,7 +200,7 @@ def _divide(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
 
 
 def document_key(batch: Batch) -> str:
-    """16 hexadecimal digits that name a document's tokens, the last label included."""
+    """A hash of a document's tokens, the last label included: 16 hexadecimal digits."""
     tokens = torch.cat((batch.tokens, batch.labels[-1:])).numpy()
     return hashlib.sha256(tokens.astype("<i8").tobytes()).hexdigest()[:16]
 
@@ -211,14 +212,14 @@ def plain(values: Iterable[SupportsFloat]) -> list[float | None]:
 
 @dataclass(frozen=True)
 class _Saved:
-    """Of an evaluation's .json, what is read."""
+    """The fields of an evaluation's .json that are read."""
 
     num_non_finite: Count
     cohort: str
 
 
 def load_evaluation(path: Path | str) -> Evaluation:
-    """A saved evaluation, from its .json or the .npz beside it. ValueError if either is missing or of no evaluation."""
+    """A saved evaluation, from its .json or the .npz beside it. ValueError if either is missing or invalid."""
     base = Path(path)
     record = read_json(
         base.with_suffix(".json"), _Saved, remedy="A saved loss-by-position evaluation is .json and .npz"

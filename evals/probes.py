@@ -1,8 +1,8 @@
-"""Retrieval probes inside long texts: a number is said once, far back, and has to be known again at the end.
+"""Retrieval probes in long texts: a number is stated once, far back, and asked for at the end.
 
-Each probe is a held-out document with sentences put in between: `pass_key` has one, `key_value` eight of different
-names, one of which is asked for. The tokens of a number are the same in both places, whatever the tokenizer does at
-their edges. Numbers depend on nothing but the document, task and depth.
+Each probe is a held-out document with inserted sentences: `pass_key` has one, `key_value` eight with different names,
+one of which is asked for. The number has the same tokens in both places, whatever the tokenizer does at its edges.
+Numbers depend only on document, task and depth.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from train.model.decoder import Decoder
 
 PAIRS = 8
 ASKED = (1, 3, 5, 7)
-"""Which of PAIRS places in the text, evenly spread, is asked for: depths 3/16, 7/16, 11/16, 15/16."""
+"""Which of PAIRS evenly spread places is asked for: depths 3/16, 7/16, 11/16, 15/16."""
 TASKS = ("pass_key", "key_value")
 NAMES = ("Anna", "Boris", "Clara", "David", "Emma", "Felix", "Greta", "Henry")
 DIGITS = 5
@@ -36,9 +36,9 @@ class Probe:
     document: str
     task: str
     depth: float
-    """Where the answer was said, as a share of the text."""
+    """Where the answer was stated, as a fraction of the text."""
     tokens_T: Tensor
-    """int64: the text without the answer's last token, as many tokens as asked for."""
+    """int64 [T]: the text without the answer's last token, T the length asked for."""
     answer: list[int]
     """Its tokens; the last positions of the text predict them."""
 
@@ -51,12 +51,12 @@ def probes(documents: Iterable[tuple[str, Batch]], tokenizer: Tokenizer, length:
 
 
 def of_document(name: str, batch: Batch, tokenizer: Tokenizer, task: str, length: int) -> list[Probe]:
-    """Its probes of a task, one a place."""
+    """Its probes of a task, one per place."""
     return [make_probe(name, batch.tokens.tolist(), tokenizer, task, place, length) for place in ASKED]
 
 
 def make_probe(document: str, filler: list[int], tokenizer: Tokenizer, task: str, place: int, length: int) -> Probe:
-    """The probe whose answer is said at `place` of PAIRS."""
+    """The probe whose answer is stated at `place` of PAIRS."""
     generator = random.Random(f"{document} {task} {place}")
     numbers = ["".join(generator.choices("0123456789", k=DIGITS)) for _ in range(PAIRS)]
     names = generator.sample(NAMES, PAIRS)
@@ -80,8 +80,8 @@ def make_probe(document: str, filler: list[int], tokenizer: Tokenizer, task: str
 
 
 def score(model: Decoder, asked: Sequence[Probe], device: torch.device | str) -> list[tuple[bool, float]]:
-    """Of each probe (whether each token of the answer is the likeliest, given those before it; mean nats of these
-    tokens). All are read in one pass, as documents of a pack."""
+    """Of each probe (whether greedy decoding gives the answer, mean nats of its tokens). All are read in one pass,
+    packed as documents."""
     lengths = [len(probe.tokens_T) for probe in asked]
     rows = [end - len(p.answer) + torch.arange(len(p.answer)) for p, end in zip(asked, accumulate(lengths))]
     positions = torch.cat([torch.arange(length) for length in lengths]).to(device)

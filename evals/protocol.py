@@ -1,6 +1,6 @@
-"""What an eval is: an `Eval`, which is handed a `Job` and gives back a `Result`. evals/table.py lists them all.
+"""The interface of an eval: an `Eval` takes a `Job` and returns a `Result`. evals/table.py lists them all.
 
-launch/evaluate.py does the rest: arguments and their help, the model, where files go and what they are called, wandb.
+launch/evaluate.py does the rest: arguments and their help, the model, folder and names of files, wandb.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from train.record.metrics import describe_plan
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """What an eval is asked to do: a trained model, and the arguments of the command."""
+    """The input of an eval: a trained model, and the arguments of the command."""
 
     context: Context
     trained: TrainedModel
     values: Mapping[str, str]
-    """Arguments as they were typed, the eval's own and those of all evals."""
+    """Arguments as strings, the eval's own and those of all evals."""
     folder: Path
     """Where results go."""
 
     @property
     def attention(self) -> str:
-        """The attention in force, in words."""
+        """The current attention, in words."""
         return describe_plan(self.context.model.attention)
 
     @property
@@ -49,7 +49,7 @@ class Job:
 
     @property
     def dense_up_to(self) -> int | None:
-        """B * k of the attention in force, as evals.results.dense_up_to."""
+        """B * k of the current attention, as evals.results.dense_up_to."""
         return dense_up_to(self.context.model.attention)
 
     @property
@@ -60,7 +60,7 @@ class Job:
         return self.trained.config.eval.seq_len or self.trained.stage.seq_len
 
     def integer(self, key: str, default: int) -> int:
-        """The whole number given for a key; ValueError if it is none of at least 1."""
+        """The integer given for a key; ValueError unless it is at least 1."""
         text = self.values.get(key, str(default))
         if not text.isdecimal() or int(text) < 1:
             raise ValueError(f"{key}={text}: must be a whole number of at least 1")
@@ -94,7 +94,7 @@ class Job:
 
 @dataclass(frozen=True, eq=False)
 class Result:
-    """What an eval found, for a file, a person and wandb."""
+    """The output of an eval, for files, the console and wandb."""
 
     length: int
     """Tokens of the longest context; part of the files' name."""
@@ -103,19 +103,19 @@ class Result:
     text: str
     """For the console: a line, or a table."""
     numbers: Mapping[str, float] = field(default_factory=dict)
-    """The few that wandb gets."""
+    """Scalars for wandb."""
     arrays: Mapping[str, Any] = field(default_factory=dict)
-    """What numpy.savez takes; no .npz where there are none."""
+    """Arguments of numpy.savez; no .npz where there are none."""
     figures: Mapping[str, Callable[[Path], None]] = field(default_factory=dict)
-    """What stands behind the files' name, such as "" or "_heads" -> draws it into a PNG file. wandb gets the first."""
+    """Suffix of the file's name, such as "" or "_heads" -> draws a PNG file. wandb gets the first."""
     suffix: str = ""
     """Last part of the files' name, where one attention and length can be measured in two ways."""
     seed: int | None = None
-    """Of what was drawn for the measurement, if anything was."""
+    """Of the random numbers of the evaluation, if any."""
 
     def write(self, folder: Path, stem: str, **info: Any) -> Path:
         """Writes `stem`.json, with `info` in front, .npz and figures into `folder` (made if missing); returns the path
-        of the json, which is written last: where it is, the rest is."""
+        of the .json, which is written last, when the rest is complete."""
         folder.mkdir(parents=True, exist_ok=True)
         if self.arrays:
             np.savez_compressed(folder / f"{stem}.npz", **self.arrays)
@@ -124,29 +124,29 @@ class Result:
         return write_json(folder / f"{stem}.json", {**info, **self.record})
 
     def figure_paths(self, folder: Path, stem: str) -> list[Path]:
-        """Where `write` draws."""
+        """The files that `write` draws."""
         return [folder / f"{stem}{ending}.png" for ending in self.figures]
 
 
 @dataclass(frozen=True)
 class Eval:
-    """One kind of measurement of a trained model."""
+    """One kind of evaluation of a trained model."""
 
     name: str
-    """As in evals=[...], and in front of its files' names."""
+    """As in evals=[...], and the prefix of its files' names."""
     about: str
-    """What it says, for --help."""
+    """What it measures, for --help."""
     run: Callable[[Job], Result]
-    """Measures, on every process alike; the Result of the first one is used. ValueError for what a user can put right:
-    a wrong value, a model or a length that it cannot measure."""
+    """Runs on every process; rank 0's Result is used. ValueError for user errors: a wrong value, a model or a length
+    that it does not support."""
     keys: Mapping[str, str] = field(default_factory=dict)
     """Its own arguments -> help. Two evals may share a key."""
     choices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Those of its keys that take one of a few words, checked before anything is loaded."""
+    """The allowed values of some of its keys, checked before anything is loaded."""
     heading: str = ""
     """Its section in a report."""
     page: Callable[[Mapping[str, Any], Path], str] | None = None
-    """(record of a .json, its path) -> html for a report, of evals.page; None: reports leave it out."""
+    """(record of a .json, its path) -> HTML for a report, by evals/page.py; None: not in reports."""
 
 
 def names(values: Mapping[str, str], key: str, choices: Iterable[str], default: str) -> list[str]:

@@ -1,11 +1,10 @@
-"""Recall tasks under several attentions: what share of the answers the same weights give, and from how far back.
+"""Recall tasks under several attentions: the share of answers that the same weights get right, and from how far back.
 
-Scored teacher-forced, in one pass a document: an answer counts if every one of its tokens is the likeliest after the
-right ones before it, which is so exactly if greedy decoding with the same attention would have given it. `far` answers
-are those whose evidence lies `top_k` blocks back or more and not in a block that is always seen (first_blocks), where
-only the gate can reach it; the controls of
-moba/gates.py say whether it did. A setting tells something about the gate only with many blocks of which few are seen:
-with few, random blocks do just as well.
+Scored with teacher forcing, in one pass per document: an answer counts if each of its tokens is the most likely one,
+which is equivalent to greedy decoding with the same attention giving it. `far` answers are those whose evidence lies
+`top_k` blocks back or more and not in a block that is always attended (first_blocks), where only the gate can reach it;
+the control gates of moba/gates.py say whether it did. A setting tests the gate only with many blocks of which few are
+attended: otherwise random blocks do as well.
 
 Shapes: N documents, A answers of a document (padded with NaN), W variants of attention.
 """
@@ -41,7 +40,7 @@ def recall(
     context: Context, source: SyntheticSource, *, samples: int, variants: tuple[str, ...] = VARIANTS
 ) -> RecallReport:
     """The RecallReport of a model on the first `samples` documents of the source, on every rank. With MoBA layers in
-    the plan in force under `variants` of it (evals/swap.py), else as it is ("full"). All ranks run the same number of
+    the current plan under its `variants` (evals/swap.py), else as it is ("full"). All ranks run the same number of
     forward passes."""
     model, plan, count = context.model, context.model.attention, min(samples, source.num_documents)
     routing = next((spec.routing for spec in plan if spec.routing is not None), None)
@@ -74,7 +73,7 @@ def recall(
 
 
 def score(model: Decoder, sample: Sample, device: torch.device | str) -> Tensor:
-    """float64 [2, A]: of each answer whether every token is the likeliest, and their mean loss."""
+    """float64 [2, A]: whether greedy decoding gives each answer, and its mean loss in nats per token."""
     tokens = torch.from_numpy(sample.tokens).to(device)
     wanted = [torch.arange(start, start + length) for start, length, _ in sample.answers]
     place = torch.cat(wanted).to(device)
@@ -93,7 +92,7 @@ def score(model: Decoder, sample: Sample, device: torch.device | str) -> Tensor:
 
 
 def run(job: Job) -> Result:
-    """The right answers in generated documents of each task that was asked for."""
+    """Recall on generated documents of each task asked for."""
     sources = {config.task: synthetic_source(job, config) for config in _tasks(job)}
     samples = job.integer("samples", 64)
     reports = {}
@@ -120,7 +119,7 @@ def result(reports: Mapping[str, RecallReport]) -> Result:
 
 
 def _tasks(job: Job) -> list[SyntheticConfig]:
-    """Those asked for by name; else what the run was trained or validated on; else all."""
+    """The tasks asked for by name; else those that the run was trained or validated on; else all."""
     own = own_tasks(job.trained.config.data)
     if "tasks" not in job.values and own and "seq_len" not in job.values:
         return list(own.values())
@@ -138,7 +137,7 @@ def own_tasks(data: DataConfig) -> dict[str, SyntheticConfig]:
 
 
 def synthetic_source(job: Job, config: SyntheticConfig) -> SyntheticSource:
-    """Its held-out documents, in the run's vocabulary."""
+    """The task's held-out documents, in the run's vocabulary."""
     vocab_size = load_tokenizer(job.trained.config.data.tokenizer).vocab_size
     return SyntheticSource(config.task, config, vocab_size, held_out=True)
 

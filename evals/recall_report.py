@@ -1,4 +1,4 @@
-"""What evals/recall.py finds out, as numbers, text, JSON values and a figure.
+"""Results of evals/recall.py as numbers, text, JSON values and a figure.
 
 Shapes: N documents, A answers of a document (padded with NaN), W variants of attention.
 """
@@ -27,14 +27,14 @@ MAX_SEEN = 1 / 8
 
 @dataclass(frozen=True, eq=False)
 class RecallReport:
-    """What one model answers in one task."""
+    """The answers of one model in one task."""
 
     source: SyntheticSource
     variants: tuple[str, ...]
     correct_WNA: np.ndarray
     """[W, N, A] 1 where the whole answer is right, else 0."""
     nll_WNA: np.ndarray
-    """[W, N, A] mean loss of the answer's tokens, nats."""
+    """[W, N, A] mean loss of the answer, nats per token."""
     distance_NA: np.ndarray
     """[N, A] tokens between an answer and its evidence."""
     blocks_back_NA: np.ndarray | None
@@ -42,12 +42,12 @@ class RecallReport:
     routing: Routing | None
     """The first MoBA layer's."""
     is_first_NA: np.ndarray | None = None
-    """bool [N, A] evidence in the document's first_blocks, which every query sees; None: nowhere."""
+    """bool [N, A] evidence in the document's first_blocks, which every query attends to; None: nowhere."""
 
     @property
     def gate_matters(self) -> bool | None:
-        """Whether the setting tests the gate: at least MIN_BLOCKS blocks, of which at most MAX_SEEN are seen; None
-        without MoBA."""
+        """Whether the setting tests the gate: at least MIN_BLOCKS blocks, of which at most a share of MAX_SEEN is
+        attended; None without MoBA."""
         if self.routing is None:
             return None
         num_blocks = self.source.config.length // self.routing.block_size
@@ -97,8 +97,8 @@ class RecallReport:
 
     @staticmethod
     def interval(found: Estimate) -> tuple[float, float]:
-        """The 95 % interval of an accuracy: Wilson's, of as many independent answers as its clustered error says the
-        answers are worth (as documents, where all are right or all wrong)."""
+        """The 95 % interval of an accuracy: Wilson's, with the effective number of independent answers from its
+        clustered error (the number of documents, where all are right or all wrong)."""
         if not found.count:
             return 0.0, 1.0
         share, se = float(found.mean), float(found.se)

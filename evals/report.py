@@ -1,7 +1,7 @@
-"""Puts runs side by side in one HTML file that needs nothing else: tables, figures, and the conventions behind them.
+"""Compares runs in one self-contained HTML file: tables, figures, and their conventions.
 
-Everything is read from the run directories, so that a report can be made on any machine they were copied to, during a
-run as well as after it.
+Everything is read from the run directories, so a report can be made on any machine they are copied to, during a run as
+well as after it.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def write_report(runs: Sequence[Run], to: Path) -> Path:
 
 
 def draw_figures(runs: Sequence[Run], to: Path) -> dict[str, Path]:
-    """Draws what the runs have data for as PNG files in `to`: name -> path."""
+    """Draws the figures that the runs have data for as PNG files in `to`: name -> path."""
     train = {run.name: run.train for run in runs}
     boundaries = stage_boundaries(runs)
     figures = {
@@ -81,7 +81,7 @@ def draw_figures(runs: Sequence[Run], to: Path) -> dict[str, Path]:
 
 
 def stage_boundaries(runs: Sequence[Run]) -> list[tuple[int, str]]:
-    """(tokens, name) of each stage that begins; with its run's name where the runs' stages differ."""
+    """(tokens, name) of each stage's start; with its run's name where the runs' stages differ."""
     own = [[(stage["tokens"], stage["stage"]) for stage in run.stages] for run in runs]
     if all(stages == own[0] for stages in own):
         return own[0]
@@ -149,7 +149,7 @@ def _paired(runs: Sequence[Run]) -> str:
 
 
 def _results(runs: Sequence[Run], one: Eval) -> str:
-    """What launch/evaluate.py left in the runs' evals/ folders for an eval."""
+    """The results of an eval in the runs' evals/ folders, as HTML."""
     assert one.page is not None
     parts = []
     for run in runs:
@@ -167,7 +167,7 @@ def _results(runs: Sequence[Run], one: Eval) -> str:
 
 @dataclass(frozen=True)
 class _Provenance:
-    """What a report reads of every result (evals/results.py)."""
+    """The fields of every result that a report reads (evals/results.py)."""
 
     tokens: Count
     attention: str
@@ -177,13 +177,13 @@ class _Provenance:
 
 
 def _result(path: Path) -> dict[str, Any]:
-    """A result's .json. ReportError if it is none."""
+    """A result's .json. ReportError if it is invalid."""
     text = read_text(path, error=ReportError, remedy=REMEDY)
     return parse_object(text, _Provenance, where=path, error=ReportError, remedy=REMEDY)
 
 
 def _eval_cost(runs: Sequence[Run]) -> str:
-    """What the evaluations during training took."""
+    """Time of the evaluations during training."""
     parts = []
     for run in runs:
         seconds = [record["seconds"] for record in run.evaluations if record.get("seconds") is not None]
@@ -274,7 +274,7 @@ def _at_end(records: Sequence[Mapping[str, Any]], name: str) -> float | None:
 
 
 def _by_time(records: Sequence[Mapping[str, Any]], name: str) -> float | None:
-    """The mean of a rate over the time it was measured in, its first interval (start-up) left out if there are more."""
+    """The time-weighted mean of a speed, without its first interval (start-up) if there are more."""
     records = records[1:] or records
     values, seconds = column(records, name), column(records, "seconds")
     known = np.isfinite(values) & np.isfinite(seconds)

@@ -1,4 +1,4 @@
-"""What every result carries besides its numbers: which code, checkpoint, attention, machine and time it came from."""
+"""Provenance of every result: code, checkpoint, attention, machine and time."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class Stopwatch:
 
 
 def provenance(trained: TrainedModel, watch: Stopwatch, *, world_size: int = 1, seed: int | None = None) -> dict:
-    """Plain JSON values that tell where a result comes from; put it in front of the numbers. `seed`: of what was drawn
-    for the measurement, None if nothing was."""
+    """The provenance of a result as plain JSON values. `seed`: of the evaluation's random numbers, None if there are
+    none."""
     return {
         "commit": commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -59,7 +59,7 @@ def dense_up_to(plan: tuple[AttentionSpec, ...]) -> int | None:
 
 
 def commit() -> str | None:
-    """The commit of this code, with "-dirty" behind it if tracked files were changed; None outside a git checkout."""
+    """The commit of this code, with "-dirty" appended if tracked files were changed; None outside a git checkout."""
     head = _git("rev-parse", "HEAD")
     if head is None or _git("rev-parse", "--show-toplevel") != str(ROOT):
         return None
@@ -75,7 +75,7 @@ def _git(*arguments: str) -> str | None:
 
 
 def write_json(path: Path, record: dict[str, Any]) -> Path:
-    """Writes strict JSON (its folder made if missing) and returns the path."""
+    """Writes strict JSON (creating the folder) and returns the path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     return path

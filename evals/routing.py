@@ -1,11 +1,10 @@
-"""What the router of each MoBA layer and head does on held-out documents: how much of full attention it captures, how
-much the best blocks would, whom it picks, and how well FlashMoBA's signal-to-noise model explains its hits.
+"""Routing of each MoBA layer and head on held-out documents: the share of full attention's probability it captures,
+that of the best blocks, which blocks it selects, and how well FlashMoBA's signal-to-noise model explains its hit rate.
 
-All in one forward pass a document: at each layer the queries, keys and values that the attention is about to use are
-handed to `observe`. The captured share of every query is exact, exp(lse of the sparse attention - lse of the full
-one). What needs the mass of single blocks (oracle, recall, margin, SNR) is exact too, for `queries` evenly spaced
-queries. Every mean is over routed queries alone, those for which some block has to be dropped: before position B * k
-sparse attention is full attention, and would flatter.
+All in one forward pass per document: at each layer `observe` gets the queries, keys and values of the attention. The
+captured share of every query is exact, exp(lse of the sparse attention - lse of the full one). What needs the
+probability of single blocks (oracle, recall, margin, SNR) is exact too, for `queries` evenly spaced queries. Means are
+over routed queries only, those that drop some block: before position B * k sparse attention is full attention.
 
 Shapes: N documents, L MoBA layers, H query heads, M blocks, C sampled queries, P buckets of positions, E octaves of
 distance, Y cells of a map.
@@ -53,7 +52,7 @@ def diagnose(context: Context, documents: Sequence[tuple[str, Batch]], *, querie
     """The RoutingReport of a model's MoBA layers, on every rank.
 
     `documents` are (id, batch of one document, all of one length). `queries` are sampled from each document and layer.
-    ValueError if no layer is MoBA, or sparse attention is full at this length.
+    ValueError if no layer is MoBA, or sparse attention equals full attention at this length.
     """
     model = context.model
     seq_len = documents[0][1].tokens.numel()
@@ -82,7 +81,7 @@ def diagnose(context: Context, documents: Sequence[tuple[str, Batch]], *, querie
 
 @contextmanager
 def _observed(model: Decoder, layers: Sequence[int], observe: Callable):
-    """Hands what each of these layers' attention gets to observe(position among the layers, layer, q, k, v)."""
+    """Calls observe(position among the layers, layer, q, k, v) with the inputs of each of these layers' attention."""
     every = [module for module in model.modules() if isinstance(module, MoBAAttention)]  # one per layer
     modules = [every[i] for i in layers]
     for place, module in enumerate(modules):
@@ -99,7 +98,7 @@ def _observed(model: Decoder, layers: Sequence[int], observe: Callable):
 
 
 class _Sums:
-    """What is added up, on the device; each document's rows are written by one rank."""
+    """Accumulators on the device; each document's rows are written by one rank."""
 
     def __init__(self, num_documents, layers, specs, num_heads, seq_len, device, queries):
         self.layers, self.specs, self.queries, self.seq_len = layers, specs, queries, seq_len
@@ -115,7 +114,7 @@ class _Sums:
         self.candidates = torch.zeros(2, **zeros)
 
     def observer(self, document: int | None) -> Callable:
-        """Adds one document; None counts nothing."""
+        """An observer that adds one document; None counts nothing."""
 
         def observe(place: int, spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> None:
             if document is not None:
@@ -144,7 +143,8 @@ class _Sums:
         self._map_picks(place, selection, layout)
 
     def _place(self, document, place, mass: BlockMass, selection_HCK, layout, rows, shares, first: int) -> None:
-        """Where in the document: shares by bucket, distances (of all but the first blocks), the map of probability."""
+        """Adds what depends on position: shares by bucket, distances (of all but the first blocks), the map of
+        probability."""
         bucket_C = rows * NUM_BUCKETS // self.seq_len
         means_CS = torch.stack([shares[name] for name in SHARES], -1).mean(0).double()
         self.shares[document, place].index_add_(0, bucket_C, means_CS)
@@ -172,7 +172,7 @@ class _Sums:
         )
 
     def _map_picks(self, place: int, selection_HTK: Tensor, layout: BlockLayout) -> None:
-        """Adds how often the queries of each cell picked a block of each cell, the own one included."""
+        """Adds how often the queries of each cell selected a block of each cell, their own block included."""
         num_heads, num_tokens, _ = selection_HTK.shape
         cell_T = torch.arange(num_tokens, device=selection_HTK.device) * self.cells // num_tokens
         cell_HTK = self._cell_of_block(layout)[selection_HTK.clamp(min=0).long()]
@@ -183,7 +183,7 @@ class _Sums:
         self.rows[place, 0].index_add_(0, cell_T, torch.ones_like(cell_T, dtype=torch.float64))
 
     def _cell_of_block(self, layout: BlockLayout) -> Tensor:
-        """int64 [M]"""
+        """The cell of each block, int64 [M]."""
         return (layout.start_M * self.cells // self.seq_len).clamp(max=self.cells - 1)
 
     def report(self, clusters: list[str], reduce: Callable[[Tensor], Tensor]) -> RoutingReport:
@@ -207,7 +207,7 @@ class _Sums:
 
 
 def run(job: Job) -> Result:
-    """The routing of the attention in force, on held-out documents."""
+    """Diagnoses the current attention's routing on held-out documents."""
     documents, queries = job.held_out(), job.integer("queries", 256)
     title = f"{job.title}: routing at {format_length(job.seq_len)}, {len(documents)} documents"
     job.say(title)

@@ -1,6 +1,5 @@
-"""Figures of a RoutingReport: heat maps by layer and head, shares by position, distances, hits against the signal-to-
-noise model, and which blocks single heads pick.
-"""
+"""Figures of a RoutingReport: heat maps by layer and head, shares by position, distances, hit rates against the
+signal-to-noise model, and the blocks that single heads select."""
 
 from __future__ import annotations
 
@@ -37,7 +36,7 @@ LABELS = {
 
 
 def figures(report: RoutingReport, title: str = "") -> dict[str, Callable[[Path], None]]:
-    """The figures as a Result has them: `_heads`, `_curves` and `_maps`."""
+    """The figures of a Result: `_heads`, `_curves` and `_maps`."""
     drawn = {"_heads": _draw_heads, "_curves": draw_curves, "_maps": _draw_maps}
     return {ending: partial(draw, report, title=title) for ending, draw in drawn.items()}
 
@@ -65,7 +64,7 @@ def _draw_heads(report: RoutingReport, path: Path, title: str) -> None:
 
 
 def draw_curves(report: RoutingReport, path: Path, title: str) -> None:
-    """Shares by position and distance, hits against the model, and where the probability goes by layer."""
+    """Shares by position and distance, hit rates against the model, and where the probability goes by layer."""
     figure = Figure(figsize=(11, 8), layout="constrained")
     (position, distance), (hits, layers) = figure.subplots(2, 2)
     _by_position(report, position)
@@ -80,7 +79,7 @@ def draw_curves(report: RoutingReport, path: Path, title: str) -> None:
 
 
 def draw_layers(report: RoutingReport, path: Path, title: str) -> None:
-    """The lower half of the curves, for which the means of each head are enough."""
+    """The lower half of the curves, which needs only the means of each head."""
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     hits, layers = figure.subplots(1, 2)
     _hits(report, hits)
@@ -122,7 +121,8 @@ def _by_distance(report: RoutingReport, axes) -> None:
 
 
 def _hits(report: RoutingReport, axes) -> None:
-    """Each head's hits over its signal to noise; the model's curve for its picks and the mean number of candidates."""
+    """Each head's hit rate over its signal-to-noise ratio; the model's curve for top_k and the mean number of
+    candidates."""
     snr_LH, hit_LH = report.head("snr").mean, report.head("hit").mean
     for i, layer in enumerate(report.layers):
         few = len(report.layers) <= 8
@@ -160,7 +160,7 @@ def _by_layer(report: RoutingReport, axes) -> None:
 
 
 def _draw_maps(report: RoutingReport, path: Path, title: str) -> None:
-    """Picks beside probability, for the heads with the least, the median and the largest regret."""
+    """Selected blocks beside probability, for the heads with the least, the median and the largest regret."""
     regret_LH = report.head("regret").mean
     order = np.argsort(regret_LH, axis=None)
     chosen = {"least": order[0], "median": order[len(order) // 2], "largest": order[-1]}

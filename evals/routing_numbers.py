@@ -1,4 +1,4 @@
-"""The numbers of one layer on one document, head by head, and FlashMoBA's model of how often a gate should hit.
+"""Routing statistics of one layer on one document, per head, and FlashMoBA's model of a gate's hit rate.
 
 Shapes: T tokens of a document, H query heads, M blocks, C sampled queries, K = top_k.
 """
@@ -19,7 +19,7 @@ from moba.stats import BlockMass, block_load, captured_share, forced_share, orac
 
 
 def whole_document(q, k, v, spec: AttentionSpec, selection, documents: Documents) -> dict[str, Tensor]:
-    """[H] values that rest on every query."""
+    """[H] statistics over all queries."""
     assert spec.routing is not None
     layout = documents.layout(spec.routing.block_size)
     sparse_THD, sparse_lse_HT = attend(q, k, v, spec, documents, return_lse=True)
@@ -43,8 +43,8 @@ def whole_document(q, k, v, spec: AttentionSpec, selection, documents: Documents
 def sampled_queries(
     q, k, mass: BlockMass, selection_HCK, layout: BlockLayout, rows, routing: Routing
 ) -> dict[str, Tensor]:
-    """[H, C] values that rest on the sampled queries' masses and scores (of one document, whose queries all route). The
-    first blocks, which nobody picks, neither compete nor count as hits."""
+    """[H, C] statistics of the sampled queries' block probabilities and gate scores (of one document, whose queries all
+    route). The first blocks, which are always attended, neither compete nor count as hits."""
     top_k, first = routing.top_k, routing.first_blocks
     candidates_CM = mass.free(first)
     history_HCM = mass.history_HCM * candidates_CM
@@ -75,7 +75,7 @@ def sampled_queries(
 
 
 def picked_blocks(selection_HCK: Tensor, num_blocks: int, first_blocks: int = 0) -> Tensor:
-    """float64 [H, C, M]: 1 where a history block behind the first ones was picked (of one document, so that blocks are
+    """float64 [H, C, M]: 1 where a past block after the first ones was selected (of one document, so that blocks are
     the pack's)."""
     history = selection_HCK[:, :, :-1].long()
     picked = torch.zeros(*history.shape[:2], num_blocks, dtype=torch.float64, device=history.device)
@@ -91,12 +91,12 @@ def _moments(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def model_hit_rate(snr: np.ndarray | float, candidates: float, picks: int) -> np.ndarray:
-    """FlashMoBA's model: the probability that the wanted block is among the `picks` best of `candidates`, for a
+    """FlashMoBA's model: the probability that the target block is among the `picks` best of `candidates`, for a
     signal-to-noise ratio as `RoutingReport` measures it.
 
-    Every block's score has normal noise of one size, the wanted one a higher mean; `snr` is that gap over the standard
-    deviation of the difference of two scores. Averaged over the wanted block's own noise z, which all its comparisons
-    share: E_z P(Binomial(candidates - 1, 1 - Phi(sqrt(2) snr + z)) < picks), by Gauss-Hermite quadrature.
+    Every block's score has normal noise of one variance, the target's a higher mean; `snr` is that gap over the
+    standard deviation of the difference of two scores. Averaged over the target's own noise z, which all its
+    comparisons share: E_z P(Binomial(candidates - 1, 1 - Phi(sqrt(2) snr + z)) < picks), by Gauss-Hermite quadrature.
     """
     nodes, weights = np.polynomial.hermite_e.hermegauss(64)
     shift = math.sqrt(2) * np.asarray(snr, dtype=np.float64)[..., None] + nodes

@@ -1,4 +1,4 @@
-"""What evals/routing.py finds out, as numbers, text and JSON values.
+"""Results of evals/routing.py as numbers, text and JSON values.
 
 Shapes: N documents, L MoBA layers, H query heads, P buckets of positions, E octaves of distance, Y cells of a map.
 """
@@ -19,7 +19,7 @@ from moba.kinds import AttentionSpec
 from moba.kinds.plan_file import entries_of, plan_of
 
 SHARES = ("captured", "oracle", "local", "random", "own")
-# What is kept of each head. Shares are of full attention's probability.
+# Statistics kept per head. Shares are of full attention's probability.
 HEAD = {
     "captured_all": "captured share, every routed query, from two log-sum-exps",
     "captured": "captured share, sampled queries (so are the rest of the shares)",
@@ -41,7 +41,7 @@ HEAD = {
 
 @dataclass(frozen=True, eq=False)
 class RoutingReport:
-    """What was found. Means over documents, each of equal weight."""
+    """Routing statistics. Means over documents, each of equal weight."""
 
     layers: list[int]
     """[L] index of each MoBA layer in the model."""
@@ -54,13 +54,13 @@ class RoutingReport:
     edges: np.ndarray
     """[P + 1] bucket edges, in tokens."""
     distance_NL2E: np.ndarray
-    """[N, L, (picks, mass), E] share of the picks, and of the history's probability, at 2^e to 2^(e + 1) - 1 blocks
-    back; without the first blocks, which nobody picks."""
+    """[N, L, (picks, mass), E] share of the selected blocks, and of the past blocks' probability, at 2^e to 2^(e + 1) -
+    1 blocks back; without the first blocks, which are always attended."""
     maps_LH2YY: np.ndarray
     """[L, H, (picks, mass), query cell, key cell]: share of queries that attend to a block of the cell, and mean
     probability in the cell; cells are equal parts of the document."""
     candidates: float
-    """Mean number of blocks that a sampled query could pick from."""
+    """Mean number of blocks that a sampled query selects from."""
     clusters: list[str]
     """[N]"""
 
@@ -105,7 +105,7 @@ class RoutingReport:
         return cls(record["layers"], specs, heads, candidates=record["candidates"], clusters=record["clusters"], **kept)
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """What an .npz keeps."""
+        """The arrays of the .npz."""
         return {
             "shares_NLPS": self.shares_NLPS,
             "edges": self.edges,

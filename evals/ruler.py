@@ -1,8 +1,8 @@
-"""RULER: 13 tasks of long context, with NVIDIA's own samples, lengths to write and scorers (evals/ruler_data.py).
+"""RULER: 13 long-context tasks, with NVIDIA's own samples, generation lengths and scorers (evals/ruler_data.py).
 
-Prompts end with the beginning of the answer, so models without instruction tuning can be asked; answers are written
-greedily, to the number of tokens that the task says or the end of the document. A prediction scores the share of the
-references that it contains (of questions with several right answers: whether it contains one).
+Prompts end with the beginning of the answer, so models without instruction tuning can answer; decoding is greedy, up to
+the task's number of tokens or EOS. A prediction scores the share of the references that it contains (for questions with
+several right answers: whether it contains one).
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def run(job: Job) -> Result:
 def _samples(
     job: Job, ruler: Ruler, tasks: Sequence[str], tokenizer: Tokenizer, lengths: Sequence[int], number: int
 ) -> dict[tuple[str, int], list[RulerSample]]:
-    """By task and length. The processes share the making of what is not there, and then read it all."""
+    """By task and length. The processes share the generation of missing samples, then read them all."""
     folder, context = job.folder / FOLDER, job.context
     wanted = [(name, length) for length in lengths for name in tasks]
     for i, (name, length) in enumerate(wanted[context.rank :: context.world_size]):
@@ -110,7 +110,7 @@ def _samples(
 
 
 def _units(samples: dict[tuple[str, int], list[RulerSample]], tokens: int) -> Iterator[tuple[str, int, list[int]]]:
-    """(task, length, samples) that are read together, of so many tokens."""
+    """(task, length, samples) of batches of at most `tokens` tokens."""
     for (name, length), asked in samples.items():
         size = max(1, tokens // length)
         for start in range(0, len(asked), size):

@@ -1,8 +1,8 @@
-"""RULER's samples, task list and scorers, as NVIDIA's package nvidia-long-context-eval has them (extra `ruler`).
+"""RULER's samples, task list and scorers, from NVIDIA's package nvidia-long-context-eval (extra `ruler`).
 
 Samples are made by its generators, each in a process of its own (evals/ruler_generate.py), once per tokenizer, length
 and number of samples, and kept as its jsonl files. Scorers are its own functions. Its evaluate.py, which cannot be
-imported without a download, says how a prediction is cleaned: `cleaned` does the same.
+imported without a download, defines how a prediction is cleaned: `cleaned` does the same.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ class Task:
 
     name: str
     script: str
-    """Of its generator."""
+    """The generator's file."""
     arguments: Mapping[str, Any]
-    """Of the generator."""
+    """The generator's arguments."""
     template: str
     tokens_to_generate: int
     scores: Callable[[list[str], list[list[str]]], list[float]]
@@ -89,8 +89,8 @@ class Ruler:
         return tasks
 
     def samples(self, task: str, tokenizer: Tokenizer, length: int, number: int, folder: Path) -> list[RulerSample]:
-        """Those of a task whose prompts, with what is to be written, have up to `length` tokens; made if they are not
-        in `folder`. Empty if the task does not fit the length. ValueError if they cannot be made."""
+        """A task's samples whose prompts and answers fit `length` tokens; generated if not in `folder`. Empty if the
+        task does not fit the length. ValueError if generation fails."""
         sentences = "punkt" if self.exact_sentences or not self.tasks[task].splits_sentences else "stand_in"
         place = folder / f"{tokenizer.fingerprint}_{length}_{number}_{sentences}" / task
         file = place / "validation.jsonl"
@@ -103,7 +103,7 @@ class Ruler:
         return samples
 
     def _generate(self, task: Task, tokenizer: Tokenizer, length: int, number: int, place: Path) -> None:
-        """Runs the generator; its folder appears when it is complete."""
+        """Runs the generator; its folder is renamed into place when complete."""
         unfinished = place.with_name(f"{task.name}.unfinished")
         shutil.rmtree(unfinished, ignore_errors=True)
         options = {

@@ -1,9 +1,9 @@
 """Runs a generator of NVIDIA's package (extra `ruler`) with one of our tokenizers: the process behind
 evals/ruler_data.py.
 
-The package's files are run as they are. In their process alone, its way to get a tokenizer is replaced, as it knows
-neither bytes nor a tokenizer.json; and where nltk's punkt_tab is not installed, sentences are split by Punkt without
-the English model. A generator whose task does not fit a length tries for ever: it is ended as soon as that is clear.
+The package's files run unmodified. In this process, its tokenizer loading is replaced, as it supports neither bytes nor
+a tokenizer.json; and where nltk's punkt_tab is not installed, sentences are split by Punkt without the English model. A
+generator whose task does not fit a length loops for ever: it is ended as soon as that is clear.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from data.tokenizer import load_tokenizer
 TOO_SHORT = 3
 """Exit status: the task does not fit the length."""
 MOST_TRIES = 1000
-"""Texts for one sample; a generator that can still make them shorter is done before."""
+"""Texts tried for one sample; a generator that can still shorten them needs fewer."""
 SIZES = r"(?:Num haystack|Num noises|num_words|Number of documents): (-?[0-9]+)$"
-"""What the generators print when they know how much text they have room for."""
+"""What the generators print about the amount of text that fits."""
 
 
 class Counter:
-    """What the package takes for a tokenizer: it only counts tokens. `samples` is its progress bar."""
+    """Stands in for the package's tokenizer: it only counts tokens. `samples` stands in for its progress bar."""
 
     def __init__(self, name: str):
         self._tokenizer, self._tries = load_tokenizer(name), -(10**9)
@@ -36,24 +36,24 @@ class Counter:
         """The tokens of a text."""
         self._tries += 1
         if self._tries > MOST_TRIES:
-            os._exit(TOO_SHORT)  # they catch every exception
+            os._exit(TOO_SHORT)  # the generators catch every exception
         return self._tokenizer.encode(text).tolist()
 
     def samples(self, numbers: Iterable[int]) -> Iterator[int]:
-        """The numbers of the samples, as the generator comes to them."""
+        """Yields the sample numbers; each resets the count of tries."""
         for number in numbers:
             self._tries = 0
             yield number
 
 
 class Watch:
-    """Their standard output. Where there is no room for any text they would never end; they end here."""
+    """Replaces the generators' standard output, and ends the process where no text fits, since they would never end."""
 
     def __init__(self) -> None:
         self._line = ""
 
     def write(self, text: str) -> int:
-        """Reads what they say, and shows nothing."""
+        """Checks the output, and prints nothing."""
         self._line += text
         *lines, self._line = self._line.split("\n")
         if any((size := re.match(SIZES, line)) and int(size[1]) <= 0 for line in lines):
@@ -61,7 +61,7 @@ class Watch:
         return len(text)
 
     def flush(self) -> None:
-        """Nothing to do."""
+        """Does nothing."""
 
 
 def splits_exactly() -> bool:

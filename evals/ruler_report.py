@@ -1,4 +1,4 @@
-"""What evals/ruler.py finds out, as numbers, text, JSON values and heat maps.
+"""Results of evals/ruler.py as numbers, text, JSON values and heat maps.
 
 Shapes: A arms, T tasks, L lengths, N samples.
 """
@@ -23,7 +23,7 @@ from evals.statistics import wilson
 from evals.style import save
 
 THRESHOLD = 85.6
-"""Percent: what Llama-2-7B has at 4K. A length is effective if the average of all tasks is above (RULER, section 4)."""
+"""Percent: Llama-2-7B's score at 4K. A length is effective if the average of all tasks is above (RULER, section 4)."""
 AVERAGE = "average"
 
 
@@ -33,7 +33,7 @@ class RulerReport:
 
     tasks: list[str]
     all_tasks: list[str]
-    """The package's."""
+    """All tasks of the package."""
     arms: list[str]
     lengths: list[int]
     scores_ATLN: np.ndarray
@@ -41,7 +41,7 @@ class RulerReport:
     counts_TL: list[list[int]]
     """Samples; 0 where the task does not fit the length."""
     stand_in: list[str]
-    """Tasks whose sentences were not split as NVIDIA does."""
+    """Tasks whose sentences were not split as NVIDIA's are."""
     title: str
     dense_up_to: int | None
 
@@ -65,9 +65,8 @@ class RulerReport:
         return max((n for n, average in zip(self.lengths, averages_L) if average > THRESHOLD), default=0)
 
     def rows(self, arm: str) -> list[tuple[str, list[dict[str, Any] | None]]]:
-        """(task or AVERAGE, a cell each length) as JSON values; None where the task does not fit. Intervals are
-        Wilson's, of the samples (of the average: of all together): 95 %, and wider than they need to be for scores
-        between 0 and 100."""
+        """(task or AVERAGE, a cell per length) as JSON values; None where the task does not fit. Intervals are 95 %
+        Wilson intervals over samples (for the average: over all samples), conservative for scores between 0 and 100."""
         a = self.arms.index(arm)
         totals_L = np.array(self.counts_TL).sum(axis=0)
         tables = [*zip(self.tasks, self.means_ATL[a], self.counts_TL), (AVERAGE, self.averages_AL[a], totals_L)]
@@ -86,7 +85,7 @@ class RulerReport:
         }
 
     def notes(self) -> list[str]:
-        """What has to be said about the numbers."""
+        """Caveats."""
         return _notes(self.summary())
 
     def table(self) -> str:

@@ -1,4 +1,4 @@
-"""What run directories hold, for those who put runs side by side: records, plan, evaluations and results."""
+"""Reads run directories, for comparisons: records, plan, evaluations and results."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ REMEDY = "Remove it, or evaluate again"
 
 @dataclass(frozen=True)
 class _Evaluated:
-    """Of an evaluation's .json, what says how new it is."""
+    """The field of an evaluation's .json that says how new it is."""
 
     tokens: Count = 0
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a run directory says."""
+    """The contents of a run directory."""
 
     name: str
-    """Short, and unlike the names of the other runs of the report."""
+    """Short, and unique within the report."""
     folder: Path
     device: Mapping[str, Any]
     """The newest `run` record."""
@@ -43,9 +43,9 @@ class Run:
     held_out: Evaluation | None
     """The newest evaluation."""
     plan: str
-    """What was printed at the start; empty if it was not kept."""
+    """The plan printed at the start; empty if it was not kept."""
     results: dict[str, list[Path]]
-    """Eval that has a page -> .json files of it in evals/, those of the newest checkpoint."""
+    """Name of an eval with a page -> its .json files of the newest checkpoint."""
 
 
 def read_run(folder: Path | str, name: str | None = None) -> Run:
@@ -64,7 +64,7 @@ def read_run(folder: Path | str, name: str | None = None) -> Run:
         kinds.setdefault(record["kind"], []).append(record)
     if not kinds["train"]:
         raise ReportError(f"{path} has no train line yet; wait for the run's first log interval")
-    evaluations = {record["tokens"]: record for record in kinds["eval"]}  # one that was repeated counts once
+    evaluations = {record["tokens"]: record for record in kinds["eval"]}  # a repeated one counts once
     return Run(
         name=name or folder.resolve().name,
         folder=folder,
@@ -79,8 +79,7 @@ def read_run(folder: Path | str, name: str | None = None) -> Run:
 
 
 def newest_evaluation(folder: Path) -> Evaluation | None:
-    """The held-out evaluation of most tokens: those with a .json beside them are evaluations, the others training
-    losses."""
+    """The held-out evaluation of most tokens: an .npz with a .json is an evaluation, others are training losses."""
     found = []
     for path in folder.glob("*.npz"):
         beside = path.with_suffix(".json")

@@ -1,14 +1,14 @@
 """Scaling laws over finished runs: L = a C^b for the mean loss, the trailing loss and each range of positions.
 
-As in the MoBA paper's section 3.1 and Table 3, but C is what training really computed: model FLOPs with the pairs that
-the attention attended to (train/record/throughput.py), with the dense equivalent beside it, which counts every causal
-pair and is the paper's view of MoBA and full attention at equal cost. Unit PFLOP/s-days, so a is the loss at C = 1.
+As in the MoBA paper's section 3.1 and Table 3, but C counts model FLOPs with attended pairs
+(train/record/throughput.py), beside the dense equivalent, which counts every causal pair, as the paper does for MoBA
+and full attention alike. Unit PFLOP/s-days, so a is the loss at C = 1.
 
-A series is what shares its attention: runs of several sizes, one curve. Intervals come from draws of the held-out
-documents, the same for all runs, where each run kept the losses of the same documents: they say how far another set of
-documents would move the fit, and nothing of another seed of training. Otherwise they come from draws of the runs.
+A series is runs of several sizes with the same attention: one curve. Intervals are bootstrapped over held-out
+documents, with the same draws for all runs, where every run kept the losses of the same documents: they cover the
+choice of documents, not the training seed. Otherwise runs are bootstrapped.
 
-Shapes: R runs, X ranges (mean, trailing, buckets), N documents, D draws.
+Shapes: R runs, X ranges (mean, trailing, buckets), N documents, D bootstrap draws.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ class Point:
 
     name: str
     series: str
-    """Its attention, in words that do not depend on its size."""
+    """Its attention, in words independent of model size."""
     full_layers: int
-    """Layers that attend to everything at its end."""
+    """Layers with full attention at its end."""
     num_layers: int
     size: int
     """Parameters without embeddings."""
@@ -69,7 +69,7 @@ class Point:
 
     @property
     def label(self) -> str:
-        """Of a size: `1.5B`."""
+        """Its size as text: `1.5B`."""
         return format_count(self.size)
 
 
@@ -92,7 +92,7 @@ class Fit:
 
 
 def power_law(compute_R: np.ndarray, losses_RX: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(a, b) of the least squares of log L = log a + b log C; losses may have more dimensions behind the runs'."""
+    """(a, b) of the least squares of log L = log a + b log C; losses may have more trailing dimensions."""
     x_R = np.log(compute_R) - np.log(compute_R).mean()
     y_RX = np.log(losses_RX)
     b_X = np.tensordot(x_R, y_RX, 1) / (x_R**2).sum()
@@ -166,7 +166,7 @@ def training_flops(
 
 
 def series_name(config: RunConfig) -> str:
-    """The attention of a run's stages, in words that are the same for every depth of model."""
+    """The attention of a run's stages, in words independent of model depth."""
     total, parts = build_schedule(config).total_tokens, []
     for stage, own in zip(build_schedule(config).stages, config.schedule.stages.values()):
         kinds = list(dict.fromkeys(map(str, stage.attention)))
@@ -187,7 +187,7 @@ NO_MATTER = ("cache_dir", "num_workers", "seed", "validation")
 
 
 def _check(points: Sequence[Point]) -> None:
-    """ReportError where runs are of different data, or a series has too few sizes."""
+    """ReportError where runs have different data, or a series has too few sizes."""
     first, problems = points[0], []
     for other in points[1:]:
         ours, theirs = to_dict(first.config)["data"], to_dict(other.config)["data"]
@@ -219,7 +219,7 @@ class Scaling:
 
     @cached_property
     def series(self) -> list[str]:
-        """In the order in which the runs were named."""
+        """Names of the series, in the order of the runs."""
         return list(dict.fromkeys(point.series for point in self.points))
 
     def of(self, series: str) -> list[Point]:
@@ -228,8 +228,8 @@ class Scaling:
 
     @cached_property
     def documents(self) -> tuple[np.ndarray, list[str]] | None:
-        """([R, N, B] mean loss of each document in each bucket, its cluster), rows in the order of `points`; None if
-        not all runs kept theirs or there are fewer than FEWEST_CLUSTERS."""
+        """([R, N, B] mean loss of each document in each bucket, its cluster), rows in the order of `points`; None
+        unless all runs kept theirs and there are at least FEWEST_CLUSTERS."""
         evaluations = [point.held_out for point in self.points if point.held_out is not None]
         first = evaluations[0] if evaluations else None
         if first is None or len(evaluations) < len(self.points):
@@ -249,7 +249,7 @@ class Scaling:
 
     @property
     def drawn(self) -> str:
-        """What intervals are made of."""
+        """What intervals are based on, in words."""
         if self.documents is None:
             return "draws of the runs of a series (their documents' losses were not kept, or are too few)"
         return (
@@ -265,7 +265,7 @@ class Scaling:
         return self._document_draws(np.ones((1, len(set(self.documents[1])))))[:, 0]
 
     def _document_draws(self, times_DC: np.ndarray) -> np.ndarray:
-        """[R, D, X] losses where each cluster of documents counts so many times."""
+        """[R, D, X] losses where each cluster of documents is weighted by times_DC."""
         assert self.documents is not None
         loss_RNB, clusters = self.documents
         known_RNB = np.isfinite(loss_RNB)
@@ -281,7 +281,7 @@ class Scaling:
 
     @cached_property
     def _drawn_RDX(self) -> np.ndarray | None:
-        """Losses under draws of the documents, the same for every fit."""
+        """[R, D, X] losses under bootstrap draws of documents, the same for every fit."""
         if self.documents is None:
             return None
         clusters = len(set(self.documents[1]))
@@ -317,7 +317,7 @@ class Scaling:
         return ours.b - theirs.b, low_X, high_X
 
     def table(self, axis: str) -> str:
-        """The fits as the paper's Table 3: a line a range, a column a series."""
+        """The fits as the paper's Table 3: a row per range, a column per series."""
         fits = {series: self.fit(series, axis) for series in self.series}
         lines = [
             f"L = a x C^b, C in PFLOP/s-days ({AXES[axis]})",
@@ -330,7 +330,7 @@ class Scaling:
         return "\n".join(lines)
 
     def text(self) -> str:
-        """Both tables, and what they rest on."""
+        """Both tables, the exponents' differences, and what intervals are based on."""
         lines = [self.table(axis) + "\n" for axis in AXES]
         reference = self.series[-1]
         for series in self.series[:-1]:

@@ -1,4 +1,4 @@
-"""Draws scaling fits: losses over compute with the fitted lines, and losses over how many layers attend to everything.
+"""Draws scaling fits: losses over compute with the fitted lines, and losses over the number of full-attention layers.
 
 The first has the format of the MoBA paper's figure 3 (training curves that end in the points of the fit), the second of
 its figure 5b (MoBA alone at the left, full attention at the right, layer-wise hybrids between).
@@ -20,7 +20,7 @@ TITLES = {MEAN: "mean held-out loss", TRAILING: "trailing held-out loss"}
 
 
 def plot_scaling(scaling: Scaling, path: Path) -> None:
-    """A row an axis of compute, a column a loss; both axes logarithmic, in which a power law is straight."""
+    """A row per axis of compute, a column per loss; on log-log axes, where a power law is a straight line."""
     figure = Figure(figsize=(11, 8), layout="constrained")
     grid = figure.subplots(len(AXES), 2, squeeze=False, sharey="col")
     for row, axis in zip(grid, AXES):
@@ -39,7 +39,7 @@ def plot_scaling(scaling: Scaling, path: Path) -> None:
             axes.grid(alpha=0.3)
             axes.legend(fontsize="small")
     points = [scaling.losses_RX[:, x] for x in range(2)]
-    for x, values in enumerate(points):  # the first evaluations would flatten all that follows
+    for x, values in enumerate(points):  # or the first evaluations would set the scale
         low, high = np.log(values.min()), np.log(values.max())
         spread = max(high - low, 0.02)
         grid[0][x].set_ylim(np.exp(low - 0.35 * spread), np.exp(high + 0.6 * spread))
@@ -101,7 +101,7 @@ def plot_layers(scaling: Scaling, path: Path) -> None:
 
 
 def _ticks(scaling: Scaling, series: str) -> str:
-    """The series, and its full layers."""
+    """The series, and its number of full layers."""
     counts = sorted({(point.full_layers, point.num_layers) for point in scaling.of(series)})
     share = {full / layers for full, layers in counts}
     text = {0.0: "no layer", 1.0: "all layers"}.get(next(iter(share))) if len(share) == 1 else None

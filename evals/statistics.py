@@ -1,10 +1,10 @@
-"""Means of tokens that come in documents, with errors that hold: clustered standard errors and Student intervals.
+"""Means over tokens of documents: clustered standard errors and Student intervals with nominal coverage.
 
 Tokens of one document are far from independent, and so may be documents of one origin (files of one program, chapters
-of one book). Whoever measures names the cluster of each document; clusters are then the draws. With few of them, or
-with clusters of very unequal size, the usual error is too small and a normal interval too narrow: here errors are those
-of Bell and McCaffrey (CR2), and intervals Student's with Satterthwaite's degrees of freedom. Where one cluster has so
-much of the weight that no interval holds as often as it says, there is none.
+of one book). The caller names the cluster of each document; clusters are then the sampling units. With few of them, or
+of very unequal size, the usual error is too small and a normal interval too narrow: here errors are those of Bell and
+McCaffrey (CR2), and intervals Student's with Satterthwaite's degrees of freedom. Where one cluster has so much of the
+weight that no interval has nominal coverage, there is none.
 
 Shapes: N documents, C clusters, X anything (buckets, say).
 """
@@ -34,22 +34,23 @@ class Estimate:
     clusters: np.ndarray
     """Clusters with a token."""
     freedom: np.ndarray
-    """Degrees of freedom of an interval; NaN where none would hold at its rate."""
+    """Degrees of freedom of an interval; NaN where none has nominal coverage."""
     largest_share: np.ndarray
     """Share of the tokens that the largest cluster has."""
 
 
 LARGEST_SHARE = 0.48
-"""Of the weight of three clusters or more: up to it 95 % intervals hold in 93 to 97 of 100 experiments, whether the
-documents of a cluster are alike or not (tests/evals/test_statistics.py)."""
+"""Of the weight of three clusters or more: up to it 95 % intervals cover in 93 to 97 % of experiments, whatever the
+correlation within clusters (tests/evals/test_statistics.py)."""
 LARGEST_OF_TWO = 0.6
 
 
 def clustered_mean(sums_NX: np.ndarray, counts_NX: np.ndarray, clusters: Sequence[str | int]) -> Estimate:
-    """The mean sum / count over all documents, with `clusters` (one name a document) as the draws of its error.
+    """The mean sum / count over all documents, with `clusters` (one name per document) as the sampling units of its
+    error.
 
     The error is CR2: sqrt(sum over clusters of r^2 / (1 - w)) / sum of counts, where r is a cluster's sum minus the
-    mean times its count and w its share of the counts. With clusters of one size that is the textbook's.
+    mean times its count and w its share of the counts. With clusters of equal size that is the textbook formula.
     """
     s_CX, c_CX = clustered_sums(sums_NX, counts_NX, clusters)
     total, n = c_CX.sum(axis=0), (c_CX > 0).sum(axis=0).astype(np.float64)
@@ -76,8 +77,8 @@ def clustered_sums(
 def _freedom(share_CX: np.ndarray, n: np.ndarray, largest: np.ndarray) -> np.ndarray:
     """Satterthwaite's degrees of freedom of a CR2 error, float64 [X], for clusters with these shares of the tokens.
 
-    (sum of l)^2 / sum of l^2 over the eigenvalues l of A (D - w w') A, with D = diag(w) the shares and A = D's
-    (1 - w)^-1/2: tokens independent with one variance, which is what Satterthwaite's approximation starts from.
+    (sum of l)^2 / sum of l^2 over the eigenvalues l of A (D - w w') A, with D = diag(w) the shares and A = diag(1 -
+    w)^-1/2, for independent tokens of equal variance, as Satterthwaite's approximation assumes.
     """
     with np.errstate(invalid="ignore", divide="ignore"):
         b_CX = np.where(share_CX < 1, share_CX / (1 - share_CX), 0)  # a^2 w
@@ -90,7 +91,7 @@ def _freedom(share_CX: np.ndarray, n: np.ndarray, largest: np.ndarray) -> np.nda
 
 
 def half_width(se: np.ndarray | float, freedom: np.ndarray | float) -> np.ndarray:
-    """Half of the 95 % Student interval for errors with these degrees of freedom; NaN for less than one."""
+    """Half-width of the 95 % Student interval for errors with these degrees of freedom; NaN for less than one."""
     se, freedom = np.broadcast_arrays(np.asarray(se, np.float64), np.asarray(freedom, np.float64))
     tail = 1 - (1 - CONFIDENCE) / 2
     factor = [student_quantile(tail, round(float(f), 2)) if f >= 1 else math.nan for f in freedom.ravel()]
@@ -102,7 +103,7 @@ def student_quantile(probability: float, freedom: float) -> float:
     """The quantile of Student's t with `freedom` >= 1 degrees of freedom, for 0.5 <= probability < 1.
 
     With t = sqrt(freedom) tan(a) the density becomes cos(a)^(freedom - 1), which is summed and inverted on a grid:
-    exact to about 1e-5 where intervals are made.
+    exact to about 1e-5 at the probabilities used.
     """
     assert freedom >= 1 and 0.5 <= probability < 1, (probability, freedom)
     angle = np.linspace(0, min(math.pi / 2, 40 / math.sqrt(freedom)), 20_001)  # beyond 40 sigma there is nothing
@@ -112,8 +113,8 @@ def student_quantile(probability: float, freedom: float) -> float:
 
 
 def clusters_needed(sd: float, gap: float, power: float = 0.8) -> int:
-    """Clusters to average so that a true difference of `gap` is told from zero, at 95 %, with this probability (0.5
-    <= power < 1), where clusters vary by `sd`: the fewest n >= 2 with (t(n - 1) + z(power)) sd / sqrt(n) <= gap.
+    """Clusters needed to detect a true difference of `gap` at the 5 % level with this power (0.5 <= power < 1), where
+    clusters have standard deviation `sd`: the fewest n >= 2 with (t(n - 1) + z(power)) sd / sqrt(n) <= gap.
 
     power=0.5 is an interval just as wide as the gap: (1.96 sd / gap)^2 for many clusters.
     """
@@ -127,8 +128,8 @@ def clusters_needed(sd: float, gap: float, power: float = 0.8) -> int:
 
 
 def wilson(share: float, trials: float) -> tuple[float, float]:
-    """The 95 % Wilson interval of a share of independent trials (any number, as where they are worth fewer than they
-    are); (0, 1) without a trial."""
+    """The 95 % Wilson interval of a share of independent trials (an effective number need not be whole); (0, 1) without
+    a trial."""
     if trials <= 0:
         return 0.0, 1.0
     z = student_quantile(0.975, 10**6)

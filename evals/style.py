@@ -1,8 +1,8 @@
-"""How figures look: colours that colour-blind readers can part, each with a marker and a line style of its own, so that
-nothing rests on colour alone; and files in which no title is cut off.
+"""Style of figures: colours that colour-blind readers can distinguish, each with its own marker and line style, so that
+nothing depends on colour alone; and files in which no title is cut off.
 
-Figures are drawn on a Figure of their own: pyplot's global state is never touched, so that they can be drawn in a
-training process, on any thread, without a display.
+pyplot's global state is never used, so that figures can be drawn in a training process, on any thread, without a
+display.
 """
 
 from __future__ import annotations
@@ -17,35 +17,35 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#000000", "#CC79A7", "#56B4E9", "#E69F00", "#7F7F7F")
-"""Okabe and Ito's, without the yellow that white paper swallows, and a grey."""
+"""Okabe and Ito's, without yellow, which is faint on white, and a grey."""
 MARKERS = "osD^vPX*"
 LINES = ("-", "--", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)))
 LOSS = "loss (nats per token)"
 POSITION = "context position (tokens)"
 LONGEST_INSIDE = 40  # characters of a label
-SHORTEST = 24  # a text of fewer characters is not broken
+SHORTEST = 24  # shorter texts are not wrapped
 
 
 def color(i: int) -> str:
-    """The colour of the i-th thing of a figure."""
+    """The colour of a figure's i-th series."""
     return PALETTE[i % len(PALETTE)]
 
 
 def marker(i: int) -> str:
-    """The marker of the i-th thing of a figure."""
+    """The marker of a figure's i-th series."""
     return MARKERS[i % len(MARKERS)]
 
 
 def look(i: int, number: int = 1) -> dict[str, Any]:
-    """Arguments of plot() for the i-th of `number` lines. Those below are wider than those on top, which are broken, so
-    that a line is seen where another one covers it."""
+    """Arguments of plot() for the i-th of `number` lines. Lower lines are wider than those above, which are dashed, so
+    that a covered line stays visible."""
     width = 1.3 + 0.7 * max(0, min(number, 5) - 1 - i)
     style = {"color": color(i), "marker": marker(i), "markersize": 3.5, "linewidth": width}
     return style | {"linestyle": LINES[i % len(LINES)]}
 
 
 def add_legend(axes: Axes) -> None:
-    """A legend, if anything has a label: inside, or beside the panel where names are too long to leave room for it."""
+    """A legend, if anything has a label: inside the panel, or beside it where names are too long."""
     labels = axes.get_legend_handles_labels()[1]
     if labels and max(map(len, labels)) <= LONGEST_INSIDE:
         axes.legend(fontsize="small")
@@ -57,7 +57,7 @@ def add_legend(axes: Axes) -> None:
 
 
 def save(figure: Figure, path: Path | str) -> None:
-    """Writes the figure as PNG; makes the directory if it is missing. Titles wider than the figure are broken."""
+    """Writes the figure as PNG; creates the directory. Titles wider than the figure are wrapped."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     for _ in range(3):  # a title in two lines changes the layout of all
         if not _break_texts(figure):
@@ -66,7 +66,7 @@ def save(figure: Figure, path: Path | str) -> None:
 
 
 def _break_texts(figure: Figure) -> bool:
-    """Breaks what reaches over the figure's left or right edge; whether anything did."""
+    """Wraps texts that cross the figure's left or right edge; True if there were any."""
     renderer = FigureCanvasAgg(figure).get_renderer()
     figure.draw(renderer)
     found = False

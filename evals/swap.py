@@ -1,15 +1,15 @@
-"""The same weights under other attentions: was a circuit never learned, does the router miss it, or is sparsity the
-price.
+"""The same weights under other attentions: separates what was never learned, what routing loses and what sparsity
+costs.
 
-Variants, each with the budget of the MoBA layers (full layers stay full): `full`, `moba` (the plan in force), `oracle`
-(the blocks of largest true attention), `random` and `local` (moba/gates.py). oracle - full is what sparsity costs,
-moba - oracle what the gate loses beyond it, random - moba what the gate is worth. A model that is as good under random
-blocks does not use its router at all.
+Variants, each with the budget of the MoBA layers (full layers stay full): `full`, `moba` (the current plan), `oracle`
+(the blocks with the most attention probability), `random` and `local` (moba/gates.py). oracle - full is the cost of
+sparsity, moba - oracle that of the gate, random - moba the gate's gain. A model that is as good under random blocks
+does not use its router.
 
-And prefill x decode: the last tokens of each document are read over a cache that the tokens before them filled, each
-part sparse or full. Paper and released code read the prompt with MoBA and decode with full attention, which can hide
-what the router misses; sparse x sparse is the strict number. Reading the last tokens as one chunk scores them exactly
-as decoding one by one would.
+And prefill x decode: the last tokens of each document are read with a cache of the tokens before them, each part sparse
+or full. The paper and its released code prefill with MoBA and decode with full attention, which can hide what the
+router misses; sparse x sparse is the strict number. Reading the last tokens as one chunk gives the same losses as
+decoding one by one.
 
 Shapes: N documents, m last tokens, V vocabulary rows.
 """
@@ -44,13 +44,13 @@ VARIANTS = Moba.VARIANTS
 
 
 def variant(plan: Sequence[AttentionSpec], name: str) -> tuple[AttentionSpec, ...]:
-    """The plan with its MoBA layers as this variant has them; full layers stay as they are."""
+    """The plan with its MoBA layers in this variant; full layers stay as they are."""
     return tuple(spec.variants().get(name, spec) for spec in plan)
 
 
 @contextmanager
 def under(model: Decoder, plan: Sequence[AttentionSpec]):
-    """The model with another attention plan, for a while."""
+    """Context in which the model has another attention plan."""
     before = model.attention
     model.set_attention(plan)
     try:
@@ -61,14 +61,14 @@ def under(model: Decoder, plan: Sequence[AttentionSpec]):
 
 @dataclass(frozen=True, eq=False)
 class SwapReport:
-    """What one set of weights scores under each variant."""
+    """Losses of one set of weights under each variant."""
 
     evaluations: dict[str, Evaluation]
     """By VARIANTS name, on the same documents."""
     last_loss_NPD: np.ndarray
     """[N, prefill, decode] mean loss of each document's last tokens; both in the order of PARTS."""
     last_kl_NPD: np.ndarray
-    """[N, prefill, decode] mean divergence of the next-token distribution from full x full's there, nats."""
+    """[N, prefill, decode] mean KL divergence of the next-token distribution from that of full x full there, nats."""
     last_tokens: int
     clusters: list[str]
 
@@ -89,8 +89,7 @@ class SwapReport:
         return rows
 
     def costs(self) -> dict[str, dict[str, float | None]]:
-        """What the trailing loss says, as paired differences: sparsity's price, the gate's, and what the gate is
-        worth."""
+        """Paired differences of the trailing loss: cost of sparsity, cost of the gate, and gain of the gate."""
         trailing = {name: one.document_loss[:, -1] for name, one in self.evaluations.items()}
         pairs = {
             "sparsity costs (oracle - full)": ("oracle", DENSE),
@@ -117,7 +116,7 @@ class SwapReport:
         return rows
 
     def table(self) -> str:
-        """Both tables as text, with what they say about sparsity and the gate."""
+        """Both tables as text, with the costs of sparsity and the gate."""
         lines = [f"{'attention':<9}  {'loss':>8}  {'minus full':>20}  {'trailing':>8}  {'minus full':>20}"]
         for row in self.rows():
             cells = [
@@ -150,7 +149,7 @@ class SwapReport:
         }
 
     def _documents(self) -> dict[str, Any]:
-        """What an .npz keeps of the documents, which are the same under every attention."""
+        """The .npz's arrays about the documents, which are the same under every attention."""
         own = self.evaluations[DENSE]
         kept = {name: getattr(own, name) for name in ("document_ids", "document_keys", "document_clusters")}
         return {"edges": own.curve.edges, **kept}
@@ -170,7 +169,7 @@ class SwapReport:
 
 def load_evaluations(path: Path) -> dict[str, Evaluation]:
     """The evaluation under each attention, from the .npz that launch/evaluate.py wrote beside a swap's .json: loss by
-    position of documents that reach the length, without what is known of single positions."""
+    position of documents that reach the length, without per-position losses."""
     with np.load(path.with_suffix(".npz")) as arrays:
         edges, own = arrays["edges"], {key: arrays[f"document_loss_{key}"] for key in VARIANTS}
         ids, keys, clusters = (arrays[f"document_{name}"].tolist() for name in ("ids", "keys", "clusters"))
@@ -179,7 +178,7 @@ def load_evaluations(path: Path) -> dict[str, Evaluation]:
 
 def document_mean(values_N: np.ndarray, clusters: Sequence[str]) -> dict[str, float | None]:
     """Mean over documents, its standard error and 95 % half-width, as JSON values."""
-    known_N = np.isfinite(values_N)  # a conversation may have no answer there
+    known_N = np.isfinite(values_N)  # a conversation may have no supervised token there
     found = clustered_mean(np.where(known_N, values_N, 0), known_N, clusters)
     width = half_width(found.se, found.freedom)
     return {
@@ -196,9 +195,9 @@ def with_error(value: Mapping[str, Any]) -> str:
 
 @torch.no_grad()
 def swap(context: Context, documents: Sequence[tuple[str, Batch]], *, last_tokens: int = 256) -> SwapReport:
-    """The SwapReport of a model whose plan in force has MoBA layers, on every rank; documents as of
-    evals.position_loss.evaluate, all of one length. ValueError if there is no MoBA layer, or the last tokens are not
-    fewer than the document."""
+    """The SwapReport of a model whose current plan has MoBA layers, on every rank; documents as for
+    evals.position_loss.evaluate, all of one length. ValueError without a MoBA layer, or if the document has no more
+    than the last tokens."""
     model, plan, seq_len = context.model, context.model.attention, documents[0][1].tokens.numel()
     if not any(spec.variants() for spec in plan):
         raise ValueError("no layer of the model is MoBA here; choose an attention such as attention=512x3")
@@ -219,7 +218,7 @@ def swap(context: Context, documents: Sequence[tuple[str, Batch]], *, last_token
 
 
 def _prefill_decode(model: Decoder, plan: Sequence[AttentionSpec], batch: Batch, last: int) -> Tensor:
-    """float64 [2 (loss, divergence), prefill, decode] of one document's last tokens."""
+    """float64 [2 (loss, KL divergence), prefill, decode] of one document's last tokens."""
     labels_m = batch.labels[-last:]
     log_probs = {}
     for p, prefill in enumerate(PARTS):
@@ -239,7 +238,7 @@ def _prefill_decode(model: Decoder, plan: Sequence[AttentionSpec], batch: Batch,
 
 
 def _read(model: Decoder, batch: Batch, part: slice, cache: KVCache, rows: int) -> Tensor:
-    """Reads a part of a document into the cache; scores of its last `rows` tokens."""
+    """Reads a part of a document into the cache; returns the logits of its last `rows` tokens."""
     tokens = batch.tokens[part]
     documents = one_document(len(tokens), len(tokens), tokens.device)
     wanted = torch.arange(len(tokens) - rows, len(tokens), device=tokens.device)
@@ -247,7 +246,7 @@ def _read(model: Decoder, batch: Batch, part: slice, cache: KVCache, rows: int) 
 
 
 def run(job: Job) -> Result:
-    """The swap of the attention in force, on held-out documents."""
+    """The swap of the current attention, on held-out documents."""
     seq_len, documents = job.seq_len, job.held_out()
     job.say(f"swap: {len(documents)} documents of {format_length(seq_len)} tokens, {job.attention} and its variants")
     report = swap(job.context, documents, last_tokens=job.integer("last_tokens", min(256, seq_len // 4)))

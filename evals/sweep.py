@@ -1,10 +1,10 @@
-"""What k is worth: the same weights under many sizes of MoBA, against full attention, document by document.
+"""The effect of top_k: the same weights under many sizes of MoBA, against full attention, paired by document.
 
 A setting is a block size, top_k, gate and first_blocks in the layers that have MoBA (in the full ones, if none has).
-Each is measured on the same held-out documents: mean and trailing loss minus those under full attention, with the share
-of the causal pairs that it attends to beside them. For a run trained or validated on recall tasks also the share of
-right answers, and for any model that of probes in the same documents (evals/probes.py). Each finished document is kept
-(evals/ledger.py), so that an interrupted sweep goes on.
+Each is measured on the same held-out documents: mean and trailing loss minus those under full attention, beside the
+attended share of the causal pairs. For a run trained or validated on recall tasks also the share of right answers, and
+for any model that of probes in the same documents (evals/probes.py). Each finished document is kept (evals/ledger.py),
+so that an interrupted sweep resumes.
 
 Shapes: S settings, full attention first; N documents; B buckets.
 """
@@ -42,7 +42,7 @@ MOST = 10_000
 
 
 def run(job: Job) -> Result:
-    """The sweep over the settings that were asked for."""
+    """The sweep over the settings asked for."""
     seq_len, own = job.seq_len, job.context.model.attention
     plans = {FULL: tuple(spec.dense() for spec in own)} | _settings(job, seq_len)
     tokenizer = load_tokenizer(job.trained.config.data.tokenizer)
@@ -114,13 +114,13 @@ def _measure(job: Job, plans: Mapping[Setting, Plan], parts, ledger: Ledger) -> 
 
 
 def _key(setting: Setting, plan: Plan) -> tuple:
-    """Of a setting in the ledger; a name may come to stand for another plan."""
+    """A setting's key in the ledger; with the plan, since a name may later refer to another."""
     return setting if setting.block_size or setting == FULL else (*setting, repr(plan))
 
 
 @torch.no_grad()
 def _losses(context: Context, document, seq_len: int) -> list[float | None]:
-    """The document's mean loss in each bucket, None where none of its tokens counts."""
+    """The document's mean loss in each bucket, None where it has no supervised token."""
     row = evaluate(context, [document], seq_len=seq_len).document_loss[0]
     return [float(value) if np.isfinite(value) else None for value in row]
 
@@ -134,13 +134,13 @@ def _right(context: Context, sample) -> list[float]:
 
 @torch.no_grad()
 def _known(context: Context, asked: Sequence[probes.Probe]) -> list[float]:
-    """The same of a document's probes."""
+    """The same for a document's probes."""
     found = probes.score(context.model, asked, context.device)
     return [float(sum(right for right, _ in found)), float(len(found)), sum(nats for _, nats in found)]
 
 
 def _settings(job: Job, seq_len: int) -> dict[Setting, Plan]:
-    """Those that were asked for, without what is full attention at this length. ValueError if none is left."""
+    """The settings asked for, without those that equal full attention at this length. ValueError if none is left."""
     own = job.context.model.attention
     named = {}
     for word in _words(job.values.get("attentions", "")):
@@ -161,7 +161,7 @@ def _settings(job: Job, seq_len: int) -> dict[Setting, Plan]:
     for block_size, gate, first in product(blocks, gates, firsts):
         for top_k in _top_ks(job.values, block_size, seq_len):
             if first and first >= top_k:
-                continue  # they and the query's own block would be more than top_k
+                continue  # with the query's own block they would exceed top_k
             plan = with_moba(own, block_size, top_k, gate, first)
             if block_size * top_k >= seq_len:
                 dense += 1
@@ -175,7 +175,7 @@ def _settings(job: Job, seq_len: int) -> dict[Setting, Plan]:
 
 
 def _top_ks(values: Mapping[str, str], block_size: int, seq_len: int) -> list[int]:
-    """Those of top_k=, or what fills the shares of budgets= with blocks of this size."""
+    """The values of top_k=, or those that fill the shares of budgets= with blocks of this size."""
     if "budgets" not in values:
         return whole_numbers(values, "top_k", TOP_K, least=1)
     if "top_k" in values:
@@ -190,7 +190,7 @@ def _top_ks(values: Mapping[str, str], block_size: int, seq_len: int) -> list[in
 
 
 def whole_numbers(values: Mapping[str, str], key: str, default: str, least: int) -> list[int]:
-    """The whole numbers given for a key, such as 3, 1..8 or [1,2,4..6], ascending; ValueError if one is none."""
+    """The integers given for a key, such as 3, 1..8 or [1,2,4..6], ascending; ValueError for others."""
     found: set[int] = set()
     for word in _words(values.get(key, default)):
         match = re.fullmatch(r"(\d+)(?:\.\.(\d+))?", word)

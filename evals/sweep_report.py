@@ -1,4 +1,4 @@
-"""What evals/sweep.py finds out, as numbers, text, JSON values and a figure.
+"""Results of evals/sweep.py as numbers, text, JSON values and a figure.
 
 Shapes: S settings, full attention first; N documents; B buckets.
 """
@@ -26,8 +26,8 @@ from moba.kinds.moba import MEAN
 
 
 class Setting(NamedTuple):
-    """A size of MoBA, in the order of its key in the ledger; with a block size of 0 an attention whose name stands in
-    place of the gate's."""
+    """A size of MoBA, in the order of its key in the ledger; with block size 0 another attention, whose name is in
+    `gate`."""
 
     block_size: int
     top_k: int
@@ -41,7 +41,7 @@ class Setting(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """What it has besides its sizes."""
+        """Its options besides its sizes."""
         first = f"+{self.first_blocks}" if self.first_blocks else ""
         return first + (f" {self.gate}" if self.gate != MEAN else "")
 
@@ -49,23 +49,23 @@ class Setting(NamedTuple):
 FULL = Setting(0, 0, "", 0)
 TICKS = [mantissa * 10.0**power for power in range(-5, 0) for mantissa in (1, 2, 3, 5, 7)] + [1.0]
 DODGE = 1.012
-"""By which lines of one block size stand apart."""
+"""Factor between the abscissas of lines of one block size."""
 
 
 @dataclass(frozen=True, eq=False)
 class SweepReport:
-    """What one set of weights scores under each setting."""
+    """Losses and right answers of one set of weights under each setting."""
 
     settings: list[Setting]
     attended_S: np.ndarray
-    """Share of the causal pairs of a document that fills the length, in all layers."""
+    """[S] attended share of the causal pairs of a full-length document, over all layers."""
     losses_SNB: np.ndarray
-    """Mean loss of each document in each bucket."""
+    """[S, N, B] mean loss of each document in each bucket, nats per token."""
     clusters: list[str]
     right_SN: Mapping[str, np.ndarray]
     """By recall task, or kind of probe: [S, N, 3] right answers, answers, and summed nats of its documents."""
     probes: Sequence[str]
-    """Those of them that are probes in the documents of the losses."""
+    """The keys of right_SN that are probes in the documents of the losses."""
     seq_len: int
     title: str
 
@@ -86,8 +86,7 @@ class SweepReport:
         return rows
 
     def _right(self, task: str, found_N3: np.ndarray) -> dict[str, Any]:
-        """The share of right answers and their nats, and the differences from full attention's on the same
-        documents."""
+        """The share of right answers and their loss, and the differences from full attention on the same documents."""
         full_N3 = self.right_SN[task][0]
         right_N, count_N, nats_N = found_N3.T
         clusters = self.clusters if task in self.probes else [str(i) for i in range(len(found_N3))]
@@ -144,7 +143,7 @@ class SweepReport:
 
     def draw(self, path: Path) -> None:
         """Draws the gap of the trailing loss, and right answers, over the attended share: a colour per block size, a
-        style of line a gate."""
+        line style per gate."""
         rows, tasks = self.rows(), list(self.right_SN)
         figure = Figure(figsize=(7 * (1 + len(tasks)) + 2, 5), layout="constrained")
         grid = figure.subplots(1, 1 + len(tasks), squeeze=False)[0]
@@ -182,7 +181,7 @@ class SweepReport:
         save(figure, path)
 
     def _lines(self) -> list[tuple[str, float, dict[str, Any], list[int]]]:
-        """(label, factor to the right, style, settings by attended share) of each line."""
+        """(label, factor on the abscissa, style, settings by attended share) of each line."""
         sizes = sorted({setting.block_size for setting in self.settings[1:] if setting.block_size})
         kinds = list(dict.fromkeys(setting.kind for setting in self.settings[1:] if setting.block_size))
         lines = []
@@ -202,7 +201,7 @@ class SweepReport:
 
     @staticmethod
     def _value(row: Mapping[str, Any], task: str | None) -> tuple[float, float, float]:
-        """What is drawn of a setting, and how far its interval reaches down and up; NaN without one."""
+        """A setting's value, and the lower and upper lengths of its error bar; NaN without one."""
         if task is not None:
             found = row["recall"][task]
             low, high = found["interval_95"]

@@ -1,4 +1,4 @@
-"""Every eval there is: each line names a file of evals/, whose `EVAL` it is, and the eval itself."""
+"""All evals: name -> `EVAL` of evals/<name>.py."""
 
 from __future__ import annotations
 

@@ -1,16 +1,15 @@
-"""What sparse attention costs in each layer of a model, and the plan that costs least under a budget of pairs.
+"""The cost of sparse attention in each layer of a model, and the cheapest plan within a budget of attended pairs.
 
-On a quarter of the documents (by clusters): how far each candidate's output is from full attention's, layer
-by layer, in one pass of the dense model; and what the loss says with one layer sparse at a time, as the candidate that
-comes closest within the budget. Both together predict every candidate's cost in every layer (evals/plan_search.py). The
-best plan layer by layer, and the best with all layers alike, are then measured whole. What layers cost together is not
-what they cost alone (a number is looked up by several, one after the other): from the better of the two one layer at a
-time is made full, and what that gives back deals the budget out once more. The best of the three is taken. What it
-costs is measured on the other documents.
+On a quarter of the documents (by clusters): the distance of each candidate's output from full attention's, per layer,
+in one pass of the dense model; and the loss with one layer sparse at a time, as the closest candidate within the
+budget. Together they predict every candidate's cost in every layer (evals/plan_search.py). The best plan layer by
+layer, and the best with all layers alike, are then measured as a whole. Costs are not additive (a retrieval may use
+several layers in turn): from the better of the two one layer at a time is made full, and the gains allocate the budget
+once more. The best of the three is chosen. Its cost is measured on the other documents.
 
-Two costs: `regret`, the loss minus full attention's on the same tokens, and `kl`, the divergence of the predictions
-from full attention's, which is the regret that text drawn from the dense model would have. Single layers move the loss
-by less than its noise; the divergence has no sampling of the next token in it, so it decides.
+Two costs: `regret`, the loss minus full attention's on the same tokens, and `kl`, the KL divergence of the predictions
+from full attention's, which is the expected regret on text sampled from the dense model. Single layers change the loss
+by less than its noise; the divergence has no sampling noise of the next token, so it decides.
 
 Shapes: N documents, L layers, C candidates (the last is full attention), R rows, V vocabulary, H heads, D head size.
 """
@@ -48,17 +47,17 @@ from moba.stats import MASS_ELEMENTS
 from train.model.decoder import Decoder
 
 DISTANCES, PASSES = "distances", "passes"
-"""What is measured: the distances of all candidates in a document, and a pass over one."""
+"""Kinds of work: the distances of all candidates in a document, and a pass over one."""
 CHOOSERS = 4
-"""One cluster of documents in so many chooses: it is measured half as often as there are layers, the others thrice."""
+"""One in so many clusters chooses the plan: measured half as many times as there are layers, the others three times."""
 MOST_ROWS = 512
-"""Tokens per document whose predictions are compared, and queries whose attention is: the last piece, thinned out."""
+"""Tokens per document whose predictions, and queries whose attention, are compared: evenly spaced in the last piece."""
 ALIKE, PER_LAYER, REFINED = "all layers alike", "per layer", "per layer, refined"
 REGRET, KL, FULL_LOSS, RIGHT, FULL_RIGHT = range(5)
 
 
 LEAST_PROBED = 1024
-"""Shorter documents have no room for probes around which there is text."""
+"""Shorter documents have no room for probes with text around them."""
 
 
 class Piece(NamedTuple):
@@ -72,14 +71,14 @@ class Piece(NamedTuple):
 
 
 class Split(NamedTuple):
-    """Documents, or probes, that choose a plan, and others that judge it."""
+    """Documents, or probes, on which a plan is chosen, and others on which it is tested."""
 
     choosing: list[Piece]
     others: list[Piece]
 
 
 def chosen_objective(job: Job) -> str:
-    """One of OBJECTIVES: what was asked for, else BOTH, or the loss alone where documents are too short for probes."""
+    """One of OBJECTIVES: the one asked for, else BOTH, or LOSS where documents are too short for probes."""
     asked = job.values.get("objective")
     if job.seq_len < LEAST_PROBED:
         if asked in (RETRIEVAL, BOTH):
@@ -90,8 +89,8 @@ def chosen_objective(job: Job) -> str:
 
 
 def split(job: Job, objective: str = LOSS) -> dict[str, Split]:
-    """By what they measure (LOSS and RETRIEVAL, or one of them): the job's held-out documents, and probes in them;
-    those of every CHOOSERS-th cluster choose. ValueError if there are not two clusters."""
+    """By objective (LOSS and RETRIEVAL, or one of them): the job's held-out documents, and probes in them; every
+    CHOOSERS-th cluster chooses. ValueError for fewer than two clusters."""
     documents = list(job.held_out())
     parts: dict[str, list[Piece]] = {}
     if objective in (LOSS, BOTH):
@@ -112,20 +111,20 @@ def split(job: Job, objective: str = LOSS) -> dict[str, Split]:
 
 
 def _texts(job: Job, documents: Sequence[tuple[str, Batch]]) -> list[Piece]:
-    """Of each document its trailing predictions."""
+    """The trailing predictions of each document."""
     pieces = []
     for name, batch in documents:
         length = batch.tokens.numel()
         rows_R = torch.arange(length - max(1, length // TRAILING), length)
         rows_R = rows_R[batch.labels[rows_R] != IGNORED]
-        if len(rows_R):  # a conversation may have no answer there
+        if len(rows_R):  # a conversation may have no supervised token there
             rows_R = rows_R[torch.linspace(0, len(rows_R) - 1, min(len(rows_R), MOST_ROWS)).round().long()]
             pieces.append(Piece(document_key(batch), job.context.cluster_of(name), batch, rows_R))
     return pieces
 
 
 def _probes(job: Job, documents: Sequence[tuple[str, Batch]]) -> list[Piece]:
-    """Of each document a probe of every kind, whose predictions of the answer count; places in turn."""
+    """A probe of every kind in each document, whose predictions of the answer count; places in turn."""
     tokenizer, length = load_tokenizer(job.trained.config.data.tokenizer), job.seq_len
     pieces = []
     for n, (name, batch) in enumerate(documents):
@@ -140,11 +139,11 @@ def _probes(job: Job, documents: Sequence[tuple[str, Batch]]) -> list[Piece]:
 
 
 def tune(job: Job, candidates: Sequence[Moba], budget: float) -> Tuning:
-    """The Tuning of a model for a share of the causal pairs. ValueError where the documents are too few, the model's
-    attention is not all full or in full's place, or the budget too small."""
+    """The Tuning of a model for a share of the causal pairs. ValueError for too few documents, attention other than
+    full or a kind that replaces it, or too small a budget."""
     model, length = job.context.model, job.seq_len
     dense = tuple(spec.dense() for spec in model.attention)
-    entries_of(dense)  # says which attention no plan file can hold
+    entries_of(dense)  # refuses attention that no plan file can hold
     specs: list[AttentionSpec] = [*candidates, Full()]
     pairs_C = np.array([pairs_share(spec, length) for spec in specs])
     total, num_layers = budget * len(dense), len(dense)
@@ -154,7 +153,7 @@ def tune(job: Job, candidates: Sequence[Moba], budget: float) -> Tuning:
         raise ValueError(f"budget={budget:g}: {hint}")
     objective = chosen_objective(job)
     parts = split(job, objective)
-    with under(model, dense):  # the ledger's files go by the attention in force, which is not what is measured here
+    with under(model, dense):  # the ledger is keyed by the current attention, which is not what is measured here
         meter = _Meter(job, dense, length)
         meter.expect(*(sum(map(len, pieces)) for pieces in zip(*parts.values())))
         error, captured = {}, {}
@@ -173,7 +172,7 @@ def tune(job: Job, candidates: Sequence[Moba], budget: float) -> Tuning:
         expected = dict.fromkeys(at, cost_LC)
 
         def whole(plans: Sequence[Plan], base: Plan | None = None) -> dict[str, np.ndarray]:
-            """By part: the divergence of whole plans, mean over what chooses."""
+            """By objective: the mean KL divergence of whole plans on the choosing part."""
             return {name: meter.costs(own.choosing, plans, base)[..., KL].mean(0) for name, own in parts.items()}
 
         def plan_of(name: str) -> Plan:
@@ -212,12 +211,12 @@ def tune(job: Job, candidates: Sequence[Moba], budget: float) -> Tuning:
 
 
 def _total(by_part: Mapping[str, np.ndarray]) -> np.ndarray:
-    """The parts of an objective count alike."""
+    """The objective's parts have equal weight."""
     return np.sum(list(by_part.values()), axis=0)
 
 
 def _judged(found_N25: np.ndarray, others: Sequence[Piece]) -> Judged:
-    """What the plan, and that of all layers alike, cost on documents or probes that did not choose."""
+    """Cost of the plan, and of the best with all layers alike, on the test documents or probes."""
     clusters = [piece.cluster for piece in others]
     regret_N2, right_N2 = found_N25[..., REGRET], found_N25[..., RIGHT]
     return Judged(
@@ -240,7 +239,7 @@ def _paired(values_N: np.ndarray, clusters: Sequence[str]) -> Paired:
 
 
 class _Meter:
-    """Measures what is not in the ledger yet."""
+    """Measures costs, unless they are in the ledger."""
 
     def __init__(self, job: Job, dense: Plan, length: int):
         self.job, self.dense, self.length = job, dense, length
@@ -249,17 +248,16 @@ class _Meter:
         job.say(f"parts are kept in {self.ledger.path}: the same command again goes on from there")
 
     def expect(self, choosing: int, others: int) -> None:
-        """How much there is to do, in passes over a document or probe: a change of one layer takes half a pass, since
-        what lies below it is known."""
+        """Sets the expected work, in passes over a document or probe: a change of one layer takes half a pass, since
+        the layers below are not recomputed."""
         passes = choosing * (1 + len(self.dense) / 2 + 3 + 1 + len(self.dense) / 2 + 2) + others * 3
         work = {DISTANCES: choosing, PASSES: passes}
         self.countdown = Countdown(self.job, "tune_attention", work, unit="measurements")
 
     @torch.inference_mode()
     def errors(self, piece: Piece, candidates: Sequence[Moba]) -> tuple[np.ndarray, np.ndarray]:
-        """([L, C] squared distance of the attention's output from full attention's over the squared output, [L, C]
-        share of the probability captured), both over the last queries of the document, or those that answer, in the
-        dense model."""
+        """([L, C] relative squared error of the attention's output against full attention, [L, C] captured share of the
+        probability), both over the last queries of the document, or those of the answer, in the dense model."""
         key = ("errors", piece.key, _digest(candidates))
         if key in self.ledger:
             self.countdown.skip(1, DISTANCES)
@@ -280,9 +278,8 @@ class _Meter:
 
     @torch.inference_mode()
     def costs(self, pieces: Sequence[Piece], plans: Sequence[Plan], base: Plan | None = None) -> np.ndarray:
-        """[N, plans, 5] of whole plans: REGRET, KL and FULL_LOSS in nats per token, RIGHT and FULL_RIGHT: 1 where all
-        tokens are the likeliest. `base`: the plan that they are changes of (default: full attention), which saves
-        work and alters nothing."""
+        """[N, plans, 5] of whole plans: REGRET, KL and FULL_LOSS in nats per token, RIGHT and FULL_RIGHT: 1 where
+        greedy decoding is right. `base`: the plan that they modify (default: full attention), which only saves work."""
         found = np.zeros((len(pieces), len(plans), 5))
         base = self.dense if base is None else base
         work = [1 - self._first(plan, base) / len(plan) for plan in plans]
@@ -318,12 +315,12 @@ class _Meter:
 
     @staticmethod
     def _first(plan: Plan, base: Plan) -> int:
-        """The first layer that is not as in `base`."""
+        """The first layer that differs from `base`."""
         return next((i for i, (ours, other) in enumerate(zip(plan, base)) if ours != other), len(plan) - 1)
 
     def _inputs(self, batch: Batch, x_TC: Tensor | None = None, first: int = 0) -> list[Tensor]:
-        """What the layers from `first` on get, [T, C] each, and last what the last one gives; x_TC is what `first`
-        gets, None: the embedded tokens."""
+        """The inputs of the layers from `first` on, [T, C] each, and the last one's output; x_TC is the input of
+        `first`, None: the embedded tokens."""
         backbone = self.model.model
         cos_TD, sin_TD = self.model.rope.cos_sin(batch.positions, torch.float32, batch.tokens.device)
         inputs = [backbone.embed_tokens(batch.tokens) if x_TC is None else x_TC]
@@ -333,18 +330,17 @@ class _Meter:
         return inputs
 
     def _predictions(self, batch: Batch, rows_R: Tensor, hidden_TC: Tensor) -> tuple[Tensor, Tensor]:
-        """(loss float64 [R], log-probabilities float32 [R, V]) of the document's rows, from what the last layer
-        gives."""
+        """(loss float64 [R], log-probabilities float32 [R, V]) of the document's rows, from the last layer's output."""
         log_RV = self.model.lm_head(self.model.model.norm(hidden_TC[rows_R])).float().log_softmax(-1)
         return -log_RV.gather(1, batch.labels[rows_R, None])[:, 0].double(), log_RV
 
 
 def distances(q: Tensor, k: Tensor, v: Tensor, candidates: Sequence[Moba], count: int) -> Tensor:
-    """float64 [2 (squared error over squared output, captured share), C] of the last `count` queries of one document,
-    over them and all heads. q is [T, H, D], k and v [T, G, D].
+    """float64 [2 (relative squared error of the output, captured share), C] over the last `count` queries of one
+    document and all heads. q is [T, H, D], k and v [T, G, D].
 
-    Attention to each block by itself is computed once for a block size; a candidate's output is the mean of those of
-    the blocks it selects, by their shares of the probability.
+    Attention within each block is computed once per block size; a candidate's output is the mean over its selected
+    blocks, weighted by their shares of the probability.
     """
     length, group = len(q), q.shape[1] // k.shape[1]
     q_RHD, documents = q[-count:], Documents.from_lengths([count], [length], device=q.device)
@@ -391,7 +387,7 @@ def distances(q: Tensor, k: Tensor, v: Tensor, candidates: Sequence[Moba], count
 
 @contextmanager
 def _observed(model: Decoder, observe):
-    """Hands what each layer's attention is about to use to observe(layer, q, k, v, documents), in the layers' order."""
+    """Calls observe(layer, q, k, v, documents) with the inputs of each layer's attention, in the layers' order."""
     layers = [module for module in model.modules() if isinstance(module, MoBAAttention)]
     for layer in layers:
         layer.observer = observe

@@ -1,4 +1,4 @@
-"""What evals/tuning.py finds out, as numbers, text and plain values for the plan's file.
+"""Results of evals/tuning.py as numbers, text and plain values for the plan's file.
 
 Shapes: L layers.
 """
@@ -15,16 +15,16 @@ from evals.plan_search import pairs_share
 from moba.kinds import AttentionSpec
 
 TRAILING = 8
-"""The loss is that of the last one of so many equal pieces of a document."""
+"""The loss is over the last 1/TRAILING of a document."""
 
 LOSS, RETRIEVAL, BOTH = OBJECTIVES = ("loss", "retrieval", "both")
-"""What a plan is to keep: the predictions late in documents, those of answers that stand far back, or both alike."""
+"""What a plan preserves: predictions late in documents, answers with evidence far back, or both with equal weight."""
 
 Plan = tuple[AttentionSpec, ...]
 
 
 class Paired(NamedTuple):
-    """A mean over documents and half of its 95 % interval, which is NaN where none holds."""
+    """A mean over documents and the half-width of its 95 % interval; NaN where there is none."""
 
     mean: float
     width: float
@@ -34,7 +34,7 @@ class Paired(NamedTuple):
 
     @property
     def share(self) -> str:
-        """In words, where it is no difference."""
+        """As text without a sign, for values that are no differences."""
         return str(self).removeprefix("+")
 
     def record(self) -> dict[str, float | None]:
@@ -47,7 +47,7 @@ class Paired(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Judged:
-    """What plans cost on documents, or probes, that did not choose: nats per token, and shares of right answers."""
+    """Costs of plans on test documents, or probes: nats per token, and shares of right answers."""
 
     number: int
     full_loss: float
@@ -64,28 +64,27 @@ class Judged:
 
 @dataclass(frozen=True, eq=False)
 class Tuning:
-    """A plan, and what was measured on the way; dictionaries are by LOSS and RETRIEVAL, as far as they are part of the
-    objective."""
+    """A plan and its measurements; dictionaries are by the objective's parts, LOSS and RETRIEVAL."""
 
     seq_len: int
     budget: float
     objective: str
     plan: Plan
     alike: AttentionSpec
-    """What all layers would have, if they had to have the same."""
+    """The best attention with all layers alike."""
     how: str
     """Which kind of plan that is."""
     reference: Plan
-    """What each layer had when it alone was sparse."""
+    """Each layer's attention when it alone was sparse."""
     regret_L: list[Paired]
-    """Of the loss, if it is part of the objective, else of answers."""
+    """In the loss, if it is part of the objective, else in answers."""
     kl_L: dict[str, np.ndarray]
     captured_L: dict[str, np.ndarray]
-    """Share of full attention's probability that each layer holds under the plan."""
+    """Share of full attention's probability that each layer captures under the plan."""
     expected_L: np.ndarray
-    """Nats that the plan is expected to cost in each layer, summed over the objective's parts."""
+    """Predicted cost of the plan in each layer, nats, summed over the objective's parts."""
     chosen_kl: dict[str, float]
-    """Of both kinds of plan, on the documents that chose: the divergence with all layers at once, summed likewise."""
+    """KL divergence of both kinds of plan on the choosing documents, all layers at once, summed likewise."""
     num_chose: int
     judged: dict[str, Judged]
 
@@ -155,7 +154,7 @@ class Tuning:
         }
 
     def _record_of(self, name: str, part: Judged) -> dict[str, Any]:
-        """What the documents, or probes, that did not choose say."""
+        """The costs on test documents, or probes, as plain values."""
         what = f"last 1/{TRAILING} of other documents" if name == LOSS else "answers in other documents"
         found = {
             "of": f"{what}, nats per token",

@@ -1,10 +1,10 @@
 """The one training loop: a staged run from its first token, or from a checkpoint, to its last.
 
 `Trainer.fit` is the run, to be read top to bottom. Everything that decides the trajectory happens in it or in
-`train_step`; what is handed in from outside (evaluation, figures, wandb, the progress bar) only observes. Progress is
-counted in tokens, so the state of a run is: weights and moments (engine), tokens and steps, the loader's position, the
-loss sums by position, the level that spikes are told by, and the random state. A save is copied to the host in the
-loop and written beside it (train/checkpoint/saving.py); there is one at most.
+`train_step`; what is passed in (evaluation, figures, wandb, the progress bar) only observes. Progress is counted in
+tokens, so the state of a run is: weights and moments (engine), tokens and steps, the loader's position, the loss sums
+by position, the spike statistics, and the random state. A checkpoint is copied to the host in the loop and written
+asynchronously (train/checkpoint/saving.py), one at a time.
 
 Host synchronisations: those of the step (train/step.py). Whether a step was skipped, and a log interval's sums, are
 copied to the host and, on a GPU, read once the next step's first micro-batch is queued, so that the device never waits
@@ -56,7 +56,7 @@ class Evaluator(Protocol):
         """The held-out curve, and scalars to be logged beside it; None without held-out documents."""
 
     def forget_after(self, tokens: int) -> None:
-        """Removes what a lost stretch of a resumed run had written beyond `tokens`."""
+        """Removes what was written beyond `tokens` before a resume."""
 
 
 @dataclass
@@ -88,13 +88,12 @@ class Trainer:
         *,
         config_yaml: str,
     ):
-        """Builds model, engine and loader, and takes up the newest checkpoint of `run.dir`, else `init.source`.
+        """Builds model, engine and loader, and loads the newest checkpoint of `run.dir`, else `init.source`.
 
-        `config_yaml` goes into every checkpoint. Raises CheckpointError, DataError or ValueError for what a user can
-        put right.
+        `config_yaml` goes into every checkpoint. Raises CheckpointError, DataError or ValueError for user errors.
         """
         self.config, self.schedule, self.world, self.observers = config, schedule, world, observers
-        assert config.run.dir is not None and config.data.seed is not None  # filled as it was frozen
+        assert config.run.dir is not None and config.data.seed is not None  # filled in when frozen
         self.run_dir = Path(config.run.dir)
         self._config_yaml = config_yaml
         self._tokenizer = {"name": tokenizer.name, "fingerprint": tokenizer.fingerprint}
@@ -129,7 +128,7 @@ class Trainer:
         self.throughput = Throughput(config.model, vocab_size, num_devices=world.world_size, device_name=name)
         self._stage_loss = PositionLoss(first.seq_len, world.device)
         self._interval_loss = PositionLoss(first.seq_len, world.device)
-        self._saved: store.Saved | None = None  # until its sums are taken up
+        self._saved: store.Saved | None = None  # until its sums are restored
         self._saving: store.Saving | None = None  # until it is known to be complete
         self._host_buffer: store.HostBuffer | None = None  # for the copies of asynchronous saves
         self._save_wait = self._save_write = 0.0
@@ -185,7 +184,7 @@ class Trainer:
                 self._log(stage)
             if at_once:
                 self._write_line()
-            # Whoever asked to stop may not wait for an evaluation: the next start makes up for it.
+            # A stop does not wait for an evaluation: the next start makes up for it.
             if watch_due and not result.stop:
                 self._watch(stage, ends)
             if save_due or result.stop:
@@ -202,8 +201,8 @@ class Trainer:
             self.observers.heartbeat(index, number)
 
     def _enter(self, stage: Stage) -> Stage:
-        """Makes `stage` the one in force. All that changes: attention plan, RoPE, length, batch and data mix; and the
-        optimizer's moments, where the stage asks for it, at its very beginning."""
+        """Switches to `stage`. All that changes: attention plan, RoPE, length, batch and data mix; and at its start,
+        where the stage says so, the optimizer is reset."""
         if stage is self.stage:
             return stage
         if stage.reset_optimizer and self.tokens == stage.start:
@@ -245,7 +244,7 @@ class Trainer:
         self._unknown = OnHost(result.skipped), self.tokens
 
     def _settle(self) -> None:
-        """Waits for the end of the last step and counts it as taken or skipped, if that is still to be done."""
+        """Counts the last step as taken or skipped, if not yet done; waits for its end."""
         unknown, self._unknown = self._unknown, None
         if unknown is None:
             return
@@ -314,7 +313,7 @@ class Trainer:
             line()
 
     def _peak_memory(self) -> float | None:
-        """GiB of device memory that torch held at most so far on this rank; None on a CPU."""
+        """Peak device memory allocated so far on this rank, GiB; None on a CPU."""
         if self.world.device.type != "cuda":
             return None
         return torch.cuda.max_memory_allocated(self.world.device) / 2**30
@@ -373,8 +372,8 @@ class Trainer:
     # -------------------- saving and resuming
 
     def _save(self, stage: Stage, ends: bool, watched: bool, at_once: bool) -> None:
-        """Saves a checkpoint here; all ranks together. Not `watched`: what `_watch` does here is still to be done.
-        `at_once`: it is complete before this returns, whatever checkpoint.asynchronous says."""
+        """Saves a checkpoint here; a collective. Not `watched`: `_watch` is still to be called here. `at_once`: it is
+        complete on return, whatever checkpoint.asynchronous says."""
         self._finish_save()
         self._rollbacks = 0
         group = self.world.data_group
@@ -413,7 +412,7 @@ class Trainer:
             self._finish_save()
 
     def _finish_save(self) -> None:
-        """Waits for the save in hand, if there is one; all ranks together. CheckpointError if it failed."""
+        """Waits for the unfinished save, if there is one; a collective. CheckpointError if it failed."""
         if self._saving is not None:
             with self._waiting_for_save():
                 self.last_checkpoint = self._saving.wait()
@@ -422,14 +421,14 @@ class Trainer:
 
     @contextmanager
     def _waiting_for_save(self) -> Iterator[None]:
-        """Counts the time of a save that training waits for, and keeps it out of the rates."""
+        """Measures the time that training waits for a save, and excludes it from throughput."""
         began = time.perf_counter()
         with self.throughput.paused():
             yield
         self._save_wait += time.perf_counter() - began
 
     def _start(self) -> None:
-        """Takes up the newest checkpoint of this run; else the weights of init.source; else starts fresh."""
+        """Loads the newest checkpoint of this run, else the weights of init.source, else starts from scratch."""
         newest = store.newest(self.run_dir)
         if newest is not None:
             self._resume(newest)
@@ -448,8 +447,7 @@ class Trainer:
         self.observers.say(f"continuing from {path}: {self.tokens:,} of {self.schedule.total_tokens:,} tokens")
 
     def _take_up(self, path: Path) -> store.Saved:
-        """Takes all that a checkpoint of this run holds but the position in the data; its sums as the stage is
-        entered."""
+        """Restores a checkpoint of this run except the position in the data; its sums when the stage is entered."""
         store.load_engine(self.engine, path)
         self._saved = saved = store.read(path)
         self.tokens, self.step = saved.tokens, saved.state["step"]
@@ -460,11 +458,11 @@ class Trainer:
         return saved
 
     def _go_back(self, stage: Stage, result: StepResult) -> bool:
-        """Does what run.on_spike says about the step that was just skipped as a spike: True if the run went back to a
-        checkpoint; SpikeError if it ends here. The data goes on behind the step in any case.
+        """Applies run.on_spike to the step just skipped as a spike: True if the run went back to a checkpoint;
+        SpikeError if it ends here. The data continues after the step in any case.
 
-        A process that starts at that checkpoint finds the same spike in the same data, and does the same again. So
-        nothing of this is saved before the next checkpoint.
+        A process that resumes from that checkpoint meets the same spike in the same data and does the same, so nothing
+        of this is saved before the next checkpoint.
         """
         assert self.spikes is not None
         self.spikes.total += 1
@@ -502,9 +500,9 @@ class Trainer:
         return True
 
     def _take_up_sums(self, stage: Stage) -> None:
-        """Goes on with a checkpoint's sums, if it was saved within this stage.
+        """Restores a checkpoint's sums, if it was saved within this stage.
 
-        They are sums over the data axis: its first ranks go on with them, the others from zero.
+        They are sums over the data axis: ranks at its index 0 restore them, the others start from zero.
         """
         saved, self._saved = self._saved, None
         if saved is None or self.tokens == stage.start or saved.state["stage"] != stage.name:
@@ -519,7 +517,7 @@ class Trainer:
             self._interval_sum.copy_(saved.tensors["interval_sum"])
 
     def _start_from(self, source: Path) -> None:
-        """Takes weights from a Hugging Face model; or from a run or a checkpoint, with what init.* asks for besides."""
+        """Loads weights from a Hugging Face model, or from a run or a checkpoint with what else init.* asks for."""
         if pretrained.is_model(source):
             path = pretrained.load_engine(self.engine, self.config.model, source)
             self.observers.say(f"starting from {path}: weights")

@@ -1,7 +1,7 @@
 """The staged schedule as pure data, and two pure functions of the tokens seen: which stage, and which learning rate.
 
-Progress is counted in tokens only, so that batch size, number of processes and length can change without moving it.
-A stage covers [start, end): at tokens_seen == end the next one is in force. No torch.
+Progress is counted in tokens only, so that batch size, number of processes and length can change without moving it. A
+stage covers [start, end): at tokens_seen == end the next one begins. No torch.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from train.model.sizes import layer_letters
 
 @dataclass(frozen=True)
 class Stage:
-    """One stretch of training; everything that may change between stages, resolved."""
+    """One stage of training: everything that may change between stages, resolved."""
 
     name: str
     index: int
@@ -39,13 +39,13 @@ class Stage:
     long_documents: LongDocumentsConfig | None
     """The share from long documents, its length filled in; None = as they come."""
     lr: LRConfig
-    """The learning rate in force: the stage's own or the run's."""
+    """The learning-rate schedule: the stage's own or the run's."""
     lr_before: int
-    """Tokens of the span of `lr` that lie before this stage."""
+    """Tokens of `lr_span` that lie before this stage."""
     lr_span: int
-    """Tokens over which `lr` goes from warm-up to its end."""
+    """Tokens that `lr` covers, from warm-up to its end."""
     reset_optimizer: bool
-    """The moments and the step count begin anew."""
+    """The moments and the step count are reset at its start."""
 
     @property
     def tokens(self) -> int:
@@ -82,8 +82,8 @@ class Schedule:
     def learning_rate(self, tokens_seen: int) -> float:
         """The learning rate of the step that begins after `tokens_seen` tokens.
 
-        It is the schedule's value at that step's end: the first step of a warm-up is not wasted on a rate of 0, and the
-        last step of a decay has the final rate.
+        It is the schedule's value at that step's end: the first step of a warm-up is not wasted at a learning rate of
+        0, and the last step of a decay has the final one.
         """
         stage = self.lookup(tokens_seen)
         return lr_at(stage.lr, stage.lr_before + tokens_seen - stage.start + stage.batch_tokens, stage.lr_span)
@@ -92,7 +92,7 @@ class Schedule:
 def lr_at(lr: LRConfig, tokens: float, span: int) -> float:
     """The value of `lr` after `tokens` of the `span` tokens it covers: continuous, 0 at 0 where there is a warm-up.
 
-    Warm-up is linear from 0 to the peak; then it is as its kind says (conf/rates.py).
+    Warm-up is linear from 0 to the peak; then its kind decides (conf/rates.py).
     """
     if tokens < lr.warmup_tokens:
         return lr.peak * tokens / lr.warmup_tokens
@@ -100,7 +100,7 @@ def lr_at(lr: LRConfig, tokens: float, span: int) -> float:
 
 
 def layer_plan(attention: AttentionConfig, num_layers: int) -> tuple[AttentionSpec, ...]:
-    """The spec of each layer. `attention` is frozen: its options are filled, or its plan says all."""
+    """The spec of each layer. `attention` is frozen: its options are filled in, or it has a plan."""
     if attention.plan is not None:
         return tuple(from_entry(entry).on(attention.backend) for entry in attention.plan)
 
@@ -147,7 +147,7 @@ def build_schedule(config: RunConfig) -> Schedule:
 
 
 def last_sparse(stages: Sequence[Stage]) -> tuple[AttentionSpec, ...] | None:
-    """The attention of the last of these stages in which a layer has MoBA, or another kind that stands in for full
+    """The attention of the last of these stages in which a layer has MoBA, or another kind that replaces full
     attention; None if none has."""
     plans = (stage.attention for stage in reversed(stages))
     return next((plan for plan in plans if any(spec.replaces_full for spec in plan)), None)

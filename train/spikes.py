@@ -1,9 +1,9 @@
-"""Steps whose loss or gradient norm stands far above those before: found on the device, before the optimizer steps.
+"""Loss and gradient-norm spikes, detected on the device before the optimizer steps.
 
 A step is a spike if its mean loss or its gradient norm, before clipping, lies more than `deviations` standard
-deviations above the mean of the last `window` good steps of its stage, and there have been at least half as many.
-Good is a step that the optimizer took: a spike never raises the level that the next step is judged by. What is
-compared is the same on all ranks, the loss summed over them and the norm that they share.
+deviations above the mean of the last `window` good steps of its stage, and there have been at least half as many. A
+good step is one that the optimizer took: spikes never enter the statistics. All ranks compare the same values, the
+global loss and the global norm.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ MAX_ROLLBACKS = 3  # to one checkpoint
 
 
 class SpikeError(Exception):
-    """A run that ends because of a spike; the message says where it can be taken up."""
+    """A run that ends because of a spike; the message says where it can resume."""
 
 
 class Spikes:
@@ -24,14 +24,14 @@ class Spikes:
 
     def __init__(self, deviations: float, window: int, device: torch.device) -> None:
         self._deviations, self._window = deviations, window
-        # Row by row loss and gradient norm of a good step, the latest last; NaN where there was none yet.
+        # A row per good step, (loss, gradient norm), the latest last; NaN where there was none yet.
         self._recent = torch.full((window, 2), torch.nan, dtype=torch.float64, device=device)
         self.total = 0
         """Spikes so far, those before a rollback included."""
 
     def is_spike(self, loss: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
-        """Whether a step of this mean loss and gradient norm (each [], on the device) is a spike: bool [], there too.
-        What is not finite is none: it is skipped for that (train/step.py)."""
+        """Whether a step of this mean loss and gradient norm (each [], on the device) is a spike: bool [], on the
+        device. A non-finite step is none: it is skipped as such (train/step.py)."""
         known = ~self._recent.isnan()
         count = known.sum(0)
         mean = self._recent.nansum(0) / count
@@ -40,11 +40,11 @@ class Spikes:
         return (high & (count >= max(2, self._window // 2))).any()
 
     def add(self, loss: torch.Tensor, norm: torch.Tensor) -> None:
-        """Takes a good step into account."""
+        """Adds a good step to the statistics."""
         self._recent = torch.cat([self._recent[1:], _pair(loss, norm)[None]])
 
     def forget(self) -> None:
-        """Begins anew, as another stage's losses may lie elsewhere."""
+        """Clears the statistics: another stage's losses may differ."""
         self._recent = torch.full_like(self._recent, torch.nan)
 
     def state_dict(self) -> dict[str, Any]:
@@ -52,7 +52,7 @@ class Spikes:
         return {"total": self.total, "recent": self._recent.to("cpu", copy=True)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from a state_dict, of another window too."""
+        """Restores a state_dict, also one of another window."""
         self.total = state["total"]
         recent = state["recent"][-self._window :].to(self._recent.device)
         self.forget()

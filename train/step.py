@@ -4,24 +4,23 @@ step.
 The loss of a step is the sum of its per-token losses over the valid tokens of the whole global batch, so it does not
 depend on how tokens fall on ranks and micro-batches.
 
-What happens to a non-finite step. The loss of each micro-batch is tested on the device before its backward pass; a
-bad one multiplies the loss by NaN, so that its gradients, and after the reduction every rank's, are NaN. The gradient
-norm is tested before the optimizer, on all ranks alike since the gradients are reduced by then, and a bad step is
-dropped as if it had never been: no parameter, moment or step count moves. Who tests the norm:
+Non-finite steps. The loss of each micro-batch is tested on the device before its backward pass; a bad one multiplies
+the loss by NaN, so that its gradients, and after the reduction every rank's, are NaN. The gradient norm is tested
+before the optimizer, on all ranks alike since the gradients are reduced by then, and a bad step is skipped: no
+parameter, moment or step count changes. Where the norm is tested:
 
     stage 0                 DeepSpeedEngine._step_plain
     stage 1 bf16            torch's fused AdamW, on the device (train/engine/bf16_optimizer.py)
     stages 1, 2, 3          DeepSpeed's ZeRO optimizers' step, bf16 and fp32, offloaded or not
 
-A spike (train/spikes.py, where run.on_spike asks for it) is dropped in the same way. Its loss is summed over the ranks
-and compared on the device, its norm too, between DeepSpeed's reading of the norm and the optimizer
-(train/engine/adamw.py); the answer is read there, where nothing is left to be waited for but the comparison.
+A spike (train/spikes.py, where run.on_spike asks for it) is skipped in the same way. Its loss, summed over the ranks,
+and its norm are compared on the device, between DeepSpeed's reading of the norm and the optimizer
+(train/engine/adamw.py); the result is read there, where only the comparison is left to wait for.
 
-So there is no stage where a non-finite gradient reaches the weights, and no collective or host synchronisation is
-spent on the test of the loss. Host synchronisations: at stage 1 in bf16, unless spikes are looked for, the host waits
-for the counts of valid tokens alone, which the device has made at the step's beginning: it stays a step ahead of the
-device. Elsewhere DeepSpeed's step reads the norm (at stage 2 in bf16 an overflow flag too), which waits for the
-backward pass.
+So there is no stage where a non-finite gradient reaches the weights, and no collective or host synchronisation is spent
+on the test of the loss. Host synchronisations: at stage 1 in bf16 without spike detection, the host waits only for the
+counts of valid tokens, which the device computes at the step's beginning, and stays a step ahead of the device.
+Elsewhere DeepSpeed's step reads the norm (at stage 2 in bf16 an overflow flag too), which waits for the backward pass.
 """
 
 from __future__ import annotations
@@ -70,13 +69,13 @@ def train_step(
     on_micro_batch: Callable[[int, int], None] | None = None,
     spikes: Spikes | None = None,
 ) -> StepResult:
-    """Returns the result of one optimizer step on this rank's micro-batches; every rank must bring the same number of
+    """Returns the result of one optimizer step on this rank's micro-batches; every rank must pass the same number of
     them, and ranks that share sequences the same ones.
 
-    `stop` is this rank's wish to end the run after this step. `on_losses(losses float32 [T], batch)` gets every
-    micro-batch's detached per-token losses, on the device, behind the step; those of a skipped step are all NaN.
-    `on_micro_batch(k, n)` is told when the host is done with micro-batch k of n. `spikes` judges the step,
-    and takes a good one into account.
+    `stop` asks, from this rank, to end the run after this step. `on_losses(losses float32 [T], batch)` gets every
+    micro-batch's detached per-token losses, on the device, after the step; those of a skipped step are all NaN.
+    `on_micro_batch(k, n)` is told when the host is done with micro-batch k of n. `spikes` tests the step, and adds a
+    good one to its statistics.
     """
     valid = torch.stack([(batch.labels != IGNORED).sum() for batch in batches]).sum()
     counts = all_reduce_sum(on_device(torch.stack([valid, valid.new_tensor(int(stop))]), world.device))

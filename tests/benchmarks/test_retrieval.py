@@ -1,17 +1,19 @@
-"""data/retrieval_set.py and benchmarks/retrieval.py: what the texts repeat, and what is told of the grids."""
+"""data/retrieval_set.py and benchmarks/retrieval.py: what the texts repeat; what the study shows of the grids."""
 
+import json
 import re
+import sys
 
 import numpy as np
 from PIL import Image
 
-from benchmarks.retrieval import draw, lengths, table, trainings
+from benchmarks import panels, retrieval
+from benchmarks.studies import STUDIES
+from benchmarks.study_results import of_needle
 from data import retrieval_set
 from data.retrieval_set import document
 from evals.needle_text import CITIES
 from evals.probes import NAMES
-from evals.statistics import wilson
-from launch.config import load
 
 BOOKS = [" ".join(f"w{i % 97}" for i in range(40_000)), " ".join(f"v{i % 89}" for i in range(40_000))]
 
@@ -47,34 +49,33 @@ def test_sentences_stand_between_the_words_of_a_book():
     assert document(5, BOOKS)[1] in BOOKS[0] + BOOKS[1] and retrieval_set.KINDS[5 % 3] == "book"
 
 
-def test_trainings_differ_in_attention_alone():
-    """Catches a training that is named after another attention."""
-    plans = {}
-    for name, own in trainings("64x4").items():
-        config = load(["model=tiny", "schedule.tokens=64K", "schedule.seq_len=1K", "schedule.batch_tokens=4K", *own])
-        (stage,) = config.schedule.stages.values()
-        plans[name] = (stage.attention.kind, stage.attention.options.get("first_blocks"))
-    assert {name: kind for name, (kind, _) in plans.items()} == {"full": "full", "moba": "moba", "moba_first": "moba"}
-    assert plans["moba"][1] == 0 and plans["moba_first"][1] == 1
-    assert lengths(8192) == "1024,2048,4096,8192"
-
-
 def test_the_table_and_the_figure_show_every_grid(tmp_path):
-    """Catches shares under another training's or attention's name."""
+    """Catches shares under another training's, attention's or length's name."""
     shares = {("full", "full"): 1.0, ("full", "8x2"): 0.5, ("moba", "full"): 0.75, ("moba", "8x2"): 0.25}
-    found = {}
+    measured = []
     for trained in ("full", "moba"):
-        rows, cells = [], {}
-        for arm in ("full", "8x2"):
-            share = shares[trained, arm]
-            score = {"share": share, "interval_95": list(wilson(share, 8))}
-            rows.append({"form": "key_value", "arm": arm, "length": None, "exact": score, "ranked": score})
-            cells[arm] = [
-                {"length": length, "depth": depth, "exact": score} for length in (512, 1024) for depth in (0.0, 100.0)
-            ]
-        found[trained] = {"shares": rows, "cells": {"key_value": cells}, "samples": 8}
-    lines = table(found)
-    assert [re.findall(r"(\d+) \(", line)[::2] for line in lines[2:]] == [["100", "50"], ["75", "25"]]
-    draw(found, tmp_path / "grid.png")
+        rows = [
+            {"arm": arm, "length": length, "exact": {"share": shares[trained, arm] - (0 if length is None else 0.125)}}
+            for arm in ("full", "8x2")
+            for length in (None, 512, 1024)
+        ]
+        (tmp_path / "needle.json").write_text(json.dumps({"tokens": 7, "shares": rows}))
+        measured.append({"arm": trained, **of_needle(tmp_path / "needle.json")})
+    assert measured[0]["right"]["8x2"] == {"all": 0.5, "512": 0.375, "1K": 0.375}
+    about = {"about": "x", "device": "a CPU", "commit": "abc", "command": "y"}
+    record = {**about, "runs": [], "measured": measured}
+    assert any("0.7500 | 0.6250 | 0.6250 | 0.2500" in line for line in panels.table(record))
+    panels.draw(record, STUDIES["retrieval"].panels, tmp_path / "grid.png")
     with Image.open(tmp_path / "grid.png") as drawn:
         assert min(drawn.size) > 300 and np.asarray(drawn.convert("L")).std() > 10
+
+
+def test_texts_are_made_once(tmp_path, monkeypatch):
+    """Catches documents that are left out, made twice, or made again by a second start."""
+    monkeypatch.setattr(sys, "argv", ["retrieval.py", f"to={tmp_path}", "documents=3", "workers=2"])
+    retrieval.main()
+    names = [json.loads(line)["id"] for file in sorted(tmp_path.glob("*.jsonl")) for line in file.open()]
+    assert names == ["pairs-0", "told-1", "book-2"] and (tmp_path / "shards").is_dir()
+    times = {file: file.stat().st_mtime_ns for file in tmp_path.glob("*.jsonl")}
+    retrieval.main()
+    assert times == {file: file.stat().st_mtime_ns for file in tmp_path.glob("*.jsonl")}

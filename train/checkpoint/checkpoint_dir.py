@@ -1,7 +1,7 @@
-"""The directory of a checkpoint: filled under a hidden name, renamed when whole, checked before it is read.
+"""The directory of a checkpoint: filled under a hidden name, renamed when complete, checked before it is read.
 
-Nothing here knows what the files hold, except that state.json says whether the checkpoint ends a stage. `newest`
-trusts names, manifests and sizes; `verify` reads every byte. All of it is done by one process; store.py adds the
+Nothing here knows what the files hold, except that state.json says whether the checkpoint ends a stage. `newest` trusts
+names, manifests and sizes; `verify` reads every byte. Everything here runs in one process; store.py coordinates the
 ranks.
 """
 
@@ -32,7 +32,7 @@ class CheckpointError(Exception):
 
 @dataclass(frozen=True)
 class Entry:
-    """What the manifest says of a file."""
+    """A file's entry in the manifest."""
 
     size: Count
     """Bytes."""
@@ -49,7 +49,7 @@ class Manifest:
 
 @dataclass(frozen=True)
 class _StageEnd:
-    """Of state.json, what is read here."""
+    """The fields of state.json that are read here."""
 
     stage_end: bool
 
@@ -60,7 +60,8 @@ def directory_name(tokens: int) -> str:
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
-    """Returns a run's complete checkpoints, oldest first: they have a manifest, and every file of it in its size."""
+    """Returns a run's complete checkpoints, oldest first: those with a manifest and every file of it at its recorded
+    size."""
     return [path for path in _named(run_dir) if _is_complete(path)]
 
 
@@ -72,7 +73,7 @@ def newest(run_dir: Path) -> Path | None:
 def refuse_incomplete(run_dir: Path) -> None:
     """Raises CheckpointError if something was lost from a checkpoint newer than the newest complete one.
 
-    They are made whole, so this is damage: going on from an older one unasked would train its tokens again.
+    Checkpoints appear only when complete, so this is damage: resuming from an older one would train its tokens again.
     """
     for path in reversed(_named(run_dir)):
         if _is_complete(path):
@@ -83,7 +84,7 @@ def refuse_incomplete(run_dir: Path) -> None:
 def find(source: Path) -> Path:
     """Returns the checkpoint that `source` names: itself, or the newest of a run directory.
 
-    Raises CheckpointError, also if a newer one of that run is damaged: an older one is not taken unasked.
+    Raises CheckpointError, also if a newer one of that run is damaged: there is no silent fallback to an older one.
     """
     if (source / MANIFEST).exists() or NAME.fullmatch(source.name):
         return source
@@ -96,7 +97,7 @@ def find(source: Path) -> Path:
 
 
 def _named(run_dir: Path) -> list[Path]:
-    """What has a checkpoint's name, oldest first; anything else in the folder is not ours."""
+    """Directories with a checkpoint's name, oldest first; anything else is ignored."""
     folder = run_dir / "checkpoints"
     return sorted(path for path in folder.glob("tokens_*") if NAME.fullmatch(path.name))
 
@@ -132,12 +133,12 @@ def seal(path: Path, mode: int | None = None) -> Entry:
 
 
 def share(path: Path) -> None:
-    """Gives a file the mode that the umask allows: safetensors makes its files for the owner alone."""
+    """Sets a file's mode to what the umask allows: safetensors makes its files readable by the owner only."""
     path.chmod(file_mode())
 
 
 def file_mode() -> int:
-    """Returns the mode that the umask allows a new file. Not for threads: to ask is to change it for a moment."""
+    """Returns the mode that the umask allows a new file. Not thread-safe: reading the umask changes it for a moment."""
     umask = os.umask(0)
     os.umask(umask)
     return 0o666 & ~umask
@@ -146,7 +147,7 @@ def file_mode() -> int:
 def commit(temporary: Path, files: dict[str, Entry]) -> Path:
     """Returns the finished checkpoint: manifest written, directory flushed and renamed, `latest` pointing to it.
 
-    `files` are the manifest entries. The rename is the moment at which it exists. Raises OSError.
+    `files` are the manifest entries. The checkpoint exists from the rename on. Raises OSError.
     """
     root, name = temporary.parent, temporary.name.removeprefix(SAVING)
     final, replaced = root / name, root / (REPLACED + name)
@@ -193,7 +194,7 @@ def prune(run_dir: Path, keep: int) -> None:
     """Removes checkpoints except the newest `keep` (at least one) and those at the end of a stage."""
     for path in checkpoints(run_dir)[: -max(keep, 1)]:
         if not _ends_stage(path):
-            doomed = path.with_name(SAVING + path.name)  # hidden first: what is half removed must not look whole
+            doomed = path.with_name(SAVING + path.name)  # hidden first: a half-removed one must not look complete
             shutil.rmtree(doomed, ignore_errors=True)
             path.rename(doomed)
             shutil.rmtree(doomed, ignore_errors=True)
@@ -203,7 +204,7 @@ def _ends_stage(checkpoint: Path) -> bool:
     try:
         return read_json(checkpoint / STATE, _StageEnd, error=CheckpointError).stage_end
     except CheckpointError:
-        return True  # damaged: not ours to remove
+        return True  # damaged: left for the user to remove
 
 
 def _flush(path: Path) -> None:

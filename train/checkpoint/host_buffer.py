@@ -1,9 +1,8 @@
-"""Host memory that saves copy into, one after the other.
+"""Host memory that checkpoints are copied into, reused from save to save.
 
-Fresh memory comes a page at a time, and a copy from a GPU into pageable memory is waited for: at 545M parameters a
-step with a save waited 7.3 s on an H100 for its 6.7 GB. So the memory is taken once, in a thread, while training
-begins, and pinned for CUDA: then copies are launched and not waited for, and the device's stream keeps them ahead of
-the optimizer's next step.
+Fresh memory is mapped page by page, and a copy from a GPU into pageable memory is synchronous: at 545M parameters a
+step with a save waited 7.3 s on an H100 for its 6.7 GB. So the memory is allocated once, in a thread, while training
+begins, and pinned: copies are then asynchronous, and the stream orders them before the optimizer's next step.
 """
 
 from __future__ import annotations
@@ -19,11 +18,11 @@ from train.engine.pinned import pin, unpin
 
 
 class HostBuffer:
-    """Room for this process's part of a checkpoint. Pageable where CUDA cannot pin it: saves are right, and slower."""
+    """Room for this process's part of a checkpoint. Pageable where CUDA cannot pin it: saves are then slower."""
 
     def __init__(self, elements: int, device: torch.device, say: Callable[[str], None] = lambda line: None) -> None:
-        """Starts to take memory for so many float32 `elements`, copied from `device`; `say` gets a line if it could not
-        be pinned, once it is used."""
+        """Starts to allocate `elements` float32 for copies from `device`; on first use `say` gets a line if it could
+        not be pinned."""
         self._device, self._say, self._used = device, say, 0
         executor = ThreadPoolExecutor(1, thread_name_prefix="host-buffer")
         self._memory: Future[tuple[Tensor, int]] | None = executor.submit(_take, elements, device)
@@ -31,7 +30,7 @@ class HostBuffer:
         self._buffer = torch.empty(0)
 
     def rewind(self) -> None:
-        """Gives the memory to the next save: what the last one took may be written over. Waits until there is any."""
+        """Makes the memory free for the next save, which overwrites the last one. Waits until it is allocated."""
         self._used = 0
         if self._memory is None:
             return
@@ -52,7 +51,7 @@ class HostBuffer:
         return self._buffer[start : self._used]
 
     def copied(self) -> Callable[[], None]:
-        """Waits, when called from whichever thread, for the copies launched until now."""
+        """A function, for any thread, that waits for the copies launched until now."""
         if self._device.type != "cuda":
             return lambda: None
         event = torch.cuda.Event()
@@ -61,9 +60,9 @@ class HostBuffer:
 
 
 def _take(elements: int, device: torch.device) -> tuple[Tensor, int]:
-    """(memory that exists, CUDA's error code if it could not be pinned)."""
+    """(memory, CUDA's error code: 0 if it is pinned)."""
     buffer = torch.empty(elements).zero_()  # the system gives it page by page as it is written first
     if device.type != "cuda":
         return buffer, 0
-    torch.cuda.set_device(device)  # each thread begins with the first one
+    torch.cuda.set_device(device)  # a new thread is on device 0
     return buffer, pin(buffer)

@@ -30,7 +30,7 @@ def random_state() -> dict[str, torch.Tensor]:
 
 
 def restore(state: dict[str, torch.Tensor]) -> None:
-    """Puts this process's generators where `random_state` found them."""
+    """Restores this process's generators to what `random_state` returned."""
     torch.set_rng_state(state["torch"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])

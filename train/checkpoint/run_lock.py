@@ -13,7 +13,7 @@ from train.engine.world import World
 
 
 class RunLocked(Exception):
-    """The run directory cannot be had: another live process writes to it, or it cannot be made."""
+    """The run directory cannot be locked: another live process writes to it, or it cannot be created."""
 
 
 class RunLock:
@@ -44,7 +44,7 @@ class RunLock:
         self._file.flush()
 
     def release(self) -> None:
-        """Gives the lock up."""
+        """Releases the lock."""
         self._file.close()
 
 

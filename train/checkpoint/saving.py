@@ -1,8 +1,8 @@
-"""A save that goes on beside the training: each process's files are written in a thread, the ranks agree in between.
+"""Asynchronous saves: each process writes its files in a thread, the ranks synchronise in the training thread.
 
-The thread touches files and host memory alone and takes part in no collective: those of two threads could meet in
-another order on another rank. What ranks have to know of each other is exchanged by `poll` and `wait`, in the thread
-that trains: did all write, and what goes into the manifest.
+The writing thread touches only files and host memory and runs no collective: collectives of two threads could be
+ordered differently on another rank. `poll` and `wait`, in the training thread, exchange whether all ranks wrote, and
+the entries of the manifest.
 """
 
 from __future__ import annotations
@@ -29,27 +29,27 @@ class Saving:
     def __init__(
         self, temporary: Path, write: Callable[[], dict[str, Entry]], finish: Callable[[dict[str, Entry]], None]
     ) -> None:
-        """Starts `write`, which writes this process's files and returns their manifest entries. When all ranks are done
-        with it, rank 0 does `finish` with the entries of all. Both run in a thread."""
+        """Starts `write`, which writes this process's files and returns their manifest entries. When all ranks have
+        finished it, rank 0 calls `finish` with the entries of all. Both run in a thread."""
         self.path = temporary.with_name(temporary.name.removeprefix(checkpoint_dir.SAVING))
         self.seconds = 0.0
-        """What this process's thread has taken so far."""
+        """Seconds that this process's thread has worked so far."""
         self._temporary, self._finish = temporary, finish
         self._finishing = False
         self._work: Future[Any] = self._start(write)
 
     def poll(self) -> bool:
-        """True, on all ranks, once the checkpoint exists; waits for nobody's files."""
+        """True, on all ranks, once the checkpoint exists; does not wait for files."""
         return all(gather_objects(self._work.done())) and self._next()
 
     def wait(self) -> Path:
-        """The checkpoint, once it exists."""
+        """Waits for the checkpoint; returns its directory."""
         while not self._next():
             pass
         return self.path
 
     def _next(self) -> bool:
-        """True if there is nothing more to be done, once what is being done on all ranks has ended."""
+        """Waits for the work in progress on all ranks; True if it was the last."""
         done = attempt(self._temporary, self._work.result)
         if self._finishing:
             return True

@@ -1,4 +1,4 @@
-"""Checkpoints: written whole or not at all, verified before use, independent of ZeRO stage and number of ranks.
+"""Checkpoints: written atomically, verified before use, independent of ZeRO stage and number of ranks.
 
     run_dir/checkpoints/
       latest                                  name of the newest one, for people and scripts
@@ -13,9 +13,9 @@
         config.yaml
         manifest.json                         size and SHA-256 of every other file; written last
 
-An own format, not DeepSpeed's: its files are pickles (to load one is to run it), belong to one number of ranks, and
-their conversion to another number is silently wrong at stage 3 in 0.19.8. Here each of n ranks writes every n-th
-parameter and reads the ranges it holds, tensor by tensor. All ranks must see the run directory.
+The format is not DeepSpeed's, whose files are pickles (loading one runs code) for one number of ranks, and whose
+conversion to another number is silently wrong at stage 3 in 0.19.8. Here each of n ranks writes every n-th parameter
+and reads the ranges it holds, tensor by tensor. All ranks must see the run directory.
 """
 
 from __future__ import annotations
@@ -116,14 +116,13 @@ def start_save(
     at_once: bool = False,
     buffer: HostBuffer | None = None,
 ) -> Saving:
-    """Returns the save of a new checkpoint; a collective for all ranks, between steps. By then all of it is on its way
-    to the host, this rank's part to this rank's, and what trains on changes nothing of it; with `at_once` the shards
-    are written already. `buffer` is the memory for that copy (`host_buffer`; no save that uses it may be in hand), else
-    it is fresh.
+    """Starts to save a new checkpoint; a collective, between steps. On return each rank's part is being copied to its
+    host, and further training does not change it; with `at_once` the shards are already written. `buffer` is the memory
+    for that copy (`host_buffer`; no unfinished save may use it), else it is allocated.
 
-    `state` (JSON-able), `tensors` and `config_yaml` are rank 0's. Once it is complete, the newest `keep` checkpoints
-    are left, and those saved with `stage_end`. Raises CheckpointError on all ranks, here or in the Saving, with
-    everything older untouched, if a rank cannot write (a full disk).
+    `state` (JSON-able), `tensors` and `config_yaml` are rank 0's. Once it is complete, all but the newest `keep`
+    checkpoints and those saved with `stage_end` are removed. Raises CheckpointError on all ranks, here or in the
+    Saving, with everything older untouched, if a rank cannot write (a full disk).
     """
     main = dist.get_rank() == 0
     temporary = checkpoint_dir.saving_directory(run_dir, tokens)
@@ -139,7 +138,7 @@ def start_save(
             save_file(held.pop(file), temporary / file, metadata={"format": "pt"})
             files.append(file)
 
-    # First what the host waits for: behind the large copies it would wait for those too.
+    # First what the host waits for: queued behind the large copies it would wait for those too.
     rounds, index = _layout(engine)
     random, texts = rng.random_state(), {}
     small: dict[str, torch.Tensor] = {}
@@ -174,8 +173,7 @@ def start_save(
 
 
 def host_buffer(engine: Engine, device: torch.device, say: Callable[[str], None] = lambda line: None) -> HostBuffer:
-    """Memory for the copies of `start_save`, taken in a thread while training begins, for saves one after the other.
-    `say` as HostBuffer has it."""
+    """Memory for the copies of `start_save`, allocated in a thread and reused by every save. `say` as in HostBuffer."""
     slots = engine.slots()[dist.get_rank() :: dist.get_world_size()]  # as `_plan` deals them out
     return HostBuffer((1 + len(MOMENTS)) * sum(slot.numel for slot in slots), device, say)
 
@@ -195,7 +193,7 @@ def _meta(engine: Engine, tokens: int, stage_end: bool) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _State:
-    """Of state.json, what is read."""
+    """The fields of state.json that are read."""
 
     tokens: Count
     state: Object
@@ -206,7 +204,7 @@ class _State:
 
 @dataclass(frozen=True)
 class _Index:
-    """Of an index file, what is read."""
+    """The fields of an index file that are read."""
 
     weight_map: dict[str, FileName]
 
@@ -239,7 +237,7 @@ def _plan(slots: list[Slot], kind: str, bytes_each: int, world_size: int) -> lis
 
 
 def _layout(engine: Engine) -> tuple[list[tuple[list[_Shard], tuple[str, ...]]], dict[str, Any]]:
-    """Returns (rounds of shards, each with what it holds of a parameter; index file -> its content)."""
+    """Returns (rounds of shards, each with the kinds of tensors in it; index file -> its content)."""
     slots = engine.slots()
     kinds: dict[str, tuple[str, tuple[str, ...]]] = {MODEL_INDEX: ("model", (MASTER,))}
     if engine.has_moments():
@@ -303,7 +301,7 @@ def read(checkpoint: Path) -> Saved:
 
 
 def _read_state(checkpoint: Path) -> dict[str, Any]:
-    """Returns the content of state.json, which has at least what _State says."""
+    """Returns the content of state.json, which has at least the fields of _State."""
     text = read_text(checkpoint / STATE, error=CheckpointError)
     return parse_object(text, _State, where=checkpoint / STATE, error=CheckpointError)
 
@@ -356,11 +354,11 @@ class TensorFiles:
 
 
 def load_engine(engine: Engine, checkpoint: Path, *, optimizer: bool = True) -> None:
-    """Puts a checkpoint's fp32 weights, and with `optimizer` AdamW's moments and step count, into an engine; a
+    """Loads a checkpoint's fp32 weights, and with `optimizer` AdamW's moments and step count, into an engine; a
     collective.
 
-    Exact for any ZeRO stage and number of ranks, those of the checkpoint or others. Raises CheckpointError on all ranks
-    if a file is damaged or the parameters differ.
+    Exact for any ZeRO stage and number of ranks. Raises CheckpointError on all ranks if a file is damaged or the
+    parameters differ.
     """
     verify_together(checkpoint)
     meta = read(checkpoint).meta
@@ -394,7 +392,8 @@ def compare_parameters(model: dict[str, Any], saved: dict[str, Any], source: Pat
 
 @torch.no_grad()
 def load_weights(model: nn.Module, source: Path) -> Path:
-    """Returns the checkpoint whose weights the model now has: `source`, or the newest of the run directory `source`.
+    """Loads a checkpoint's weights into a model; returns that checkpoint: `source`, or the newest of the run directory
+    `source`.
 
     For init.source and for evaluation: no engine, no process group, each process reads all weights, one tensor at a
     time. A bf16 engine built afterwards starts from rounded weights; load_engine(..., optimizer=False) then restores

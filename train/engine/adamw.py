@@ -1,4 +1,4 @@
-"""torch's AdamW with a veto, for steps that are judged by a norm which DeepSpeed works out within its own step."""
+"""torch's AdamW with a veto, to skip a step by the gradient norm that DeepSpeed computes within its own step."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import torch
 
 
 class VetoedAdamW(torch.optim.AdamW):
-    """Leaves a step out, as if it had not been called, where `veto` says so.
+    """Skips a step where `veto` returns True.
 
-    DeepSpeed's ZeRO optimizers reduce the gradients, test, note and apply their norm, and then call this, once or once
-    a group of parameters; what they do behind it copies weights that have not changed.
+    DeepSpeed's ZeRO optimizers reduce the gradients, check, store and apply their norm, and then call this, once or
+    once per parameter group; what they do afterwards copies unchanged weights.
     """
 
     veto: Callable[[], bool] | None = None

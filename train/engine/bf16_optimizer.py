@@ -1,9 +1,9 @@
-"""DeepSpeed's optimizer for bf16 and ZeRO 1, without waiting for the device.
+"""DeepSpeed's optimizer for bf16 and ZeRO 1, without a host synchronisation.
 
-BF16_Optimizer (DeepSpeed 0.19.8) reads the gradients' norm on the host before AdamW, so that a step begins with an
-empty queue, and passes several times over gradients that one pass can serve. Here torch's fused AdamW decides on the
-device, as it does for torch.amp: `found_inf` has it leave the step out, `grad_scale` is what it divides gradients by.
-The layout of weights, gradients and moments is DeepSpeed's, and so is everything else, reductions over ranks included.
+BF16_Optimizer (DeepSpeed 0.19.8) reads the gradients' norm on the host before AdamW, so a step begins with an empty
+queue, and it passes several times over the gradients. Here torch's fused AdamW decides on the device, as for torch.amp:
+it skips the step by `found_inf` and divides gradients by `grad_scale`. The layout of weights, gradients and moments,
+and all else, is DeepSpeed's, including reductions over ranks.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ class DeviceOptimizer(BF16_Optimizer):
 
     @staticmethod
     def adopt(optimizer: BF16_Optimizer) -> DeviceOptimizer:
-        """Has `optimizer` step as this class does. DeepSpeed builds it where nobody can name a class."""
+        """`optimizer`, made an instance of this class: DeepSpeed has no setting for the class that it builds."""
         optimizer.__class__ = DeviceOptimizer
         assert isinstance(optimizer, DeviceOptimizer)
         return optimizer
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
-        """Clips and steps; nothing changes where the norm is not finite, which `_global_grad_norm` then says as inf.
-        With a veto, which the host asks, DeepSpeed's own step."""
+        """Clips and steps; nothing changes where the norm is not finite (`_global_grad_norm` is then inf). With a veto,
+        which needs the host, DeepSpeed's own step."""
         adamw = self.optimizer
         if isinstance(adamw, VetoedAdamW) and adamw.veto is not None:
             super().step(closure)
@@ -53,8 +53,8 @@ class DeviceOptimizer(BF16_Optimizer):
         self.update_lp_params()
 
     def _update_hp_grad(self, lp: Any, group_idx: int, param_idx: int, clear_lp_grads: bool) -> None:
-        """The first gradient of a step is copied, so that nobody needs to set sums to zero; others are added in one
-        pass. Sums are DeepSpeed's to the bit."""
+        """Copies the first gradient of a step, so that sums need no zeroing, and adds the others in one pass. Sums are
+        bit-identical to DeepSpeed's."""
         total, seen = self.fp32_groups_gradients[group_idx][param_idx], self.fp32_groups_has_gradients[group_idx]
         if lp.grad is not None:
             gradient = lp.grad.view(total.shape)
@@ -66,16 +66,16 @@ class DeviceOptimizer(BF16_Optimizer):
         seen[param_idx] = True
 
     def get_grads_for_reduction(self) -> Any:
-        """On one rank nothing, which spares two copies of all gradients."""
+        """Nothing on one rank, which saves two copies of all gradients."""
         return super().get_grads_for_reduction() if dist.get_world_size() > 1 else ([], {})
 
     def get_grads_for_norm(self, for_clipping: bool = False) -> Any:
-        """Flat tensors: clipping concerns what this rank's AdamW reads; the norm is that of all."""
+        """Flat tensors: clipping scales what this rank's AdamW reads; the norm is over all gradients."""
         if for_clipping:
             return self.fp32_groups_gradient_flat_partition
         flat: list[Tensor] = self.fp32_groups_gradients_flat
         return flat, {}
 
     def clear_hp_grads(self) -> None:
-        """Begins a step's sums anew."""
+        """Resets a step's sums."""
         self.fp32_groups_has_gradients = [[False] * len(group) for group in self.fp32_groups_gradients]

@@ -1,4 +1,4 @@
-"""Small things between processes, and between host and device: counts, flags and objects."""
+"""Small exchanges between processes, and between host and device: counts, flags and objects."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch.distributed as dist
 
 
 class OnHost:
-    """Copies of small tensors, asked for now and read later: `read` waits for the copies alone, not for what was
-    launched since."""
+    """Copies of small tensors to the host, launched now and read later: `read` waits for the copies only, not for later
+    work."""
 
     def __init__(self, *tensors: torch.Tensor) -> None:
         device = tensors[0].device
@@ -31,7 +31,7 @@ class OnHost:
 
 
 def on_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor of the host on `device`, without waiting for what the device is doing."""
+    """A host tensor on `device`, without a synchronisation."""
     if device.type != "cuda":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)

@@ -4,9 +4,9 @@ In every ZeRO stage the optimizer steps flat fp32 tensors (at stage 0 the parame
 range of one of them, so that a checkpoint knows neither the stage nor the number of ranks:
 
     stage 0        the whole parameter, on every rank
-    stages 1, 2    a group's parameters laid end to end and cut into one stretch a rank: a parameter may straddle
+    stages 1, 2    a group's parameters laid end to end and cut into one range per rank: a parameter may span
                    a cut or lie on one rank alone (`_hp_mapping`; None where this rank has nothing of it)
-    stage 3        each parameter cut into equal stretches, one per rank, the last ones shorter or empty
+    stage 3        each parameter cut into equal ranges, one per rank, the last ones shorter or empty
     (`grad_position`)
 
 DeepSpeed's own safe_get_full_fp32_param family reads the same ranges, but gathers to every rank, sums floats (which
@@ -34,7 +34,7 @@ GATHER_ELEMENTS = 2**26  # 256 MiB of device memory while a large parameter is c
 
 
 class DeepSpeedEngine:
-    """As train/engine/engine.py says; made by train/engine/optim.py."""
+    """The Engine of train/engine/engine.py; built by train/engine/optim.py."""
 
     def __init__(self, engine: Any):
         """`engine` is what deepspeed.initialize returned. ConfigError for what no checkpoint could hold."""
@@ -72,7 +72,7 @@ class DeepSpeedEngine:
         self._engine.backward(loss, scale_wrt_gas=False)
 
     def step(self, lr: float, veto: Callable[[Tensor], bool] | None = None) -> tuple[Tensor, Tensor]:
-        for group in self._optimizer.param_groups:  # every ZeRO optimizer hands them on to the inner one
+        for group in self._optimizer.param_groups:  # every ZeRO optimizer shares them with the inner one
             group["lr"] = lr
         if self.zero_stage == 0:
             return self._step_plain(veto)
@@ -193,7 +193,7 @@ class DeepSpeedEngine:
                 bits[first - low : last - low] = held.view(torch.int32).to(device)
             dist.reduce(bits, dst=owner)
             if whole is not None:
-                whole[low:high].copy_(bits.view(torch.float32), beside)  # no copy between: host memory is slow to get
+                whole[low:high].copy_(bits.view(torch.float32), beside)  # no copy between: it is slow to allocate
         return None if whole is None else whole.reshape(slot.shape)
 
     @torch.no_grad()

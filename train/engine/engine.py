@@ -1,6 +1,6 @@
-"""What a run needs of an engine: forward and backward, one optimizer step, and what a checkpoint holds of it.
+"""The interface of an engine: forward and backward, one optimizer step, and the state that a checkpoint saves.
 
-The loop, checkpoints, Hugging Face imports and evaluations see this alone; DeepSpeed is behind it
+The loop, checkpoints, Hugging Face imports and evaluations use only this; DeepSpeed is behind it
 (train/engine/deepspeed_engine.py).
 """
 
@@ -63,7 +63,7 @@ class Engine(Protocol):
         ...
 
     def __call__(self, tokens_T: Tensor, positions_T: Tensor, documents: Documents, labels_T: Tensor) -> Tensor:
-        """The loss of each token, float32 `[T]`, as Decoder.forward gives it."""
+        """Per-token loss in nats, float32 `[T]`, as from Decoder.forward."""
         ...
 
     def backward(self, loss: Tensor, last: bool) -> None:
@@ -71,9 +71,9 @@ class Engine(Protocol):
         ...
 
     def step(self, lr: float, veto: Callable[[Tensor], bool] | None = None) -> tuple[Tensor, Tensor]:
-        """(skipped: bool [], L2 norm of the gradients before clipping: float32 []), both on the device, having clipped
-        and stepped unless the norm, which all ranks share, is not finite, or `veto(norm)`, the same on all ranks, says
-        no. Only an engine of a run that looks for spikes takes a veto."""
+        """Clips and steps, unless the gradient norm is not finite or `veto(norm)` is True, both the same on all ranks.
+        Returns (skipped: bool [], L2 norm before clipping: float32 []), both on the device. A veto needs run.on_spike
+        other than off."""
         ...
 
     def train(self) -> None:
@@ -98,8 +98,8 @@ class Engine(Protocol):
 
     def gather(self, slot: Slot, key: str, owner: int, into: Tensor | None = None) -> Tensor | None:
         """The whole fp32 tensor of MASTER or one of MOMENTS, on the CPU, on rank `owner`, and None elsewhere. A
-        collective; bit-exact. With `into`, float32 `[numel]` of the owner's pinned memory, it is there once the
-        device's stream has come so far, and is what it is now whatever is launched afterwards."""
+        collective; bit-exact. With `into`, float32 `[numel]` of the owner's pinned memory, the copy is asynchronous in
+        the device's stream; work launched later does not change it."""
         ...
 
     def restore(self, read: Callable[[str, Slot], Tensor], *, step: int) -> None:
@@ -111,11 +111,11 @@ class Engine(Protocol):
         ...
 
     def reset_moments(self) -> None:
-        """Makes the optimizer one that has taken no step; the weights stay as they are."""
+        """Resets the optimizer to before its first step; the weights stay."""
         ...
 
     def destroy(self) -> None:
-        """Lets go of hooks and buffers."""
+        """Releases hooks and buffers."""
         ...
 
 

@@ -24,7 +24,7 @@ from train.model.decoder import Decoder, DecoderLayer
 
 def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Returns AdamW's parameter groups: matrices with `weight_decay`, norms and biases with none; none empty."""
-    sizes = {p: getattr(p, "ds_shape", p.shape) for p in model.parameters()}  # a shard is flat; DeepSpeed knows of what
+    sizes = {p: getattr(p, "ds_shape", p.shape) for p in model.parameters()}  # a shard is flat; ds_shape is the whole
     matrices = [p for p, shape in sizes.items() if len(shape) >= 2]
     vectors = [p for p, shape in sizes.items() if len(shape) < 2]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
@@ -76,7 +76,7 @@ def deepspeed_config(config: RunConfig, world: World) -> dict[str, Any]:
         "bf16": {"enabled": resolve_precision(ds, world.device) == "bf16"},
         # In bf16 the sum over micro-batches would be kept in bf16.
         "data_types": {"grad_accum_dtype": "fp32"},
-        # Its stop watch, which nobody reads, waits for the device before each forward pass and after each step.
+        # Its unused timer synchronises before each forward pass and after each step.
         "timers": {"throughput": {"enabled": False}},
     }
     return _merge(base, ds.extra)
@@ -91,8 +91,8 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def build_model(config: RunConfig, vocab_size: int) -> Decoder:
-    """The run's model with `vocab_size` embedding rows, its weights drawn; at ZeRO-3 without any (on the meta device),
-    for `build_engine` to draw them into the shards."""
+    """The run's model with `vocab_size` embedding rows, its weights initialised; at ZeRO-3 on the meta device, for
+    `build_engine` to initialise the shards."""
     if config.deepspeed.zero_stage == 3:
         with torch.device("meta"):
             model = Decoder(config.model, vocab_size)
@@ -107,8 +107,8 @@ def build_engine(model: Decoder, config: RunConfig, world: World) -> DeepSpeedEn
     """The engine around `model`, which it moves to the device (and casts to bf16 where that is asked for). Raises
     ConfigError for what DeepSpeed does not take.
 
-    Every rank must hold the same weights. At stage 3 parameters that are on the meta device are drawn here one at a
-    time, and each rank keeps its share alone. Needs `init_world` first.
+    Every rank must hold the same weights. At stage 3, parameters on the meta device are initialised here one at a time,
+    and each rank keeps only its share. Needs `init_world` first.
     """
     import deepspeed  # after init_world, which decides what it finds
     from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
@@ -116,9 +116,9 @@ def build_engine(model: Decoder, config: RunConfig, world: World) -> DeepSpeedEn
 
     optim, settings = config.optim, deepspeed_config(config, world)
     if config.deepspeed.offload_optimizer and world.device.type == "cuda":
-        # torchrun leaves each of several processes one thread, with which billions of weights take most of a step.
+        # torchrun sets one thread per process, with which AdamW on the host dominates the step at billions of weights.
         torch.set_num_threads(max(torch.get_num_threads(), own_cores()))
-    if VetoedAdamW not in ZERO_SUPPORTED_OPTIMIZERS:  # it looks for the very class, and warns of others
+    if VetoedAdamW not in ZERO_SUPPORTED_OPTIMIZERS:  # it compares the exact class, and warns of others
         ZERO_SUPPORTED_OPTIMIZERS.append(VetoedAdamW)
     # Its bf16 optimizer prints a dozen lines of memory usage while it is built.
     try:
@@ -137,8 +137,8 @@ def build_engine(model: Decoder, config: RunConfig, world: World) -> DeepSpeedEn
             )
             offloads = config.model.activation_checkpointing in OFFLOADED
             if config.deepspeed.zero_stage == 3 and (offloads or config.model.compile is True):
-                # A layer is gathered whole. Offloaded ones use parts of weights outside the modules that own them, and
-                # hooks that gather within what is compiled would break its graph, and compile it again and again.
+                # Gathers a layer as a whole: offloaded layers use slices of weights outside their modules, and
+                # gathering hooks within a compiled function would break its graph and recompile it.
                 deepspeed.utils.set_z3_leaf_modules(model, [DecoderLayer])
             engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
             if config.run.on_spike != "off" and hasattr(engine.optimizer, "backup_optimizer"):
@@ -157,8 +157,7 @@ def build_engine(model: Decoder, config: RunConfig, world: World) -> DeepSpeedEn
 
 
 def _draw_shards(model: Decoder, config: RunConfig, settings: dict[str, Any], world: World) -> None:
-    """Gives the parameters of a model on the meta device their initial values, one at a time, each cut into the ranks'
-    shares before the next is drawn."""
+    """Initialises the parameters of a model on the meta device one at a time, each sharded before the next is drawn."""
     import deepspeed
 
     dtype = torch.bfloat16 if resolve_precision(config.deepspeed, world.device) == "bf16" else torch.float32

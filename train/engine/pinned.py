@@ -1,6 +1,6 @@
-"""Memory of the host that CUDA copies to and from without it.
+"""Pinned (page-locked) host memory, for asynchronous copies.
 
-Registered by hand: torch's own pinned memory comes in powers of two, up to twice what is needed.
+Registered directly: torch's pinned allocator rounds up to powers of two, up to twice what is needed.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from torch import Tensor, cuda
 
 
 def pin(buffer: Tensor) -> int:
-    """Pins a tensor's memory for all devices; returns CUDA's error code, 0 if it is pinned. `unpin` it before it goes
-    if the process goes on."""
+    """Pins a tensor's memory for all devices; returns CUDA's error code, 0 if it is pinned. `unpin` it before it is
+    freed."""
     return int(_runtime().cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 1))  # 1: for every device
 
 

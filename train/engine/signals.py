@@ -1,4 +1,4 @@
-"""What ends a run from outside: signals that ask it to stop, and processes that are gone."""
+"""What ends a run from outside: signals to stop, and processes that have ended."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # the last as schedulers send it ahead of a time limit
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # schedulers send the last ahead of a time limit
 SIGNALS_TO_FORCE = 3
 STUCK_SECONDS = 20  # torchrun kills 30 s after its SIGTERM
 # How gloo and NCCL say that the process at the other end is gone. No type of error stands for that alone.
@@ -22,13 +22,13 @@ class PreemptionFlag:
     """Remembers that one of STOPS arrived, so that a run can end at the next step boundary with a checkpoint.
 
     `train_step` carries `requested` in its first all-reduce, so all ranks stop after the same step whichever got the
-    signal. Under torchrun one Ctrl-C arrives twice (from the terminal and from the agent), so only a third signal is
-    taken as impatience and interrupts at once.
+    signal. Under torchrun one Ctrl-C arrives twice (from the terminal and from the agent), so only a third signal
+    interrupts at once.
     """
 
     def __init__(self, stuck: Callable[[str], None] = lambda name: None, seconds: float = STUCK_SECONDS) -> None:
-        """`stuck(name of the signal)` is called from a thread where the flag is still installed `seconds` later. NCCL
-        lets a process wait for one that is gone, and while it waits Python's handlers do not run."""
+        """`stuck(name of the signal)` is called from a thread if the flag is still installed `seconds` later: NCCL may
+        wait for a process that has ended, and Python's handlers do not run meanwhile."""
         self.received: str | None = None
         self._count = 0
         self._previous: dict[int, Any] = {}
@@ -59,7 +59,7 @@ class PreemptionFlag:
         self._previous.clear()
 
     def _watch(self, bell: socket.socket) -> None:
-        """Waits for a signal, then for the end. What wakes it is written by C code the moment a signal arrives."""
+        """Waits for a signal, then for `uninstall`. C code writes the byte that wakes it as the signal arrives."""
         with bell:
             if number := bell.recv(1):
                 bell.settimeout(self._seconds)
@@ -88,8 +88,8 @@ def lost_peer(error: RuntimeError) -> bool:
 
 
 def first_to_report() -> bool:
-    """True in the first process of the run that asks, also when others, rank 0 among them, are gone: what counts is
-    kept by torchrun. Without torchrun rank 0 would keep it, so there it is True in each."""
+    """True in the first process of the run that calls it, even if others, rank 0 included, have ended: torchrun's store
+    holds the counter. Without torchrun rank 0 would hold it, so there it is True in each process."""
     if not (dist.is_initialized() and dist.is_torchelastic_launched()):
         return True
     try:

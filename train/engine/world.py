@@ -1,7 +1,7 @@
-"""This process among all of them: its device, the process group and DeepSpeed's communication. The one place that reads
-the environment.
+"""This process in the run: its device, the process group and DeepSpeed's communication. The one module that reads
+environment variables.
 
-Import it before torch: it decides what torch and its libraries read when they are imported.
+Import it before torch: it sets variables that torch and its libraries read when they are imported.
 """
 
 from __future__ import annotations
@@ -33,32 +33,32 @@ from moba.sequence import BlockAxis, SequenceAxis
 
 @dataclass(frozen=True)
 class World:
-    """This process among all of them, which stand along two axes: data x sequence."""
+    """This process among the ranks of the run, which form a grid of two axes: data x sequence."""
 
     rank: int
     world_size: int
     local_rank: int
     device: torch.device
     sequence_size: int = 1
-    """Ranks that share a sequence: neighbours."""
+    """Number of ranks that share a sequence; they are consecutive."""
     sequence_group: dist.ProcessGroup | None = None
-    """They, if there are several."""
+    """Those ranks, if there are several."""
     data_group: dist.ProcessGroup | None = None
     """Ranks that hold the same slice of different sequences; None: all."""
 
     @property
     def data_size(self) -> int:
-        """Groups of ranks with data of their own."""
+        """Size of the data axis: groups of ranks with different sequences."""
         return self.world_size // self.sequence_size
 
     @property
     def data_rank(self) -> int:
-        """Which of them this process belongs to."""
+        """Index of this process's group on the data axis."""
         return self.rank // self.sequence_size
 
     @property
     def sequence_rank(self) -> int:
-        """Which slice of its group's sequences this process has."""
+        """Index of this process's slice of its group's sequences."""
         return self.rank % self.sequence_size
 
     def sequence_axis(self, by: str) -> SequenceAxis | None:
@@ -70,7 +70,7 @@ class World:
         return axis(self.sequence_group, self.sequence_rank, self.sequence_size)
 
     def sum_over_data(self, tensor: torch.Tensor) -> torch.Tensor:
-        """`tensor`, summed in place over the data axis: of what all ranks of a sequence hold alike."""
+        """`tensor`, summed in place over the data axis; all ranks of a sequence must hold the same."""
         dist.all_reduce(tensor, group=self.data_group)
         return tensor
 
@@ -81,7 +81,7 @@ class World:
 
 
 class Launched(NamedTuple):
-    """What torchrun says of this process; one process alone without torchrun."""
+    """torchrun's variables for this process; a single process without torchrun."""
 
     rank: int
     world_size: int
@@ -90,8 +90,8 @@ class Launched(NamedTuple):
 
 
 def launch_environment() -> Launched:
-    """Returns this process's place, before anything is started. Ends the process, with a line and exit code 2, where
-    the environment names a place that there is not: no command can go on from there."""
+    """Returns this process's ranks, before anything is started. Exits with a message and code 2 where the variables
+    contradict each other."""
     defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
     given = {key: os.environ.get(key, default) for key, default in defaults.items()}
     if all(re.fullmatch(r"\d{1,9}", text) for text in given.values()):
@@ -143,7 +143,7 @@ def init_world(device: str = "auto", sequence_size: int = 1) -> World:
 
 
 def _own_group(parts: list[list[int]], rank: int) -> dist.ProcessGroup:
-    """The group of the part that has this rank; every rank makes all of them, in the same order."""
+    """The group of the part with this rank; every rank creates all groups, in the same order."""
     groups = [dist.new_group(part) for part in parts]
     own = next(group for group, part in zip(groups, parts) if rank in part)
     assert isinstance(own, dist.ProcessGroup)
@@ -173,14 +173,14 @@ def _start_deepspeed(kind: str) -> None:
     """Imports deepspeed so that it neither compiles anything nor fills the screen, and hands it the process group."""
     if kind == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    os.environ.setdefault("LOCAL_RANK", "0")  # its engine insists on that one
+    os.environ.setdefault("LOCAL_RANK", "0")  # its engine requires it
     # It calls collectives that torch 2.13 deprecates, once per step and rank.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed.*is deprecated", category=FutureWarning)
     import deepspeed
     import deepspeed.ops
 
     # On CPU it would build a shared-memory all-reduce with g++ (a minute, or an error without a compiler) that only its
-    # inference path uses. Its own table of what can be built here is where to say no.
+    # inference path uses. Its table of compatible ops turns that off.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(verbose=False)
 
@@ -191,14 +191,14 @@ def one_thread_each() -> None:
 
 
 def check_variable(name: str, known: Sequence[str]) -> None:
-    """ValueError if an environment variable is set to something that is none of `known`, whatever its case."""
+    """ValueError if an environment variable is set to none of `known`, whatever its case."""
     value = os.environ.get(name, known[0])
     if value.lower() not in known:
         raise ValueError(f"{name}={cut(value)}: choose one of {', '.join(known)}, or unset it")
 
 
 def drop_if_empty(*names: str) -> None:
-    """Unsets environment variables that are set to nothing, for libraries that stumble over that."""
+    """Unsets empty environment variables, for libraries that mishandle them."""
     for name in names:
         if os.environ.get(name) == "":
             del os.environ[name]
@@ -218,10 +218,10 @@ def shutdown() -> None:
 
 
 def leave(code: int) -> NoReturn:
-    """Ends the process with this exit code, when all is done: exit functions run, the interpreter is not taken down.
+    """Ends the process with this exit code: exit handlers run, the interpreter is not finalised.
 
-    Threads of the process group may still be letting go of tensors, and one that meets an interpreter in ruins aborts
-    the process: now and then a run that had ended well would fail.
+    Threads of the process group may still be releasing tensors, and one that does so during finalisation aborts the
+    process: now and then a finished run would fail.
     """
     atexit._run_exitfuncs()
     sys.stdout.flush()

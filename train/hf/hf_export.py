@@ -1,6 +1,6 @@
-"""Hugging Face checkpoints out: a model of ours as a plain Llama, Qwen2 or Qwen3 that transformers loads.
+"""Export to Hugging Face: a model as a plain Llama, Qwen2 or Qwen3 checkpoint that transformers loads.
 
-The weights keep their names; config.json says the rest: the RoPE of the stage in force in the layout that every
+The weights keep their names; config.json holds the rest: the stage's RoPE in the layout that every version of
 transformers reads, and under `moba` the attention of each layer, which plain transformers ignores.
 """
 
@@ -79,10 +79,10 @@ def config_json(
 
 
 def as_it_came(original: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
-    """`ours` in the words of the config.json that the model came with: model_type, spelling and whatever we do not know
-    stay as they were; what training has changed is ours.
+    """`ours` merged into the config.json that the model came with: model_type, spelling and unknown keys stay as they
+    were; what training has changed is taken from `ours`.
 
-    What transformers takes from both decides whether something has changed.
+    A value has changed if transformers parses it differently from the two.
     """
     if not isinstance(original.get("model_type"), str):
         raise ConfigError(["the config.json kept in the run's source/ folder has no model_type: remove it"])
@@ -102,7 +102,7 @@ def as_it_came(original: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]
         result = {key: value for key, value in result.items() if key != "dtype"} | {"torch_dtype": ours["torch_dtype"]}
     for key in ("vocab_size", "max_position_embeddings"):
         result[key] = ours[key]
-    if windows(AutoConfig.for_model(**result)):  # as long as the context was, and now it is longer
+    if windows(AutoConfig.for_model(**result)):  # they were as long as the context, which is now longer
         result |= {"sliding_window": None} | {key: False for key in ("use_sliding_window",) if key in result}
         result.pop("layer_types", None)
     return result
@@ -122,7 +122,7 @@ def _family(model: ModelConfig) -> str:
 
 
 def _refuse_own_layers(model: ModelConfig, attention: Sequence[AttentionSpec]) -> None:
-    """ConfigError for layers that the plain architectures have not, each by name."""
+    """ConfigError for layers that the plain architectures lack, each by name."""
     parts = {
         f"model.key_conv={model.key_conv}": model.key_conv,
         f"model.rope_pattern={model.rope_pattern}": not all(rope_layers(model)),
@@ -135,7 +135,7 @@ def _refuse_own_layers(model: ModelConfig, attention: Sequence[AttentionSpec]) -
 
 
 def merged_rope(model: ModelConfig, stage: RopeConfig) -> tuple[float, dict[str, Any] | None]:
-    """`(rope_theta, rope_scaling)` that alone give the angles of `model` in a stage.
+    """`(rope_theta, rope_scaling)` that reproduce the angles of `model` in a stage.
 
     ConfigError if a model's own scaling and the stage's do not make one that transformers has.
     """

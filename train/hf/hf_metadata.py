@@ -1,6 +1,5 @@
-"""What other software reads of an exported model beside weights and architecture: where generation ends, how long the
-context is, and RoPE in both of transformers' layouts.
-"""
+"""Metadata of an exported model beside weights and architecture: end-of-text tokens, context length, and RoPE in both
+of transformers' layouts."""
 
 from __future__ import annotations
 
@@ -20,7 +19,7 @@ NO_LIMIT = 10**9  # transformers writes 10^30 where a tokenizer knows no length
 
 
 def with_both_ropes(config: dict[str, Any]) -> dict[str, Any]:
-    """A config.json with its RoPE as `rope_theta` and `rope_scaling`, which older transformers know alone, and as
+    """A config.json with its RoPE as `rope_theta` and `rope_scaling`, all that older transformers read, and as
     `rope_parameters`, from whichever it has."""
     if "rope_parameters" in config:
         scaling = dict(config["rope_parameters"])
@@ -51,7 +50,7 @@ def ids(eos: Sequence[int]) -> int | list[int]:
 
 
 def finish_tokenizer(folder: Path, *, eos: str | None, length: int) -> None:
-    """Sets in the tokenizer's files in `folder` what ends a text (None: as it is) and the length of the context."""
+    """Sets the end-of-text token (None: as it is) and the context length in the tokenizer's files in `folder`."""
     for name in (TOKENIZER_CONFIG, SPECIAL_TOKENS):
         path = folder / name
         if not path.is_file():

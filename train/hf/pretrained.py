@@ -1,8 +1,8 @@
-"""Hugging Face checkpoints in: which model a directory holds, and its weights into ours.
+"""Import from Hugging Face: which model a directory holds, and its weights into a Decoder.
 
-Read are dense Llama-, Mistral-, Qwen2- and Qwen3-shaped models in safetensors, in one file or several. Their tensors
-have the names and layout of ours, so nothing is converted: each rank reads the ranges it holds. Whatever such a model
-may have that ours has not is refused by name. train/hf/hf_export.py is the way out.
+Reads dense Llama-, Mistral-, Qwen2- and Qwen3-shaped models in safetensors, in one file or several. Tensors have the
+Decoder's names and layout, so nothing is converted: each rank reads the ranges it holds. Features that the Decoder
+lacks are refused by name. train/hf/hf_export.py exports.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from train.model.rope import check_rope_scaling
 
 CONFIG, SINGLE_FILE = "config.json", "model.safetensors"
 PLAN_KEY = Moba.name
-"""Where a config.json has the attention of each layer."""
+"""The key of config.json that holds the attention of each layer."""
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 DESCRIPTION = ["*.json", "*.jinja", "*.model", "*.txt"]
 DTYPES = ("F32", "BF16", "F16")
@@ -46,7 +46,7 @@ DTYPES = ("F32", "BF16", "F16")
 
 @dataclass(frozen=True)
 class Family:
-    """An architecture of transformers, and the options of our model that make it."""
+    """An architecture of transformers, and the ModelConfig options that give it."""
 
     architecture: str
     qkv_bias: bool
@@ -59,7 +59,7 @@ FAMILIES = {
     "qwen2": Family("Qwen2ForCausalLM", qkv_bias=True, qk_norm=False),
     "qwen3": Family("Qwen3ForCausalLM", qkv_bias=False, qk_norm=True),
 }
-# What weights of one model cannot do without; the rest of ModelConfig says how to train it.
+# Fields of ModelConfig that the weights fix; the rest says how to train.
 SHAPE = (
     "hidden_size",
     "num_layers",
@@ -85,7 +85,7 @@ Size = Annotated[int, Field(ge=1, le=2**40)]
 
 @dataclass(frozen=True)
 class _Description:
-    """Of a config.json, what has to make sense if it is there; transformers fills in the rest."""
+    """Fields of config.json that are checked if present; transformers fills in the rest."""
 
     model_type: str
     architectures: list[str] | None = None
@@ -112,15 +112,16 @@ def _config_error(text: str) -> ConfigError:
 
 
 def is_model(source: Path | str) -> bool:
-    """True if `source` is a directory with a model of Hugging Face's, or no directory but spelt like a hub id."""
+    """True if `source` is a Hugging Face model directory, or no directory but spelt like a hub id."""
     path = user_path(source)
     return (path / CONFIG).is_file() or (not path.exists() and bool(HUB_ID.fullmatch(str(source))))
 
 
 def locate(source: Path | str, *, weights: bool = True) -> Path:
-    """The local directory of a model: `source` itself, or the hub's files in Hugging Face's cache, fetched if need be.
+    """The local directory of a model: `source` itself, or the hub's files in Hugging Face's cache, downloaded if
+    missing.
 
-    With `weights=False` only its description and tokenizer are fetched. ConfigError if it cannot be had.
+    With `weights=False` only its configuration and tokenizer are downloaded. ConfigError if it is unavailable.
     """
     path = user_path(source)
     if path.is_dir():
@@ -147,7 +148,7 @@ def locate(source: Path | str, *, weights: bool = True) -> Path:
 def read_shape(directory: Path) -> ModelConfig:
     """The model in a Hugging Face directory: every field of SHAPE, its length and its name; the rest is default.
 
-    ConfigError lists everything about it that our model cannot do.
+    ConfigError lists everything that the Decoder lacks.
     """
     path = directory / CONFIG
     text = read_text(path, error=_config_error)
@@ -229,7 +230,7 @@ def _raise(directory: Path, problems: list[str]) -> None:
 
 
 def _refusals(raw: dict[str, Any]) -> list[str]:
-    """What a config.json says of parts that our model has not."""
+    """A line for each feature in a config.json that the Decoder lacks."""
     kind = raw.get("model_type")
     for key in ("quantization_config", "compression_config"):
         if raw.get(key):
@@ -255,7 +256,7 @@ def _refusals(raw: dict[str, Any]) -> list[str]:
 
 
 def windows(config: Any) -> list[str]:
-    """Windows of attention that would change what the model computes within the length it was made for."""
+    """Attention windows shorter than the model's own context, which would change its output."""
     window, length = getattr(config, "sliding_window", None), config.max_position_embeddings
     layers = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"]
     others = sorted(set(layers) - {"full_attention", "sliding_attention"})
@@ -267,9 +268,9 @@ def windows(config: Any) -> list[str]:
 
 
 def _rope(config: Any, problems: list[str]) -> tuple[float, dict[str, Any] | None]:
-    """`(theta, scaling)` in the form of ModelConfig; what is wrong goes to `problems`.
+    """`(theta, scaling)` in the form of ModelConfig; errors are added to `problems`.
 
-    transformers hands out one layout, `rope_parameters`, whichever of the two the file has.
+    transformers gives one layout, `rope_parameters`, whichever of the two the file has.
     """
     parameters = dict(config.rope_parameters)
     theta = parameters.pop("rope_theta", None)
@@ -290,7 +291,7 @@ def _rope(config: Any, problems: list[str]) -> tuple[float, dict[str, Any] | Non
 def weight_map(directory: Path) -> dict[str, str]:
     """Tensor name -> safetensors file, for a model in one file or several. CheckpointError if there is neither.
 
-    Pickled weights are refused: to load one is to run it.
+    Pickled weights are refused: loading them runs code.
     """
     if (directory / MODEL_INDEX).is_file():
         files = read_index(directory)
@@ -312,7 +313,7 @@ def weight_map(directory: Path) -> dict[str, str]:
 
 
 def load_engine(engine: Engine, config: ModelConfig, source: Path | str) -> Path:
-    """Puts a Hugging Face model's weights into an engine, exactly; returns the directory. A collective.
+    """Loads a Hugging Face model's weights into an engine, exactly; returns the directory. A collective.
 
     Each rank reads its own ranges, tensor by tensor, at any ZeRO stage and number of ranks. Raises ConfigError or
     CheckpointError on all ranks if the model is not `config`'s.
@@ -331,7 +332,7 @@ def load_engine(engine: Engine, config: ModelConfig, source: Path | str) -> Path
 
 @torch.no_grad()
 def load_weights(model: nn.Module, config: ModelConfig, source: Path | str) -> Path:
-    """Puts a Hugging Face model's weights into a plain Decoder, one tensor at a time; returns the directory."""
+    """Loads a Hugging Face model's weights into a plain Decoder, one tensor at a time; returns the directory."""
     parameters = dict(model.named_parameters())
     directory, files = _open_checked(config, source, {name: p.shape for name, p in parameters.items()})
     with ExitStack() as stack:

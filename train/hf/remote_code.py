@@ -1,10 +1,10 @@
-"""One file of Python that gives a Hugging Face checkpoint its MoBA attention with torch and transformers alone: made of
-this project's own sources, never written by hand.
+"""One Python file that gives a Hugging Face checkpoint its MoBA attention and needs only torch and transformers,
+generated from this project's sources.
 
-Starting from moba/remote_code.py and moba/transformers.py it takes each definition that another one needs, with its
-comments, and leaves the rest. Imports between modules of ours are resolved; a name that two modules have is prefixed
-with its module's in the second. What needs Triton stands under a condition, so that the file works without. A constant
-that is made of a class that stays behind is written as its value.
+Starting from moba/remote_code.py and moba/transformers.py it includes each definition that another one needs, with its
+comments. Imports between the project's modules are resolved; a name that two modules define is prefixed with the second
+one's name. Code that needs Triton is conditional. A constant computed from a class that is not included is written as
+its value.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class _Definition:
     uses: list[ast.Name]
     """Global names that it reads."""
     imports: list[ast.ImportFrom]
-    """Imports of ours inside it."""
+    """Imports from the project inside it."""
 
 
 @dataclass
@@ -75,7 +75,7 @@ class _Module:
     lines: list[str]
     definitions: dict[str, _Definition] = field(default_factory=dict)
     ours: dict[str, tuple[str, str]] = field(default_factory=dict)
-    """Name -> (module of ours, name there)."""
+    """Name -> (module of the project, name there)."""
     outside: dict[str, str] = field(default_factory=dict)
     """Name -> the import that gives it."""
 
@@ -87,7 +87,7 @@ class _Module:
 
 @functools.cache
 def _module(name: str) -> _Module:
-    """The module, read but not run."""
+    """The module, parsed but not executed."""
     found = importlib.util.find_spec(name)
     assert found is not None and found.origin is not None, name
     text = Path(found.origin).read_text(encoding="utf-8")
@@ -178,8 +178,8 @@ def _inner(node: ast.FunctionDef | ast.Lambda) -> list[ast.AST]:
 
 
 def _bound(node: ast.AST) -> Iterator[str]:
-    """Names that a statement binds in its scope; those of comprehensions too. Imports of ours bind nothing: what they
-    name is global in the file."""
+    """Names that a statement binds in its scope; those of comprehensions too. Imports from the project bind nothing:
+    what they name is global in the file."""
     if isinstance(node, ast.FunctionDef | ast.ClassDef):
         yield node.name
         return
@@ -199,7 +199,7 @@ def _bound(node: ast.AST) -> Iterator[str]:
 
 
 class _Bundle:
-    """Definitions that are taken, and the names that they have in the file."""
+    """The definitions included, and their names in the file."""
 
     def __init__(self):
         self.taken: dict[tuple[str, str], str] = {}
@@ -212,7 +212,7 @@ class _Bundle:
         self.replaced = {(where, name) for where, names in replaces.items() for name in names}
 
     def take(self, where: str, name: str) -> str:
-        """Takes a definition and all that it needs; returns the name that it has in the file."""
+        """Includes a definition and all that it needs; returns its name in the file."""
         where, name = self.resolve(where, name)
         if (where, name) in self.taken:
             return self.taken[where, name]
@@ -246,7 +246,7 @@ class _Bundle:
             assert hasattr(builtins, name) or name == "__name__", f"{module.name}: where does {name} come from?"
 
     def _imported(self, definition: _Definition) -> dict[str, tuple[str, str]]:
-        """The imports of ours inside a definition."""
+        """The imports from the project inside a definition."""
         return {
             alias.asname or alias.name: (node.module or "", alias.name)
             for node in definition.imports
@@ -254,20 +254,20 @@ class _Bundle:
         }
 
     def resolve(self, where: str, name: str) -> tuple[str, str]:
-        """Where a name of a module is defined, through modules that hand it on and what is replaced."""
+        """(module, name) where a module's name is defined, following re-exports and replacements."""
         if (where, name) in self.replaced:
             return ROOT, name
         module = _module(where)
         return self.resolve(*module.ours[name]) if name in module.ours else (where, name)
 
     def _is_class(self, module: _Module, name: str) -> bool:
-        """Whether a name of a module is a class of ours."""
+        """Whether a name of a module is a class of the project."""
         where, name = self.resolve(module.name, name)
         definition = _module(where).definitions.get(name)
         return definition is not None and isinstance(definition.node, ast.ClassDef)
 
     def order(self) -> list[str]:
-        """The modules of which something is taken, each behind those that it imports."""
+        """The modules included, each after those that it imports."""
         found: list[str] = []
         used = {where for where, _ in self.taken}
 
@@ -316,7 +316,7 @@ class _Bundle:
         )
 
     def section(self, where: str) -> str:
-        """What is taken of one module."""
+        """The definitions included from one module."""
         module = _module(where)
         names = [name for one, name in self.taken if one == where]
         kept = {module.definitions[name].first_line: module.definitions[name] for name in names}
@@ -334,7 +334,7 @@ class _Bundle:
         return f"# -------------------- {where.replace('.', '/')}.py\n\n\n{text}\n"
 
     def _text(self, module: _Module, definition: _Definition) -> str:
-        """A definition's lines, without imports of ours and with the names of the file."""
+        """A definition's lines, without imports from the project and with the file's names."""
         lines = list(module.lines)
         edits = [
             (used.lineno - 1, used.col_offset, used.id, self._name(module, definition, used.id))

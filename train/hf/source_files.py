@@ -1,8 +1,8 @@
-"""What a run keeps of the model it started from besides weights: the files of its tokenizer, its chat template, its
-generation settings and its config.json.
+"""Copies, in a run directory, of the source model's files besides weights: tokenizer, chat template, generation
+settings and config.json.
 
-They lie in `source/` of the run directory, so that the run can be exported and generated from when what it was made
-from has moved or is gone, and so that an export says everything that the original said.
+They are in `source/`, so that the run can be exported and generated from when the original has moved or is gone, and so
+that an export keeps what the original's files said.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MODEL_FILES = (CONFIG, "generation_config.json")
 
 
 def keep(config: RunConfig, run_dir: Path, source: Path | None) -> None:
-    """Copies into the run directory what data.tokenizer and `source` offer (a Hugging Face directory, a run or a
+    """Copies into the run directory the files of data.tokenizer and of `source` (a Hugging Face directory, a run or a
     checkpoint; None: no source). For one process."""
     given = _path(config.data.tokenizer)
     found = {}
@@ -68,7 +68,7 @@ def run_directory(source: Path) -> Path:
 
 
 def _path(tokenizer: str) -> Path | None:
-    """Where a tokenizer lies that is neither `bytes` nor shipped."""
+    """The path of a tokenizer that is neither `bytes` nor shipped."""
     return None if tokenizer == "bytes" or tokenizer in SHIPPED else user_path(tokenizer)
 
 

@@ -1,9 +1,9 @@
 """The decoder: a Llama-style transformer over packed documents, with an attention plan that can be swapped in place.
 
-RMSNorm, SwiGLU, RoPE, grouped queries; tied embeddings, biases on q, k, v and QK-norm are options, so that Llama-,
-Qwen- and SmolLM-shaped checkpoints fit, and so are layers without RoPE and key convolution. Parameters carry the names
-of Hugging Face's LlamaForCausalLM. The model knows no stages: whoever trains it calls `set_attention` and `set_rope`,
-which touch no parameter.
+RMSNorm, SwiGLU, RoPE, grouped-query attention; tied embeddings, biases on q, k, v and QK-norm are options, so that
+Llama-, Qwen- and SmolLM-shaped checkpoints fit, and so are layers without RoPE and key convolution. Parameters carry
+the names of Hugging Face's LlamaForCausalLM. The model knows no stages: the training loop calls `set_attention` and
+`set_rope`, which touch no parameter.
 
 Shape suffixes: T tokens of a pack, C hidden size, V vocabulary rows.
 """
@@ -51,11 +51,11 @@ class MLP(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Attention and MLP, each behind a norm and added to the residual stream.
+    """Attention and MLP, each after a norm (pre-norm) and added to the residual stream.
 
-    With compile=True, what stands before attention and what stands after it are compiled; attention itself is not,
-    since it depends on the documents. So a change of spec, RoPE or number of documents compiles nothing. With a cache,
-    or a key convolution over several processes, what stands before attention runs as it is.
+    With compile=True, the parts before and after attention are compiled; attention itself is not, since it depends on
+    the documents. So a change of spec, RoPE or number of documents recompiles nothing. With a cache, or a key
+    convolution over several processes, the part before attention runs eagerly.
     """
 
     def __init__(self, config: ModelConfig, index: int):
@@ -128,7 +128,7 @@ def _before_attention(
 def _after_attention(layer: DecoderLayer, x_TC: Tensor, out_THD: Tensor) -> Tensor:
     x_TC = x_TC + layer.self_attn.o_proj(out_THD.flatten(1))
     if layer.recomputes_mlp and torch.is_grad_enabled():
-        # Inside what is compiled, so that only what the backward pass reads is computed again.
+        # Inside the compiled function, so that only what the backward pass reads is recomputed.
         return _recomputed(_add_mlp, layer, x_TC)
     return _add_mlp(layer, x_TC)
 
@@ -138,8 +138,8 @@ def _add_mlp(layer: DecoderLayer, x_TC: Tensor) -> Tensor:
 
 
 def _recomputed(function: Callable, *arguments) -> Tensor:
-    """The function's result; in the backward pass it is called again. Nothing here draws random numbers, so there is
-    no generator state to keep for that."""
+    """The function's result, recomputed in the backward pass. Nothing here draws random numbers, so no generator state
+    is kept."""
     return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
 
 
@@ -181,8 +181,8 @@ class Backbone(nn.Module):
 
 
 class OutputProjection(nn.Module):
-    """Hidden states to losses, or to logits. A module of its own, so that an engine that shards parameters gathers
-    the weight around it, in the forward and the backward pass, also where it is the embedding's."""
+    """Hidden states to per-token losses, or to logits. A module of its own, so that ZeRO-3 gathers the weight around
+    it, in the forward and the backward pass, also where it is tied to the embedding."""
 
     def __init__(self, hidden_size: int, vocab_size: int, tile: int, tied: nn.Parameter | None):
         super().__init__()
@@ -190,7 +190,7 @@ class OutputProjection(nn.Module):
         self.tile = tile
 
     def forward(self, hidden_TC: Tensor, labels_T: Tensor | None = None) -> Tensor:
-        """Float32 `[T]` losses, 0 where ignored; without labels, logits `[T, V]` in the weight's dtype."""
+        """Per-token losses, float32 `[T]`, 0 where ignored; without labels, logits `[T, V]` in the weight's dtype."""
         if labels_T is None:
             return F.linear(hidden_TC, self.weight)
         return tiled_cross_entropy(hidden_TC, self.weight, labels_T, self.tile)
@@ -198,7 +198,7 @@ class OutputProjection(nn.Module):
 
 class Decoder(nn.Module):
     """The language model. Starts with full attention in all layers, the model's own RoPE and arbitrary weights, to be
-    loaded or drawn by `init_weights`."""
+    loaded or set by `init_weights`."""
 
     def __init__(self, config: ModelConfig, vocab_size: int):
         """`vocab_size` rows of the embedding, at least the tokenizer's size. ValueError for a RoPE scaling that is
@@ -218,7 +218,7 @@ class Decoder(nn.Module):
         return tuple(attention.spec for attention in self.model.attentions())
 
     def set_attention(self, plan: Sequence[AttentionSpec]) -> None:
-        """Gives each layer its attention from now on; no parameter is touched. ValueError unless there is one a
+        """Gives each layer its attention from now on; no parameter is touched. ValueError unless there is one per
         layer."""
         if len(plan) != len(self.model.layers):
             raise ValueError(f"an attention plan of {len(plan)} layers for a model of {len(self.model.layers)}")
@@ -226,10 +226,10 @@ class Decoder(nn.Module):
             attention.spec = spec
 
     def set_sequence_axis(self, axis: SequenceAxis | None) -> None:
-        """Shares every pack with the other processes of the axis from now on: each computes its slice of the tokens.
+        """Splits every pack over the processes of the axis from now on: each computes its slice of the tokens.
 
-        All of them are given whole packs and return whole results. ValueError if the axis goes by heads and there are
-        fewer than processes.
+        All of them take whole packs and return whole results. ValueError if the axis splits heads and there are fewer
+        heads than processes.
         """
         if axis is not None:
             axis.heads(*self._heads)
@@ -242,7 +242,7 @@ class Decoder(nn.Module):
         return self.config.num_heads, num_kv_heads(self.config)
 
     def prepare_attention(self, longest: int, device: torch.device) -> None:
-        """Does now what attention would have to wait for at its first documents of up to `longest` tokens."""
+        """Does now what attention would do at its first documents of up to `longest` tokens."""
         empty = torch.empty(0, head_dim(self.config), dtype=self.lm_head.weight.dtype, device=device)
         own = self._heads if self.axis is None else self.axis.heads(*self._heads)
         q, k = (empty[:, None].expand(-1, heads, -1) for heads in own)
@@ -253,10 +253,10 @@ class Decoder(nn.Module):
         self.rope = Rope(self.config, stage)
 
     def forward(self, tokens_T: Tensor, positions_T: Tensor, documents: Documents, labels_T: Tensor) -> Tensor:
-        """The loss of each token of a pack in nats: float32 `[T]`, 0 where the label is -100.
+        """Per-token loss of a pack in nats: float32 `[T]`, 0 where the label is -100.
 
-        tokens, positions (0-based in the document or window) and labels (already shifted) are int64 `[T]`; the
-        documents do not see each other. Logits of all tokens never exist at once.
+        tokens, positions (0-based in the document or window) and labels (already shifted) are int64 `[T]`; documents do
+        not attend to each other. Logits of all tokens never exist at once.
         """
         hidden_TC = self._hidden(tokens_T, positions_T, documents, None)
         if self.axis is None:
@@ -271,10 +271,10 @@ class Decoder(nn.Module):
         cache: KVCache | None = None,
         rows: Tensor | None = None,
     ) -> Tensor:
-        """Scores of the next token, `[T, V]` in the weights' dtype, or `[len(rows), V]` for the tokens `rows` alone.
+        """Logits of the next token, `[T, V]` in the weights' dtype, or `[len(rows), V]` for the tokens `rows` alone.
 
         With a cache, the tokens of document i continue cached sequence i (positions too) and are added to it. `rows`
-        (int64) spares a long prompt the logits that nobody reads. No cache over several processes.
+        (int64) saves the unused logits of a long prompt. No cache over several processes.
         """
         assert self.axis is None or cache is None, "decoding over several processes"
         hidden_TC = self._hidden(tokens_T, positions_T, documents, cache)
@@ -301,8 +301,8 @@ class Decoder(nn.Module):
     def initial_values(
         self, shapes: Sequence[tuple[str, tuple[int, ...]]], seed: int, threads: int = 1
     ) -> Iterator[Tensor]:
-        """Yields the `initial_value` of each (name, shape), in order. `threads` draw ahead, as far as the values that
-        wait stay within DRAWN_AHEAD bytes: one thread draws some 50 million numbers per second."""
+        """Yields the `initial_value` of each (name, shape), in order. `threads` draw ahead, up to DRAWN_AHEAD bytes:
+        one thread draws some 50 million numbers per second."""
         waiting: deque[Future[Tensor]] = deque()
         sizes = deque(4 * math.prod(shape) for _, shape in shapes)
         with ThreadPoolExecutor(threads) as pool:
@@ -316,10 +316,10 @@ class Decoder(nn.Module):
                 held -= sizes.popleft()
 
     def initial_value(self, name: str, shape: tuple[int, ...], seed: int) -> Tensor:
-        """What a parameter starts from, float32 on the CPU: matrices normal with `init_std`, those that write into the
+        """A parameter's initial value, float32 on the CPU: matrices normal with `init_std`, those that write into the
         residual stream with init_std / sqrt(2 * num_layers) (GPT-2's rule: the stream then starts at the same scale at
-        any depth), norms 1, biases 0, key convolutions 0, which leaves the keys as they are (theirs is not published;
-        ours).
+        any depth), norms 1, biases 0, key convolutions 0, which leaves the keys as they are (the paper does not say;
+        this project's choice).
 
         Each parameter has a generator of its own, seeded by `seed` and its name: the values depend on nothing else, not
         on world size, device or the order of construction.

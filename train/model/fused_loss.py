@@ -1,16 +1,16 @@
-"""The cross-entropy of train/model/loss.py on a GPU: one kernel per tile in place of six, and one product with the
-vocabulary fewer.
+"""The cross-entropy of train/model/loss.py on a GPU: one kernel per tile in place of six, and one fewer product with
+the output matrix.
 
 A tile's logits are read once by a Triton kernel that writes the loss of each token and, rounded, the gradient of the
 logits. The gradients of hidden states and weight follow at once, while the forward pass still has the logits, for an
 upstream gradient of 1: the backward pass only scales them. That is right where all tokens have the same upstream
-gradient, as under a sum or a mean, and whether they have is seen without asking the device: what a sum hands back is
-one number, expanded, with a stride of 0. For any other upstream gradient the backward pass makes the logits again and
-scales them token by token. Nothing waits for the device.
+gradient, as under a sum or a mean, and whether they have is seen without a synchronisation: the gradient of a sum is
+one number, expanded, with a stride of 0. For any other upstream gradient the backward pass recomputes the logits and
+scales them token by token.
 
-Bytes per token (V vocabulary rows, float32 logits): besides the products' own, 6 V instead of 38 V.
+Memory traffic per token (V vocabulary rows, float32 logits), besides the products': 6 V bytes instead of 38 V.
 
-Shape suffixes: T tokens, C width of the residual stream, V rows of the output matrix.
+Shape suffixes: T tokens, C hidden size, V vocabulary rows.
 """
 
 # Triton's stubs know neither launch options, nor that constants become tl.constexpr, nor what its functions return.
@@ -78,7 +78,7 @@ def cross_entropy_kernel(
 
 
 def fused_cross_entropy(hidden_TC: Tensor, weight_VC: Tensor, labels_T: Tensor, tile: int) -> Tensor:
-    """The cross-entropy of each token in nats: float32 `[T]`, 0 where the label is -100; as `tiled_cross_entropy`.
+    """Per-token cross-entropy in nats: float32 `[T]`, 0 where the label is -100; as `tiled_cross_entropy`.
 
     bf16, fp16 or fp32 inputs of one dtype. Gradients are those of float32 logits, rounded to the inputs' dtype.
     """

@@ -1,7 +1,7 @@
-"""Text from a trained decoder, token by token: a prompt is read into a KV cache, then tokens are drawn and fed back.
+"""Text from a trained decoder, token by token: a prompt is read into a KV cache, then tokens are sampled and fed back.
 
-Reading and drawing may each use an attention of its own. As the MoBA paper evaluates (section 3.3), new tokens see
-everything unless asked otherwise, while the prompt is read with the model's own attention.
+Prefill and decoding may each use an attention of their own. As in the MoBA paper's evaluation (section 3.3), new tokens
+attend to everything by default, while the prompt is read with the model's own attention.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from moba.layer import KVCache
 from train.model.decoder import Decoder
 
 CHUNK_TOKENS = 8192
-COLDEST = 1e-30  # scores divided by less overflow in float32; it takes the greatest score long before
+COLDEST = 1e-30  # logits divided by less overflow in float32; far above, sampling is already greedy
 CONTEXT_TOKENS = 8
-"""Tokens before a piece of text that decide how it is spelt (leading spaces, characters of several tokens)."""
+"""Preceding tokens that decide how a token decodes to text (leading spaces, characters of several tokens)."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is drawn. Applied in this order: temperature, top_k, top_p."""
+    """How a token is sampled. Applied in this order: temperature, top_k, top_p."""
 
     temperature: float = 1.0
-    """Scores are divided by it; 0 takes the greatest score (the first of equals)."""
+    """Logits are divided by it; 0 is greedy decoding (the first of equals)."""
     top_k: int = 0
-    """Draws from that many of the most likely tokens; 0: from all."""
+    """Samples from that many of the most likely tokens; 0: from all."""
     top_p: float = 1.0
-    """Draws from the fewest of the most likely tokens that hold at least this probability together."""
+    """Samples from the fewest most likely tokens whose probabilities sum to at least this."""
     seed: int = 0
 
     def __post_init__(self):
@@ -61,14 +61,13 @@ def generate(
     decode: Sequence[AttentionSpec] | None = None,
     chunk_tokens: int = CHUNK_TOKENS,
 ) -> Iterator[int]:
-    """The ids of new tokens, one by one as they are drawn; ends after `max_new_tokens`, or before a token in `stop`.
+    """Yields the ids of new tokens as they are sampled; ends after `max_new_tokens`, or before a token in `stop`.
 
     `prompt`: at least one id (BOS where the model was trained with it). `vocab_size`: ids from there on are never
-    drawn; embeddings may have more rows than the tokenizer has ids. `prefill`: the attention of each layer while the
-    prompt is read, None: the model's; `decode`: for new tokens, None: the model's with full attention in place of
-    MoBA. The model has its own attention whenever this yields. The prompt is read `chunk_tokens` at a time, which
-    changes nothing but the memory.
-    The same seed draws the same tokens as long as the scores are the same. ValueError for arguments out of range.
+    sampled; embeddings may have more rows than the tokenizer has ids. `prefill`: the attention of each layer while the
+    prompt is read, None: the model's; `decode`: for new tokens, None: the model's with full attention in place of MoBA.
+    The model has its own attention whenever this yields. The prompt is read `chunk_tokens` at a time, to save memory.
+    The same seed and logits give the same tokens. ValueError for arguments out of range.
     """
     if len(prompt) == 0:
         raise ValueError("the prompt is empty: give at least one token, such as BOS or EOS")
@@ -93,7 +92,7 @@ def generate(
 
 
 def draw(scores_V: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """A token drawn from its scores [V], on the CPU in float32, so that a seed means the same on every device."""
+    """A token sampled from logits [V], on the CPU in float32, so that a seed means the same on every device."""
     scores_V = scores_V.float().cpu()
     if sampling.temperature == 0:
         return int(scores_V.argmax())
@@ -108,7 +107,7 @@ def draw(scores_V: Tensor, sampling: Sampling, generator: torch.Generator) -> in
 
 @torch.inference_mode()
 def _read(model: Decoder, tokens_T: Tensor, cache: KVCache, plan: Sequence[AttentionSpec]) -> Tensor:
-    """Adds tokens to the cache; the scores of the token behind them, [V]."""
+    """Adds tokens to the cache; returns the next token's logits, [V]."""
     device = model.model.embed_tokens.weight.device
     num_tokens, start = len(tokens_T), cache.lengths[0]
     positions_T = torch.arange(start, start + num_tokens, device=device)
@@ -130,7 +129,7 @@ def _attending(model: Decoder, plan: Sequence[AttentionSpec]) -> Iterator[None]:
 
 
 class TextStream:
-    """Text of tokens that come one by one, in pieces that are whole characters."""
+    """Decodes tokens that come one by one to text, in pieces of whole characters."""
 
     def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = ()):
         """`before`: the tokens that the text continues, which decide whether it begins with a space."""

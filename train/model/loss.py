@@ -1,10 +1,10 @@
 """Next-token cross-entropy that never holds the logits of all tokens.
 
-At 32K tokens and a vocabulary of 128K the float32 logits would take 17 GB. Here a tile of tokens has logits at a
-time, in the forward pass and again in the backward pass, which keeps nothing of them between. The result is one loss
-per token, so that the loss by position (train/record/position_loss.py) needs no second pass.
+At 32K tokens and a vocabulary of 128K the float32 logits would take 17 GB. Here one tile of tokens has logits at a
+time, recomputed in the backward pass. The result is a per-token loss, so that the loss by position
+(train/record/position_loss.py) needs no second pass.
 
-Shape suffixes: T tokens, C width of the residual stream, V rows of the output matrix.
+Shape suffixes: T tokens, C hidden size, V vocabulary rows.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from data.packing import IGNORED
 
 
 def tiled_cross_entropy(hidden_TC: torch.Tensor, weight_VC: torch.Tensor, labels_T: torch.Tensor, tile: int):
-    """The cross-entropy of each token in nats: float32 `[T]`, 0 where the label is -100.
+    """Per-token cross-entropy in nats: float32 `[T]`, 0 where the label is -100.
 
     `hidden_TC` and `weight_VC` share a floating dtype; `labels_T` is int64 and already shifted. `tile` tokens have
     logits at a time. Logits, softmax and the sum of the weight's gradient over tiles are float32 (float64 for float64
-    inputs) whatever the inputs; gradients come back in the inputs' dtypes, for any upstream gradient. A tile without
-    a label costs nothing on the CPU; on a GPU it costs as much as another, since asking would be a synchronisation.
+    inputs) whatever the inputs; gradients come back in the inputs' dtypes, for any upstream gradient. A tile without a
+    label is skipped on the CPU only; on a GPU the check would be a synchronisation.
     """
     assert hidden_TC.ndim == 2 and weight_VC.ndim == 2 and hidden_TC.shape[1] == weight_VC.shape[1], (
         hidden_TC.shape,
@@ -48,7 +48,7 @@ def _fused() -> ModuleType | None:
 
 
 class _TiledCrossEntropy(torch.autograd.Function):
-    """The definition, for CPUs, float64 and where triton is missing; it is what the fused one is tested against."""
+    """The reference, for CPUs, float64 and where triton is missing; the fused one is tested against it."""
 
     @staticmethod
     def forward(ctx, hidden_TC, weight_VC, labels_T, tile):

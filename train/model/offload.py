@@ -1,9 +1,9 @@
 """Layers that keep nothing on the GPU: model.activation_checkpointing=offload and offload_heads, for long contexts.
 
-A layer's input goes to pinned host memory and comes back ahead of its backward pass, on a stream of its own; the layer
-is then computed again, its MLP by tiles of tokens, so that the MLP's wide tensors of all tokens never exist at once.
-With offload_heads its attention goes by groups of heads, so that neither do q, k, v and their gradients of all heads:
-what remains on the GPU are some eight tensors of the residual stream's size, whatever the number of layers.
+A layer's input is copied to pinned host memory and prefetched for its backward pass, on a stream of its own; the layer
+is then recomputed, its MLP by tiles of tokens, so that the MLP's intermediate tensors never exist for all tokens. With
+offload_heads its attention runs by groups of heads, so that q, k, v and their gradients never exist for all heads: some
+eight tensors of the residual stream's size remain on the GPU, whatever the number of layers.
 
 Shapes: T tokens of a pack, C hidden size.
 """
@@ -35,7 +35,7 @@ class HostBuffers:
         return free.pop() if free else _pinned(like)
 
     def give_back(self, buffer: Tensor) -> None:
-        """To be taken again."""
+        """Frees a buffer for reuse."""
         self._free[buffer.shape, buffer.dtype].append(buffer)
 
 
@@ -56,7 +56,7 @@ class Inputs:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def keep(self, x: Tensor) -> int:
-        """Copies x to the host while the GPU goes on; returns the place to take it from."""
+        """Copies x to the host asynchronously; returns its index for `take`."""
         buffer = self._buffers.take(x)
         if self._stream is None:
             buffer.copy_(x)
@@ -69,7 +69,7 @@ class Inputs:
         return len(self._kept) - 1
 
     def take(self, place: int) -> Tensor:
-        """What was kept there, on its device; the one before it starts on its way."""
+        """The input at this index, on its device; prefetches the one before it."""
         x = self._fetch(place)
         del self._coming[place]
         if self._stream is not None:
@@ -93,7 +93,7 @@ class Inputs:
 
 
 def offloaded(layer: Callable[..., Tensor], inputs: Inputs, x_TC: Tensor, *arguments) -> Tensor:
-    """layer(x, *arguments), of which nothing but x is kept, on the host; in the backward pass it is called again."""
+    """layer(x, *arguments), recomputed in the backward pass from x, which is kept on the host."""
     return _Offloaded.apply(x_TC, layer, inputs, arguments)
 
 
@@ -115,7 +115,7 @@ class _Offloaded(torch.autograd.Function):
 
 @contextmanager
 def _as_recomputation() -> Iterator[None]:
-    """Inside, the output of the MLP is not computed: nothing reads it."""
+    """Marks a recomputation: the MLP's output, which nothing reads, is not computed."""
     global _recomputing
     _recomputing = True
     try:
@@ -125,7 +125,7 @@ def _as_recomputation() -> Iterator[None]:
 
 
 def tiled(function: Callable[..., Tensor], x_TC: Tensor, *weights: Tensor) -> Tensor:
-    """function(x, *weights), which treats every row on its own, a tile of rows at a time in both passes.
+    """function(x, *weights), a function of each row alone, by tiles of rows in both passes.
 
     Nothing but x and the weights is kept. Gradients of the weights are summed over tiles in float32 (float64 for
     float64).

@@ -2,9 +2,9 @@
 long-context stages use.
 
 A model may have a scaling of its own (`model.rope_scaling`, in Hugging Face's format: default, linear, yarn, llama3,
-dynamic). The last is none up to the model's own length, and beyond it another base for every length at hand, so that a
-position has no angle of its own: such a model is used within its length, or a stage's RoPE takes the scaling's place.
-A stage of training may change the base and put `linear` (position interpolation), `ntk`, `yarn` or `llama3` on top. The
+dynamic). `dynamic` has no effect up to the model's own length, and beyond it the base depends on the current length, so
+that a position has no fixed angle: such a model is used within its length, or a stage's RoPE replaces the scaling. A
+stage of training may change the base and put `linear` (position interpolation), `ntk`, `yarn` or `llama3` on top. The
 order is always: base, the model's own scaling, then the stage's. No parameters: swapping the Rope of a model touches no
 weight.
 
@@ -27,7 +27,7 @@ _REFUSED = {
     "proportional": "it rotates only a part of each head",
     "axial": "it is for images",
 }
-# Keys beside rope_type that a type reads; the first tuple must be there.
+# Keys beside rope_type that a type reads; those of the first tuple are required.
 _KEYS = {
     "default": ((), ()),
     "linear": (("factor",), ()),
@@ -38,7 +38,7 @@ _KEYS = {
         ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
     ),
 }
-# The band of Llama 3.1, in turns within the old context, which a stage's llama3 scaling takes.
+# Llama 3.1's frequency band, in turns within the old context; a stage's llama3 scaling uses it.
 LLAMA3_BAND = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 _DYNAMIC = (
     "its angles depend on the length at hand. Train a stage of that length with rope.scaling=ntk, the same formula at "
@@ -50,8 +50,8 @@ class Rope:
     """Turns positions into `cos`, `sin` for one model in one stage.
 
     `inv_freq` is float32 `[D / 2]` in radians per token; `attention_factor` multiplies both cos and sin (yarn; 1
-    otherwise); `longest` is the longest document that has angles, None if any has. Raises ValueError, naming the key,
-    for a scaling that is unknown, refused or incomplete.
+    otherwise); `longest` is the longest document that it supports, None for no limit. Raises ValueError, naming the
+    key, for a scaling that is unknown, refused or incomplete.
     """
 
     def __init__(self, model: ModelConfig, stage: RopeConfig | None = None):
@@ -70,7 +70,7 @@ class Rope:
         inv_freq, own_factor = _scale(plain, theta, own)
         on_top = stage_scaling(stage)
         if stage.scaling == "ntk":
-            # What the model's own scaling does to each frequency (nothing: a ratio of exactly 1) stays as it is.
+            # The model's own scaling of each frequency (none: a ratio of exactly 1) is kept.
             inv_freq = inv_freq / plain * _frequencies(ntk_theta(theta, stage.factor, size), size)
         inv_freq, stage_factor = _scale(inv_freq, theta, on_top)
         self.inv_freq = inv_freq
@@ -108,7 +108,7 @@ class Rope:
 
 
 def changes_rope(stage: RopeConfig) -> bool:
-    """True if a stage has a RoPE of its own; it then takes the place of a model's dynamic scaling."""
+    """True if a stage has a RoPE of its own; it then replaces a model's dynamic scaling."""
     return stage.theta is not None or stage.scaling != "none"
 
 
@@ -128,7 +128,7 @@ def _frequencies(theta: float, size: int) -> torch.Tensor:
 
 
 def check_stages(config: RunConfig) -> None:
-    """Raises ConfigError for what Rope would refuse in any stage: a run shall not learn of it at a late switch."""
+    """Raises ConfigError at the start for what Rope would refuse in any stage."""
     problems = []
     for name, stage in config.schedule.stages.items():
         try:
@@ -213,8 +213,8 @@ def _scale(inv_freq: torch.Tensor, theta: float, scaling: dict) -> tuple[torch.T
 
 
 def _llama3(inv_freq: torch.Tensor, theta: float, scaling: dict) -> tuple[torch.Tensor, float]:
-    """Llama 3.1: waves longer than the old context are slowed by `factor`, short ones kept, those between blended
-    linearly in the number of turns they make within the old context."""
+    """Llama 3.1: frequencies with wavelengths beyond the old context are divided by `factor`, high ones kept, those
+    between blended linearly in the number of turns within the old context."""
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     turns = scaling["original_max_position_embeddings"] / (2 * math.pi / inv_freq)
     kept = ((turns - low) / (high - low)).clamp(0, 1)

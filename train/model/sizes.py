@@ -10,9 +10,9 @@ from conf.schema import ModelConfig
 
 VOCAB_MULTIPLE = 128
 HEAD_GROUPS = 4
-"""Groups in which a layer that keeps nothing on the GPU works through its heads (train/model/offload.py)."""
+"""Groups of heads that an offload_heads layer computes one by one (train/model/offload.py)."""
 TILE_TOKENS = 16384
-"""Tokens whose MLP such a layer computes at a time."""
+"""Tokens in a tile of the MLP of an offloaded layer."""
 
 
 def padded_vocab_size(tokenizer_size: int) -> int:
@@ -21,17 +21,17 @@ def padded_vocab_size(tokenizer_size: int) -> int:
 
 
 def head_dim(config: ModelConfig) -> int:
-    """Size of one attention head, also where the configuration leaves it to hidden_size / num_heads."""
+    """Size of one attention head, by default hidden_size / num_heads."""
     return config.head_dim if config.head_dim is not None else config.hidden_size // config.num_heads
 
 
 def num_kv_heads(config: ModelConfig) -> int:
-    """Key/value heads, also where the configuration leaves them equal to the query heads."""
+    """Key/value heads, by default as many as query heads."""
     return config.num_kv_heads if config.num_kv_heads is not None else config.num_heads
 
 
 def layer_letters(pattern: str, num_layers: int) -> str:
-    """The letter of each layer: the pattern, in capitals, over and over."""
+    """The letter of each layer: the pattern, in capitals, repeated."""
     return (pattern.upper() * num_layers)[:num_layers]
 
 
@@ -88,7 +88,8 @@ def matmul_flops_per_token(config: ModelConfig, vocab_size: int, backward: bool 
 
 
 def embedding_rows(config: ModelConfig, tokenizer_size: int) -> int:
-    """Rows of the embedding for a tokenizer of so many ids: model.vocab_size, or the padded size where that is null.
+    """Rows of the embedding for a tokenizer of `tokenizer_size` ids: model.vocab_size, or the padded size where that is
+    null.
 
     ConfigError if model.vocab_size is too small for the tokenizer.
     """

@@ -1,9 +1,8 @@
-"""What is left to the machine at hand becomes there, `auto` in the model's section and the size of micro-batches:
-`settle` says, before a model is built.
+"""Resolves what is left to the machine, `auto` in the model's section and the size of micro-batches, before a model is
+built: `settle`.
 
-It changes no trajectory, only how the same sums are computed, so a run may be resumed where it becomes something else.
-A model that is built of a configuration that nobody settled takes `auto` as false, and its micro-batches are one
-sequence. No torch.
+This changes how the same sums are computed, not the trajectory, so a run may resume where they resolve differently. In
+a configuration that was not settled `auto` counts as false, and a micro-batch is one sequence. No torch.
 """
 
 from __future__ import annotations
@@ -22,8 +21,8 @@ from train.plan.memory import Memory, most_memory, room
 from train.schedule import Stage, build_schedule
 
 MICRO_TOKENS = 32 * 1024
-"""So many tokens at a time keep an H100 busy: at 8K and 125m, four sequences at a time took 86 ms where one after the
-other took 225, of which the GPU idled 67 % (benchmarks/results/micro_batches)."""
+"""Tokens of a micro-batch that keep an H100 busy: for 125m at 8K, four sequences at once took 86 ms, one by one 225, of
+which the GPU idled 67 % (benchmarks/results/micro_batches)."""
 KEPT: dict[bool | str, str] = {
     False: "all activations",
     "mlp": "without the MLPs'",
@@ -42,11 +41,11 @@ COSTS: dict[bool | str, str] = {
 
 
 class Settled(NamedTuple):
-    """A configuration whose model has no `auto` left, and whose micro-batches have a size."""
+    """A configuration with every `auto` and the size of micro-batches resolved."""
 
     config: RunConfig
     reasons: tuple[str, ...]
-    """For each that it had: what it became, why, and what that costs."""
+    """For each of them: what it became, why, and what that costs."""
 
 
 def settle(config: RunConfig, vocab_size: int, hardware: Hardware) -> Settled:
@@ -73,8 +72,9 @@ def settle_for(
 
 
 def _micro_batches(config: RunConfig, vocab_size: int, hardware: Hardware) -> tuple[RunConfig, list[str]]:
-    """The configuration with micro-batches of several sequences on GPUs, in stages that do not say: as many as divide
-    the batch, make MICRO_TOKENS at most, and fit the memory with what is recomputed now. And a reason for each."""
+    """The configuration with micro-batches of several sequences on GPUs, in stages that do not set it: the most that
+    divide the batch, hold at most MICRO_TOKENS, and fit in memory with the present activation checkpointing. And a
+    reason for each."""
     if hardware.device(config.run.device) == "cpu" or hardware.gpu_memory is None:
         return config, []
     most = room(hardware.gpu_memory)
@@ -100,7 +100,7 @@ def _micro_batches(config: RunConfig, vocab_size: int, hardware: Hardware) -> tu
 
 
 def needs(config: RunConfig, stages: Sequence[Stage], vocab_size: int, hardware: Hardware) -> tuple[Memory, HostMemory]:
-    """What the stage that takes most takes of a GPU, and of a host."""
+    """GPU and host memory of the stage that needs most."""
     options = {"bf16": uses_bf16(config, hardware), "world_size": hardware.world_size}
     memory = most_memory(config, stages, vocab_size, **options)
     tokens = max(stage.micro_tokens for stage in stages) // config.parallel.sequence
@@ -115,8 +115,8 @@ def _with_recomputation(config: RunConfig, mode: bool | str) -> RunConfig:
 def _activation_checkpointing(
     config: RunConfig, stages: Sequence[Stage], vocab_size: int, hardware: Hardware
 ) -> tuple[bool | str, str]:
-    """What is computed again: as little as the estimate lets fit. Nothing is offloaded that the host has no room for:
-    a GPU out of memory says so, a host ends processes without a word."""
+    """The least recomputation with which the estimate fits. Nothing is offloaded beyond the host's memory: a GPU out of
+    memory raises an error, a host kills processes without a message."""
     if hardware.device(config.run.device) == "cpu":
         return False, "nothing is recomputed on a CPU"
     if hardware.gpu_memory is None:

@@ -25,7 +25,7 @@ FEW_LONG = 0.05  # of a stage's tokens
 
 
 def describe_layers(attention: tuple[AttentionSpec, ...]) -> str:
-    """A plan of attention in words: "moba 2048x3 (layers 0-8), full (layers 9-11)"."""
+    """An attention plan in words: "moba 2048x3 (layers 0-8), full (layers 9-11)"."""
     layers: dict[str, list[int]] = {}
     for index, spec in enumerate(attention):
         layers.setdefault(str(spec), []).append(index)
@@ -199,7 +199,7 @@ def describe_data(config: RunConfig, stages: tuple[Stage, ...], sources: Mapping
 
 
 def _describe_cuts(name: str, source: Source, seq_len: int) -> str:
-    """What training at a length does to the conversations that are longer (data.sft.usable_inputs)."""
+    """How training at a length treats longer conversations (data.sft.usable_inputs)."""
     usable, length = source.usable_inputs(seq_len), format_length(seq_len)
     left_out, cut = int((usable == 0).sum()), int(((usable > 0) & (usable < source.lengths - 1)).sum())
     return (

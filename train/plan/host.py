@@ -1,10 +1,8 @@
-"""An estimate of the memory that the processes of one host need in its main memory, beside train/plan/memory.py, which
-says what is offloaded. No torch.
+"""An estimate of host memory for the processes of one host; train/plan/memory.py says what is offloaded. No torch.
 
-The constants are fitted to runs of benchmarks/longest_context.py on hosts of 16 and 32 cores, which they are within
-10 % of. What they are of is inferred from where the figures differ: ZeRO 3, which was not compiled, used 3 GiB a
-process, all else 9 GiB on 16 cores and 15 on 32, whatever the model. Resident memory counts shared pages in every
-process, so a host gets by with somewhat less.
+The constants are fitted to runs of benchmarks/longest_context.py on hosts of 16 and 32 cores, and within 10 % of them.
+Their causes are inferred from differences: ZeRO 3, not compiled, used 3 GiB per process, all else 9 GiB on 16 cores and
+15 on 32, whatever the model. Resident memory counts shared pages in every process, so a host needs somewhat less.
 """
 
 from __future__ import annotations
@@ -28,7 +26,7 @@ class HostMemory:
     offloaded: int
     """Weights, optimizer and layers' inputs that the configuration puts there."""
     own: int
-    """Of the processes themselves; with the weights that are drawn before anything is offloaded, if they are more."""
+    """Of the processes themselves; while weights are initialised, before anything is offloaded, if that is more."""
     saving: int
     """What asynchronous saves copy into."""
 
@@ -57,5 +55,5 @@ def host_memory(config: RunConfig, memory: Memory, parameters: int, tokens: int,
 
 
 def lacks(host: int, hardware: Hardware) -> bool:
-    """Whether so many bytes are known to be more than the host has."""
+    """Whether `host` bytes are known to exceed the host's memory."""
     return hardware.host_memory is not None and host > room(hardware.host_memory)

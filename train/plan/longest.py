@@ -49,9 +49,9 @@ class Longest:
 def longest(
     model: str, engines: dict[str, RunConfig], num_gpus: int, sequence: int, vocab_size: int, hardware: Hardware
 ) -> Longest:
-    """How far a context can be doubled from SHORTEST on before none of the `engines` (name -> a frozen configuration
-    with it, the cheapest first) fits, one sequence at a time for each `sequence` of `num_gpus` GPUs of one host like
-    that of `hardware`, whose gpu_memory is known."""
+    """The longest context, doubled from SHORTEST on, at which one of the `engines` (name -> frozen configuration, the
+    cheapest first) fits, with one sequence per `sequence` of `num_gpus` GPUs on a host like that of `hardware`, whose
+    gpu_memory is known."""
     there = replace(hardware, num_gpus=num_gpus, world_size=num_gpus, local_world_size=num_gpus)
     best, seq_len = Longest(model, num_gpus, sequence, None), SHORTEST
     while seq_len <= LONGEST:

@@ -1,7 +1,7 @@
 """An estimate of the memory one process needs, from the configuration alone.
 
 Model states follow ZeRO's own accounting; activations are counted tensor by tensor for train/model/decoder.py.
-Allocator fragmentation, NCCL and CUDA's own share are not in it: VERDICT_SHARE leaves them room. No torch.
+Allocator fragmentation, NCCL and CUDA's own share are not counted: VERDICT_SHARE leaves them room. No torch.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from train.model.sizes import HEAD_GROUPS, TILE_TOKENS, head_dim, key_conv_width
 from train.schedule import Stage
 
 VERDICT_SHARE = 0.92
-LIVE_PARAMETERS = 10**9  # so many gathered weights stay on the device: DeepSpeed's stage3_max_live_parameters
+LIVE_PARAMETERS = 10**9  # gathered weights that stay on the device: DeepSpeed's stage3_max_live_parameters
 REDUCE_BUCKET = 500_000_000
 MASTER_AND_MOMENTS = 12
 MOMENTS = 8
@@ -33,7 +33,7 @@ class Memory:
     optimizer: int
     activations: int
     working: int
-    """Of the layer that is computed, or of the logits' tile, whichever needs more."""
+    """Of the layer being computed, or of a tile of logits, whichever is more."""
     host: int
 
     @property
@@ -54,12 +54,12 @@ def estimate_memory(
     sequence_size: int = 1,
     by_blocks: bool = False,
 ) -> Memory:
-    """The memory of training `micro_tokens` tokens at a time with this plan of attention, a process of `world_size`, of
-    which `sequence_size` share each sequence, by heads or `by_blocks`."""
+    """The memory of one of `world_size` processes that trains `micro_tokens` tokens at a time with this attention plan;
+    `sequence_size` processes share each sequence, by heads or `by_blocks`."""
     own_tokens = -(-micro_tokens // sequence_size)
     total, width = num_parameters(model, vocab_size)["total"], 2 if bf16 else 4
     weights, gradients, optimizer = _states(total, engine, bf16, world_size)
-    # With the optimizer on the host go gradients, and buffers on their way there and back.
+    # The optimizer on the host brings its gradients and transfer buffers with it.
     moved = optimizer * OFFLOADED_OPTIMIZER // MASTER_AND_MOMENTS if engine.offload_optimizer else 0
     host = moved + (weights if engine.offload_params else 0)
     host += offloaded_bytes(model, own_tokens, bf16=bf16)
@@ -113,7 +113,7 @@ def room(gpu_memory: int) -> int:
 
 
 def _states(parameters: int, engine: DeepSpeedConfig, bf16: bool, world_size: int) -> tuple[int, int, int]:
-    """Bytes of (weights, gradients, optimizer) a process: ZeRO 1 splits the last, 2 the gradients, 3 the weights too.
+    """Bytes per process of (weights, gradients, optimizer): ZeRO 1 shards the last, 2 the gradients, 3 the weights too.
 
     In bf16 gradients are summed in float32 beside the bf16 ones of the running backward pass, which ZeRO 2 and 3 keep
     no longer than one bucket; the sums lie on the host where ZeRO 3 offloads the optimizer. The optimizer is a float32
@@ -137,17 +137,16 @@ def activation_bytes(
     compiled: bool,
     exchanged: bool = False,
 ) -> tuple[int, int]:
-    """Bytes that `num_tokens` tokens keep on the device for the backward pass, and the working set of the layer that is
+    """Bytes that `num_tokens` tokens keep on the device for the backward pass, and the working set of the layer being
     computed.
 
     A layer keeps the residual stream before each norm, both normed inputs (eager: before and after their weight), the
     rotated q and k, v, the attention's output and four FFN-wide tensors (compiled: three), and k as it was before a key
-    convolution. With checkpointing of the MLP neither that nor its normed input, with checkpointing of all only a
-    layer's input, and one layer at a time all of that. With offload nothing is kept; some tensors of the residual
+    convolution. MLP checkpointing keeps neither its tensors nor its normed input; full checkpointing keeps a layer's
+    input only, and all of that for one layer at a time. With offload nothing is kept; some tensors of the residual
     stream's size and one layer's heads, or a group of them, exist with their gradients, as many as were measured.
-    Sparse attention works on partial results of each of its blocks, of as many heads as WORKSPACE_BYTES allow.
-    `exchanged`: the sequence is shared, so that the attention's output is kept in two layouts, and gradients pass from
-    one to the other.
+    Sparse attention holds partial results of each block, for as many heads as WORKSPACE_BYTES allow. `exchanged`: the
+    sequence is shared, so that the attention's output is kept in two layouts, and gradients pass from one to the other.
     """
     width, recomputed = (2 if bf16 else 4), model.activation_checkpointing
     hidden, ffn, num_kv = model.hidden_size, model.ffn_size, num_kv_heads(model)

@@ -1,4 +1,4 @@
-"""What a run will do, worked out before anything is allocated: `make_plan` gives a Plan, `Plan.text()` is for reading.
+"""What a run will do, computed before anything is allocated: `make_plan` gives a Plan, `Plan.text()` is for reading.
 
 Stages with their tokens, steps, attention and share of attended pairs; the model's size; FLOPs; an estimate of memory;
 where outputs go. No torch.
@@ -64,7 +64,7 @@ class StagePlan:
     attended_share: float
     """Attended (query, key) pairs / causal pairs, over all layers."""
     covers: tuple[str, ...]
-    """Warnings of layers that hide nothing at this length."""
+    """Warnings about layers that are dense at this length."""
     rope: str
     lr: str
     """Its schedule in words."""
@@ -99,10 +99,10 @@ class Plan:
     world_size: int
     memory: Memory
     host: HostMemory | None
-    """Of GPU processes; None on a CPU."""
+    """Host memory of GPU processes; None on a CPU."""
     verdict: str
     time: str | None
-    """How long it takes at best, where that is known and long enough to be worth saying."""
+    """Estimated time at best; None where unknown or short."""
     data: tuple[str, ...]
     outputs: tuple[str, ...]
     warnings: tuple[str, ...]
@@ -129,8 +129,8 @@ def make_plan(
     """The plan of a frozen configuration for a model with `vocab_size` embedding rows (train/model/sizes.py).
 
     `hardware` says how many processes share the work and how much memory a GPU has; without it, one GPU of unknown
-    size. `sources` are those whose documents are tokenised already. `asked_tokens` is the budget before its stages took
-    their shares of it.
+    size. `sources` are those whose documents are tokenised already. `asked_tokens` is the budget before it was divided
+    among stages.
     """
     hardware = hardware or Hardware(num_gpus=1)
     config, automatic = settle(config, vocab_size, hardware)
@@ -143,7 +143,7 @@ def make_plan(
     host = needs(config, schedule.stages, vocab_size, hardware)[1] if on_gpus else None
     if host is not None and lacks(host.total, hardware):
         verdict += f", {_host_verdict(host, hardware)}"
-    assert config.run.name is not None and config.run.dir is not None  # filled as it was frozen
+    assert config.run.name is not None and config.run.dir is not None  # filled in when frozen
     return Plan(
         name=config.run.name,
         run_dir=str(user_path(config.run.dir).absolute()),
@@ -170,7 +170,7 @@ def make_plan(
 
 
 def _notice(config: RunConfig) -> str | None:
-    """Advice to be printed: the run's, and what is to be known of the books that ship with the project, if used."""
+    """Advice to be printed: the run's, and that on the embedded corpus if used."""
     shipped = any(source.path is not None and is_shipped(source.path) for source in config.data.sources.values())
     parts = [config.run.notice, config.data.notice if shipped else None]
     return " ".join(part for part in parts if part) or None
@@ -216,7 +216,7 @@ def _stage_plan(
 
 
 def _covers(stage: Stage) -> tuple[str, ...]:
-    """What the kinds say of layers that are dense at the stage's length, each once."""
+    """Each attention kind's warning about layers that are dense at the stage's length, once."""
     kinds = {type(spec) for spec in stage.attention if spec.covers and spec.is_dense_at(stage.seq_len)}
     return tuple(sorted(kind.covers.format(length=format_length(stage.seq_len)) for kind in kinds))
 
@@ -255,7 +255,7 @@ def _memory(config: RunConfig, stages: tuple[Stage, ...], vocab_size: int, hardw
 
 
 def _host_verdict(host: HostMemory, hardware: Hardware) -> str:
-    """What is said of a host that has too little memory."""
+    """The message for a host with too little memory."""
     assert hardware.host_memory is not None
     text = f"but {format_memory(host.total)} do not fit the {format_memory(hardware.host_memory)} of the host's memory"
     return text if lacks(host.running, hardware) else f"{text}; checkpoint.asynchronous=false would"
@@ -285,7 +285,7 @@ def _time(config: RunConfig, stages: Sequence[StagePlan], hardware: Hardware) ->
 
 
 def _advice(config: RunConfig, hardware: Hardware, need, most: int) -> str:
-    """What would make it fit: the first of ever larger changes that does, or that none does."""
+    """How to make it fit: the first of ever larger changes with which it does, or that there is none."""
     modes = list(KEPT)
     leaner = modes[modes.index(config.model.activation_checkpointing) :]
     models = {mode: replace(config.model, activation_checkpointing=mode) for mode in leaner}
@@ -320,9 +320,10 @@ def _changes(
     split: ParallelConfig,
     num_gpus: int,
 ) -> list[str] | None:
-    """The fewest changes with which it fits so many GPUs that share sequences as `split` says; None if nothing does.
+    """The fewest changes with which it fits on `num_gpus` GPUs that share sequences as `split` says; None if nothing
+    does.
 
-    One setting after another, with each way to save activations but the host's; then with that.
+    Adds one setting after another, first with activation checkpointing that offloads nothing, then with offloading.
     """
     zero3 = replace(config.deepspeed, zero_stage=3)
     settings = (

@@ -1,4 +1,4 @@
-"""What a plan warns of: settings that can be computed and cannot be meant. No torch."""
+"""Warnings of a plan: valid settings that are probably mistakes. No torch."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from data.sources import Source
 from train.schedule import Schedule, Stage
 
 LR_RANGE = 1e-7, 0.03
-"""Peaks that AdamW trains transformers with lie within, with room to spare."""
+"""The range of plausible peak learning rates for transformers with AdamW."""
 FEW_STEPS = 3
-LONG_WARMUP = 0.5  # of the tokens that a rate spans
+LONG_WARMUP = 0.5  # of the tokens that a learning-rate schedule spans
 FAR_OFF = 0.05  # of a stage's tokens
-MOST_DRAWS = 20_000  # beyond that many documents a mixture keeps to its shares by itself
+MOST_DRAWS = 20_000  # with more documents a mixture comes close to its shares anyway
 
 
 def warnings_of(config: RunConfig, schedule: Schedule, sources: Mapping[str, Source]) -> list[str]:
@@ -70,8 +70,8 @@ def unfilled(asked: int | None, schedule: Schedule) -> list[str]:
 
 
 def _mixture_warnings(config: RunConfig, schedule: Schedule, sources: Mapping[str, Source]) -> list[str]:
-    """Stages of few documents, whose shares come out far from those asked for. Follows the draws of the run itself,
-    up to the pieces that a stage hands on to the next."""
+    """Warnings about stages of few documents, whose shares come out far from those asked for. Simulates the run's own
+    draws, except for pieces carried over between stages."""
     if not set(config.data.sources) <= set(sources):
         return []
     assert config.data.seed is not None
@@ -101,7 +101,7 @@ def _mixture_warnings(config: RunConfig, schedule: Schedule, sources: Mapping[st
 
 
 def inputs_used(sources: Mapping[str, Source], seq_len: int) -> dict[str, np.ndarray]:
-    """How many inputs of each document training at this length uses, int64 [num_documents] a source."""
+    """Inputs of each document that training at this length uses, int64 [num_documents] per source."""
     return {
         name: source.usable_inputs(seq_len) if source.is_chat else source.lengths - 1
         for name, source in sources.items()

@@ -26,13 +26,13 @@ class Sample(NamedTuple):
 
 
 class Sink(Protocol):
-    """A dashboard. No method may raise, ask or wait long."""
+    """A dashboard. No method may raise, prompt or block for long."""
 
     def scalars(self, values: Mapping[str, float], tokens: int) -> None:
         """Adds a point to each series."""
 
     def constants(self, values: Mapping[str, Any]) -> None:
-        """Sets what stays the same, by <group>/<name>."""
+        """Sets constants, by <group>/<name>."""
 
     def curve(self, name: str, title: str, positions: Sequence[float], losses: Sequence[float], tokens: int) -> None:
         """Draws losses over context positions."""

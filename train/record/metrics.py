@@ -1,4 +1,4 @@
-"""What a run writes down while it trains: metrics.jsonl, one strict JSON object per line, cut back exactly on resume.
+"""The log of a run: metrics.jsonl, one strict JSON object per line, truncated exactly on resume.
 
 `kind` says what a line is:
     run     device, number of devices and FLOP convention, each time the run is started
@@ -6,7 +6,7 @@
     train   one log interval, which ends at `tokens`
     eval    one evaluation at `tokens`
     rollback  a return to the checkpoint at `tokens`, from a spike in the step that ended at `from_tokens`
-Floats are written so that reading them back gives the same bits; what is not finite becomes null.
+Floats are written so that reading them back gives the same bits; non-finite numbers become null.
 """
 
 from __future__ import annotations
@@ -87,12 +87,12 @@ class MetricsLog:
         self._began = time.monotonic()
 
     def cut_back(self, tokens: int, *, evaluated: bool = True, restarted: bool = True) -> None:
-        """Forgets what lies beyond the checkpoint at `tokens` that a run continues from; 0 (no checkpoint) forgets all.
+        """Removes what lies beyond the checkpoint at `tokens` that a run resumes from; 0 (no checkpoint) removes all.
 
-        Not `evaluated`: the evaluation at `tokens` itself is forgotten too, since it will be made again. Not
-        `restarted`: the same process goes back, so its returns to this checkpoint stay; another one will make them
-        again. Kept lines stay byte for byte; a last line that a kill tore is dropped. MetricsError names any other
-        unreadable line, and then nothing was changed.
+        Not `evaluated`: the evaluation at `tokens` itself is removed too, since it will be repeated. Not `restarted`:
+        the same process goes back, so its `rollback` lines at this checkpoint stay; a new process writes them again.
+        Kept lines stay byte for byte; an incomplete last line is dropped. MetricsError names any other unreadable line,
+        and then nothing was changed.
         """
         self._stages.clear()
         if restarted:
@@ -155,12 +155,13 @@ def describe_plan(plan: Sequence[AttentionSpec]) -> str:
 
 
 def read_metrics(path: Path | str) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl, in order, without a torn last line; MetricsError names another unreadable one."""
+    """The records of a metrics.jsonl, in order, without an incomplete last line; MetricsError names another unreadable
+    one."""
     return [record for _, record in _lines(Path(path))]
 
 
 def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """Each line as it stands in the file, with what it says."""
+    """Each line's bytes, with its record."""
     try:
         lines = path.read_bytes().splitlines(keepends=True)
     except OSError as error:
@@ -172,13 +173,13 @@ def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
             if number < len(lines) or line.endswith(b"\n"):
                 what = f"{path}, line {number}: not a line of metrics: {cut(repr(line)[1:], 80)} {error}"
                 raise MetricsError(f"{what}; remove it to continue") from error
-            return  # torn by a kill
+            return  # incomplete: the process was killed
         if line.endswith(b"\n"):
             yield line, record
 
 
 def _record(line: bytes) -> dict[str, Any]:
-    """What a line says. FileError if it is no line of ours."""
+    """A line's record. FileError if it is not a valid one."""
     record = parse_object(line, _Line, where="which")
     if record["kind"] == "stage":
         parse_json(line, _StageLine, where="which")
@@ -186,7 +187,7 @@ def _record(line: bytes) -> dict[str, Any]:
 
 
 def _strict(value: Any) -> Any:
-    """`value` with None in place of every float that is not finite: JSON has no word for them."""
+    """`value` with None in place of every float that is not finite: JSON cannot express them."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):

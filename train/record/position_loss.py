@@ -1,12 +1,12 @@
-"""Loss by position: how much the tokens far into a document gain from all the text before them.
+"""Loss by position: how much predictions far into a document gain from the context before them.
 
-The context position p of a prediction is the number of tokens of its document (or window of a long document) that it
-is made from, 1 to the length. Under packing that is `positions + 1`, never the place in the pack. Sums and counts are
-float64 on the device, one per position, so a whole stage can be added up, saved and continued exactly.
+The context position p of a prediction is the number of tokens of its document (or window of a long document) that
+precede it, 1 to the length. Under packing that is `positions + 1`, never the place in the pack. Sums and counts are
+float64 on the device, one per position, so a whole stage can be accumulated, saved and resumed exactly.
 
-Buckets are 2048 tokens, or a sixteenth of the length where it is under 32K (MoBA paper, Table 3). A bucket of the
-curve counts every token that lies in it, so the documents behind it change with the position. The trailing loss is
-the last bucket of only those documents or windows that reach the full length (paper, section 3.1).
+Buckets are 2048 tokens, or a sixteenth of the length where it is under 32K (MoBA paper, Table 3). A bucket of the curve
+counts every token that lies in it, so the set of documents changes with the position. The trailing loss is the last
+bucket of only those documents or windows that reach the full length (paper, section 3.1).
 
 Tokens of one document are far from independent: standard errors treat each document or window as a cluster. Shape
 suffixes: T tokens, N documents or windows, B buckets.

@@ -1,6 +1,6 @@
-"""What a run says on the console: a progress bar on a terminal, a plain line now and then everywhere else.
+"""Console progress: a progress bar on a terminal, a plain line now and then everywhere else.
 
-Log files and CI get about a line for every tenth of the run, or every half a minute, so that they stay readable.
+Log files and CI get about a line per tenth of the run, or per half a minute, so that they stay readable.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class Progress:
             self._write(line)
 
     def close(self) -> None:
-        """Takes the bar off the screen; what was said stays."""
+        """Removes the bar; printed lines stay."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None

@@ -1,7 +1,7 @@
-"""Names of a run's series as dashboards show them, and the panels they stand in. No wandb, no torch.
+"""Names of a run's series as dashboards show them, and their panels. No wandb, no torch.
 
 metrics.jsonl keeps its columns; here each gets a group (`train/`, `perf/`, ...), a standard name and a unit. All series
-are over tokens. What stays the same through a run is no series: `constants` gives it for a configuration or a summary.
+are over tokens. Constants of a run are no series: `constants` gives them for a configuration or a summary.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _SCHEDULE = {
     "seq_len": "schedule/context_length",
     "batch_tokens": "schedule/batch_tokens",
 }
-# Columns of each kind of line. A column that is not here is a series of its kind's group; one that is None is none.
+# Columns of each kind of line. A column that is not here is a series of its kind's group; None: not a series.
 _NAMES: dict[str, dict[str, str | None]] = {
     "train": {
         "lr": "train/learning_rate",
@@ -85,7 +85,7 @@ def scalars(record: Mapping[str, Any], stages: Sequence[Any] = ()) -> dict[str, 
 
 
 def _derived(record: Mapping[str, Any], stages: Sequence[Any]) -> dict[str, float]:
-    """Series that several columns of a train line make together."""
+    """Series computed from several columns of a train line."""
     found, rate = {}, record.get("tokens_per_second")
     if record.get("eta_seconds") is not None:
         found["perf/eta_hours"] = record["eta_seconds"] / 3600
@@ -102,8 +102,8 @@ def _derived(record: Mapping[str, Any], stages: Sequence[Any]) -> dict[str, floa
 
 
 def epochs(tokens: int, stages: Sequence[Any], source_tokens: Mapping[str, int]) -> dict[str, float]:
-    """`data/epochs/<source>` after so many tokens, as the plan counts them: by the stages' mixtures and the sources'
-    sizes. (Documents drawn would say more than is trained on: long ones are open side by side.)"""
+    """`data/epochs/<source>` after `tokens` tokens, as the plan counts them: by the stages' mixtures and the sources'
+    sizes. (Counting documents drawn would overstate it: several long ones are partly used at a time.)"""
     read = {
         name: sum(max(min(tokens, stage.end) - stage.start, 0) * stage.mix.get(name, 0.0) for stage in stages)
         for name in source_tokens

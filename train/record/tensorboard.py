@@ -1,4 +1,4 @@
-"""Writes what a run measures for TensorBoard: `tensorboard --logdir runs/`. Asked for with logging.tensorboard=true.
+"""Logs a run for TensorBoard: `tensorboard --logdir runs/`. Enabled by logging.tensorboard=true.
 
 tensorboardX writes the files; it needs neither TensorBoard nor TensorFlow. Steps are tokens.
 """
@@ -22,7 +22,7 @@ def open_tensorboard(
 ) -> TensorBoard | None:
     """The sink that writes into run_dir/tensorboard; None, and a line that says why, without the package.
 
-    config: shown as text. tokens: where the run begins or goes on; what an earlier start wrote beyond is hidden.
+    config: shown as text. tokens: where the run starts or resumes; what an earlier start wrote beyond is hidden.
     """
     try:
         from tensorboardX import SummaryWriter  # pyright: ignore[reportMissingImports] - an extra
@@ -56,7 +56,7 @@ class TensorBoard:
             self._try(lambda name=name, value=value: self._writer.add_text(name, str(value)))
 
     def curve(self, name: str, title: str, positions: Sequence[float], losses: Sequence[float], tokens: int) -> None:
-        """Nothing: TensorBoard has no chart over anything but steps. The buckets' series and the pictures show it."""
+        """Nothing: TensorBoard charts are over steps only. The buckets' series and the pictures show it."""
 
     def image(self, name: str, path: Path | str, tokens: int, caption: str | None = None) -> None:
         """Shows a PNG."""
@@ -83,7 +83,7 @@ class TensorBoard:
         self._try(lambda: self._writer.add_text("alerts", f"{title}: {text}"))
 
     def finish(self, exit_code: int = 0) -> None:
-        """Writes what is left."""
+        """Flushes and closes the files."""
         self._try(lambda: self._writer.close())
         self._writer = None
 

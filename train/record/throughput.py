@@ -1,6 +1,6 @@
-"""How fast a run is: tokens/s, TFLOP/s and MFU of the (query, key) pairs it really attends to, and the time left.
+"""How fast a run is: tokens/s, TFLOP/s and MFU by attended (query, key) pairs, and the time left.
 
-CONVENTION is the text that goes wherever these figures are shown.
+CONVENTION is the text shown with these figures.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ CONVENTION = (
 )
 
 # Dense bf16 TFLOP/s of the tensor cores, no sparsity, from the vendors' data sheets, by words of the name the driver
-# reports. The first row whose words all occur wins, so special models stand before their family.
+# reports. The first row whose words all occur wins, so special models come before their family.
 _PEAK_TFLOPS: tuple[tuple[str, float], ...] = (
     ("GB200", 2500.0),
     ("B200", 2250.0),
@@ -96,8 +96,8 @@ class Rates(TypedDict):
 class Throughput:
     """A stopwatch that also counts work.
 
-    On a GPU the clock is right where the host has waited for the device. Call `take` after a step: its norm was waited
-    for, so that the clock is off by less than the optimizer's time, and intervals in a row by none.
+    On a GPU the time is right after a synchronisation. Call `take` after a step, which synchronises for its norm: it is
+    then off by less than the optimizer's time, and consecutive intervals not at all.
     """
 
     def __init__(
@@ -114,12 +114,12 @@ class Throughput:
         self._since = time.perf_counter()
 
     def add(self, plan: Sequence[AttentionSpec], lengths: Sequence[int]) -> None:
-        """Counts one micro-batch of this rank: the attention plan in force and its documents' lengths in tokens."""
+        """Counts one micro-batch of this rank: the current attention plan and its documents' lengths in tokens."""
         work = batch_work(tuple(plan), tuple(lengths))
         self._work = Work(*(have + more for have, more in zip(self._work, work)))
 
     def take(self) -> tuple[Work, float]:
-        """This rank's work since the last `take` and the seconds it took; both start again from zero."""
+        """This rank's work since the last `take` and the seconds it took; resets both to zero."""
         now = time.perf_counter()
         work, seconds = self._work, now - self._since
         self._work, self._since = Work(), now
@@ -127,7 +127,7 @@ class Throughput:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Keeps what happens inside (an evaluation, a checkpoint) out of the measured time."""
+        """Excludes what happens inside (an evaluation, a checkpoint) from the measured time."""
         began = time.perf_counter()
         try:
             yield
@@ -157,10 +157,10 @@ class Throughput:
         }
 
     def eta_seconds(self, stages: Sequence[Any], tokens: int, tokens_per_second: float) -> float:
-        """Seconds from `tokens` until the last stage ends, at the speed of the stage in force.
+        """Seconds from `tokens` until the last stage ends, at the speed of the current stage.
 
         stages: train.schedule.Stage, in order. A later stage is taken to be slower or faster by its FLOPs per token of
-        full-length documents, which keeps the time left honest before a switch to full attention.
+        full-length documents, so that the estimate holds before a switch to full attention.
         """
         ahead = [stage for stage in stages if stage.end > tokens]
         left = sum((stage.end - max(stage.start, tokens)) * self._stage_cost(stage) for stage in ahead)
@@ -172,7 +172,7 @@ class Throughput:
         return self.flops(work.tokens, work.attended_pairs) / work.tokens
 
     def describe(self) -> dict[str, Any]:
-        """Convention and hardware behind the rates: columns of a `run` line."""
+        """Convention and hardware of the rates: columns of a `run` line."""
         return {
             "device": self.device_name or "cpu",
             "num_devices": self.num_devices,

@@ -1,8 +1,8 @@
-"""Sends what a run measures to wandb: online if logged in, else into an offline run beside the other outputs.
+"""Logs a run to wandb: online if logged in, else an offline run beside the other outputs.
 
-It never asks a question, never waits long for a network and never stops a run: whatever wandb cannot do ends in one
-line of warning. metrics.jsonl is the record of a run; wandb shows it, under the names of series.py and over tokens.
-Only rank 0 makes a Tracker.
+It never prompts, never waits long for a network and never stops a run: a failure of wandb gives one line of warning.
+metrics.jsonl is the record of a run; wandb shows it, under the names of series.py and over tokens. Only rank 0 makes a
+Tracker.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ class Tracker:
         self._run = None
 
     def _call(self, action: Callable[[], Any]) -> None:
-        """Does something with the open run; if wandb fails, says so once and is off from then on."""
+        """Acts on the open run; if wandb fails, warns once and is off from then on."""
         if self._run is None:
             return
         _, error = _attempt(action)
@@ -149,7 +149,7 @@ class Tracker:
             self._run = None
 
     def _open(self, logging: LoggingConfig) -> Any:
-        """The open wandb run: as asked for, else offline, else None; each step down with a line that says why."""
+        """The open wandb run: as asked for, else offline, else None; each fallback with a line that says why."""
         mode, error = _attempt(lambda: wandb_mode(logging.wandb))
         if error:
             self._warn(f"wandb is off: {error}")
@@ -186,10 +186,10 @@ class Tracker:
 
 
 def run_id(run_dir: Path) -> str:
-    """The wandb id of a run directory, made and kept there the first time."""
+    """The wandb id of a run directory, created and stored there the first time."""
     path = run_dir / ID_FILE
     text = path.read_text(encoding="ascii", errors="replace").strip() if path.is_file() else ""
-    if not re.fullmatch(r"[0-9a-z]{4,64}", text):  # none yet, or torn by a kill
+    if not re.fullmatch(r"[0-9a-z]{4,64}", text):  # none yet, or incomplete
         text = secrets.token_hex(4)
         path.write_text(text + "\n", encoding="ascii")
     return text
@@ -198,12 +198,12 @@ def run_id(run_dir: Path) -> str:
 def wandb_mode(asked: str) -> str:
     """`online`, `offline`, `disabled` or `not logged in`, from what was asked for and wandb's own settings.
 
-    Looks at wandb's environment variables, settings and key files, where WANDB_MODE=offline or disabled has the last
-    word; asks nobody and opens no connection. ValueError for a WANDB_MODE that wandb does not know.
+    Looks at wandb's environment variables, settings and key files, of which WANDB_MODE=offline or disabled wins; never
+    prompts or opens a connection. ValueError for a WANDB_MODE that wandb does not know.
     """
     import wandb
 
-    drop_if_empty("WANDB_MODE")  # which wandb takes for an unknown mode
+    drop_if_empty("WANDB_MODE")  # wandb takes "" for an unknown mode
     check_variable("WANDB_MODE", WANDB_MODES)
     own = wandb.setup(wandb.Settings(silent=True)).settings.mode
     if own == "disabled":
@@ -224,8 +224,8 @@ def _teardown() -> None:
 def _attempt(action: Callable[[], Any]) -> tuple[Any, str | None]:
     """What `action` returns and None, or None and its error in a line.
 
-    The net is wide on purpose: wandb raises a dozen private classes that share no base but Exception (a dead service, a
-    closed mailbox, a refused setting), and none of them is worth a training run.
+    Catches Exception on purpose: wandb raises a dozen private classes that share no other base (a dead service, a
+    closed mailbox, a refused setting), and none of them may end a training run.
     """
     try:
         return action(), None
