@@ -250,6 +250,27 @@ def test_sequences_are_decoded_in_one_call(monkeypatch):
     assert chosen == [3, 2]
 
 
+@pytest.mark.parametrize("longest", [30, 31])
+@pytest.mark.parametrize("copied", [0, 100])
+def test_dense_decoding_copies_no_long_keys(monkeypatch, longest, copied):
+    """Catches keys of another sequence, or behind a sequence's end, and a copy of all that is cached for each token:
+    sequences of one length, long ones, and short ones whose lengths differ."""
+    copies = []
+    joined = moba.kv_cache.joined
+    monkeypatch.setattr(moba.kv_cache, "joined", lambda sequences: copies.append(1) or joined(sequences))
+    monkeypatch.setattr(moba.kv_cache, "COPIED_TOKENS", copied)
+    qkv, cache = [make_qkv(40, seed=i) for i in range(3)], KVCache(1, 3)
+    lengths = [30, longest, 30]
+    first = [torch.cat([x[:n] for x, n in zip(xs, lengths)]) for xs in zip(*qkv)]
+    cache[0].attend(*first, SPARSE, Documents.from_lengths(lengths))
+    new = [torch.cat([x[n : n + 1] for x, n in zip(xs, lengths)]) for xs in zip(*qkv)]
+    got = cache[0].attend(*new, Full(), Documents.from_lengths([1, 1, 1]))
+    for one, n, out in zip(qkv, lengths, got):
+        want = reference_attention(*(x[: n + 1] for x in one), block_size=64, top_k=1)[-1]
+        torch.testing.assert_close(out, want, rtol=1e-9, atol=1e-9)
+    assert len(copies) == (longest == 31 and copied == 100)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("spec", [Moba(32, 3), Moba(32, 4, first_blocks=1), Full()])
