@@ -224,8 +224,8 @@ class Reader:
     def _score_ways(
         self, ways: Sequence[Sequence[Sequence[int]]], plan: Sequence[AttentionSpec]
     ) -> list[list[tuple[float, bool]]]:
-        """`score` of an answer to each text, in several ways; in one pass, filled up to the length of the longest, where
-        no token of an answer looks."""
+        """`score` of an answer to each text, in several ways; in one pass, filled up to the length of the longest
+        behind each, where none of its tokens looks."""
         size = max(1, max(len(answer) for way in ways for answer in way))
         shape = (len(ways), self._number, size)
         filled = self._moved([[*answer, *[0] * (size - len(answer))] for way in ways for answer in way]).view(shape)
