@@ -290,6 +290,45 @@ def test_cuda_sequences_together_are_each_alone(spec):
                 torch.testing.assert_close(got[i], want, rtol=0, atol=2e-2)
 
 
+@pytest.mark.parametrize("spec", [Moba(32, 3), Moba(32, 4, first_blocks=1), Sliding(20), Full()])
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param(
+            "cuda",
+            marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")],
+        ),
+    ],
+)
+def test_ways_are_each_alone(device, spec):
+    """Catches a way that sees another's keys, or another sequence's, and one that is kept: each way of each sequence
+    against the same tokens read by a cache of its own, and then a token of all sequences, which are of one length."""
+    number, ways, size, length, dtype = 3, 4, 9, 316, torch.float64 if device == "cpu" else torch.bfloat16
+    close = {"rtol": 1e-9, "atol": 1e-9} if device == "cpu" else {"rtol": 0, "atol": 2e-2}
+    prompts = [[x.to(device) for x in make_qkv(length, dtype=dtype, seed=i)] for i in range(number)]
+    told = [[x.to(device) for x in make_qkv(size, dtype=dtype, seed=50 + i)] for i in range(number * ways)]
+    cache = KVCache(1, number)
+
+    def attend(parts, to=cache):
+        lengths = [len(part[0]) for part in parts]
+        documents = Documents.from_lengths(lengths, device=device)
+        return to[0].attend(*map(torch.cat, zip(*parts)), spec, documents).split(lengths)
+
+    attend(prompts)
+    with cache.in_ways(ways):
+        found = attend(told)
+    newest = attend([[x[:1] for x in one] for one in told[:number]])
+    assert cache.lengths == [length + 1] * number
+    for i, (one, got) in enumerate(zip(told, found)):
+        alone = KVCache(1)
+        attend([prompts[i % number]], alone)
+        torch.testing.assert_close(got, attend([one], alone)[0], **close)
+        if i < number:
+            torch.testing.assert_close(newest[i], got[:1], **close)
+    assert max((found[0] - other).abs().max() for other in found[number::number]) > 0.1
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("decode", ["moba", "full"])
