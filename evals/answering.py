@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, chain, zip_longest
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from evals.protocol import Job, names
 from evals.swap import DENSE, OWN, under
 from moba.documents import Documents
 from moba.kinds import AttentionSpec
+from moba.kv_cache import MIN_CAPACITY
 from moba.layer import KVCache, MoBAAttention
 from train.model.decoder import Decoder
 
@@ -31,13 +33,15 @@ ARMS = (OWN, HYBRID, DENSE)
 ABOUT_BESIDE = "more arms, prompt and answer with this attention, each as attention= takes it: 128x16+1,plan.yaml"
 ABOUT_ARMS = f"{OWN} (prompt and answer with the attention in force), {HYBRID} (the answer with full), {DENSE}"
 BATCH_TOKENS, MOST_BATCH_TOKENS = 1 << 16, 1 << 18
-"""Prompt tokens cached at a time (at least one prompt); up to the second number where the cache then takes at most
-CACHE_SHARE of the GPU's memory."""
-CACHE_SHARE = 0.25
-READ_TOKENS = 1 << 14
-"""Tokens of all texts together in one forward pass of prefill."""
+"""Prompt tokens that are cached at a time, or one prompt where that is longer; more, up to the second, where the cache
+then takes CACHE_SHARE of the GPU's memory beside the weights at most."""
+CACHE_SHARE = 0.5
+READ_TOKENS, READ_TOKENS_CUDA = 1 << 14, 1 << 16
+"""Tokens of all texts together in a pass over prompts, on the CPU and on a GPU."""
 SCORED_TOKENS = 2048
-"""Answer tokens whose logits are kept at a time."""
+"""Tokens of answers whose scores over the whole vocabulary are kept at a time."""
+UNSEEN_TOKENS = 8
+"""Tokens that are written to each text before any of them is looked at, which waits for the device."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,12 @@ def by_prompt(arms: Sequence[Arm]) -> dict[tuple[AttentionSpec, ...], list[Arm]]
     return groups
 
 
+def work_kind(arms: Sequence[Arm], length: int) -> str:
+    """What has a rate of its own in an estimate of the time left: texts of a length under the arms that share a
+    prompt."""
+    return f"{arms[0].name} {length}"
+
+
 def chosen_lengths(job: Job, default: Sequence[str]) -> list[int]:
     """The lengths of lengths=, ascending; else those of the default up to the context of the run's last stage, or that
     context if it is shorter than all."""
@@ -107,28 +117,33 @@ def chosen_lengths(job: Job, default: Sequence[str]) -> list[int]:
 
 
 def batch_tokens(context: Context) -> int:
-    """Prompt tokens to cache at a time, the same on every process."""
+    """How many tokens of prompts, with their answers, to cache at a time: the same on every process."""
     if torch.device(context.device).type != "cuda":
         return BATCH_TOKENS
-    weight = context.model.model.embed_tokens.weight
-    layers = [module for module in context.model.modules() if isinstance(module, MoBAAttention)]
-    bytes_each = sum(2 * layer.k_proj.out_features for layer in layers) * weight.element_size()
-    memory = torch.cuda.get_device_properties(weight.device).total_memory
-    fit = int(CACHE_SHARE * memory / (2 * bytes_each))  # a cache doubles when it is full
-    tokens = torch.tensor(max(BATCH_TOKENS, min(fit, MOST_BATCH_TOKENS)), device=weight.device)
+    model, device = context.model, context.model.model.embed_tokens.weight.device
+    layers = [module for module in model.modules() if isinstance(module, MoBAAttention)]
+    bytes_each = sum(2 * layer.k_proj.out_features * layer.k_proj.weight.element_size() for layer in layers)
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    fit = int(CACHE_SHARE * (torch.cuda.get_device_properties(device).total_memory - weights) / bytes_each)
+    tokens = torch.tensor(max(BATCH_TOKENS, min(fit, MOST_BATCH_TOKENS)), device=device)
     return int(context.reduce(tokens)) // context.world_size
 
 
 class Reader:
     """N texts that a model reads and continues as a batch."""
 
-    def __init__(self, model: Decoder, number: int, vocab_size: int, chunk_tokens: int = READ_TOKENS):
-        """`vocab_size`: ids from there on are never generated; `chunk_tokens`: of all texts together, read at a time to
-        save memory."""
-        self._model, self._vocab_size, self._chunk = model, vocab_size, chunk_tokens
+    def __init__(
+        self, model: Decoder, number: int, vocab_size: int, capacity: int = 0, chunk_tokens: int | None = None
+    ):
+        """`vocab_size`: ids from there on are never written; `capacity`: tokens of the longest text with its answer, as
+        far as they are known, which saves memory; `chunk_tokens`: read at a time, of all texts together, which changes
+        nothing but the memory (None: as the device can)."""
+        self._model, self._vocab_size, self._number = model, vocab_size, number
         self._device = model.model.embed_tokens.weight.device
-        self._cache = KVCache(len(model.attention), number)
-        self._scores: list[Tensor] = [torch.empty(0)] * number
+        self._chunk = chunk_tokens or (READ_TOKENS_CUDA if self._device.type == "cuda" else READ_TOKENS)
+        self._cache = KVCache(len(model.attention), number, capacity=max(capacity, MIN_CAPACITY))
+        self._scores_NV: Tensor | None = None
+        """Of the next token of each text."""
 
     def read(self, parts: Sequence[Sequence[int]], plan: Sequence[AttentionSpec]) -> None:
         """Appends a part, which may be empty, to each text. Long parts are read one after the other, so that a pass has
@@ -140,17 +155,23 @@ class Reader:
                 chunks.append(part[done[i] : done[i] + room])
                 done[i] += len(chunks[-1])
                 room -= len(chunks[-1])
-            ends = [sum(map(len, chunks[: i + 1])) - 1 for i, chunk in enumerate(chunks) if chunk]
-            scores = iter(self._forward(chunks, plan, ends))
-            self._scores = [next(scores) if chunk else old for chunk, old in zip(chunks, self._scores)]
+            lengths = [len(chunk) for chunk in chunks]
+            read = [i for i, length in enumerate(lengths) if length]
+            lasts = [end - 1 for end, length in zip(accumulate(lengths), lengths) if length]
+            scores = self._forward(self._moved(list(chain(*chunks))), lengths, plan, self._moved(lasts))
+            if len(read) < self._number:
+                known = self._scores_NV
+                known = scores.new_zeros(self._number, self._vocab_size) if known is None else known
+                scores = known.index_copy(0, self._moved(read), scores)  # a new tensor: a mark may have the old one
+            self._scores_NV = scores
 
     def mark(self) -> tuple:
-        """The present state, for `rewind`."""
-        return self._cache.mark(), list(self._scores)
+        """What `rewind` takes to come back to here."""
+        return self._cache.mark(), self._scores_NV
 
     def rewind(self, mark: tuple) -> None:
-        """Removes what was read since `mark`."""
-        marks, self._scores = mark
+        """Forgets what was read since."""
+        marks, self._scores_NV = mark
         self._cache.rewind(marks)
 
     def greedy(
@@ -160,28 +181,71 @@ class Reader:
         stop: Collection[int] = (),
         done: Callable[[list[int]], bool] = lambda written: False,
     ) -> list[list[int]]:
-        """Greedy decoding of up to `length` tokens after each text, which end before a token of `stop`, or once `done`
-        is true; the texts stay as they are."""
-        mark, written, going = self.mark(), [[] for _ in self._scores], [True] * len(self._scores)
+        """Up to `length` of the likeliest tokens after each text, which end before one of `stop`, or with those of
+        which `done` is true; the texts stay as they are. Texts that have ended go on, unseen, until all have, or until
+        that is looked at."""
+        mark, written, going = self.mark(), [[] for _ in range(self._number)], [True] * self._number
+        unseen: list[Tensor] = []
+        each = self._moved(list(range(self._number)))
         for left in reversed(range(length)):
-            tokens = torch.stack(self._scores).argmax(-1).tolist()
-            going = [on and token not in stop for on, token in zip(going, tokens)]
-            for text, token, on in zip(written, tokens, going):
-                text += [token] * on
-            going = [on and not done(text) for on, text in zip(going, written)]
-            if not left or not any(going):
-                break
-            self.read([[token] * on for token, on in zip(tokens, going)], plan)
+            newest = self._scores.argmax(-1)
+            unseen.append(newest)
+            if not left or len(unseen) == UNSEEN_TOKENS:
+                for i, tokens in enumerate(torch.stack(unseen, 1).tolist()):
+                    going[i] = going[i] and _goes_on(written[i], tokens, stop, done)
+                if not any(going):
+                    break
+                unseen = []
+            if left:
+                self._scores_NV = self._forward(newest, [1] * self._number, plan, each)
         self.rewind(mark)
         return written
 
-    def log_likelihood(self, answers: Sequence[Sequence[int]], plan: Sequence[AttentionSpec]) -> list[float]:
-        """The summed log-probability, in nats, of one answer per text; the texts stay as they are."""
-        return [total for total, _ in self.score(answers, plan)]
+    @property
+    def _scores(self) -> Tensor:
+        assert self._scores_NV is not None, "nothing was read"
+        return self._scores_NV
 
-    def score(self, answers: Sequence[Sequence[int]], plan: Sequence[AttentionSpec]) -> list[tuple[float, bool]]:
-        """(log_likelihood, whether greedy decoding gives it) of one answer per text; the texts stay as they are. Long
-        answers are read in parts, so that their logits need not be kept."""
+    def score(
+        self, answers: Sequence[Sequence[Sequence[int]]], plan: Sequence[AttentionSpec]
+    ) -> list[list[tuple[float, bool]]]:
+        """(log-likelihood in nats of all tokens together, whether every token is the likeliest) of each of some answers
+        to each text; the texts stay as they are. As many answers as SCORED_TOKENS allow are read in one pass."""
+        longest = max(len(answer) for own in answers for answer in own)
+        at_once = SCORED_TOKENS // (self._number * max(1, longest))
+        ways = list(zip_longest(*answers, fillvalue=()))
+        if at_once:
+            batches = [ways[i : i + at_once] for i in range(0, len(ways), at_once)]
+            found = [way for batch in batches for way in self._score_ways(batch, plan)]
+        else:
+            found = [self._score_long(way, plan) for way in ways]
+        return [list(own[: len(given)]) for own, given in zip(zip(*found), answers)]
+
+    def _score_ways(
+        self, ways: Sequence[Sequence[Sequence[int]]], plan: Sequence[AttentionSpec]
+    ) -> list[list[tuple[float, bool]]]:
+        """`score` of an answer to each text, in several ways; in one pass, filled up to the length of the longest
+        behind each, where none of its tokens looks."""
+        size = max(1, max(len(answer) for way in ways for answer in way))
+        shape = (len(ways), self._number, size)
+        filled = self._moved([[*answer, *[0] * (size - len(answer))] for way in ways for answer in way]).view(shape)
+        lengths_WN1 = self._moved([len(answer) for way in ways for answer in way]).view(*shape[:2], 1)
+        counts = torch.arange(size, device=self._device) < lengths_WN1
+        tokens, rows = filled[:, :, :-1].flatten(), torch.arange(filled[:, :, :-1].numel(), device=self._device)
+        lengths = [size - 1] * (len(ways) * self._number)
+        mark = self.mark()
+        behind = self._forward(tokens, lengths, plan, rows, len(ways)).view(*shape[:2], size - 1, self._vocab_size)
+        self.rewind(mark)  # of a single way
+        totals, greedy = [], []
+        for wanted, counted, rest in zip(filled, counts, behind):
+            log_probs = torch.cat([self._scores[:, None], rest], 1).float().log_softmax(-1)
+            own = log_probs.gather(-1, wanted[:, :, None])[:, :, 0]
+            totals.append(own.masked_fill(~counted, 0).sum(-1))
+            greedy.append(((log_probs.argmax(-1) == wanted) | ~counted).all(-1))
+        return [list(zip(*pair)) for pair in zip(torch.stack(totals).tolist(), torch.stack(greedy).tolist())]
+
+    def _score_long(self, answers: Sequence[Sequence[int]], plan: Sequence[AttentionSpec]) -> list[tuple[float, bool]]:
+        """`score` of one answer to each text, read in parts, so that their scores need not be kept."""
         mark = self.mark()
         totals = torch.zeros(len(answers), dtype=torch.float64, device=self._device)
         greedy = torch.ones(len(answers), dtype=torch.bool, device=self._device)
@@ -190,10 +254,12 @@ class Reader:
             parts = [answer[start : start + step] for answer in answers]
             lasts = [part[-1:] if start + step < len(answer) else [] for part, answer in zip(parts, answers)]
             sizes = [max(0, len(part) - 1) for part in parts]
-            behind = self._forward([part[:-1] for part in parts], plan, range(sum(sizes))).split(sizes)
+            tokens = self._moved(list(chain(*(part[:-1] for part in parts))))
+            rows = torch.arange(sum(sizes), device=self._device)
+            behind = self._forward(tokens, sizes, plan, rows).split(sizes)
             for i, (first, rest, part) in enumerate(zip(self._scores, behind, parts)):
                 if part:
-                    wanted = torch.tensor(part, device=self._device)
+                    wanted = self._moved(part)
                     log_probs = torch.cat([first[None], rest]).float().log_softmax(-1)
                     totals[i] += log_probs.gather(1, wanted[:, None]).sum().double()
                     greedy[i] &= (log_probs.argmax(-1) == wanted).all()
@@ -202,17 +268,36 @@ class Reader:
         self.rewind(mark)
         return list(zip(totals.tolist(), greedy.tolist()))
 
+    def _moved(self, values: Sequence) -> Tensor:
+        """Integers on the device, without waiting for it."""
+        return torch.tensor(values, dtype=torch.int64).to(self._device, non_blocking=True)
+
     @torch.inference_mode()
-    def _forward(self, parts: Sequence[Sequence[int]], plan: Sequence[AttentionSpec], rows: Sequence[int]) -> Tensor:
-        """Reads tokens of some texts; returns the next-token logits, [len(rows), V], of these rows of what is read."""
-        lengths, before = [len(part) for part in parts], self._cache.lengths
-        if not sum(lengths):
-            return self._scores[0].new_empty(0, self._vocab_size)
-        tokens = torch.tensor([token for part in parts for token in part], device=self._device)
+    def _forward(
+        self, tokens: Tensor, lengths: Sequence[int], plan: Sequence[AttentionSpec], rows: Tensor, ways: int = 1
+    ) -> Tensor:
+        """Reads so many tokens of each text, in several ways (`KVCache.in_ways`); [len(rows), V] scores behind these
+        rows of what is read."""
+        if not len(tokens):
+            return self._scores.new_empty(0, self._vocab_size)
+        before = self._cache.lengths * ways
         places = [torch.arange(start, start + length) for start, length in zip(before, lengths)]
+        positions = torch.cat(places).to(self._device, non_blocking=True)
         after = [start + length for start, length in zip(before, lengths)]
         documents = Documents.from_lengths(lengths, after, device=self._device)
-        wanted = torch.tensor(list(rows), dtype=torch.int64, device=self._device)
-        with under(self._model, plan):
-            scores = self._model.logits(tokens, torch.cat(places).to(self._device), documents, self._cache, rows=wanted)
+        with under(self._model, plan), self._cache.in_ways(ways):
+            scores = self._model.logits(tokens, positions, documents, self._cache, rows=rows)
         return scores[:, : self._vocab_size]
+
+
+def _goes_on(
+    written: list[int], tokens: Sequence[int], stop: Collection[int], done: Callable[[list[int]], bool]
+) -> bool:
+    """Puts tokens behind what is written, up to the end of the text; whether it has not come."""
+    for token in tokens:
+        if token in stop:
+            return False
+        written.append(token)
+        if done(written):
+            return False
+    return True

@@ -103,16 +103,18 @@ class RunLM(TemplateLM):
         return [(values[places[pair]][0], values[places[pair]][1] > 0) for pair in wanted]
 
     def _read_answers(self, asked: Sequence[tuple[tuple[int, ...], list[tuple[int, ...]]]], rows: int) -> None:
-        """Adds (log-likelihood, whether greedy) of answers after their contexts to the ledger."""
-        reader = Reader(self._context.model, len(asked), rows)
+        """Puts (log-likelihood, whether greedy) of answers behind their contexts into the ledger."""
+        capacity = max(len(context) + max(map(len, answers)) for context, answers in asked)
+        reader = Reader(self._context.model, len(asked), rows, capacity)
         reader.read([context for context, _ in asked], self._arm.prefill)
-        found = {}
-        for n in range(max(len(answers) for _, answers in asked)):
-            # A context with fewer answers repeats its last one.
-            now = [answers[: n + 1][-1] for _, answers in asked]
-            for (context, _), answer, score in zip(asked, now, reader.score(now, self._arm.decode)):
-                found[self._key(context, answer)] = score
-        self._ledger.put(found)
+        scores = reader.score([answers for _, answers in asked], self._arm.decode)
+        self._ledger.put(
+            {
+                self._key(context, answer): score
+                for (context, answers), own in zip(asked, scores)
+                for answer, score in zip(answers, own)
+            }
+        )
 
     def _key(self, before: Sequence[int], *what: Any) -> tuple[str, ...]:
         """The ledger's key of an answer, or of generated text, after these tokens."""
@@ -153,7 +155,8 @@ class RunLM(TemplateLM):
             keys = {i: self._key(prompts[i], "written", list(until), length) for i in batch}
             missing = [i for i in batch if keys[i] not in self._ledger]
             if missing:
-                reader = Reader(self._context.model, len(missing), self._tokens.vocab_size)
+                capacity = max(len(prompts[i]) for i in missing) + length
+                reader = Reader(self._context.model, len(missing), self._tokens.vocab_size, capacity)
                 reader.read([prompts[i] for i in missing], self._arm.prefill)
                 written = reader.greedy(length, self._arm.decode, stop={self._tokens.eos_id}, done=done)
                 self._ledger.put({keys[i]: tokens for i, tokens in zip(missing, written)})

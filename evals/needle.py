@@ -8,8 +8,10 @@ with the same prefill (evals/answering.py).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 import torch
@@ -26,6 +28,7 @@ from evals.answering import (
     by_prompt,
     chosen_arms,
     chosen_lengths,
+    work_kind,
 )
 from evals.context import Context
 from evals.ledger import Countdown, Ledger
@@ -66,8 +69,10 @@ def run(job: Job) -> Result:
     sizes = (len(SCORES), len(grid.forms), len(arms), len(grid.lengths), len(grid.depths), grid.samples)
     right = torch.zeros(sizes, dtype=torch.float64, device=job.context.device)
     mine = units[job.context.rank :: job.context.world_size]
-    work = len(groups) * sum(length * len(indices) for _, length, indices in mine)
-    countdown = Countdown(job, "needle", {"": work}, unit="answers")
+    work = Counter[str]()
+    for (_, length, indices), group in product(mine, groups.values()):
+        work[work_kind(group, length)] += length * len(indices)
+    countdown = Countdown(job, "needle", work, unit="answers")
     for form, length, indices in mine:
         for plan, group in groups.items():
             _measure(job.context, plan, group, form, length, indices, grid.depths, tokenizer, ledger, countdown)
@@ -102,18 +107,19 @@ def _measure(
     ledger: Ledger,
     countdown: Countdown,
 ) -> None:
-    """Adds the missing results of some samples at all depths, under arms with the same prefill, to the ledger."""
-    work = length * len(indices)
+    """Puts into the ledger what is missing of some samples at all depths, under the arms that share a prompt's plan."""
+    work, kind = length * len(indices), work_kind(arms, length)
     missing = [
         depth
         for depth in depths
         if not all((form, arm.key, length, depth, i) in ledger for arm in arms for i in indices)
     ]
     if not missing:
-        countdown.skip(work)
+        countdown.skip(work, kind)
         return
     samples = [make_sample(form, tokenizer, length, SEED, i) for i in indices]
-    reader = Reader(context.model, len(samples), tokenizer.vocab_size)
+    answer = max(len(candidate) for sample in samples for candidate in sample.candidates) + SPARE_TOKENS
+    reader = Reader(context.model, len(samples), tokenizer.vocab_size, capacity=length + answer)
     reader.read([sample.head for sample in samples], plan)
     places = [0] * len(samples)
     for depth in missing:
@@ -127,7 +133,7 @@ def _measure(
                 found[form, arm.key, length, depth, i] = (*scores, text)
         reader.rewind(mark)
         ledger.put(found)
-        countdown.step(work / len(missing), len(found))
+        countdown.step(work / len(missing), len(found), kind)
 
 
 def _answers(
@@ -137,11 +143,8 @@ def _answers(
     room = max(len(sample.candidates[0]) for sample in samples) + SPARE_TOKENS
     written = reader.greedy(room, arm.decode, stop={tokenizer.eos_id})
     texts = [tokenizer.decode(tokens).strip() for tokens in written]
-    likely = [
-        reader.log_likelihood([sample.candidates[c] for sample in samples], arm.decode)
-        for c in range(len(samples[0].candidates))
-    ]
-    best = np.array(likely[0]) > np.max(likely[1:], axis=0)  # false for ties and NaN
+    likely = np.array(reader.score([sample.candidates for sample in samples], arm.decode))[:, :, 0]
+    best = likely[:, 0] > likely[:, 1:].max(1)  # not where it is one of equals, or NaN
     return [((text.startswith(s.answer), bool(b)), text) for s, text, b in zip(samples, texts, best)]
 
 

@@ -134,8 +134,9 @@ def _fill(
             f"least {2 * (length - room)}"
         )
     kept: list[list[int]] = []
-    while (left := room - sum(map(len, kept))) > 0:
-        kept.append(ids(next(pieces))[-left:])
+    while room > 0:
+        kept.append(ids(next(pieces))[-room:])
+        room -= len(kept[-1])
     last = kept.pop()  # its beginning may be missing
     if shuffle is not None:
         shuffle.shuffle(kept)

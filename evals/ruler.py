@@ -7,8 +7,10 @@ several right answers: whether it contains one).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
+from itertools import product
 
 import torch
 
@@ -23,6 +25,7 @@ from evals.answering import (
     by_prompt,
     chosen_arms,
     chosen_lengths,
+    work_kind,
 )
 from evals.ledger import Countdown, Ledger
 from evals.protocol import Eval, Job, Result, names
@@ -56,25 +59,29 @@ def run(job: Job) -> Result:
         f"{', '.join(arm.name for arm in arms)}; parts are kept in {ledger.path}"
     )
     mine = list(_units(samples, batch_tokens(context)))[context.rank :: context.world_size]
-    work = len(groups) * sum(length * len(indices) for _, length, indices in mine)
-    countdown = Countdown(job, "ruler", {"": work}, unit="answers")
+    work = Counter[str]()
+    for (_, length, indices), group in product(mine, groups.values()):
+        work[work_kind(group, length)] += length * len(indices)
+    countdown = Countdown(job, "ruler", work, unit="answers")
     sums = torch.zeros(len(arms), len(tasks), len(lengths), number, dtype=torch.float64, device=context.device)
     for name, length, indices in mine:
         task, asked = ruler.tasks[name], samples[name, length]
         for plan, group in groups.items():
             missing = [i for i in indices if not all((arm.key, name, length, i) in ledger for arm in group)]
-            countdown.skip(length * (len(indices) - len(missing)))
+            countdown.skip(length * (len(indices) - len(missing)), work_kind(group, length))
             if not missing:
                 continue
-            reader = Reader(context.model, len(missing), tokenizer.vocab_size)
+            prompts = [_prompt(tokenizer, asked[i].prompt) for i in missing]
+            capacity = max(map(len, prompts)) + task.tokens_to_generate
+            reader = Reader(context.model, len(missing), tokenizer.vocab_size, capacity)
             with torch.inference_mode():
-                reader.read([_prompt(tokenizer, asked[i].prompt) for i in missing], plan)
+                reader.read(prompts, plan)
                 found = {}
                 for arm in group:
                     written = reader.greedy(task.tokens_to_generate, arm.decode, stop={tokenizer.eos_id})
                     found |= {(arm.key, name, length, i): tokenizer.decode(ids) for i, ids in zip(missing, written)}
             ledger.put(found)
-            countdown.step(length * len(missing), len(found))
+            countdown.step(length * len(missing), len(found), work_kind(group, length))
         for a, arm in enumerate(arms):
             texts = [cleaned(ledger[arm.key, name, length, i]) for i in indices]
             scores = task.scores(texts, [asked[i].answers for i in indices])

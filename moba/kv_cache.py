@@ -14,12 +14,15 @@ K = top_k.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
 from itertools import accumulate
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from moba.attention import attend, shape_of
 from moba.backends.choice import choose
@@ -27,59 +30,79 @@ from moba.backends.refusals import decodes
 from moba.documents import Documents, last_tokens, one_document
 from moba.key_conv import KeyConvolution
 from moba.kinds import AttentionSpec, Full, Moba
-from moba.routing import block_means, select_blocks
+from moba.routing import score_dtype, select_blocks
 
 DECODE_OWN, DECODE_DENSE = DECODE_MODES = (Moba.name, Full.name)
 """How tokens behind the prompt attend: by their layer's own kind, or to everything that this kind replaces."""
 MIN_CAPACITY = 256
-JOINED_TOKENS = 64
-"""Up to so many new tokens per sequence are attended for all sequences at once, which costs a copy of their keys and
-values, and saves as many launches as there are sequences."""
+COPIED_TOKENS = 4096
+"""Cached tokens per sequence from which sequences of different lengths decode densely one by one: copying so many keys
+and values behind each other takes as long as a launch."""
+
+
+class Storage:
+    """Keys and values of the sequences of one layer, a row of `capacity` tokens each, so that all can be read, and
+    written, in one call."""
+
+    def __init__(self, number: int, capacity: int = MIN_CAPACITY):
+        """`capacity`: tokens to make room for at first; it doubles when a row is full."""
+        self._number, self._least = number, capacity
+        self.k: Tensor | None = None
+        self.v: Tensor | None = None
+        """Both [N, capacity, G, D], once something is there."""
+
+    @property
+    def capacity(self) -> int:
+        """Tokens of a row."""
+        return 0 if self.k is None else self.k.shape[1]
+
+    def reserve(self, length: int, k_TGD: Tensor, v_TGD: Tensor) -> tuple[Tensor, Tensor]:
+        """(k, v) with room for `length` tokens in each row, to be written. ValueError if what comes, such as these,
+        carries gradients, which would be lost."""
+        if k_TGD.requires_grad or v_TGD.requires_grad:
+            raise ValueError(
+                "a KV cache holds no gradients: run the model under torch.no_grad() or torch.inference_mode()"
+            )
+        if self.k is None or self.v is None or length > self.capacity:
+            capacity = max(length, 2 * self.capacity, self._least)
+            k, v = (x.new_empty(self._number, capacity, *x.shape[1:]) for x in (k_TGD, v_TGD))
+            if self.k is not None and self.v is not None:
+                k[:, : self.capacity], v[:, : self.capacity] = self.k, self.v
+            self.k, self.v = k, v
+        return self.k, self.v
 
 
 class SequenceCache:
     """Keys, values and block means of one sequence in one layer."""
 
-    def __init__(self):
+    def __init__(self, storage: Storage | None = None, row: int = 0):
+        """`storage`: which row of which holds the sequence; None: one of its own."""
         self.length = 0
+        self.storage, self.row = storage or Storage(1), row
         self.key_tail: Tensor | None = None
         """The last keys as they were before the key convolution, [<= width - 1, G * D]."""
-        self._k = self._v = None  # [capacity, G, D], capacity doubles when full
         self._means: Tensor | None = None
         self._means_block_size: int | None = None
 
     @property
     def k(self) -> Tensor:
         """[S, G, D], a view."""
-        assert self._k is not None
-        return self._k[: self.length]
+        assert self.storage.k is not None
+        return self.storage.k[self.row, : self.length]
 
     @property
     def v(self) -> Tensor:
         """[S, G, D], a view."""
-        assert self._v is not None
-        return self._v[: self.length]
+        assert self.storage.v is not None
+        return self.storage.v[self.row, : self.length]
 
     def append(self, k_TGD: Tensor, v_TGD: Tensor) -> None:
-        """Puts new keys and values behind the cached ones. Raises ValueError if they carry gradients, which would be
-        lost."""
-        if k_TGD.requires_grad or v_TGD.requires_grad:
-            raise ValueError(
-                "a KV cache holds no gradients: run the model under torch.no_grad() or torch.inference_mode()"
-            )
+        """Puts new keys and values behind the cached ones. ValueError if they carry gradients."""
         total = self.length + k_TGD.shape[0]
-        if self._k is None or self._v is None or total > self._k.shape[0]:
-            self._k, self._v = self._grown(total, k_TGD)
-        self._k[self.length : total] = k_TGD
-        self._v[self.length : total] = v_TGD
+        k, v = self.storage.reserve(total, k_TGD, v_TGD)
+        k[self.row, self.length : total] = k_TGD
+        v[self.row, self.length : total] = v_TGD
         self.length = total
-
-    def _grown(self, total: int, like_TGD: Tensor) -> tuple[Tensor, Tensor]:
-        capacity = max(total, 2 * self.length, MIN_CAPACITY)
-        k, v = (like_TGD.new_empty(capacity, *like_TGD.shape[1:]) for _ in range(2))
-        if self.length:
-            k[: self.length], v[: self.length] = self.k, self.v
-        return k, v
 
     def mark(self) -> tuple[int, Tensor | None]:
         """Where the sequence ends now, for `rewind`."""
@@ -103,7 +126,8 @@ class SequenceCache:
         known = 0 if self._means is None else self._means.shape[0]
         complete = self.length // block_size
         if known < complete or self._means is None:
-            new = block_means(self.k[known * block_size : complete * block_size], block_size)[: complete - known]
+            k = self.k[known * block_size : complete * block_size].unflatten(0, (complete - known, block_size))
+            new = k.sum(1, dtype=score_dtype(k)) / block_size
             self._means = new if self._means is None else torch.cat([self._means, new])
         return self._means
 
@@ -111,10 +135,13 @@ class SequenceCache:
 class LayerCache:
     """The sequences of one layer, and the attention of new tokens over them."""
 
-    def __init__(self, num_sequences: int, prompts: Sequence[int] | None):
-        self.sequences = [SequenceCache() for _ in range(num_sequences)]
+    def __init__(self, num_sequences: int, prompts: Sequence[int] | None, capacity: int):
+        self._storage = Storage(num_sequences, capacity)
+        self.sequences = [SequenceCache(self._storage, row) for row in range(num_sequences)]
         self.prompts = prompts
         """Tokens of each sequence's prompt, behind which attention is dense; None: it never is."""
+        self.ways = 1
+        """In how many ways each sequence goes on (`KVCache.in_ways`)."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, documents: Documents) -> Tensor:
         """Appends k, v [T, G, D] and returns the attention of q [T, H, D] over all that is cached: [T, H, D].
@@ -122,8 +149,10 @@ class LayerCache:
         `documents` says which tokens belong to which sequence.
         """
         bounds = self._bounds(documents)
+        if self.ways > 1:
+            return self._attend_in_ways(q, k, v, spec, documents)
         new = [(s, stop - start) for s, start, stop in zip(self.sequences, bounds, bounds[1:]) if stop > start]
-        if self.prompts is None and len(new) > 1 and max(length for _, length in new) <= JOINED_TOKENS:
+        if self.prompts is None and len(new) > 1:
             return self._attend_together(q, k, v, spec, [s for s, _ in new], [length for _, length in new])
         outs = [q[:0]]
         for i, (sequence, start, stop) in enumerate(zip(self.sequences, bounds, bounds[1:])):
@@ -136,31 +165,58 @@ class LayerCache:
                     outs.append(self._attend_one(q[first:last], sequence, spec, dense))
         return torch.cat(outs) if len(outs) > 2 else outs[-1]
 
-    @staticmethod
     def _attend_together(
-        q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, sequences: list[SequenceCache], lengths: list[int]
+        self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, sequences: list[SequenceCache], lengths: list[int]
     ) -> Tensor:
-        for sequence, *own in zip(sequences, k.split(lengths), v.split(lengths)):
-            sequence.append(*own)
-        documents = last_tokens(tuple(lengths), tuple(sequence.length for sequence in sequences), q.device)
+        """In one call for all sequences; unless all have one new token, that takes a copy of what they have cached."""
+        starts = [sequence.length for sequence in sequences]
+        after = tuple(start + length for start, length in zip(starts, lengths))
+        kept = self._storage.reserve(max(after), k, v)
+        rows = tuple(sequence.row for sequence in sequences)
+        slots = _slots(rows, tuple(starts), after, self._storage.capacity, k.device)
+        for all_NCGD, new_TGD in zip(kept, (k, v)):
+            all_NCGD.flatten(0, 1).index_copy_(0, slots, new_TGD)
+        for sequence, length in zip(sequences, after):
+            sequence.length = length
+        documents = last_tokens(tuple(lengths), after, q.device)
         if max(lengths) == 1:
             return spec.decode(q, sequences, documents, dense=False)
-        return attend(q, *joined(sequences), spec, documents)[0]
+        return attend(q, *(joined(sequences) if any(starts) else (k, v)), spec, documents)[0]
+
+    def _attend_in_ways(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, documents: Documents) -> Tensor:
+        """All sequences' tokens of one way after the other, over a copy of the cached keys and values in which only
+        the tokens of the way are replaced."""
+        size, number = documents.longest, len(self.sequences)
+        assert self.prompts is None and set(documents.host_lengths()[0]) == {size}, (documents, self.prompts)
+        after = tuple(sequence.length + size for sequence in self.sequences)
+        each = last_tokens((size,) * number, after, q.device)
+        places = each.key_bounds[1:, None].long() + torch.arange(-size, 0, device=q.device)
+        keys, values = (
+            torch.cat([part for pair in zip(past, new[: number * size].split(size)) for part in pair])
+            for past, new in (([s.k for s in self.sequences], k), ([s.v for s in self.sequences], v))
+        )
+        outs = []
+        for q_way, k_way, v_way in zip(*(x.split(number * size) for x in (q, k, v))):
+            keys.index_copy_(0, places.flatten(), k_way)
+            values.index_copy_(0, places.flatten(), v_way)
+            outs.append(attend(q_way, keys, values, spec, each)[0])
+        return torch.cat(outs)
 
     def convolve(self, convolution: KeyConvolution, k_TC: Tensor, documents: Documents) -> Tensor:
         """The key convolution of new tokens, [T, G * D], where each sequence's follow those it has seen before."""
         bounds = self._bounds(documents)
         outs = [k_TC[:0]]
-        for sequence, start, stop in zip(self.sequences, bounds, bounds[1:]):
+        for sequence, start, stop in zip(self.sequences * self.ways, bounds, bounds[1:]):
             if stop > start:
                 known = [k_TC[:0] if sequence.key_tail is None else sequence.key_tail, k_TC[start:stop]]
                 joined_SC = torch.cat(known)
                 outs.append(convolution(joined_SC)[known[0].shape[0] :])
-                sequence.key_tail = joined_SC[1 - len(convolution.weight) :].clone()  # not a view of the chunk
+                if self.ways == 1:
+                    sequence.key_tail = joined_SC[1 - len(convolution.weight) :].clone()  # not a view of the chunk
         return torch.cat(outs)
 
     def _bounds(self, documents: Documents) -> list[int]:
-        if documents.number != len(self.sequences):
+        if documents.number != len(self.sequences) * self.ways:
             raise ValueError(
                 f"the batch has {documents.number} sequences but the cache was made for {len(self.sequences)}: "
                 "give every cached sequence an entry, an empty one if it gets no tokens"
@@ -181,8 +237,8 @@ class KVCache:
     "full" is full attention, as in the paper's evaluations (MoBA for the prompt, full attention for new tokens).
     `prompts`, only for "full", is the number of prompt tokens of each sequence. Results do not depend on how a text is
     cut into chunks. Full layers and sliding windows are not affected. Specs may be replaced between calls; the cache of
-    a sliding-window layer keeps all keys, so that its window may be widened. Raises ValueError for arguments that do
-    not fit.
+    a sliding-window layer keeps all keys, so that its window may be widened. `capacity`: tokens of each sequence that
+    there is room for at first; it doubles where one is longer. Raises ValueError for arguments that do not fit.
     """
 
     def __init__(
@@ -191,6 +247,7 @@ class KVCache:
         num_sequences: int = 1,
         decode: str = DECODE_OWN,
         prompts: Sequence[int] | None = None,
+        capacity: int = MIN_CAPACITY,
     ):
         if decode not in DECODE_MODES:
             raise ValueError(f"decode={decode!r}: choose one of {', '.join(DECODE_MODES)}")
@@ -199,7 +256,7 @@ class KVCache:
                 f"prompts={prompts} with decode={decode!r} and {num_sequences} sequences: decode={DECODE_DENSE!r} "
                 "needs the tokens of each sequence's prompt, and nothing else takes them"
             )
-        self.layers = [LayerCache(num_sequences, prompts) for _ in range(num_layers)]
+        self.layers = [LayerCache(num_sequences, prompts, capacity) for _ in range(num_layers)]
 
     def __getitem__(self, layer: int) -> LayerCache:
         return self.layers[layer]
@@ -208,6 +265,18 @@ class KVCache:
     def lengths(self) -> list[int]:
         """Tokens cached of each sequence: the position of its next token."""
         return [sequence.length for sequence in self.layers[-1].sequences]
+
+    @contextmanager
+    def in_ways(self, number: int) -> Iterator[None]:
+        """Context in which each sequence goes on in several ways, side by side, none of which is kept (a single one is,
+        as always): document w * num_sequences + i of a batch is way w of sequence i, and all have as many tokens."""
+        for layer in self.layers:
+            layer.ways = number
+        try:
+            yield
+        finally:
+            for layer in self.layers:
+                layer.ways = 1
 
     def mark(self) -> list[list[tuple[int, Tensor | None]]]:
         """Where all sequences end now, to be given to `rewind`: what follows may then be read in several ways."""
@@ -220,22 +289,58 @@ class KVCache:
                 sequence.rewind(mark)
 
 
+@lru_cache(maxsize=16)
+def _slots(
+    rows: tuple[int, ...], starts: tuple[int, ...], stops: tuple[int, ...], capacity: int, device: torch.device
+) -> Tensor:
+    """int64: where the tokens from `starts` to `stops` of these rows of a storage lie, row after row; layers share
+    it."""
+    parts = [row * capacity + torch.arange(start, stop) for row, start, stop in zip(rows, starts, stops)]
+    return torch.cat(parts).to(device, non_blocking=True)
+
+
 def decode_triton(q: Tensor, sequences: Sequence[SequenceCache], documents: Documents, kind: Moba) -> Tensor | None:
-    """`decode_moba` by the Triton kernels, sequence by sequence without copying keys; None where they cannot run or
-    another backend was requested."""
-    shape = shape_of(q, sequences[0].k)
-    if not q.is_cuda or not decodes(documents) or choose(kind, shape, documents).backend != "triton":
+    """`decode_moba` by the Triton kernels, all sequences at once where they lie; None where they cannot run or another
+    backend was requested."""
+    storage = sequences[0].storage
+    assert storage.k is not None and storage.v is not None
+    if not decodes(documents) or choose(kind, shape_of(q, sequences[0].k), documents).backend != "triton":
         return None
     from moba.backends.triton_decode import moba_decode
 
-    bounds_k = documents.key_bounds.long()
-    lengths_N, zero = bounds_k.diff(), bounds_k[:1]
-    run = partial(moba_decode, block_size=kind.block_size, top_k=kind.top_k, first_blocks=kind.first_blocks)
+    assert all(sequence.storage is storage for sequence in sequences)
+    rows = tuple(sequence.row for sequence in sequences)
+    key_start_N = _slots(rows, (0,) * len(rows), (1,) * len(rows), storage.capacity, q.device)
+    means = [sequence.block_means(kind.block_size) for sequence in sequences]
+    length_N = documents.key_bounds.long().diff()
+    complete_N = length_N // kind.block_size
+    out, _, _ = moba_decode(
+        q, storage.k.flatten(0, 1), storage.v.flatten(0, 1), means[0] if len(means) == 1 else torch.cat(means),
+        key_start_N, length_N, complete_N.cumsum(0) - complete_N,
+        block_size=kind.block_size, top_k=kind.top_k, first_blocks=kind.first_blocks,
+    )  # fmt: skip
+    return out
+
+
+def decode_dense(q: Tensor, sequences: Sequence[SequenceCache]) -> Tensor | None:
+    """Full attention of the newest token of N sequences, [N, H, D], which copies no keys; None where a copy is faster:
+    of short sequences of different lengths."""
+    lengths, storage = [sequence.length for sequence in sequences], sequences[0].storage
+    rows = [sequence.row for sequence in sequences]
+    assert storage.k is not None and storage.v is not None
+    if min(lengths) == max(lengths) and rows == list(range(rows[0], rows[0] + len(rows))):
+        pieces = [(q, *(x[rows[0] : rows[-1] + 1, : lengths[0]] for x in (storage.k, storage.v)))]
+    elif sum(lengths) < COPIED_TOKENS * len(lengths):
+        return None
+    else:
+        pieces = [(one, sequence.k[None], sequence.v[None]) for one, sequence in zip(q.split(1), sequences)]
     outs = []
-    for n, sequence in enumerate(sequences):
-        given = (q[n : n + 1], sequence.k, sequence.v, sequence.block_means(kind.block_size))
-        outs.append(run(*given, zero, lengths_N[n : n + 1], zero)[0])
-    return torch.cat(outs)
+    # Not cuDNN, which makes a plan for each length.
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):
+        for q_NHD, k_NSGD, v_NSGD in pieces:
+            k, v = k_NSGD.transpose(1, 2), v_NSGD.transpose(1, 2)
+            outs.append(F.scaled_dot_product_attention(q_NHD[:, :, None], k, v, enable_gqa=q.shape[1] != k.shape[1]))
+    return torch.cat(outs)[:, :, 0]
 
 
 def joined(sequences: Sequence[SequenceCache]) -> tuple[Tensor, Tensor]:

@@ -175,9 +175,12 @@ class AttentionSpec(ABC):
         """The attention [N, H, D] of the newest token of N cached sequences, which `documents` says are the last of all
         that is cached; `dense`: of all it replaces."""
         from moba.attention import attend
-        from moba.kv_cache import joined
+        from moba.kinds.full import Full
+        from moba.kv_cache import decode_dense, joined
 
-        return attend(q, *joined(sequences), self.dense() if dense else self, documents)[0]
+        kind = (self.dense() if dense else self).at(documents.longest_k)
+        out = decode_dense(q, sequences) if kind == Full() else None
+        return attend(q, *joined(sequences), kind, documents)[0] if out is None else out
 
     # -------------------- in configurations and checkpoints
 

@@ -27,13 +27,15 @@ class Copier:
     def logits(self, tokens, positions, documents, cache, rows):
         self.passes += 1
         lengths, row, scores = documents.host_lengths()[0], 0, []
-        for sequence, length in zip(cache[0].sequences, lengths):
+        ways = len(lengths) // len(cache[0].sequences)
+        for sequence, length in zip(cache[0].sequences * ways, lengths):
             known = self.seen.setdefault(sequence, [])
             del known[sequence.length :]
             assert len(known) == sequence.length and positions[row : row + length].tolist() == list(
                 range(len(known), len(known) + length)
             )
-            sequence.append(*(torch.zeros(length, 1, 1) for _ in range(2)))
+            if ways == 1:
+                sequence.append(*(torch.zeros(length, 1, 1) for _ in range(2)))
             for i in range(row, row + length):
                 known.append(int(tokens[i]))
                 if i in rows.tolist():

@@ -3,10 +3,12 @@
 import pytest
 import torch
 
+import evals.answering
+import moba.kv_cache
 from conf.schema import ModelConfig
 from evals.answering import Reader
 from moba.documents import Documents
-from moba.kinds import Full, Moba
+from moba.kinds import Full, Moba, Sliding
 from train.model.decoder import Decoder
 from train.model.generation import Sampling, generate
 
@@ -15,6 +17,10 @@ SPARSE, DENSE = (Moba(8, 2), Moba(8, 2)), (Full(), Full())
 PROMPTS = [
     [int(x) for x in torch.randint(VOCAB, (n,), generator=torch.Generator().manual_seed(n))] for n in (61, 24, 90)
 ]
+
+ANSWERS = [[[3], [5, 5, 5], [31] * 11], [[7, 0, 21, 30, 6]], [[39, 2], [36]]]
+"""A few to each text: of one token, and across the end of a block."""
+WAYS = [[own[min(n, len(own) - 1)] for own in ANSWERS] for n in range(3)]
 
 
 @pytest.fixture(scope="module")
@@ -67,16 +73,67 @@ def test_side_by_side_is_one_by_one(model, decode):
 def test_likelihood_is_that_of_one_pass(model):
     """Catches scores one token off, a token left out, ids beyond the vocabulary that take probability, and dense
     attention in sparse answers."""
-    answers = [[3], [7, 0, 21, 30, 6], [39, 2]]
     reader = Reader(model, 3, VOCAB)
     reader.read(PROMPTS, SPARSE)
-    found = reader.log_likelihood(answers, SPARSE)
-    for prompt, answer, value in zip(PROMPTS, answers, found):
-        log_probs = forward(model, prompt + answer)
-        expected = sum(log_probs[len(prompt) - 1 + i, token] for i, token in enumerate(answer))
-        assert value == pytest.approx(float(expected), abs=1e-5)
-    assert reader.log_likelihood(answers, SPARSE) == found
-    hybrid = reader.log_likelihood(answers, DENSE)
-    assert hybrid[0] == found[0], "the first token is the prompt's"
-    assert hybrid[1] != pytest.approx(found[1], abs=1e-3)
-    assert reader.log_likelihood([[3], [4], [5]], SPARSE)[0] == pytest.approx(found[0])
+    answers = [[*own, likeliest] for own, likeliest in zip(ANSWERS, reader.greedy(5, SPARSE))]
+    found = reader.score(answers, SPARSE)
+    for prompt, own, values in zip(PROMPTS, answers, found, strict=True):
+        for answer, (value, is_greedy) in zip(own, values, strict=True):
+            log_probs = forward(model, prompt + answer)[len(prompt) - 1 : -1]
+            assert value == pytest.approx(float(log_probs[range(len(answer)), answer].sum()), abs=1e-5)
+            assert is_greedy == (log_probs.argmax(-1).tolist() == answer)
+    assert {is_greedy for values in found for _, is_greedy in values} == {True, False}
+    assert reader.score(answers, SPARSE) == found
+    hybrid = reader.score(answers, DENSE)
+    assert hybrid[0][0] == found[0][0], "the first token is the prompt's"
+    assert hybrid[1][0][0] != pytest.approx(found[1][0][0], abs=1e-3)
+    assert reader.score([[[3]], [[4]], [[5]]], SPARSE)[0][0][0] == pytest.approx(found[0][0][0])
+
+
+@pytest.mark.parametrize("tokens", [2, 17, 33])
+@pytest.mark.parametrize("plan", [SPARSE, DENSE, (Sliding(7), Moba(8, 3, first_blocks=1))], ids=["moba", "full", "mix"])
+def test_answers_in_one_pass_are_those_one_by_one(model, monkeypatch, plan, tokens):
+    """Catches answers that see each other, or what is filled up behind a shorter one, blocks that an answer completes
+    with another's keys, a key convolution that goes on from another answer, an answer that is left in the text, and
+    values of another answer where they are read a few at a time, or one in parts."""
+    alone = Reader(model, 3, VOCAB)
+    alone.read(PROMPTS, SPARSE)
+    want = [[alone.score([[answer] for answer in way], plan)[i][0] for way in WAYS] for i in range(3)]
+    reader = Reader(model, 3, VOCAB)
+    reader.read(PROMPTS, SPARSE)
+    before, passes = reader.greedy(6, plan), []
+    in_ways = moba.kv_cache.KVCache.in_ways
+    monkeypatch.setattr(moba.kv_cache.KVCache, "in_ways", lambda cache, n: passes.append(n) or in_ways(cache, n))
+    monkeypatch.setattr(evals.answering, "SCORED_TOKENS", 3 * tokens)
+    found = reader.score(ANSWERS, plan)
+    for own, values, expected in zip(ANSWERS, found, want):
+        assert len(values) == len(own)
+        assert [greedy for _, greedy in values] == [greedy for _, greedy in expected[: len(own)]]
+        assert [value for value, _ in values] == pytest.approx([value for value, _ in expected[: len(own)]], abs=1e-5)
+    assert passes == {33: [3], 17: [1, 1, 1]}.get(tokens, passes) and reader.greedy(6, plan) == before
+
+
+def test_what_is_written_is_looked_at_now_and_then(model, monkeypatch):
+    """Catches a wait for the device at each token, tokens lost between two looks, and texts that go on behind their
+    end."""
+    reader = Reader(model, 3, VOCAB)
+    reader.read(PROMPTS, SPARSE)
+    want, looks = reader.greedy(21, SPARSE), []
+    stop = want[0][9]
+    goes_on = evals.answering._goes_on
+    monkeypatch.setattr(evals.answering, "_goes_on", lambda *given: looks.append(len(given[1])) or goes_on(*given))
+    assert reader.greedy(21, SPARSE) == want and looks == [8] * 6 + [5] * 3
+    cut = [text[: text.index(stop)] if stop in text else text for text in want]
+    assert reader.greedy(21, SPARSE, stop={stop}) == cut != want
+    looks.clear()
+    seven = [text[:7] for text in want]
+    assert reader.greedy(21, SPARSE, done=lambda text: len(text) == 7) == seven and looks == [8] * 3
+
+
+def test_room_that_is_made_at_once_is_not_made_again(model):
+    """Catches a cache that is copied, and doubled, for an answer whose length was known."""
+    for capacity, expected in ((400, 400), (0, 512)):
+        reader = Reader(model, 2, VOCAB, capacity)
+        reader.read([[1] * 250, [2] * 240], SPARSE)
+        reader.greedy(20, SPARSE)
+        assert reader._cache[0].sequences[0].storage.capacity == expected

@@ -250,6 +250,27 @@ def test_sequences_are_decoded_in_one_call(monkeypatch):
     assert chosen == [3, 2]
 
 
+@pytest.mark.parametrize("longest", [30, 31])
+@pytest.mark.parametrize("copied", [0, 100])
+def test_dense_decoding_copies_no_long_keys(monkeypatch, longest, copied):
+    """Catches keys of another sequence, or behind a sequence's end, and a copy of all that is cached for each token:
+    sequences of one length, long ones, and short ones whose lengths differ."""
+    copies = []
+    joined = moba.kv_cache.joined
+    monkeypatch.setattr(moba.kv_cache, "joined", lambda sequences: copies.append(1) or joined(sequences))
+    monkeypatch.setattr(moba.kv_cache, "COPIED_TOKENS", copied)
+    qkv, cache = [make_qkv(40, seed=i) for i in range(3)], KVCache(1, 3)
+    lengths = [30, longest, 30]
+    first = [torch.cat([x[:n] for x, n in zip(xs, lengths)]) for xs in zip(*qkv)]
+    cache[0].attend(*first, SPARSE, Documents.from_lengths(lengths))
+    new = [torch.cat([x[n : n + 1] for x, n in zip(xs, lengths)]) for xs in zip(*qkv)]
+    got = cache[0].attend(*new, Full(), Documents.from_lengths([1, 1, 1]))
+    for one, n, out in zip(qkv, lengths, got):
+        want = reference_attention(*(x[: n + 1] for x in one), block_size=64, top_k=1)[-1]
+        torch.testing.assert_close(out, want, rtol=1e-9, atol=1e-9)
+    assert len(copies) == (longest == 31 and copied == 100)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("spec", [Moba(32, 3), Moba(32, 4, first_blocks=1), Full()])
@@ -267,6 +288,45 @@ def test_cuda_sequences_together_are_each_alone(spec):
             if n:
                 want = alone[i][0].attend(*part, spec, Documents.from_lengths([n], device="cuda"))
                 torch.testing.assert_close(got[i], want, rtol=0, atol=2e-2)
+
+
+@pytest.mark.parametrize("spec", [Moba(32, 3), Moba(32, 4, first_blocks=1), Sliding(20), Full()])
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param(
+            "cuda",
+            marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")],
+        ),
+    ],
+)
+def test_ways_are_each_alone(device, spec):
+    """Catches a way that sees another's keys, or another sequence's, and one that is kept: each way of each sequence
+    against the same tokens read by a cache of its own, and then a token of all sequences, which are of one length."""
+    number, ways, size, length, dtype = 3, 4, 9, 316, torch.float64 if device == "cpu" else torch.bfloat16
+    close = {"rtol": 1e-9, "atol": 1e-9} if device == "cpu" else {"rtol": 0, "atol": 2e-2}
+    prompts = [[x.to(device) for x in make_qkv(length, dtype=dtype, seed=i)] for i in range(number)]
+    told = [[x.to(device) for x in make_qkv(size, dtype=dtype, seed=50 + i)] for i in range(number * ways)]
+    cache = KVCache(1, number)
+
+    def attend(parts, to=cache):
+        lengths = [len(part[0]) for part in parts]
+        documents = Documents.from_lengths(lengths, device=device)
+        return to[0].attend(*map(torch.cat, zip(*parts)), spec, documents).split(lengths)
+
+    attend(prompts)
+    with cache.in_ways(ways):
+        found = attend(told)
+    newest = attend([[x[:1] for x in one] for one in told[:number]])
+    assert cache.lengths == [length + 1] * number
+    for i, (one, got) in enumerate(zip(told, found)):
+        alone = KVCache(1)
+        attend([prompts[i % number]], alone)
+        torch.testing.assert_close(got, attend([one], alone)[0], **close)
+        if i < number:
+            torch.testing.assert_close(newest[i], got[:1], **close)
+    assert max((found[0] - other).abs().max() for other in found[number::number]) > 0.1
 
 
 @pytest.mark.gpu

@@ -12,8 +12,9 @@ pytest.importorskip("triton", reason="the triton backend needs triton")
 from moba import moba_attention
 from moba.backends.triton_attention import INTERPRETED
 from moba.backends.triton_decode import moba_decode
+from moba.documents import Documents
 from moba.kinds import Moba
-from moba.kv_cache import SequenceCache
+from moba.kv_cache import KVCache, SequenceCache
 from moba.reference import reference_attention, reference_selection
 from moba.routing import block_means
 
@@ -158,6 +159,31 @@ def test_the_backend_takes_the_last_tokens_of_documents():
     gradient, given[0].grad = given[0].grad, None
     moba_attention(*(x.double().cpu() for x in given), **options, backend="torch").sum().backward()
     torch.testing.assert_close(gradient, given[0].grad, **close)
+
+
+@torch.no_grad()
+def test_sequences_of_a_cache_are_decoded_in_one_call(monkeypatch):
+    """Catches a launch for each sequence, keys that are read in another one's row, blocks counted from the wrong mean,
+    and a sequence that pauses and shifts the others."""
+    from moba.backends import triton_decode
+
+    calls, kernels = [], triton_decode.moba_decode
+    monkeypatch.setattr(triton_decode, "moba_decode", lambda *a, **b: calls.append(len(a[0])) or kernels(*a, **b))
+    lengths, spec = [70, 17, 48], Moba(16, 3, backend="triton")
+    _, k, v = sequences([length + 3 for length in lengths], (4, 2), 16, HALF)
+    queries = torch.randn(3, 3, 4, 16).to(HALF)
+    cache, done = KVCache(1, 3, capacity=71)[0], [0, 0, 0]
+    for number, step in enumerate((lengths, [1, 1, 1], [1, 0, 1], [0, 1, 1])):
+        parts = [[x[n : n + size] for x in pair] for *pair, n, size in zip(k, v, done, step)]
+        done = [n + size for n, size in zip(done, step)]
+        q = queries[number - 1, : sum(step)] if number else torch.zeros(sum(step), 4, 16, dtype=HALF)
+        given = [x.to(DEVICE) for x in (q, *map(torch.cat, zip(*parts)))]
+        out = cache.attend(*given, spec, Documents.from_lengths(step, device=DEVICE))
+        going = [i for i, size in enumerate(step) if size]
+        for row, i in enumerate(going if number else ()):
+            want = definition(q[row], k[i][: done[i]], v[i][: done[i]], block_size=16, top_k=3)[0]
+            torch.testing.assert_close(out[row].double().cpu(), want, rtol=2e-2, atol=2e-2)
+    assert calls == [3, 2, 2] and cache.sequences[0].storage.capacity > 71
 
 
 @pytest.mark.gpu
