@@ -85,7 +85,7 @@ class Tuning:
     expected_L: np.ndarray
     """Nats that the plan is expected to cost in each layer, summed over the objective's parts."""
     chosen_kl: dict[str, float]
-    """Of both kinds of plan, on the documents that chose: the divergence with all layers at once, summed likewise."""
+    """Of every plan tried, on the documents that chose: the divergence with all layers at once, summed likewise."""
     num_chose: int
     judged: dict[str, Judged]
 
