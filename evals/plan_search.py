@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from moba.backends.refusals import TRITON_TOP_K
 from moba.kinds import AttentionSpec, Full, Moba
 
 LEVELS = (1 / 4, 1 / 2, 3 / 4, 1, 3 / 2, 2, 3)
@@ -22,7 +23,9 @@ LEVELS = (1 / 4, 1 / 2, 3 / 4, 1, 3 / 2, 2, 3)
 SLACK = 1 + 1e-12
 """Tolerance for sums of floats."""
 LEAST_TOP_K = 3
-"""With fewer, the first block and the query's own leave the gate nothing to select."""
+"""With fewer, the first block and the query's own leave a gate nothing to pick."""
+LEAST_BLOCK = 16
+"""Kernels compute with tiles of as many keys, at least."""
 
 
 def pairs_share(spec: AttentionSpec, length: int) -> float:
@@ -31,14 +34,14 @@ def pairs_share(spec: AttentionSpec, length: int) -> float:
 
 
 def candidates(length: int, budget: float, block_sizes: Iterable[int], first_blocks: Iterable[int]) -> list[Moba]:
-    """A layer's options beside full attention: for each block size and first_blocks the largest top_k at each of
-    LEVELS."""
+    """What a layer may have beside full attention: for each block size and first_blocks the largest top_k at each of
+    LEVELS, up to what the Triton kernels take."""
     found = []
     for block_size in block_sizes:
-        top_k = LEAST_TOP_K
+        top_k, most = LEAST_TOP_K, min(TRITON_TOP_K, length // block_size)
         for level in LEVELS:
             share = min(budget * level, 1.0)
-            while top_k * block_size < length and pairs_share(Moba(block_size, top_k + 1), length) <= share:
+            while top_k < most and pairs_share(Moba(block_size, top_k + 1), length) <= share:
                 top_k += 1
             fits = pairs_share(Moba(block_size, top_k), length) <= share
             if fits and not Moba(block_size, top_k).is_dense_at(length):

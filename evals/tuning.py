@@ -1,15 +1,18 @@
 """The cost of sparse attention in each layer of a model, and the cheapest plan within a budget of attended pairs.
 
-On a quarter of the documents (by clusters): the distance of each candidate's output from full attention's, per layer,
-in one pass of the dense model; and the loss with one layer sparse at a time, as the closest candidate within the
-budget. Together they predict every candidate's cost in every layer (evals/plan_search.py). The best plan layer by
-layer, and the best with all layers alike, are then measured as a whole. Costs are not additive (a retrieval may use
-several layers in turn): from the better of the two one layer at a time is made full, and the gains allocate the budget
-once more. The best of the three is chosen. Its cost is measured on the other documents.
+On a quarter of the documents (by clusters): how far each candidate's output is from full attention's, layer
+by layer, in one pass of the dense model; and what the loss says with one layer sparse at a time, as the candidate that
+comes closest within the budget. Both together predict every candidate's cost in every layer (evals/plan_search.py). The
+best plan layer by layer, and the best with all layers alike, are then measured whole. What layers cost together is not
+what they cost alone (a number is looked up by several, one after the other): from the better of the two one layer at a
+time is made full, and what that gives back deals the budget out once more, a second time if this is better. The best of
+all is taken. What it costs is measured on the other documents.
 
-Two costs: `regret`, the loss minus full attention's on the same tokens, and `kl`, the KL divergence of the predictions
-from full attention's, which is the expected regret on text sampled from the dense model. Single layers change the loss
-by less than its noise; the divergence has no sampling noise of the next token, so it decides.
+Two costs: `regret`, the loss minus full attention's on the same tokens, and `kl`, the divergence of the predictions
+from full attention's, which is the regret that text drawn from the dense model would have. Single layers move the loss
+by less than its noise; the divergence has no sampling of the next token in it, so it decides. What is left is rounding:
+in bfloat16 it moves predictions by some 0.001 nats of divergence, more than most single layers do, so models in it are
+measured in float16, which rounds eight times more finely, where that holds their numbers.
 
 Shapes: N documents, L layers, C candidates (the last is full attention), R rows, V vocabulary, H heads, D head size.
 """
@@ -20,7 +23,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -51,8 +54,10 @@ DISTANCES, PASSES = "distances", "passes"
 CHOOSERS = 4
 """One in so many clusters chooses the plan: measured half as many times as there are layers, the others three times."""
 MOST_ROWS = 512
-"""Tokens per document whose predictions, and queries whose attention, are compared: evenly spaced in the last piece."""
-ALIKE, PER_LAYER, REFINED = "all layers alike", "per layer", "per layer, refined"
+"""Tokens per document whose predictions are compared, and queries whose attention is: the last piece, thinned out."""
+ALIKE, PER_LAYER, REFINED = "all layers alike", "per layer", "refined"
+TURNS = 2
+"""How often a plan is refined, if the first turn finds a better one."""
 REGRET, KL, FULL_LOSS, RIGHT, FULL_RIGHT = range(5)
 
 
@@ -153,7 +158,9 @@ def tune(job: Job, candidates: Sequence[Moba], budget: float) -> Tuning:
         raise ValueError(f"budget={budget:g}: {hint}")
     objective = chosen_objective(job)
     parts = split(job, objective)
-    with under(model, dense):  # the ledger is keyed by the current attention, which is not what is measured here
+    first = next(iter(parts.values())).choosing[0]
+    # The ledger's files go by the attention in force, which is not what is measured here.
+    with under(model, dense), _finely(job, first.batch):
         meter = _Meter(job, dense, length)
         meter.expect(*(sum(map(len, pieces)) for pieces in zip(*parts.values())))
         error, captured = {}, {}
@@ -179,19 +186,26 @@ def tune(job: Job, candidates: Sequence[Moba], budget: float) -> Tuning:
             return tuple(specs[c] for c in at[name])
 
         chosen_kl = dict(zip(at, _total(whole([plan_of(name) for name in at])).tolist()))
-        start = min(at, key=lambda name: chosen_kl[name])
-        opened = [(*plan_of(start)[:i], Full(), *plan_of(start)[i + 1 :]) for i in range(num_layers)]
-        left = whole([plan_of(start), *opened], plan_of(start))
-        in_place = {name: predicted_cost(kl[0] - kl[1:], error[name], at[start]) for name, kl in left.items()}
-        is_sparse_L1 = np.array(at[start])[:, None] < len(candidates)
-        expected[REFINED] = np.where(is_sparse_L1, _total(in_place), cost_LC)
-        at[REFINED] = allocate(pairs_C, expected[REFINED], total)
-        chosen_kl[REFINED] = float(_total(whole([plan_of(REFINED)]))[0])
+        turned: dict[str, np.ndarray] = {}
+        for turn in range(1, TURNS + 1):
+            start = min(at, key=lambda name: chosen_kl[name])
+            if turn > 1 and start not in turned:
+                break
+            opened = [(*plan_of(start)[:i], Full(), *plan_of(start)[i + 1 :]) for i in range(num_layers)]
+            left = whole([plan_of(start), *opened], plan_of(start))
+            in_place = {name: predicted_cost(kl[0] - kl[1:], error[name], at[start]) for name, kl in left.items()}
+            is_sparse_L1 = np.array(at[start])[:, None] < len(candidates)
+            cost_in_place_LC = np.where(is_sparse_L1, _total(in_place), cost_LC)
+            mean_LC = (cost_in_place_LC + expected[start]) / 2  # half a step, where a whole one is too far
+            turned = dict(zip((f"{REFINED} {turn}", f"{REFINED} {turn}, half"), (cost_in_place_LC, mean_LC)))
+            expected |= turned
+            at |= {name: allocate(pairs_C, cost, total) for name, cost in turned.items()}
+            chosen_kl |= zip(turned, _total(whole([plan_of(name) for name in turned])).tolist())
         how = min(at, key=lambda name: chosen_kl[name])
         taken, plans = at[how], [plan_of(how), plan_of(ALIKE)]
         judged = {name: meter.costs(own.others, plans) for name, own in parts.items()}
 
-    layers, first = range(num_layers), next(iter(parts))
+    layers, name = range(num_layers), next(iter(parts))
     return Tuning(
         seq_len=length,
         budget=budget,
@@ -200,12 +214,12 @@ def tune(job: Job, candidates: Sequence[Moba], budget: float) -> Tuning:
         alike=specs[same],
         how=how,
         reference=tuple(specs[c] for c in reference_L),
-        regret_L=[_paired(costs[first][:, i, REGRET], [p.cluster for p in parts[first].choosing]) for i in layers],
+        regret_L=[_paired(costs[name][:, i, REGRET], [p.cluster for p in parts[name].choosing]) for i in layers],
         kl_L=kl_L,
         captured_L={name: found[layers, taken] for name, found in captured.items()},
         expected_L=expected[how][layers, taken],
         chosen_kl=chosen_kl,
-        num_chose=len(parts[first].choosing),
+        num_chose=len(parts[name].choosing),
         judged={name: _judged(found, parts[name].others) for name, found in judged.items()},
     )
 
@@ -244,13 +258,19 @@ class _Meter:
     def __init__(self, job: Job, dense: Plan, length: int):
         self.job, self.dense, self.length = job, dense, length
         self.model, self.device = job.context.model, job.context.device
-        self.ledger = Ledger(job, "tune_attention", {"seq_len": length, "rows": MOST_ROWS, "trailing": TRAILING})
+        self.ledger = Ledger(job, "tune_attention", self._settings(length))
         job.say(f"parts are kept in {self.ledger.path}: the same command again goes on from there")
 
+    def _settings(self, length: int) -> dict[str, Any]:
+        """What measurements depend on beside the model."""
+        dtype = str(self.model.lm_head.weight.dtype)
+        return {"seq_len": length, "rows": MOST_ROWS, "trailing": TRAILING, "dtype": dtype}
+
     def expect(self, choosing: int, others: int) -> None:
-        """Sets the expected work, in passes over a document or probe: a change of one layer takes half a pass, since
-        the layers below are not recomputed."""
-        passes = choosing * (1 + len(self.dense) / 2 + 3 + 1 + len(self.dense) / 2 + 2) + others * 3
+        """How much there is to do, in passes over a document or probe: a change of one layer takes half a pass, since
+        what lies below it is known."""
+        half = len(self.dense) / 2
+        passes = choosing * (1 + half + 3 + TURNS * (2 + half + 3)) + others * 3
         work = {DISTANCES: choosing, PASSES: passes}
         self.countdown = Countdown(self.job, "tune_attention", work, unit="measurements")
 
@@ -396,6 +416,31 @@ def _observed(model: Decoder, observe):
     finally:
         for layer in layers:
             layer.observer = None
+
+
+@contextmanager
+def _finely(job: Job, batch: Batch):
+    """A bfloat16 model in float16 meanwhile, unless its numbers on this text exceed that."""
+    model = job.context.model
+    was = {weight: weight.data for weight in model.parameters() if weight.dtype == torch.bfloat16}
+    try:
+        for weight in was:
+            weight.data = weight.data.half()
+        if was:
+            batch = batch.to(job.context.device)
+            with torch.inference_mode():
+                logits = model.logits(batch.tokens, batch.positions, batch.documents, rows=batch.positions[-1:])
+            if not logits.isfinite().all():
+                job.say("float16 cannot hold this model's numbers: bfloat16 is used, whose rounding hides small costs")
+                _restore(was)
+        yield
+    finally:
+        _restore(was)
+
+
+def _restore(data: Mapping[torch.nn.Parameter, Tensor]) -> None:
+    for weight, own in data.items():
+        weight.data = own
 
 
 def _digest(specs: Sequence[AttentionSpec]) -> str:

@@ -84,7 +84,7 @@ class Tuning:
     expected_L: np.ndarray
     """Predicted cost of the plan in each layer, nats, summed over the objective's parts."""
     chosen_kl: dict[str, float]
-    """KL divergence of both kinds of plan on the choosing documents, all layers at once, summed likewise."""
+    """Of every plan tried, on the documents that chose: the divergence with all layers at once, summed likewise."""
     num_chose: int
     judged: dict[str, Judged]
 

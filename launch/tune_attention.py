@@ -23,7 +23,7 @@ from conf.numbers import format_length, given_length  # noqa: E402
 from data.errors import DataError  # noqa: E402
 from evals.context import Context, clusters_by  # noqa: E402
 from evals.loading import load_trained  # noqa: E402
-from evals.plan_search import candidates  # noqa: E402
+from evals.plan_search import LEAST_BLOCK, candidates  # noqa: E402
 from evals.protocol import Job  # noqa: E402
 from evals.results import Stopwatch, provenance  # noqa: E402
 from evals.tuning import tune  # noqa: E402
@@ -41,7 +41,7 @@ KEYS = {
     "data": "held-out documents instead of the run's: embedded, a file, a glob or a directory",
     "id_field": "column of data= with the document id (default: id)",
     "cluster": "regular expression; ids with the same match are one cluster, which stays whole (default: the id)",
-    "block_sizes": "block sizes to choose from (default: 1/64, 1/32 and 1/16 of the length)",
+    "block_sizes": f"block sizes to choose from (default: 1/512 to 1/64 of the length, from {LEAST_BLOCK})",
     "first_blocks": "numbers of first blocks to choose from (default 0,1)",
     "device": "auto (default), cpu or cuda",
     "objective": "what the plan is to keep: loss (the last predictions of documents), retrieval (numbers said far back "
@@ -92,7 +92,7 @@ def _budget(text: str) -> float:
 
 def _block_sizes(values: dict[str, str], length: int) -> list[int]:
     if "block_sizes" not in values:
-        return sorted({max(1, length // parts) for parts in (64, 32, 16)})
+        return sorted({max(LEAST_BLOCK, length // parts) for parts in (512, 256, 128, 64)})
     return [given_length({"block_sizes": text}, "block_sizes") for text in values["block_sizes"].strip("[]").split(",")]
 
 

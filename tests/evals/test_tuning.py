@@ -1,6 +1,7 @@
 """The search for a plan against brute force, what it measures against whole forward passes, and the command that
 interrupted goes on where it was."""
 
+import copy
 import itertools
 import json
 from dataclasses import replace
@@ -24,6 +25,7 @@ from evals.tuning import ALIKE, KL, PER_LAYER, REFINED, chosen_objective, distan
 from evals.tuning_report import BOTH, LOSS, RETRIEVAL
 from launch import tune_attention
 from moba.attention import attend
+from moba.backends.refusals import TRITON_TOP_K
 from moba.documents import Documents
 from moba.kinds import Full, Sliding
 from moba.kinds.plan_file import read_plan
@@ -114,6 +116,13 @@ def test_candidates_come_close_to_each_level():
         wider = pairs_share(replace(spec, top_k=spec.top_k + 1), LENGTH)
         levels = [level for level in (0.3 / 4, 0.15, 0.225, 0.3, 0.45, 0.6, 0.9) if pairs_share(spec, LENGTH) <= level]
         assert wider > min(levels) and not spec.is_dense_at(LENGTH)
+
+
+def test_candidates_are_what_the_kernels_take():
+    """Catches small blocks that only a slow backend computes, and sizes beyond the kernels' tiles by default."""
+    found = candidates(8192, 0.25, [16, 64], [1])
+    assert max(spec.top_k for spec in found if spec.block_size == 16) == TRITON_TOP_K
+    assert tune_attention._block_sizes({}, 8192) == [16, 32, 64, 128] and tune_attention._block_sizes({}, 512) == [16]
 
 
 def test_cost_follows_the_squared_error():
@@ -222,10 +231,14 @@ def test_probes_need_room(job):
 
 
 def test_refining_starts_from_what_was_best(job):
-    """Catches changes of a plan that are measured over other layers than its own, and a refined plan that is taken
-    though it is no better: saving work alters nothing, and the least divergence on the documents that chose wins."""
+    """Catches changes of a plan that are measured over other layers than its own, a refined plan that is taken though
+    it is no better, and further turns from one that was none: saving work alters nothing, and the least divergence on
+    the documents that chose wins."""
     found = tune(job, CHOICE, 0.3)
-    assert list(found.chosen_kl) == [PER_LAYER, ALIKE, REFINED]
+    turns = [[f"{REFINED} {turn}", f"{REFINED} {turn}, half"] for turn in (1, 2)]
+    assert list(found.chosen_kl)[:4] == [PER_LAYER, ALIKE, *turns[0]]
+    is_better = min(map(found.chosen_kl.get, turns[0])) < min(found.chosen_kl[name] for name in (PER_LAYER, ALIKE))
+    assert list(found.chosen_kl)[4:] == (turns[1] if is_better else [])
     assert found.chosen_kl[found.how] == min(found.chosen_kl.values()) and found.pairs <= 0.3
     base = (CHOICE[0], CHOICE[3], CHOICE[5])
     changed = [(*base[:i], Full(), *base[i + 1 :]) for i in range(LAYERS)]
@@ -253,6 +266,37 @@ def test_divergence_is_the_regret_of_text_from_the_dense_model(job):
     expected = sum(logs[0][:, i].exp() * (logs[0][:, i] - logs[1][:, i]) for i in range(384)).mean().item()
     (row,) = meter.costs([piece], [found.plan])
     assert row[0, KL] == pytest.approx(expected, rel=1e-3) and expected > 1e-3
+
+
+def test_bfloat16_is_measured_in_float16(job):
+    """Catches costs of single layers that are bfloat16's rounding, and weights that do not come back: against float32
+    with the same weights."""
+    model = job.context.model.to(torch.bfloat16)
+    exact = copy.deepcopy(model).float()
+    piece, spec = split(job)[LOSS].choosing[0], CHOICE[-1]
+    weights = {name: (weight.data_ptr(), weight.clone()) for name, weight in model.named_parameters()}
+
+    def kl(own, folder):
+        own_job = replace(job, context=replace(job.context, model=own), folder=job.folder / folder)
+        meter = tuning._Meter(own_job, (Full(),) * LAYERS, LENGTH)
+        meter.expect(1, 0)
+        return meter.costs([piece], [(spec, Full(), Full())])[0, 0, KL]
+
+    with tuning._finely(job, piece.batch):
+        fine = kl(model, "fine")
+    expected, rough = kl(exact, "exact"), kl(model, "rough")
+    assert fine == pytest.approx(expected, rel=0.02) and abs(rough - expected) > 4 * abs(fine - expected)
+    for name, weight in model.named_parameters():
+        assert weight.data_ptr() == weights[name][0] and torch.equal(weight, weights[name][1])
+
+
+def test_numbers_too_large_for_float16_stay_bfloat16(job, capsys):
+    """Catches infinities that are taken for costs."""
+    model = job.context.model.to(torch.bfloat16)
+    model.model.layers[0].mlp.down_proj.weight.data.mul_(1e6)
+    with tuning._finely(job, split(job)[LOSS].choosing[0].batch):
+        assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
+    assert "bfloat16 is used" in capsys.readouterr().out
 
 
 def test_interrupted_it_goes_on_where_it_was(job, monkeypatch):
