@@ -91,6 +91,8 @@ def drawings() -> dict[Path, Drawing]:
         else:
             for name, draw in small_results.figures(record(path)).items():
                 found[path.with_name(f"{name}.png")] = Drawing(draw, (path,))
+    for path in sorted(path.relative_to(ROOT) for path in ROOT.glob(f"{RESULTS}/*/scaling.json")):
+        found[path.with_suffix(".png")] = Drawing(partial(draw_scaling, path), (path,))
     for path in sorted(path.relative_to(ROOT) for path in ROOT.glob(f"{BENCHMARKS}/*/results.json")):
         if "variant" in record(path).get("rows", [{}])[0]:
             found[path.with_name("figure.png")] = Drawing(partial(draw_step, path), (path,))
@@ -175,6 +177,37 @@ def draw_routing(source: Path, path: Path) -> None:
     about = record(source)
     title = f"{about['run']}, {about['attention']}: routing in {about['num_documents']} held-out documents"
     draw_curves(RoutingReport.load(ROOT / source), path, title)
+
+
+def draw_scaling(source: Path, path: Path) -> None:
+    """Fits of launch/fit_scaling.py: loss over compute counted in two ways, and exponents by position."""
+    found = record(source)
+    figure = Figure(figsize=(12, 4), layout="constrained")
+    *grid, exponents = figure.subplots(1, 3)
+    for i, series in enumerate(dict.fromkeys(run["series"] for run in found["runs"])):
+        own = [run for run in found["runs"] if run["series"] == series]
+        name = "full" if series == "full" else "MoBA 128x8"
+        for axes, axis in zip(grid, found["axes"]):
+            fit, compute = found["fits"][axis][series], np.array([run["pflops_days"][axis] for run in own])
+            for x, (what, line) in enumerate([("mean", "-"), ("trailing", "--")]):
+                places = np.geomspace(compute.min() / 1.2, compute.max() * 1.2)
+                label = f"{name}, {what}: {fit['a'][x]:.3f} C^{fit['b'][x]:.3f}"
+                axes.plot(places, fit["a"][x] * places ** fit["b"][x], line, color=color(i), label=label)
+                axes.plot(compute, [run["losses"][x] for run in own], "os"[i], color=color(i), markersize=5)
+            axes.set(xscale="log", yscale="log", xlabel=f"PFLOP/s-days ({found['axes'][axis]})", ylabel=LOSS)
+            axes.set_xticks(ticks := [2e-5, 5e-5, 1e-4, 2e-4], [f"{x:.0e}" for x in ticks])
+            axes.set_xticks([], minor=True)
+            axes.yaxis.set_minor_formatter("{x:.1f}")
+        fit, places = found["fits"]["dense"][series], np.arange(len(found["ranges"]) - 2) + 0.2 * i
+        b, low, high = (np.array(fit[key][2:]) for key in ("b", "b_low", "b_high"))
+        exponents.errorbar(places, b, [b - low, high - b], fmt="os"[i], color=color(i), label=name, capsize=2)
+    for axes in grid:
+        axes.legend(fontsize="x-small")
+    exponents.set(xlabel="context position", ylabel="exponent (every causal pair counted), 95 %")
+    shown = range(0, len(found["ranges"]) - 2, 3)
+    exponents.set_xticks(shown, [found["ranges"][2 + i] for i in shown], fontsize="x-small")
+    exponents.legend(fontsize="small")
+    save(figure, path)
 
 
 def draw_plans(plan: Path, sweep: Path, path: Path) -> None:

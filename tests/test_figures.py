@@ -244,6 +244,16 @@ def small_rows():
         yield [arm, str(len(own["seeds"])), f"{own['loss']:.3f}", f"{own['trailing']:.3f}", *cells]
 
 
+def small_size_rows():
+    found = kept("docs/results/small_sizes_h100/results.json")
+    gaps = {(row["arm"], row["reference"]): row for row in found["gaps"]}
+    for size in ("6.1M", "10.6M", "16.9M"):
+        of_size = "" if size == "10.6M" else f", {size}"
+        full, gap = found["final"][f"full{of_size}"], gaps[f"moba{of_size}", f"full{of_size}"]
+        tokens = f"{full['tokens'] / 1e6:.1f}M"
+        yield [size, tokens, f"{full['loss']:.3f}", with_interval(gap["mean_loss"]), with_interval(gap["by_position"])]
+
+
 def small_context_rows():
     for arm in ("full", "moba", "64x32", "1024x2"):
         found = kept(SMALL)["final"][arm]["far_context"]
@@ -291,6 +301,7 @@ TABLES = {
     ("docs/recipes.md", "| length, blocks"): extended_rows,
     ("docs/findings.md", "| gate | trailing"): gate_rows,
     ("docs/findings.md", "| from nothing"): small_rows,
+    ("docs/findings.md", "| parameters without"): small_size_rows,
     ("docs/findings.md", "| tokens before"): small_context_rows,
     ("docs/findings.md", "| trained with"): small_gate_rows,
     ("docs/findings.md", "| full last layers"): small_tuned_rows,
