@@ -64,7 +64,8 @@ def step(trainer: Trainer) -> float:
     batches = trainer.loader.next_step()
     result = train_step(trainer.engine, batches, lr=1e-5, world=trainer.world, on_losses=trainer._count)
     trainer._after_step(stage, batches, result)
-    trainer._log(stage)  # waits for the device
+    trainer._log(stage)
+    trainer._settle()  # waits for the device
     return 1000 * (time.perf_counter() - began)
 
 

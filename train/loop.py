@@ -147,7 +147,7 @@ class Trainer:
         self._emit(self.metrics.write("run", self.tokens, **self.throughput.describe()))
         if config.checkpoint.asynchronous:
             self._host_buffer = store.host_buffer(self.engine, self.world.device, self.observers.say)
-        self.throughput.take()  # starts the clock
+        self.throughput.lap()  # starts the clock
         if self._watch_missing:
             last = self._enter(self.schedule.lookup(min(self.tokens, self.schedule.total_tokens) - 1))
             ends = self.tokens >= last.end
@@ -270,8 +270,7 @@ class Trainer:
         """Closes the log interval that ends here; `_write_line` writes its line."""
         losses = self._interval_loss.all_reduce(self.world.data_group)
         loss_sum = self.world.sum_over_data(self._interval_sum)
-        work, seconds = self.throughput.take()
-        work = on_device(torch.tensor(work, dtype=torch.int64), self.world.device)
+        work = on_device(torch.tensor(self.throughput.take(), dtype=torch.int64), self.world.device)
         work = self.world.sum_over_data(work)
         on_host = OnHost(losses.sums, loss_sum, work, self._grad_norm, self._interval_tokens)
         tokens = self.tokens
@@ -288,7 +287,7 @@ class Trainer:
         def line() -> None:
             sums, loss_sum, work, grad_norm, interval_tokens = on_host.read()
             supervised = int(interval_tokens)
-            rates = self.throughput.rates(Work(*work.tolist()), seconds)
+            rates = self.throughput.rates(Work(*work.tolist()), self.throughput.lap())
             record = self.metrics.write(
                 "train",
                 tokens,
@@ -491,6 +490,7 @@ class Trainer:
         self.stage = None  # to be entered again
         self._reset_interval()
         self.throughput.take()
+        self.throughput.lap()
         self.metrics.cut_back(self.tokens, restarted=False)
         if self.observers.evaluate is not None and self.world.is_main:
             self.observers.evaluate.forget_after(self.tokens)

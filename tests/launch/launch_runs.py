@@ -322,6 +322,19 @@ def assert_same_run(run_dir: Path, other: Path) -> None:
             assert all(np.array_equal(ours[key], theirs[key], equal_nan=ours[key].dtype.kind == "f") for key in theirs)
 
 
+def let_lines_wait() -> None:
+    """Makes a run on a CPU write its lines when one on a GPU does."""
+    from train.loop import Trainer
+
+    fit = Trainer.fit
+
+    def waiting(trainer, preemption):
+        trainer._can_wait = True
+        return fit(trainer, preemption)
+
+    Trainer.fit = waiting
+
+
 def assert_refused(ended: Finished, *words: str) -> None:
     """One message with these words on stderr, exit code 2, no traceback."""
     assert ended.code == 2 and "Traceback" not in ended.err + ended.out, ended

@@ -41,6 +41,7 @@ from launch_runs import (
     end_of,
     finish_real,
     has_lines,
+    let_lines_wait,
     newest,
     rank_0,
     start_real,
@@ -244,17 +245,6 @@ def test_saving_at_once_makes_the_same_run(launcher, command, house, whole):
     assert_same_run(house.runs / "at-once", whole)
 
 
-def let_lines_wait() -> None:
-    """Makes a run on a CPU write its lines when one on a GPU does."""
-    fit = Trainer.fit
-
-    def waiting(trainer, preemption):
-        trainer._can_wait = True
-        return fit(trainer, preemption)
-
-    Trainer.fit = waiting
-
-
 def test_lines_that_are_written_after_the_next_step_began_are_the_same(launcher, command, house, whole):
     """Catches a line with a number of the next step, one that comes behind an evaluation, a checkpoint or a stage that
     it should stand before, and one that is lost at a stop, a kill or the end."""
@@ -266,6 +256,30 @@ def test_lines_that_are_written_after_the_next_step_began_are_the_same(launcher,
     assert killed.code == -signal.SIGKILL and stopped.code != 0 and newest(house.runs / "late-killed") != end_of(whole)
     assert launcher.run(command("late-killed"), prepare=let_lines_wait).code == 0
     assert_same_run(house.runs / "late-killed", whole)
+
+
+def settle_each_second() -> None:
+    """Makes the end of each step known a second after that of the step before, by the clock that measures speed."""
+    let_lines_wait()
+    from train.record import throughput
+
+    clock, settle = SimpleNamespace(now=0.0), Trainer._settle
+
+    def settled(trainer):
+        clock.now += trainer._unknown is not None
+        settle(trainer)
+
+    throughput.time = SimpleNamespace(perf_counter=lambda: clock.now)
+    Trainer._settle = settled
+
+
+def test_a_line_has_the_time_of_its_own_steps(launcher, command, house):
+    """Catches a clock that is read when a step is queued, so that the first line after a start, a save or an evaluation
+    is too fast."""
+    assert launcher.run(command("clock"), prepare=settle_each_second).code == 0
+    lines = [record for record in read_metrics(house.runs / "clock" / "metrics.jsonl") if record["kind"] == "train"]
+    assert len(lines) == 11 and {line["seconds"] for line in lines} == {1.0}
+    assert {line["tokens_per_second"] for line in lines} == {512, 1024}
 
 
 def draw_random_numbers() -> None:

@@ -21,6 +21,7 @@ from launch_runs import (
     assert_same_run,
     assert_tidy,
     course,
+    let_lines_wait,
     newest,
     weights_of,
 )
@@ -31,9 +32,15 @@ WATCH = ["run.spike_window=4", "run.spike_deviations=25"]  # from the third step
 SAVED, SPIKE = 1536, 2560  # tokens
 
 
-def on_data(folder: Path, spoilt: tuple[int, ...] = (), factor: float = 100.0, left_out: tuple[int, ...] = ()) -> None:
+def on_data(
+    folder: Path,
+    spoilt: tuple[int, ...] = (),
+    factor: float = 100.0,
+    left_out: tuple[int, ...] = (),
+    late: bool = False,
+) -> None:
     """Makes a rank write down the sum of each step's tokens, multiply the loss where it is one of `spoilt`, and pass
-    over steps where it is one of `left_out`."""
+    over steps where it is one of `left_out`; and, if `late`, learn of a skipped step when one on a GPU does."""
     from data.loader import Loader
     from train import loop
     from train.engine.world import launch_environment
@@ -60,6 +67,8 @@ def on_data(folder: Path, spoilt: tuple[int, ...] = (), factor: float = 100.0, l
         return result
 
     Loader.next_step, loop.train_step = chosen, recorded
+    if late:
+        let_lines_wait()
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +127,27 @@ def test_a_skipped_spike_is_a_step_that_was_not_finite(run, keys, house):
     last = course(house.runs / "skip")[-2]
     assert last["kind"] == "train" and last["spikes"] == last["skipped_steps"] == 1
     assert_same_run(house.runs / "skip-killed", house.runs / "skip")
+
+
+def test_a_skipped_step_that_is_known_late_is_the_same(run, keys, house):
+    """Catches counts of a log interval that miss a skipped step, or have one too many, where the step is known to be
+    skipped after the next has begun: within an interval, at its end, and in the last step."""
+    for late in (False, True):
+        skipped = tuple(keys[i] for i in (4, 5, 10))
+        ended, _ = run(f"some-{late}", "logging.every_tokens=1.5K", spoilt=skipped, factor=float("nan"), late=late)
+        assert ended.code == 0, ended
+    assert_same_run(house.runs / "some-True", house.runs / "some-False")
+    assert course(house.runs / "some-True")[-2]["skipped_steps"] == 3
+
+
+def test_a_limit_on_bad_steps_that_is_reached_late_says_the_same(run, keys):
+    """Catches a limit that is found a step too late, or names another checkpoint."""
+    for late in (False, True):
+        bad = (keys[3], keys[4])
+        ended, _ = run(f"limit-{late}", "optim.max_bad_steps=2", spoilt=bad, factor=float("nan"), late=late)
+        assert ended.code != 0 and "Traceback" not in ended.err, ended
+        assert "2 steps in a row" in ended.err and f"up to {SPIKE:,} tokens" in ended.err, ended
+        assert f"tokens_{SAVED:015d}" in ended.err, ended
 
 
 @pytest.mark.parametrize(("ranks", "engine"), [(1, "zero1"), (2, "zero3")])

@@ -52,7 +52,7 @@ class DeviceOptimizer(BF16_Optimizer):
 
     def _update_hp_grad(self, lp: Any, group_idx: int, param_idx: int, clear_lp_grads: bool) -> None:
         """Copies the first gradient of a step, so that sums need no zeroing, and adds the others in one pass. Sums are
-        bit-identical to DeepSpeed's."""
+        DeepSpeed's bit for bit, but for the sign of zeros."""
         total, seen = self.fp32_groups_gradients[group_idx][param_idx], self.fp32_groups_has_gradients[group_idx]
         if lp.grad is not None:
             gradient = lp.grad.view(total.shape)

@@ -48,6 +48,13 @@ class DeepSpeedEngine:
         if isinstance(engine.optimizer, BF16_Optimizer):
             from train.engine.bf16_optimizer import DeviceOptimizer
 
+            if engine.optimizer.immediate_grad_update:
+                raise ConfigError(
+                    [
+                        "deepspeed.extra: bf16.immediate_grad_update=true: gradients are added up after each backward "
+                        "pass at zero_stage=1; leave it out"
+                    ]
+                )
             DeviceOptimizer.adopt(engine.optimizer)
 
     @property

@@ -94,10 +94,10 @@ class Rates(TypedDict):
 
 
 class Throughput:
-    """A stopwatch that also counts work.
+    """A stopwatch, and a counter of work.
 
-    On a GPU the time is right after a synchronisation. Call `take` after a step, which synchronises for its norm: it is
-    then off by less than the optimizer's time, and consecutive intervals not at all.
+    On a GPU the time is right after a synchronisation: call `lap` when the end of a step is known, which may be after
+    its work was taken, and before that of the next one is added.
     """
 
     def __init__(
@@ -118,12 +118,16 @@ class Throughput:
         work = batch_work(tuple(plan), tuple(lengths))
         self._work = Work(*(have + more for have, more in zip(self._work, work)))
 
-    def take(self) -> tuple[Work, float]:
-        """This rank's work since the last `take` and the seconds it took; resets both to zero."""
+    def take(self) -> Work:
+        """This rank's work since the last `take`."""
+        work, self._work = self._work, Work()
+        return work
+
+    def lap(self) -> float:
+        """Seconds since the last `lap`."""
         now = time.perf_counter()
-        work, seconds = self._work, now - self._since
-        self._work, self._since = Work(), now
-        return work, seconds
+        seconds, self._since = now - self._since, now
+        return seconds
 
     @contextmanager
     def paused(self) -> Iterator[None]:
