@@ -1,7 +1,9 @@
-"""What else could pick the blocks: controls that stand in the gate's place, under the same rules and the same budget.
+"""What else could pick the blocks: another gate, and controls that stand in its place, under the same rules and budget.
 
 Each gives every query its own block and top_k - 1 complete blocks of its document's past (first_blocks of them always
 the document's first, where that is asked for):
+    variance  those whose keys, taken as normally distributed with the block's mean and variance in each dimension, have
+            the largest expected exp(q k): MoBA's score plus softmax_scale / 2 times <q^2, variance>
     local   the latest ones: no routing at all
     random  any, drawn anew for each query and head
     oracle  those with the largest share of full attention's probability: the best that the budget allows, at the cost
@@ -24,6 +26,7 @@ from moba.routing import (
     SCORE_ELEMENTS,
     BlockLayout,
     full_precision,
+    gate_scores,
     layout_means,
     score_dtype,
     select_blocks,
@@ -53,7 +56,15 @@ def select(
     num_heads = q.shape[1]
     if gate == "mean":
         return select_blocks(q, layout_means(k, layout), layout, top_k, first_blocks)
-    if gate == "local":
+    if gate == "variance":
+        scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+        means_MGD, variances_MGD = layout_moments(k, layout)
+        variances_MGD *= scale / 2
+
+        def score(queries: slice, blocks: slice) -> torch.Tensor:
+            own = q[queries].to(means_MGD.dtype)
+            return gate_scores(own, means_MGD[blocks]) + gate_scores(own**2, variances_MGD[blocks])
+    elif gate == "local":
 
         def score(queries: slice, blocks: slice) -> torch.Tensor:
             place_m = torch.arange(blocks.start, blocks.stop, device=q.device, dtype=torch.float32)
@@ -68,10 +79,19 @@ def select(
         def score(queries: slice, blocks: slice) -> torch.Tensor:
             return block_log_mass(q[queries], k, layout, blocks, softmax_scale)
     else:
-        raise ValueError(f"gate={gate!r}: choose mean, local, random or oracle")
+        raise ValueError(f"gate={gate!r}: choose mean, variance, local, random or oracle")
     width = layout.num_keys if gate == "oracle" else layout.num_blocks
     step = max(1, SCORE_ELEMENTS // (num_heads * max(width, q.shape[2])))
     return select_by_score(score, num_heads, layout, top_k, first_blocks, step, q.device)
+
+
+@torch.no_grad()
+def layout_moments(k: torch.Tensor, layout: BlockLayout) -> tuple[torch.Tensor, torch.Tensor]:
+    """(mean, variance) of the keys of every block of the layout, per dimension, float32 [M, G, D] (float64 for float64
+    keys). Variances are those of the block, not of a population, and 0 for one key."""
+    means_MGD = layout_means(k, layout)
+    squares_MGD = layout_means(k.to(means_MGD.dtype) ** 2, layout)
+    return means_MGD, (squares_MGD - means_MGD**2).clamp_(min=0)
 
 
 @torch.no_grad()

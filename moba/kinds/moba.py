@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from moba.documents import Documents
 
 MEAN = "mean"
-GATES = (MEAN, "local", "random", "oracle")
+GATES = (MEAN, "variance", "local", "random", "oracle")
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Moba(AttentionSpec):
     """Attention to `top_k` blocks of `block_size` tokens, including the query's own block.
 
     `top_k=1` is block-local attention, and `block_size * top_k >= length` is full attention. `gate` selects the blocks:
-    "mean" is MoBA, the others are controls (moba/gates.py). The first `first_blocks` blocks of the query's document are
+    "mean" is MoBA; the others, of which most are controls, are in moba/gates.py. The first `first_blocks` blocks of the query's document are
     always selected, and `top_k` includes them, like the query's own block. 0 is MoBA as in the paper; 1 keeps the
     attention sink of a pretrained model, which a gate by block means misses.
     """
@@ -49,9 +49,9 @@ class Moba(AttentionSpec):
         "top_k": Option(int, "Blocks a query attends to, including its own; null = schedule.top_k."),
         "gate": Option(
             str,
-            "What picks the blocks of MoBA layers: `mean` (MoBA), or a control for comparison: `local` (the latest), "
-            "`random`, `oracle` (those of largest attention; costs full attention). Controls run on `torch` and "
-            "`flash`.",
+            "What picks the blocks of MoBA layers: `mean` (MoBA), `variance` (also how far keys lie from their block's "
+            "mean), or a control for comparison: `local` (the latest), `random`, `oracle` (those of largest attention; "
+            "costs full attention). Only `mean` can be exported.",
             default=MEAN,
         ),
         "first_blocks": Option(
@@ -193,7 +193,7 @@ class Moba(AttentionSpec):
 
     @property
     def export_problem(self) -> str | None:
-        return None if self.gate == MEAN else "a control gate (attention.gate)"
+        return None if self.gate == MEAN else f"attention.gate={self.gate}"
 
     def entry(self) -> list[Any]:
         return [self.name, self.block_size, self.top_k, *([self.first_blocks] if self.first_blocks else [])]

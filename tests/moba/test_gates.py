@@ -7,8 +7,8 @@ from packs import Pack, attention, documents_of, packs
 
 from moba import moba_attention
 from moba.attention import BackendUnavailable
-from moba.gates import select
-from moba.kinds import Moba, Routing
+from moba.gates import layout_moments, select
+from moba.kinds import GATES, Moba, Routing
 from moba.kv_cache import KVCache
 from moba.reference import reference_selection
 
@@ -58,12 +58,41 @@ def test_oracle_takes_the_blocks_of_largest_mass_and_local_the_latest(pack):
         assert [b for b in local[h, t, :-1].tolist() if b >= 0] == list(range(max(0, own - pack.top_k + 1), own))
 
 
+@settings(deadline=None, max_examples=20)
+@given(packs())
+def test_variance_takes_the_blocks_of_largest_score(pack):
+    """Catches variances of keys that a query cannot see or of another head or document, and those of a population."""
+    q, k, _ = pack.tensors()
+    selection = picks("variance", q, k, pack)
+    assert ((selection >= 0) == (reference_selection(q, k, **pack.options) >= 0)).all()
+    for queries, keys in ranges_of(pack):
+        for i, t in enumerate(queries):
+            own = (len(keys) - len(queries) + i) // pack.block_size
+            for h in range(q.shape[1]):
+                blocks = k[keys, h // (q.shape[1] // k.shape[1])][: own * pack.block_size].split(pack.block_size)
+                spreads = [b.var(0, correction=0) @ q[t, h] ** 2 * q.shape[2] ** -0.5 / 2 for b in blocks[:own]]
+                scores = [float(q[t, h] @ b.mean(0) + x) for b, x in zip(blocks, spreads)]
+                picked = [b for b in selection[h, t, :-1].tolist() if b >= 0]
+                best = sorted(scores, reverse=True)[: pack.top_k - 1]
+                assert sorted((scores[b] for b in picked), reverse=True) == pytest.approx(best, rel=1e-9, abs=1e-9)
+
+
+def test_variance_is_the_expected_weight_of_normal_keys():
+    """Catches a factor: of normally distributed keys, the log of the mean of exp(scale q k) is scale times the score."""
+    torch.manual_seed(0)
+    q, k = torch.randn(16, dtype=torch.float64), 0.6 * torch.randn(200_000, 16, dtype=torch.float64) + 0.3
+    means, variances = layout_moments(k[:, None], documents_of(k[:, None], k[:, None]).layout(len(k)))
+    score = q @ means[0, 0] + 16**-0.5 / 2 * (q**2 @ variances[0, 0])
+    expected = (k @ q * 16**-0.5).exp().mean().log() / 16**-0.5
+    assert score.item() == pytest.approx(expected.item(), abs=0.02) and abs(score - q @ means[0, 0]) > 0.2
+
+
 @settings(deadline=None, max_examples=10)
 @given(packs())
 def test_a_control_is_attention_to_its_own_selection(pack):
     """Catches a gate whose selection is not what is attended to, forward or backward, and one that does not repeat."""
     q, k, v = pack.tensors(requires_grad=True)
-    for gate in ("local", "random", "oracle"):
+    for gate in ("variance", "local", "random", "oracle"):
         selection = picks(gate, q, k, pack)
         assert torch.equal(selection, picks(gate, q, k, pack))
         out = moba_attention(q, k, v, **pack.options, gate=gate, backend="torch")
@@ -102,9 +131,9 @@ def test_controls_reach_layers_and_caches_and_are_refused_elsewhere():
     """Catches a spec whose gate is ignored, in packs or while decoding, and a backend that would route its own way."""
     torch.manual_seed(0)
     q, k, v = torch.randn(40, 2, 8), torch.randn(40, 2, 8), torch.randn(40, 2, 8)
-    outs = [attention(q, k, v, Moba(4, 3, gate=gate)) for gate in ("mean", "local", "random", "oracle")]
+    outs = [attention(q, k, v, Moba(4, 3, gate=gate)) for gate in GATES]
     assert all((a - b).abs().max() > 1e-3 for i, a in enumerate(outs) for b in outs[:i])
-    for gate, whole in zip(("mean", "local", "random", "oracle"), outs):
+    for gate, whole in zip(GATES, outs):
         spec, cache = Moba(4, 3, gate=gate), KVCache(1)
         parts = []
         for a, b in ((0, 25), (25, 39), (39, 40)):
