@@ -24,9 +24,9 @@ class Moba(AttentionSpec):
     """Attention to `top_k` blocks of `block_size` tokens, including the query's own block.
 
     `top_k=1` is block-local attention, and `block_size * top_k >= length` is full attention. `gate` selects the blocks:
-    "mean" is MoBA; the others, of which most are controls, are in moba/gates.py. The first `first_blocks` blocks of the query's document are
-    always selected, and `top_k` includes them, like the query's own block. 0 is MoBA as in the paper; 1 keeps the
-    attention sink of a pretrained model, which a gate by block means misses.
+    "mean" is MoBA; the others, most of them controls, are in moba/gates.py. The first `first_blocks` blocks of the
+    query's document are always selected, and `top_k` includes them, like the query's own block. 0 is MoBA as in the
+    paper; 1 keeps the attention sink of a pretrained model, which a gate by block means misses.
     """
 
     name = "moba"

@@ -78,7 +78,7 @@ def test_variance_takes_the_blocks_of_largest_score(pack):
 
 
 def test_variance_is_the_expected_weight_of_normal_keys():
-    """Catches a factor: of normally distributed keys, the log of the mean of exp(scale q k) is scale times the score."""
+    """Catches a wrong factor: for normal keys the log of the mean of exp(scale q k) is scale times the score."""
     torch.manual_seed(0)
     q, k = torch.randn(16, dtype=torch.float64), 0.6 * torch.randn(200_000, 16, dtype=torch.float64) + 0.3
     means, variances = layout_moments(k[:, None], documents_of(k[:, None], k[:, None]).layout(len(k)))
