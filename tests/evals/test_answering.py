@@ -137,3 +137,52 @@ def test_room_that_is_made_at_once_is_not_made_again(model):
         reader.read([[1] * 250, [2] * 240], SPARSE)
         reader.greedy(20, SPARSE)
         assert reader._cache[0].sequences[0].storage.capacity == expected
+
+
+def test_texts_are_those_that_transformers_writes():
+    """Catches what a comparison with this project's own passes cannot: the same weights as a Llama of transformers,
+    with grouped heads, over its cache; prompts shorter than a block and of different lengths, and answers that cross
+    blocks, under both attentions of the answer, and that end at EOS."""
+    transformers = pytest.importorskip("transformers")
+    import moba.transformers
+
+    config = transformers.LlamaConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        vocab_size=ROWS,
+        rms_norm_eps=1e-5,
+        initializer_range=0.4,
+        pad_token_id=0,
+    )
+    torch.manual_seed(5)
+    theirs = transformers.LlamaForCausalLM(config).double().eval()
+    sizes = {"hidden_size": 32, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "ffn_size": 48}
+    ours = Decoder(ModelConfig(**sizes, tie_embeddings=False), ROWS).double().eval()
+    ours.load_state_dict(theirs.state_dict())
+
+    def written(prompt, stop):
+        ids = torch.tensor([prompt])
+        options = {"max_new_tokens": 21, "do_sample": False, "eos_token_id": stop}
+        return theirs.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, len(prompt) :].tolist()
+
+    plan = (Moba(8, 2), Full(), Moba(8, 3, first_blocks=1))
+    prompts = [*PROMPTS, [3, 1, 4], [5] * 8]
+    options = {"max_new_tokens": 21, "sampling": Sampling(temperature=0), "prefill": plan, "chunk_tokens": 17}
+    found = []
+    for mode, decode in (("moba", plan), ("full", (Full(),) * 3)):
+        moba.transformers.configure(theirs, plan=plan, decode=mode)
+        want = [written(prompt, None) for prompt in prompts]
+        reader = Reader(ours, len(prompts), ROWS, chunk_tokens=50)
+        reader.read(prompts, plan)
+        assert reader.greedy(21, decode) == want
+        assert [list(generate(ours, prompt, decode=decode, **options)) for prompt in prompts] == want
+        stop = want[3][13]
+        cut = [written(prompt, stop) for prompt in prompts]
+        assert reader.greedy(21, decode, stop={stop}) == [text[:-1] if text[-1] == stop else text for text in cut]
+        assert cut != want and len({tuple(text) for text in want}) == len(prompts)
+        found.append(want)
+    assert found[0] != found[1]
