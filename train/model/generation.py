@@ -76,7 +76,7 @@ def generate(
     sampling = sampling or Sampling()
     generator = torch.Generator().manual_seed(sampling.seed)
     decode = decode or tuple(spec.dense() for spec in model.attention)
-    cache = KVCache(len(model.attention))
+    cache = KVCache(len(model.attention), capacity=len(prompt) + max_new_tokens)
     pending = torch.as_tensor(list(prompt), dtype=torch.int64)
     plan = prefill or model.attention
     for _ in range(max_new_tokens):
