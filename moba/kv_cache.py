@@ -306,6 +306,7 @@ def decode_triton(q: Tensor, sequences: Sequence[SequenceCache], documents: Docu
     assert storage.k is not None and storage.v is not None
     if not decodes(documents) or choose(kind, shape_of(q, sequences[0].k), documents).backend != "triton":
         return None
+    from moba.backends.triton_attention import device_of
     from moba.backends.triton_decode import moba_decode
 
     assert all(sequence.storage is storage for sequence in sequences)
@@ -314,11 +315,12 @@ def decode_triton(q: Tensor, sequences: Sequence[SequenceCache], documents: Docu
     means = [sequence.block_means(kind.block_size) for sequence in sequences]
     length_N = documents.key_bounds.long().diff()
     complete_N = length_N // kind.block_size
-    out, _, _ = moba_decode(
-        q, storage.k.flatten(0, 1), storage.v.flatten(0, 1), means[0] if len(means) == 1 else torch.cat(means),
-        key_start_N, length_N, complete_N.cumsum(0) - complete_N,
-        block_size=kind.block_size, top_k=kind.top_k, first_blocks=kind.first_blocks,
-    )  # fmt: skip
+    with device_of(q):
+        out, _, _ = moba_decode(
+            q, storage.k.flatten(0, 1), storage.v.flatten(0, 1), means[0] if len(means) == 1 else torch.cat(means),
+            key_start_N, length_N, complete_N.cumsum(0) - complete_N,
+            block_size=kind.block_size, top_k=kind.top_k, first_blocks=kind.first_blocks,
+        )  # fmt: skip
     return out
 
 
