@@ -32,10 +32,10 @@ HYBRID = "hybrid"
 ARMS = (OWN, HYBRID, DENSE)
 ABOUT_BESIDE = "more arms, prompt and answer with this attention, each as attention= takes it: 128x16+1,plan.yaml"
 ABOUT_ARMS = f"{OWN} (prompt and answer with the attention in force), {HYBRID} (the answer with full), {DENSE}"
-BATCH_TOKENS, MOST_BATCH_TOKENS = 1 << 16, 1 << 18
-"""Prompt tokens that are cached at a time, or one prompt where that is longer; more, up to the second, where the cache
-then takes CACHE_SHARE of the GPU's memory beside the weights at most."""
+BATCH_TOKENS, BATCH_TOKENS_CUDA = 1 << 16, 1 << 18
+"""Prompt tokens that are cached at a time, or one prompt where that is longer, on the CPU and on a GPU at most."""
 CACHE_SHARE = 0.5
+"""Of the GPU's memory beside the weights, which the cache may take."""
 READ_TOKENS, READ_TOKENS_CUDA = 1 << 14, 1 << 16
 """Tokens of all texts together in a pass over prompts, on the CPU and on a GPU."""
 SCORED_TOKENS = 2048
@@ -125,7 +125,7 @@ def batch_tokens(context: Context) -> int:
     bytes_each = sum(2 * layer.k_proj.out_features * layer.k_proj.weight.element_size() for layer in layers)
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     fit = int(CACHE_SHARE * (torch.cuda.get_device_properties(device).total_memory - weights) / bytes_each)
-    tokens = torch.tensor(max(BATCH_TOKENS, min(fit, MOST_BATCH_TOKENS)), device=device)
+    tokens = torch.tensor(max(1, min(fit, BATCH_TOKENS_CUDA)), device=device)
     return int(context.reduce(tokens)) // context.world_size
 
 
@@ -135,13 +135,13 @@ class Reader:
     def __init__(
         self, model: Decoder, number: int, vocab_size: int, capacity: int = 0, chunk_tokens: int | None = None
     ):
-        """`vocab_size`: ids from there on are never written; `capacity`: tokens of the longest text with its answer, as
-        far as they are known, which saves memory; `chunk_tokens`: read at a time, of all texts together, which changes
-        nothing but the memory (None: as the device can)."""
+        """`vocab_size`: ids from there on are never written; `capacity`: tokens of the longest text and of the longest
+        answer together, as far as they are known, which saves memory; `chunk_tokens`: read at a time, of all texts
+        together, which changes nothing but the memory (None: as the device can)."""
         self._model, self._vocab_size, self._number = model, vocab_size, number
         self._device = model.model.embed_tokens.weight.device
         self._chunk = chunk_tokens or (READ_TOKENS_CUDA if self._device.type == "cuda" else READ_TOKENS)
-        self._cache = KVCache(len(model.attention), number, capacity=max(capacity, MIN_CAPACITY))
+        self._cache = KVCache(len(model.attention), number, capacity=capacity or MIN_CAPACITY)
         self._scores_NV: Tensor | None = None
         """Of the next token of each text."""
 
@@ -213,6 +213,9 @@ class Reader:
         to each text; the texts stay as they are. As many answers as SCORED_TOKENS allow are read in one pass."""
         longest = max(len(answer) for own in answers for answer in own)
         at_once = SCORED_TOKENS // (self._number * max(1, longest))
+        limit = self._model.rope.longest
+        if limit is not None and max(self._cache.lengths) + longest > limit:
+            at_once = 0  # what is filled up would have no positions
         ways = list(zip_longest(*answers, fillvalue=()))
         if at_once:
             batches = [ways[i : i + at_once] for i in range(0, len(ways), at_once)]

@@ -28,6 +28,9 @@ from evals.answering import Arm, Reader, batch_tokens
 from evals.context import Context
 from evals.ledger import Ledger
 
+BATCH_TEXTS = 256
+"""Texts of a batch, at most: each has scores over the whole vocabulary, and work of its own in every pass."""
+
 
 class RunLM(TemplateLM):
     """A run's model under one arm."""
@@ -104,7 +107,8 @@ class RunLM(TemplateLM):
 
     def _read_answers(self, asked: Sequence[tuple[tuple[int, ...], list[tuple[int, ...]]]], rows: int) -> None:
         """Puts (log-likelihood, whether greedy) of answers behind their contexts into the ledger."""
-        capacity = max(len(context) + max(map(len, answers)) for context, answers in asked)
+        # The longest answer's room behind every context: shorter answers are filled up.
+        capacity = max(len(c) for c, _ in asked) + max(len(a) for _, answers in asked for a in answers)
         reader = Reader(self._context.model, len(asked), rows, capacity)
         reader.read([context for context, _ in asked], self._arm.prefill)
         scores = reader.score([answers for _, answers in asked], self._arm.decode)
@@ -136,7 +140,8 @@ class RunLM(TemplateLM):
             until, length = handle_stop_sequences(options.get("until"), eos=None), options["max_gen_toks"]
             if length >= self.max_length:
                 raise ValueError(f"answers of {length} tokens leave no room for a context in {self.max_length}")
-            prompts = [self.tok_encode(requests[i].args[0])[-(self.max_length - length) :] for i in indices]
+            encoded = [self.tok_encode(requests[i].args[0]) or [self.prefix_token_id] for i in indices]
+            prompts = [prompt[-(self.max_length - length) :] for prompt in encoded]
             self.lengths += [len(prompt) + length for prompt in prompts]
             for i, written in zip(indices, self._written(prompts, until, length)):
                 text = postprocess_generated_text(self._tokens.decode(written), until, None)
@@ -169,7 +174,8 @@ class RunLM(TemplateLM):
         """Indices of texts of these lengths that this process reads together, long ones first."""
         batches: list[list[int]] = []
         for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-            if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= self._batch_tokens:
+            number = len(batches[-1]) + 1 if batches else 0
+            if batches and number <= BATCH_TEXTS and lengths[batches[-1][0]] * number <= self._batch_tokens:
                 batches[-1].append(i)
             else:
                 batches.append([i])

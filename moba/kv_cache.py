@@ -203,17 +203,22 @@ class LayerCache:
         return torch.cat(outs)
 
     def convolve(self, convolution: KeyConvolution, k_TC: Tensor, documents: Documents) -> Tensor:
-        """The key convolution of new tokens, [T, G * D], where each sequence's follow those it has seen before."""
-        bounds = self._bounds(documents)
-        outs = [k_TC[:0]]
-        for sequence, start, stop in zip(self.sequences * self.ways, bounds, bounds[1:]):
-            if stop > start:
-                known = [k_TC[:0] if sequence.key_tail is None else sequence.key_tail, k_TC[start:stop]]
-                joined_SC = torch.cat(known)
-                outs.append(convolution(joined_SC)[known[0].shape[0] :])
-                if self.ways == 1:
-                    sequence.key_tail = joined_SC[1 - len(convolution.weight) :].clone()  # not a view of the chunk
-        return torch.cat(outs)
+        """The key convolution of new tokens, [T, G * D], where each sequence's follow those it has seen before; in one
+        call for all."""
+        self._bounds(documents)
+        lengths, sequences = documents.host_lengths()[0], self.sequences * self.ways
+        tails = [k_TC[:0] if sequence.key_tail is None else sequence.key_tail for sequence in sequences]
+        joined_SC = torch.cat([part for pair in zip(tails, k_TC.split(lengths)) for part in pair])
+        sizes = tuple(len(tail) + length for tail, length in zip(tails, lengths))
+        ends = list(accumulate(sizes))
+        out_SC = convolution(joined_SC, last_tokens(sizes, sizes, k_TC.device).offsets())
+        if self.ways == 1:
+            kept = [min(size, convolution.reach) for size in sizes]
+            # A copy: the rows of a view would keep the whole chunk.
+            kept_SC = joined_SC[_last_rows(tuple(ends), tuple(kept), k_TC.device)]
+            for sequence, tail in zip(sequences, kept_SC.split(kept)):
+                sequence.key_tail = tail
+        return out_SC[_last_rows(tuple(ends), tuple(lengths), k_TC.device)]
 
     def _bounds(self, documents: Documents) -> list[int]:
         if documents.number != len(self.sequences) * self.ways:
@@ -299,6 +304,12 @@ def _slots(
     return torch.cat(parts).to(device, non_blocking=True)
 
 
+def _last_rows(ends: tuple[int, ...], counts: tuple[int, ...], device: torch.device) -> Tensor:
+    """int64: so many rows before each of these ends."""
+    starts = tuple(end - count for end, count in zip(ends, counts))
+    return _slots((0,) * len(ends), starts, ends, 0, device)
+
+
 def decode_triton(q: Tensor, sequences: Sequence[SequenceCache], documents: Documents, kind: Moba) -> Tensor | None:
     """`decode_moba` by the Triton kernels, all sequences at once where they lie; None where they cannot run or another
     backend was requested."""
@@ -306,6 +317,7 @@ def decode_triton(q: Tensor, sequences: Sequence[SequenceCache], documents: Docu
     assert storage.k is not None and storage.v is not None
     if not decodes(documents) or choose(kind, shape_of(q, sequences[0].k), documents).backend != "triton":
         return None
+    from moba.backends.triton_attention import device_of
     from moba.backends.triton_decode import moba_decode
 
     assert all(sequence.storage is storage for sequence in sequences)
@@ -314,11 +326,12 @@ def decode_triton(q: Tensor, sequences: Sequence[SequenceCache], documents: Docu
     means = [sequence.block_means(kind.block_size) for sequence in sequences]
     length_N = documents.key_bounds.long().diff()
     complete_N = length_N // kind.block_size
-    out, _, _ = moba_decode(
-        q, storage.k.flatten(0, 1), storage.v.flatten(0, 1), means[0] if len(means) == 1 else torch.cat(means),
-        key_start_N, length_N, complete_N.cumsum(0) - complete_N,
-        block_size=kind.block_size, top_k=kind.top_k, first_blocks=kind.first_blocks,
-    )  # fmt: skip
+    with device_of(q):
+        out, _, _ = moba_decode(
+            q, storage.k.flatten(0, 1), storage.v.flatten(0, 1), means[0] if len(means) == 1 else torch.cat(means),
+            key_start_N, length_N, complete_N.cumsum(0) - complete_N,
+            block_size=kind.block_size, top_k=kind.top_k, first_blocks=kind.first_blocks,
+        )  # fmt: skip
     return out
 
 

@@ -19,6 +19,7 @@ class Copier:
 
     def __init__(self, answer, plan=PLAN):
         self.attention, self.answer, self.passes, self.seen = tuple(plan), answer, 0, {}
+        self.rope = SimpleNamespace(longest=None)
         self.model = SimpleNamespace(embed_tokens=SimpleNamespace(weight=torch.zeros(1)))
 
     def set_attention(self, plan):

@@ -1,12 +1,15 @@
 """evals/answering.py: prompts read and answered side by side against one at a time, and against one forward pass."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 import evals.answering
 import moba.kv_cache
 from conf.schema import ModelConfig
-from evals.answering import Reader
+from evals.answering import Reader, batch_tokens
+from evals.context import Context
 from moba.documents import Documents
 from moba.kinds import Full, Moba, Sliding
 from train.model.decoder import Decoder
@@ -132,8 +135,86 @@ def test_what_is_written_is_looked_at_now_and_then(model, monkeypatch):
 
 def test_room_that_is_made_at_once_is_not_made_again(model):
     """Catches a cache that is copied, and doubled, for an answer whose length was known."""
-    for capacity, expected in ((400, 400), (0, 512)):
+    for length, capacity, expected in ((250, 400, 400), (250, 0, 512), (30, 50, 50)):
         reader = Reader(model, 2, VOCAB, capacity)
-        reader.read([[1] * 250, [2] * 240], SPARSE)
+        reader.read([[1] * length, [2] * 24], SPARSE)
         reader.greedy(20, SPARSE)
         assert reader._cache[0].sequences[0].storage.capacity == expected
+
+
+@pytest.mark.parametrize(("spare", "expected"), [(80e9, 1 << 18), (8e9, 31_250), (1e5, 1), (-1e9, 1)])
+def test_a_batch_fits_the_gpu(monkeypatch, spare, expected):
+    """Catches a cache that takes more than its share of a small GPU, or of one that the weights alone fill: two layers
+    of 2 key/value heads of size 4000 in float32 take 128 KB a token."""
+    sizes = {"hidden_size": 4, "num_layers": 2, "num_heads": 2, "num_kv_heads": 2, "head_dim": 4000, "ffn_size": 4}
+    model = Decoder(ModelConfig(**sizes), 2)
+    weights = sum(4 * parameter.numel() for parameter in model.parameters())
+    memory = weights + int(spare)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=memory))
+    assert batch_tokens(Context(model, "cuda")) == expected
+    assert batch_tokens(Context(model, "cpu")) == 1 << 16
+
+
+def test_filling_up_does_not_leave_the_positions():
+    """Catches short answers behind a long text that are filled up to where the model has no positions."""
+    sizes = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "head_dim": 16, "ffn_size": 48}
+    scaling = {"rope_type": "dynamic", "factor": 2.0}
+    model = Decoder(ModelConfig(**sizes, rope_scaling=scaling, pretrained_length=64), ROWS).eval().double()
+    model.init_weights(1)
+    model.set_attention(SPARSE)
+    texts, answers = [[1] * 62, [2] * 9], [[[3, 4], [5]], [[6] * 40, [7]]]
+    reader = Reader(model, 2, VOCAB)
+    reader.read(texts, SPARSE)
+    for text, own, values in zip(texts, answers, reader.score(answers, SPARSE)):
+        for answer, (value, _) in zip(own, values):
+            log_probs = forward(model, text + answer)[len(text) - 1 : -1]
+            assert value == pytest.approx(float(log_probs[range(len(answer)), answer].sum()), abs=1e-5)
+
+
+def test_texts_are_those_that_transformers_writes():
+    """Catches what a comparison with this project's own passes cannot: the same weights as a Llama of transformers,
+    with grouped heads, over its cache; prompts shorter than a block and of different lengths, and answers that cross
+    blocks, under both attentions of the answer, and that end at EOS."""
+    transformers = pytest.importorskip("transformers")
+    import moba.transformers
+
+    config = transformers.LlamaConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        vocab_size=ROWS,
+        rms_norm_eps=1e-5,
+        initializer_range=0.4,
+        pad_token_id=0,
+    )
+    torch.manual_seed(5)
+    theirs = transformers.LlamaForCausalLM(config).double().eval()
+    sizes = {"hidden_size": 32, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "ffn_size": 48}
+    ours = Decoder(ModelConfig(**sizes, tie_embeddings=False), ROWS).double().eval()
+    ours.load_state_dict(theirs.state_dict())
+
+    def written(prompt, stop):
+        ids = torch.tensor([prompt])
+        options = {"max_new_tokens": 21, "do_sample": False, "eos_token_id": stop}
+        return theirs.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, len(prompt) :].tolist()
+
+    plan = (Moba(8, 2), Full(), Moba(8, 3, first_blocks=1))
+    prompts = [*PROMPTS, [3, 1, 4], [5] * 8]
+    options = {"max_new_tokens": 21, "sampling": Sampling(temperature=0), "prefill": plan, "chunk_tokens": 17}
+    found = []
+    for mode, decode in (("moba", plan), ("full", (Full(),) * 3)):
+        moba.transformers.configure(theirs, plan=plan, decode=mode)
+        want = [written(prompt, None) for prompt in prompts]
+        reader = Reader(ours, len(prompts), ROWS, chunk_tokens=50)
+        reader.read(prompts, plan)
+        assert reader.greedy(21, decode) == want
+        assert [list(generate(ours, prompt, decode=decode, **options)) for prompt in prompts] == want
+        stop = want[3][13]
+        cut = [written(prompt, stop) for prompt in prompts]
+        assert reader.greedy(21, decode, stop={stop}) == [text[:-1] if text[-1] == stop else text for text in cut]
+        assert cut != want and len({tuple(text) for text in want}) == len(prompts)
+        found.append(want)
+    assert found[0] != found[1]

@@ -12,6 +12,7 @@ import yaml
 from launch_runs import END
 from PIL import Image
 
+import evals.answering
 from data.tokenizer import load_tokenizer
 from evals import lm_eval as our_lm_eval
 from evals.answering import Arm, Reader
@@ -234,6 +235,34 @@ def test_mistakes_are_refused_by_name(whole, folder, argument, words, capsys):
         main([f"run={whole}", "device=cpu", "evals=[lm_eval]", argument, *more])
     said = capsys.readouterr().err
     assert stopped.value.code == 2 and words in said and "Traceback" not in said, said
+
+
+@needs_package
+def test_batches_fit_the_room(whole, monkeypatch):
+    """Catches a cache that doubles behind the longest context when a shorter one's answer is longer, thousands of short
+    texts in a batch, and a prompt without a token."""
+    from lm_eval.api.instance import Instance
+
+    from evals.lm_eval_model import RunLM
+
+    caches, make = [], evals.answering.KVCache
+    monkeypatch.setattr(
+        evals.answering, "KVCache", lambda *given, **more: caches.append(make(*given, **more)) or caches[-1]
+    )
+    trained = load_trained(whole, "cpu")
+    plan = attention_plan("moba", trained)
+    model = RunLM(
+        Context(trained.model, "cpu"), Arm("x", plan, plan), load_tokenizer(trained.config.data.tokenizer), 512, Kept()
+    )
+    pairs = [("a" * 400, "b"), ("a" * 100, "b" * 40)]
+    model.loglikelihood([Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)])
+    room = len(model.tok_encode("a" * 400)) + len(model.tok_encode("b" * 40, add_special_tokens=False))
+    assert [layer.sequences[0].storage.capacity for layer in caches[0].layers] == [room] * len(plan)
+    sizes = [len(batch) for batch in model._batches([3] * 600 + [200] * 3, "texts")]
+    assert sizes == [256, 256, 91]
+    options = {"until": ["e "], "max_gen_toks": 3}
+    texts = [Instance("generate_until", {}, (text, options), i) for i, text in enumerate(("", "It was"))]
+    assert len(model.generate_until(texts[:1])) == 1 and len(model.generate_until(texts)) == 2
 
 
 def test_answers_read_in_parts_score_the_same(whole, monkeypatch):

@@ -135,6 +135,21 @@ def test_cached_sequences_equal_one_pass(spec, rope):
 
 
 @torch.no_grad()
+def test_sequences_of_a_cache_are_convolved_together():
+    """Catches a convolution for each sequence, whose launches are the time of a step on a GPU, and a past that keeps
+    the chunk it came from in memory."""
+    layer, cache, calls = make_layer(width=3), KVCache(1, num_sequences=3), []
+    layer.k_conv.register_forward_hook(lambda *_: calls.append(1))
+    for step in ([500, 0, 2], [1, 1, 1], [0, 5, 0]):
+        positions = torch.cat([torch.arange(start, start + n) for start, n in zip(cache.lengths, step)])
+        layer(random(sum(step), HIDDEN), *angles_at(positions), Documents.from_lengths(step), cache[0])
+        tails = [sequence.key_tail for sequence in cache[0].sequences]
+        assert [len(tail) for tail in tails] == [min(length, 2) for length in cache.lengths]
+        assert max(tail.untyped_storage().nbytes() for tail in tails) <= 6 * KV_HEADS * HEAD_DIM * 8
+    assert len(calls) == 3
+
+
+@torch.no_grad()
 def test_windows_stay_when_decoding_is_dense():
     """Catches decode="full", which is meant for MoBA layers, opening the window of a sliding one, and a window's end
     off by one where a single token is decoded."""

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import train.model.generation
 from conf.schema import ModelConfig
 from data.tokenizer import load_tokenizer
 from moba.documents import Documents
@@ -40,6 +41,16 @@ def make_prompt(length=LENGTH, seed=0):
 def whole(model, ids):
     """Scores [T, V] of one forward pass without a cache."""
     return model.logits(torch.tensor(ids), torch.arange(len(ids)), Documents.from_lengths([len(ids)]))
+
+
+def test_room_for_a_long_prompt_is_made_once(model, monkeypatch):
+    """Catches a cache of up to twice the text's length, which is copied each time it doubles."""
+    caches, make = [], train.model.generation.KVCache
+    monkeypatch.setattr(
+        train.model.generation, "KVCache", lambda *given, **more: caches.append(make(*given, **more)) or caches[-1]
+    )
+    list(generate(model, make_prompt(300), max_new_tokens=5, chunk_tokens=100))
+    assert [layer.sequences[0].storage.capacity for layer in caches[0].layers] == [305] * 3
 
 
 @pytest.mark.parametrize("chunk_tokens", [7, 1000])

@@ -66,7 +66,8 @@ def generate(
     `prompt`: at least one id (BOS where the model was trained with it). `vocab_size`: ids from there on are never
     sampled; embeddings may have more rows than the tokenizer has ids. `prefill`: the attention of each layer while the
     prompt is read, None: the model's; `decode`: for new tokens, None: the model's with full attention in place of MoBA.
-    The model has its own attention whenever this yields. The prompt is read `chunk_tokens` at a time, to save memory.
+    The model has its own attention whenever this yields. The prompt is read `chunk_tokens` at a time, to save memory;
+    room for it and all new tokens is made at once.
     The same seed and logits give the same tokens. ValueError for arguments out of range.
     """
     if len(prompt) == 0:
@@ -76,7 +77,7 @@ def generate(
     sampling = sampling or Sampling()
     generator = torch.Generator().manual_seed(sampling.seed)
     decode = decode or tuple(spec.dense() for spec in model.attention)
-    cache = KVCache(len(model.attention))
+    cache = KVCache(len(model.attention), capacity=len(prompt) + max_new_tokens)
     pending = torch.as_tensor(list(prompt), dtype=torch.int64)
     plan = prefill or model.attention
     for _ in range(max_new_tokens):
