@@ -250,13 +250,13 @@ def blocks(figure: SubFigure, record: Record) -> None:
     for axes, ((length, arm, _), rows) in zip(grid.flat, sorted(groups.items(), key=lambda group: group[0][0])):
         prepared(axes, f"trained with {shown(arm)}, {format_length(-length)} tokens", "")
         sizes = np.array([row["block_size"] for row in rows], dtype=float)
-        for i, name in enumerate(("oracle", "moba", "random", "local")):
+        for place, (name, i) in enumerate(GATES.items()):
             share = np.array([row["right"][name]["far"] for row in rows])
             low, high = np.array([row["right"][name]["far_interval_95"] for row in rows]).T
             bars = np.clip([share - low, high - share], 0, None)
             label = f"right answers, {LABELS['mean' if name == 'moba' else name]}"
             style = {"color": color(i), "marker": marker(i), "markersize": 4, "capsize": 2, "label": label}
-            axes.errorbar(sizes * 1.03 ** (i - 1.5), share, yerr=bars, linewidth=1, **style)
+            axes.errorbar(sizes * 1.03 ** (place - 1.5), share, yerr=bars, linewidth=1, **style)
         axes.plot(sizes, [row["hit"] for row in rows], "kx", markersize=7, label="block of the evidence picked")
         axes.plot(sizes, [row["model_hit"] for row in rows], "k--", label="the same by the model, ratio measured")
         label = "the same, ratio of the smallest blocks by sqrt(1 / size)"
@@ -265,12 +265,16 @@ def blocks(figure: SubFigure, record: Record) -> None:
         names = [f"{row['block_size']}x{row['picks'] + 1}" for row in rows]
         axes.set_xticks(sizes, names, fontsize="small")
         axes.set_xticks([], minor=True)
+        axes.set_xlabel("block size x top_k", fontsize="small")
         axes.set_ylim(-0.02, 1.05)
     for axes in grid.flat[len(groups) :]:
         axes.remove()
     figure.supylabel("share of far answers (bars: 95 %)", fontsize="medium")
-    figure.supxlabel("block size x top_k", fontsize="medium")
     figure.legend(*grid.flat[0].get_legend_handles_labels(), fontsize="small", loc="outside lower center", ncols=3)
+
+
+GATES = {"oracle": 0, "moba": 1, "random": 2, "local": 4}
+"""Those of evals/swap.py, with the number of their colour: black is the model's."""
 
 
 def by_block_size(record: Record) -> list[Record]:
