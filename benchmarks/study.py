@@ -122,7 +122,7 @@ def main() -> None:
         check(command, chosen)
         run_all(command, tasks, began)
     found = [one for task in tasks for one in measured(command, *task)]
-    record = {"study": name, "about": study.about, **origin(arguments, values.get("commit")), "seeds": seeds}
+    record = {"study": name, "about": study.about, **origin([name, *arguments], values.get("commit")), "seeds": seeds}
     if not study.panels:
         folders = {task: command.folder(*task) for task in tasks}
         record |= small_results.collect(folders, found, values["cluster"])
