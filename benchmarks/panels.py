@@ -15,6 +15,7 @@ from matplotlib.figure import Figure, SubFigure
 from benchmarks.common import row_table
 from conf.numbers import format_count, format_length
 from evals.figures import length_axis, mark_dense, token_axis
+from evals.routing_numbers import model_hit_rate
 from evals.style import LOSS, POSITION, color, look, marker, save
 
 Record = Mapping[str, Any]
@@ -22,7 +23,8 @@ Record = Mapping[str, Any]
 
 def draw(record: Record, panels: Sequence[str], path: Path) -> None:
     """The study's panels beside each other, with what it is and where it was measured."""
-    figure = Figure(figsize=(1.5 + 5.5 * sum(WIDTHS.get(name, 1) for name in panels), 5), layout="constrained")
+    height = max(HEIGHTS.get(name, 5) for name in panels)
+    figure = Figure(figsize=(1.5 + 5.5 * sum(WIDTHS.get(name, 1) for name in panels), height), layout="constrained")
     parts = figure.subfigures(1, len(panels), squeeze=False, width_ratios=[WIDTHS.get(name, 1) for name in panels])[0]
     for part, name in zip(parts, panels):
         PANELS[name](part, record)
@@ -238,6 +240,65 @@ def gates(figure: SubFigure, record: Record) -> None:
     axes.set_xlabel("minus full attention (nats per token, log scale; bars: 95 %)")
 
 
+def blocks(figure: SubFigure, record: Record) -> None:
+    """Right answers of far evidence over block size at an equal share of the keys, beside how often the gate picks the
+    block of the evidence and how often the signal-to-noise model says it does; an axes per training and length."""
+    groups: dict[tuple, list[Record]] = {}
+    for row in by_block_size(record):
+        groups.setdefault((-row["seq_len"], row["arm"], row["seed"]), []).append(row)
+    grid = figure.subplots(-(-len(groups) // 3), 3, squeeze=False, sharey=True)
+    for axes, ((length, arm, _), rows) in zip(grid.flat, sorted(groups.items(), key=lambda group: group[0][0])):
+        prepared(axes, f"trained with {shown(arm)}, {format_length(-length)} tokens", "")
+        sizes = np.array([row["block_size"] for row in rows], dtype=float)
+        for place, (name, i) in enumerate(GATES.items()):
+            share = np.array([row["right"][name]["far"] for row in rows])
+            low, high = np.array([row["right"][name]["far_interval_95"] for row in rows]).T
+            bars = np.clip([share - low, high - share], 0, None)
+            label = f"right answers, {LABELS['mean' if name == 'moba' else name]}"
+            style = {"color": color(i), "marker": marker(i), "markersize": 4, "capsize": 2, "label": label}
+            axes.errorbar(sizes * 1.03 ** (place - 1.5), share, yerr=bars, linewidth=1, **style)
+        axes.plot(sizes, [row["hit"] for row in rows], "kx", markersize=7, label="block of the evidence picked")
+        axes.plot(sizes, [row["model_hit"] for row in rows], "k--", label="the same by the model, ratio measured")
+        label = "the same, ratio of the smallest blocks by sqrt(1 / size)"
+        axes.plot(sizes, [row["scaled_hit"] for row in rows], "k:", label=label)
+        axes.set_xscale("log", base=2)
+        names = [f"{row['block_size']}x{row['picks'] + 1}" for row in rows]
+        axes.set_xticks(sizes, names, fontsize="small")
+        axes.set_xticks([], minor=True)
+        axes.set_xlabel("block size x top_k", fontsize="small")
+        axes.set_ylim(-0.02, 1.05)
+    for axes in grid.flat[len(groups) :]:
+        axes.remove()
+    figure.supylabel("share of far answers (bars: 95 %)", fontsize="medium")
+    figure.legend(*grid.flat[0].get_legend_handles_labels(), fontsize="small", loc="outside lower center", ncols=3)
+
+
+GATES = {"oracle": 0, "moba": 1, "random": 2, "local": 4}
+"""Those of evals/swap.py, with the number of their colour: black is the model's."""
+
+
+def by_block_size(record: Record) -> list[Record]:
+    """A row per evaluation with `evidence`, block sizes ascending within an arm, seed and length. It has the numbers of
+    the head whose gate finds the evidence best, `block_size`, and two hit rates of the model: `model_hit` for the
+    head's own ratio, `scaled_hit` for that of the smallest blocks, which the model lets fall with the root of the size.
+    """
+    groups: dict[tuple, list[dict]] = {}
+    for row in record["measured"]:
+        size = int(row["attention"].split()[-1].partition("x")[0])
+        groups.setdefault((row["arm"], row["seed"], row["seq_len"]), []).append(dict(row) | {"block_size": size})
+    found = []
+    for rows in groups.values():
+        rows.sort(key=lambda row: row["block_size"])
+        best = int(np.argmax(np.sum([[head["hit"] for head in row["evidence"]] for row in rows], axis=0)))
+        first = rows[0]["evidence"][best]["snr"]
+        for row in rows:
+            own = row["evidence"][best]
+            snr = first * (rows[0]["block_size"] / row["block_size"]) ** 0.5
+            scaled = float(model_hit_rate(snr, own["candidates"], own["picks"]))
+            found.append(row | own | {"scaled_snr": snr, "scaled_hit": scaled})
+    return found
+
+
 LABELS = {"mean": "MoBA's gate", "local": "latest blocks", "random": "random blocks", "oracle": "best blocks"}
 LABELS |= {"moba": "MoBA", "full": "full attention"}
 
@@ -247,9 +308,10 @@ def shown(name: str) -> str:
     return LABELS.get(name, name.replace("moba", "MoBA"))
 
 
-WIDTHS = {"stages": 2.4, "recall": 1.5, "needle": 2.4}
+WIDTHS = {"stages": 2.4, "recall": 1.5, "needle": 2.4, "blocks": 2.2}
+HEIGHTS = {"blocks": 8.5}
 PANELS: dict[str, Callable[[SubFigure, Record], None]] = {
-    f.__name__: f for f in (training, difference, stages, trailing, speed, layers, recall, needle, gates)
+    f.__name__: f for f in (training, difference, stages, trailing, speed, layers, recall, needle, gates, blocks)
 }
 
 
@@ -260,7 +322,7 @@ def table(record: Record) -> list[str]:
     """Markdown: where it was measured, and what was; of losses by position the last."""
     about = [({"arm": run["arm"], "seed": run["seed"]}, run) for run in record["runs"]]
     parts = {
-        "measured": [row for row in record["measured"] if "settings" not in row],
+        "measured": [_without(row, "evidence") for row in record["measured"] if "settings" not in row],
         "settings": [setting for row in record["measured"] for setting in row.get("settings", ())],
         "differences": record.get("differences", ()),
         "held out, in the end": [arm | run["held_out"][-1] for arm, run in about if run["held_out"]],
@@ -268,6 +330,10 @@ def table(record: Record) -> list[str]:
         "switches": record.get("switches", ()),
     }
     return tables(record, parts)
+
+
+def _without(row: Record, key: str) -> Record:
+    return {name: value for name, value in row.items() if name != key}
 
 
 def tables(record: Record, parts: Mapping[str, Sequence[Record]]) -> list[str]:

@@ -111,6 +111,9 @@ MQAR = (
     "eval.documents=64 eval.every_tokens=5% logging.every_tokens=100K"
 )
 OF_SPARSE = "schedule=moba_only schedule.stages.sparse.attention"
+# An eighth of the keys in blocks of several sizes: at the length of training, and where there is room for large blocks.
+IN_256 = tuple(f"recall samples=128 attention={size}x{32 // size}" for size in (2, 4, 8, 16))
+IN_2K = tuple(f"recall samples=48 attention={size}x{256 // size} seq_len=2K" for size in (8, 16, 32, 64, 128))
 
 
 # -------------------- retrieval in a small model
@@ -314,6 +317,18 @@ STUDIES: dict[str, Study] = {
         panels=("training", "recall"),
         evals=("recall samples=256 attention=8x4",),
         seeds=3,
+    ),
+    "mqar_blocks": Study(
+        "Multi-query recall by block size, a query attending to an eighth of the keys",
+        MQAR,
+        {
+            "full": Arm("schedule=full_only", evals=(*IN_256, *IN_2K)),
+            "moba 8x4": Arm("schedule=moba_only", evals=(*IN_256, *IN_2K)),
+            "moba 4x8": Arm("schedule=moba_only schedule.block_size=4 schedule.top_k=8"),
+            "moba 16x2": Arm("schedule=moba_only schedule.block_size=16 schedule.top_k=2"),
+        },
+        panels=("blocks",),
+        evals=IN_256,
     ),
     "retrieval": Study(
         "A needle grid at 8K after training on retrieval, from the same start at 2K",

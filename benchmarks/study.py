@@ -16,6 +16,7 @@ Documents are averaged over seeds before they are compared; the differences of s
 from __future__ import annotations
 
 import json
+import platform
 import re
 import shlex
 import shutil
@@ -121,7 +122,7 @@ def main() -> None:
         check(command, chosen)
         run_all(command, tasks, began)
     found = [one for task in tasks for one in measured(command, *task)]
-    record = {"study": name, "about": study.about, **origin(arguments, values.get("commit")), "seeds": seeds}
+    record = {"study": name, "about": study.about, **origin([name, *arguments], values.get("commit")), "seeds": seeds}
     if not study.panels:
         folders = {task: command.folder(*task) for task in tasks}
         record |= small_results.collect(folders, found, values["cluster"])
@@ -287,7 +288,8 @@ def collect(command: Command, tasks: Sequence[Task], found: Sequence[Measured]) 
     runs = [{"arm": name, "seed": seed, **of_run(records)} for (name, seed), records in metrics.items()]
     measured = [{"arm": name, "seed": seed, "eval": line, **READ[line.split()[0]](p)} for name, seed, line, p in found]
     devices = {read_json(path)["device"] for *_, path in found} | {run["device"] for run in runs}
-    record = {"device": ", ".join(sorted(devices)), "runs": runs, "measured": measured}
+    hardware = {f"{platform.machine()} CPU" if device == "cpu" else device for device in devices}
+    record = {"device": ", ".join(sorted(hardware)), "runs": runs, "measured": measured}
     if study.reference:
         losses = [(name, seed, line, path) for name, seed, line, path in found if line.startswith("position_loss")]
         record["differences"] = list(differences(losses, study.reference))

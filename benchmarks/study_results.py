@@ -49,11 +49,18 @@ def of_position_loss(path: Path) -> dict:
 
 
 def of_recall(path: Path) -> dict:
-    """Of an evaluation: the share of right answers under each attention, of all and of far evidence."""
+    """Of an evaluation: the share of right answers under each attention, of all and of far evidence, and what each gate
+    does with the evidence."""
     record = read_json(path)
     (task,) = record["tasks"].values()
-    right = {row["attention"]: {key: row[key]["accuracy"] for key in ("all", "far")} for row in task["variants"]}
-    return {"tokens": record["tokens"], "attention": record["attention"], "right": right}
+    right = {
+        row["attention"]: {key: row[key]["accuracy"] for key in ("all", "far")}
+        | {"far_interval_95": row["far"]["interval_95"]}
+        for row in task["variants"]
+    }
+    about = {"tokens": record["tokens"], "attention": record["attention"], "seq_len": task["task"]["length"]}
+    answers = task["variants"][0]["far"]["answers"]
+    return about | {"far_answers": answers, "right": right, "evidence": task["evidence"]}
 
 
 def of_sweep(path: Path) -> dict:

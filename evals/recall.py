@@ -3,7 +3,8 @@
 Scored with teacher forcing, in one pass per document: an answer counts if each of its tokens is the most likely one,
 which is equivalent to greedy decoding with the same attention giving it. `far` answers are those whose evidence lies
 `top_k` blocks back or more and not in a block that is always attended (first_blocks), where only the gate can reach it;
-the control gates of moba/gates.py say whether it did. A setting tests the gate only with many blocks of which few are
+the control gates of moba/gates.py say whether it did. How often each head's gate picks that block is reported beside
+what FlashMoBA's signal-to-noise model expects. A setting tests the gate only with many blocks of which few are
 attended: otherwise random blocks do as well.
 
 Shapes: N documents, A answers of a document (padded with NaN), W variants of attention.
@@ -11,7 +12,7 @@ Shapes: N documents, A answers of a document (padded with NaN), W variants of at
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,10 +29,12 @@ from evals.context import Context
 from evals.page import image
 from evals.page import table as html_table
 from evals.protocol import Eval, Job, Result, names
-from evals.recall_report import RecallReport, draw_recall, table
+from evals.recall_report import EVIDENCE, Gates, RecallReport, draw_recall, table
+from evals.routing import observed
+from evals.routing_numbers import evidence_blocks
 from evals.swap import VARIANTS, under, variant
 from moba.documents import Documents
-from moba.kinds import Full
+from moba.kinds import AttentionSpec, Full, Moba
 from train.model.decoder import Decoder
 
 
@@ -47,11 +50,16 @@ def recall(
     variants = (Full.name,) if routing is None else variants
     documents = [source.sample(i) for i in range(count)]
     width = max(len(document.answers) for document in documents)
+    layers = [i for i, spec in enumerate(plan) if spec.routing is not None]
     sums = torch.zeros(2, len(variants), count, width, dtype=torch.float64, device=context.device)
+    shape = (len(EVIDENCE), len(layers), model.config.num_heads, count, width)
+    gate_sums = torch.zeros(shape, dtype=torch.float64, device=context.device)
     for w, name in enumerate(variants):
         with under(model, variant(plan, name)):
             for index, counts in context.share(count, source.config.task):
-                scores_2A = score(model, documents[index], context.device)
+                own = layers if name == Moba.name else []
+                with observed(model, own, _observer(gate_sums, documents[index], index if counts else None)):
+                    scores_2A = score(model, documents[index], context.device)
                 if counts:
                     sums[:, w, index, : scores_2A.shape[1]] = scores_2A
     correct_WNA, nll_WNA = context.reduce(sums).cpu().numpy()
@@ -69,7 +77,22 @@ def recall(
     missing_NA = ~np.isfinite(distance_NA)
     correct_WNA[:, missing_NA] = nll_WNA[:, missing_NA] = np.nan
     blocks_NA = None if routing is None else blocks_NA
-    return RecallReport(source, variants, correct_WNA, nll_WNA, distance_NA, blocks_NA, routing, is_first_NA)
+    gates = Gates([plan[i] for i in layers], layers, *context.reduce(gate_sums).cpu().numpy()) if layers else None
+    return RecallReport(source, variants, correct_WNA, nll_WNA, distance_NA, blocks_NA, routing, is_first_NA, gates)
+
+
+def _observer(sums: Tensor, sample: Sample, index: int | None) -> Callable:
+    """An observer that puts what each layer's gate does with the evidence of a document's answers into `sums`
+    [EVIDENCE, L, H, N, A]; None for `index`: nothing."""
+    start_A, _, needle_A = torch.tensor(sample.answers, device=sums.device).T
+
+    def see(place: int, spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> None:
+        if index is not None:
+            assert spec.routing is not None
+            found = evidence_blocks(spec.routing, q, k, documents, start_A - 1, needle_A)
+            sums[:, place, :, index, : len(start_A)] = torch.stack([found[name] for name in EVIDENCE])
+
+    return see
 
 
 def score(model: Decoder, sample: Sample, device: torch.device | str) -> Tensor:
@@ -126,8 +149,9 @@ def _tasks(job: Job) -> list[SyntheticConfig]:
     chosen = names(job.values, "tasks", SIZES, default=",".join(own or SIZES))
     routings = [spec.routing for spec in job.trained.model.attention if spec.routing is not None]
     block_size = routings[0].block_size if routings else 64
-    shape = {"length": job.seq_len, "block_size": block_size}
-    return [replace(own.get(name, SyntheticConfig(task=name)), **shape) for name in chosen]
+    found = [replace(own.get(name, SyntheticConfig(task=name)), length=job.seq_len) for name in chosen]
+    # Only where it matters, so that other tasks have the same documents under all block sizes.
+    return [replace(one, block_size=block_size) if one.task == "straddle" else one for one in found]
 
 
 def own_tasks(data: DataConfig) -> dict[str, SyntheticConfig]:

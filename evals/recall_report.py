@@ -1,6 +1,6 @@
 """Results of evals/recall.py as numbers, text, JSON values and a figure.
 
-Shapes: N documents, A answers of a document (padded with NaN), W variants of attention.
+Shapes: N documents, A answers of a document (padded with NaN), W variants of attention; L MoBA layers, H query heads.
 """
 
 from __future__ import annotations
@@ -16,13 +16,66 @@ from matplotlib.figure import Figure
 
 from data.synthetic import SyntheticSource
 from evals.position_loss import plain
+from evals.routing_numbers import model_hit_rate
 from evals.statistics import Estimate, clustered_mean, wilson
 from evals.style import color, marker, save
 from evals.swap import VARIANTS
-from moba.kinds import Routing
+from moba.kinds import AttentionSpec, Routing
 
 MIN_BLOCKS = 32
 MAX_SEEN = 1 / 8
+EVIDENCE = ("hit", "snr", "candidates")
+
+
+@dataclass(frozen=True, eq=False)
+class Gates:
+    """What the gates do with the block of an answer's evidence, at the query that has to find it; of far answers only
+    does it mean something."""
+
+    specs: list[AttentionSpec]
+    """[L]"""
+    layers: list[int]
+    """[L] index of each MoBA layer in the model."""
+    hit_LHNA: np.ndarray
+    """1 where the block was picked, else 0."""
+    snr_LHNA: np.ndarray
+    """Score of the block over the mean of the others, in sqrt(2) standard deviations of theirs."""
+    candidates_LHNA: np.ndarray
+    """Number of blocks that compete."""
+
+    def rows(self, far_NA: np.ndarray) -> list[dict[str, Any]]:
+        """One row per layer and head, as JSON values: means over the far answers, and the hit rate that FlashMoBA's
+        model expects from the mean ratio alone."""
+        rows = []
+        for place, (layer, spec) in enumerate(zip(self.layers, self.specs)):
+            assert spec.routing is not None
+            picks = spec.routing.top_k - 1 - spec.routing.first_blocks
+            for head in range(self.hit_LHNA.shape[1]):
+                values = (getattr(self, f"{name}_LHNA")[place, head] for name in EVIDENCE)
+                hit, snr, candidates = (mean_of_answers(value_NA, far_NA) for value_NA in values)
+                known = hit.count > 0 and np.isfinite(snr.mean)
+                model = float(model_hit_rate(float(snr.mean), float(candidates.mean), picks)) if known else None
+                rows.append(
+                    {
+                        "layer": layer,
+                        "head": head,
+                        "hit": plain([hit.mean])[0],
+                        "hit_interval_95": plain(RecallReport.interval(hit)),
+                        "snr": plain([snr.mean])[0],
+                        "snr_se": plain([snr.se])[0],
+                        "candidates": plain([candidates.mean])[0],
+                        "picks": picks,
+                        "model_hit": model,
+                    }
+                )
+        return rows
+
+
+def mean_of_answers(values_NA: np.ndarray, chosen_NA: np.ndarray) -> Estimate:
+    """Mean of the chosen answers that have a value, documents as clusters."""
+    known_NA = chosen_NA & np.isfinite(values_NA)
+    sums_N = np.where(known_NA, values_NA, 0).sum(1)
+    return clustered_mean(sums_N, known_NA.sum(1), list(range(len(sums_N))))
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +96,8 @@ class RecallReport:
     """The first MoBA layer's."""
     is_first_NA: np.ndarray | None = None
     """bool [N, A] evidence in the document's first_blocks, which every query attends to; None: nowhere."""
+    gates: Gates | None = None
+    """None if no layer is MoBA."""
 
     @property
     def gate_matters(self) -> bool | None:
@@ -74,9 +129,7 @@ class RecallReport:
         return self._mean(self.correct_WNA[self.variants.index(name)], chosen_NA)
 
     def _mean(self, values_NA: np.ndarray, chosen_NA: np.ndarray | None) -> Estimate:
-        known_NA = np.isfinite(values_NA) if chosen_NA is None else chosen_NA
-        sums_N = np.where(known_NA, values_NA, 0).sum(1)
-        return clustered_mean(sums_N, known_NA.sum(1), list(range(len(sums_N))))
+        return mean_of_answers(values_NA, np.isfinite(values_NA) if chosen_NA is None else chosen_NA)
 
     def rows(self) -> list[dict[str, Any]]:
         """One row per variant, as JSON values."""
@@ -113,6 +166,7 @@ class RecallReport:
             "far": None if self.routing is None else self._far,
             "gate_matters": self.gate_matters,
             "variants": self.rows(),
+            "evidence": None if self.gates is None else self.gates.rows(self.far_NA),
         }
 
 

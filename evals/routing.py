@@ -74,13 +74,13 @@ def diagnose(context: Context, documents: Sequence[tuple[str, Batch]], *, querie
     for index, counts in context.share(len(documents), "routing"):
         batch = documents[index][1].to(context.device)
         assert batch.tokens.numel() == seq_len and batch.cu_seqlens.numel() == 2
-        with _observed(model, layers, sums.observer(index if counts else None)):
+        with observed(model, layers, sums.observer(index if counts else None)):
             model.logits(batch.tokens, batch.positions, batch.documents, rows=batch.tokens.new_zeros(1))
     return sums.report([context.cluster_of(name) for name, _ in documents], context.reduce)
 
 
 @contextmanager
-def _observed(model: Decoder, layers: Sequence[int], observe: Callable):
+def observed(model: Decoder, layers: Sequence[int], observe: Callable):
     """Calls observe(position among the layers, layer, q, k, v) with the inputs of each of these layers' attention."""
     every = [module for module in model.modules() if isinstance(module, MoBAAttention)]  # one per layer
     modules = [every[i] for i in layers]

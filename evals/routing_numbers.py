@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moba.attention import attend
 from moba.documents import Documents
+from moba.gates import select
 from moba.kinds import AttentionSpec, Routing
 from moba.routing import BlockLayout, gate_scores, layout_means
 from moba.stats import BlockMass, block_load, captured_share, forced_share, oracle_share, random_share
@@ -59,8 +60,6 @@ def sampled_queries(
     scores_HCM = gate_scores(q[rows], layout_means(k, layout)).double()
     sorted_HCM = scores_HCM.masked_fill(~candidates_CM, float("-inf")).sort(-1, descending=True).values
     _, spread_HC = _moments(scores_HCM, candidates_CM.expand_as(scores_HCM))
-    others_HCM = candidates_CM.expand_as(scores_HCM).scatter(2, best_HC1, False)
-    mean_HC, noise_HC = _moments(scores_HCM, others_HCM)
     return {
         "captured": captured_share(mass, selection_HCK, layout, rows),
         "oracle": oracle_share(mass, top_k, first),
@@ -70,8 +69,34 @@ def sampled_queries(
         "recall": (wanted_HCM & (picked_HCM > 0)).sum(-1) / max(1, routed),
         "hit": picked_HCM.gather(2, best_HC1)[..., 0],
         "margin": (sorted_HCM[..., routed - 1] - sorted_HCM[..., routed]) / spread_HC if routed else 0 * spread_HC,
-        "snr": (scores_HCM.gather(2, best_HC1)[..., 0] - mean_HC) / (math.sqrt(2) * noise_HC),
+        "snr": signal_to_noise(scores_HCM, candidates_CM, best_HC1),
     }
+
+
+def evidence_blocks(routing: Routing, q, k, documents: Documents, rows_C, tokens_C) -> dict[str, Tensor]:
+    """float64 [H, C] of the queries `rows_C` of a document, each of which needs a token of `tokens_C`: whether that
+    token's block is picked (hit), its signal-to-noise ratio (snr), and how many blocks compete (candidates). Only where
+    the token's block competes."""
+    layout = documents.layout(routing.block_size)
+    selection_HCK = select(routing, q, k, documents=documents)[:, rows_C]
+    blocks_M = torch.arange(layout.num_blocks, device=q.device)
+    candidates_CM = (blocks_M >= routing.first_blocks) & (blocks_M < layout.query_block_T[rows_C, None])
+    scores_HCM = gate_scores(q[rows_C], layout_means(k, layout)).double()
+    target_HC1 = (tokens_C // routing.block_size)[:, None].expand(len(scores_HCM), -1, -1)
+    picked_HCM = picked_blocks(selection_HCK, layout.num_blocks, routing.first_blocks)
+    return {
+        "hit": picked_HCM.gather(2, target_HC1)[..., 0],
+        "snr": signal_to_noise(scores_HCM, candidates_CM, target_HC1),
+        "candidates": candidates_CM.sum(1).double().expand(len(scores_HCM), -1),
+    }
+
+
+def signal_to_noise(scores_HCM: Tensor, candidates_CM: Tensor, target_HC1: Tensor) -> Tensor:
+    """[H, C] the score of the target block over the mean of the other candidates, in sqrt(2) standard deviations of
+    theirs."""
+    others_HCM = candidates_CM.expand_as(scores_HCM).scatter(2, target_HC1, False)
+    mean_HC, noise_HC = _moments(scores_HCM, others_HCM)
+    return (scores_HCM.gather(2, target_HC1)[..., 0] - mean_HC) / (math.sqrt(2) * noise_HC)
 
 
 def picked_blocks(selection_HCK: Tensor, num_blocks: int, first_blocks: int = 0) -> Tensor:

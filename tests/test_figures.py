@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -274,6 +274,18 @@ def small_tuned_rows():
         yield [str(layers), *(f"{np.mean(row[key]):.3f}" for row in own for key in ("loss", "trailing_loss"))]
 
 
+def block_size_rows(seq_len: int):
+    rows = make_figures().panels.by_block_size(kept("docs/results/mqar_blocks_cpu/results.json"))
+    for row in (row for row in rows if row["seq_len"] == seq_len):
+        low, high = row["right"]["moba"]["far_interval_95"]
+        cells = [f"{row['right']['moba']['far']:.3f} ({low:.3f} to {high:.3f})"]
+        cells += [f"{row['right'][gate]['far']:.3f}" for gate in ("local", "random", "oracle")]
+        low, high = row["hit_interval_95"]
+        cells += [f"{row['snr']:.2f}", f"{row['hit']:.3f} ({low:.3f} to {high:.3f})"]
+        name = f"{row['arm']}, {row['block_size']}x{row['picks'] + 1}"
+        yield [name, *cells, *(f"{row[key]:.3f}" for key in ("model_hit", "scaled_hit"))]
+
+
 LONG = "benchmarks/results/longest_context"
 
 
@@ -305,6 +317,8 @@ TABLES = {
     ("docs/findings.md", "| tokens before"): small_context_rows,
     ("docs/findings.md", "| trained with"): small_gate_rows,
     ("docs/findings.md", "| full last layers"): small_tuned_rows,
+    ("docs/findings.md", "| in 2K tokens"): partial(block_size_rows, 2048),
+    ("docs/findings.md", "| in 256 tokens"): partial(block_size_rows, 256),
 }
 
 

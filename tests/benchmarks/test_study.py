@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks import panels, study
 from benchmarks.studies import STUDIES, Arm, Study
 from conf.build import ConfigError
+from evals.routing_numbers import model_hit_rate
 from launch.config import load
 from launch.evaluate import keys
 
@@ -105,3 +106,29 @@ def test_a_small_study_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
     assert "evaluate.py" not in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in times} == times
     assert json.loads((tmp_path / "results.json").read_text()) == results
+
+
+def test_block_sizes_are_compared_by_the_head_that_looks_up():
+    """Catches a head chosen anew at each size, sizes of another length among them, and a predicted ratio that does not
+    fall with the root of the block size."""
+
+    def row(arm, seq_len, size, top_k, hits, snr):
+        heads = [
+            {"layer": i, "head": 0, "hit": hit, "snr": snr, "candidates": 10.0, "picks": top_k - 1, "model_hit": 0.5}
+            for i, hit in enumerate(hits)
+        ]
+        about = {"arm": arm, "seed": 0, "seq_len": seq_len, "attention": f"moba {size}x{top_k}"}
+        return about | {"right": {}, "evidence": heads}
+
+    record = {
+        "measured": [
+            row("full", 256, 32, 2, (0.3, 0.4), 0.5),
+            row("full", 256, 8, 8, (0.9, 0.2), 1.5),
+            row("full", 2048, 64, 4, (0.1, 0.8), 0.7),
+        ]
+    }
+    small, large, other = panels.by_block_size(record)
+    assert [small["block_size"], large["block_size"], other["block_size"]] == [8, 32, 64]
+    assert [small["layer"], large["layer"], other["layer"]] == [0, 0, 1] and large["hit"] == 0.3
+    assert small["scaled_snr"] == 1.5 and large["scaled_snr"] == 0.75 and other["scaled_snr"] == 0.7
+    assert large["scaled_hit"] == pytest.approx(float(model_hit_rate(0.75, 10, 1)))

@@ -11,9 +11,11 @@ from data.synthetic import SyntheticSource
 from evals.context import Context
 from evals.recall import recall, result, score
 from evals.recall_report import RecallReport, table
+from evals.routing_numbers import model_hit_rate
 from evals.swap import VARIANTS, under, variant
 from moba.documents import Documents
 from moba.kinds import Full, Moba
+from moba.layer import MoBAAttention
 from train.model.decoder import Decoder
 from train.model.generation import Sampling, generate
 
@@ -101,6 +103,49 @@ def test_evidence_in_the_first_blocks_is_not_far(model):
     assert seen and report.far_NA.any() and "behind the first 1" in report.summary()["far"]
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_what_gates_do_with_the_evidence_equals_plain_counting(model, first):
+    """Catches the block of another token or query, a ratio with the block itself or the first ones among the noise, and
+    a head's numbers under another's name: every far answer is looked up in scores computed here, block by block."""
+    source, top_k = make_source("mqar", 1, pairs=3, min_pairs=1, repeats=2), 3
+    hits, ratios, numbers = ([[[] for _ in range(2)] for _ in range(2)] for _ in range(3))
+    with under(model, [Moba(8, top_k, first_blocks=first)] * 2), torch.no_grad():
+        report = recall(Context(model, "cpu"), source, samples=12)
+        layers, seen = [module for module in model.modules() if isinstance(module, MoBAAttention)], []
+        for layer in layers:
+            layer.observer = lambda layer, q, k, v, documents: seen.append((q, k))
+        for i in range(12):
+            sample = source.sample(i)
+            seen.clear()
+            score(model, sample, "cpu")
+            for a, (start, _, needle) in enumerate(sample.answers):
+                if not report.far_NA[i, a]:
+                    continue
+                own, target = (start - 1) // 8, needle // 8
+                for x, (q, k) in enumerate(seen):
+                    for h in range(2):
+                        means = [k[b * 8 : b * 8 + 8, 0].mean(0) for b in range(first, own)]
+                        scores = np.array([float(mean @ q[start - 1, h]) for mean in means])
+                        others = np.delete(scores, target - first)
+                        hits[x][h].append((others > scores[target - first]).sum() < top_k - 1 - first)
+                        gap = scores[target - first] - others.mean()
+                        ratios[x][h].append(gap / others.std(ddof=1) / 2**0.5 if len(others) > 1 else np.nan)
+                        numbers[x][h].append(own - first)
+        for layer in layers:
+            layer.observer = None
+    rows = report.summary()["evidence"]
+    assert [(row["layer"], row["head"]) for row in rows] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    for row in rows:
+        where = row["layer"], row["head"]
+        own, ratio, number = (values[where[0]][where[1]] for values in (hits, ratios, numbers))
+        assert row["hit"] == pytest.approx(np.mean(own)) and 0 < np.mean(own) < 1 and row["picks"] == 2 - first
+        assert row["snr"] == pytest.approx(np.nanmean(ratio), rel=1e-5)
+        assert row["candidates"] == pytest.approx(np.mean(number))
+        model_hit = model_hit_rate(np.nanmean(ratio), np.mean(number), 2 - first)
+        assert row["model_hit"] == pytest.approx(model_hit, abs=1e-6)
+    assert len({row["snr"] for row in rows}) == 4
+
+
 def test_local_blocks_cannot_reach_far_evidence():
     """Catches a distance in blocks that is off by one: under `local` no far answer depends on its evidence, so
     exchanging the value moves no score; under `oracle` with all blocks in reach it does."""
@@ -140,7 +185,7 @@ def test_intervals_and_files(model, tmp_path):
     assert low == 0 and 0.2 < high < 0.6
     with under(model, [Full()] * 2):
         full = recall(Context(model, "cpu"), make_source("copy", 8), samples=4)
-    assert full.variants == ("full",) and full.gate_matters is None
+    assert full.variants == ("full",) and full.gate_matters is None and full.summary()["evidence"] is None
     path = result({"passkey": report, "copy": full}).write(tmp_path, "recall", run="x")
     record = json.loads(path.read_text(), parse_constant=lambda text: pytest.fail(text))
     assert record["tasks"]["passkey"]["gate_matters"] is False and record["tasks"]["copy"]["far"] is None
