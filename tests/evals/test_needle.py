@@ -29,11 +29,11 @@ def lookup(text, attention=None, wrong=False):
         pairs = re.findall(r"^(\w{8}): (\w{8})$", text, re.MULTILINE)
         key, written = asked.groups()
         value = next(value for name, value in pairs if (name != key) == wrong)
-    elif (asked := re.search(r"Answer: The best thing to do in (\w+) is(.*)$", text, re.DOTALL)) is None:
+    elif (asked := re.search(r"Answer: The best thing to do in (\w+) is to(.*)$", text, re.DOTALL)) is None:
         return "?"
     else:
         city, written = asked.groups()
-        value = re.search(rf"The best thing to do in {city} is (.*?)\.", text)[1]
+        value = re.search(rf"The best thing to do in {city} is to (.*?)\.", text)[1]
         value = value[::-1] if wrong else value
     rest = f" {value}\n"
     return rest[len(written) :] if rest.startswith(written) and written != rest else "?"
@@ -154,6 +154,7 @@ def test_an_interrupted_grid_goes_on(tmp_path):
     more = Copier(lookup)
     run(make_job(tmp_path / "cut", more, **arguments | {"samples": "4"}))
     assert 0 < more.passes < whole.passes * 1.1
+    assert len(more.seen) == 4, "the new text of each length under each plan, and no other"
 
 
 def test_two_processes_share_the_cells(tmp_path, monkeypatch):
