@@ -52,7 +52,7 @@ class NeedleReport:
         lengths, depths = (list(dict.fromkeys(cell[key] for cell in cells)) for key in ("length", "depth"))
         with np.load(path.with_suffix(".npz")) as arrays:
             right = arrays["right"]
-        title = f"{record['run']}, {record['attention']}"
+        title = f"{record['run'] or record['checkpoint']}, {record['attention']}"
         return cls(forms, arms, lengths, depths, right, title, record["dense_up_to"])
 
     def share(self, score: int, form: int, arm: int, length: int | None) -> Estimate:
@@ -108,13 +108,15 @@ class NeedleReport:
         }
 
     def table(self) -> str:
-        """The shares in percent as text: a line per form, arm and length."""
+        """The shares in percent as text: a line per form, arm and length, and one for all of several lengths."""
         width = max(8, *(len(arm) + 2 for arm in self.arms))
         lines = [
             f"{'form':<11}{'arm':<{width}}{'length':>8}"
             + "".join(f"{f'{score} %':>12}{'95 %':>13}" for score in SCORES)
         ]
         for form, arm, length, found in self.rows():
+            if length is None and len(self.lengths) == 1:
+                continue  # the same numbers twice
             cells = [f"{100 * share:>12.1f}{_bounds(low, high):>13}" for share, low, high in found.values()]
             lines.append(
                 f"{form:<11}{arm:<{width}}{'all' if length is None else format_length(length):>8}" + "".join(cells)
@@ -157,7 +159,7 @@ class NeedleReport:
                     axes.text(l, d - 0.16, f"{100 * share:.0f}", ha="center", va="center", color=color, fontsize=8)
                     axes.text(l, d + 0.24, _bounds(low, high), ha="center", va="center", color=color, fontsize=5.5)
                 about = f"{arm} (answer with {DENSE})" if arm == HYBRID else arm
-                axes.set_title(f"{about}: {WORDS[score]}", fontsize="small")
+                axes.set_title(f"{about}\n{WORDS[score]}", fontsize="small")
                 self._mark_dense(axes, arm)
         grid[0][0].set_xticks(range(len(self.lengths)), [format_length(length) for length in self.lengths])
         grid[0][0].set_yticks(range(len(self.depths)), [f"{depth:g}" for depth in self.depths])

@@ -191,7 +191,7 @@ def test_the_line_of_dense_lengths_is_in_the_panels_that_it_is_about(tmp_path, m
     right = np.ones((2, 1, 4, 2, 1, 1))
     arms = ["moba", "hybrid", "full", "512x3"]
     NeedleReport(["essay"], arms, [1024, 2048], [50.0], right, "toy, moba 128x8", 1024).draw(0, tmp_path)
-    marked = [axes.get_title().split()[0].strip(":") for axes in drawn[0].axes if axes.lines]
+    marked = [axes.get_title().split()[0] for axes in drawn[0].axes if axes.lines]
     assert marked == ["moba", "hybrid"] * 2
 
 
