@@ -31,6 +31,7 @@ from PIL.PngImagePlugin import PngInfo  # noqa: E402
 from benchmarks import attention, panels, small_results, step_tables  # noqa: E402
 from benchmarks.studies import STUDIES  # noqa: E402
 from evals.comparison import plot_positions  # noqa: E402
+from evals.needle_report import NeedleReport  # noqa: E402
 from evals.routing_figures import draw_curves, draw_layers  # noqa: E402
 from evals.routing_report import RoutingReport  # noqa: E402
 from evals.style import LOSS, color, save  # noqa: E402
@@ -93,6 +94,10 @@ def drawings() -> dict[Path, Drawing]:
                 found[path.with_name(f"{name}.png")] = Drawing(draw, (path,))
     for path in sorted(path.relative_to(ROOT) for path in ROOT.glob(f"{RESULTS}/*/scaling.json")):
         found[path.with_suffix(".png")] = Drawing(partial(draw_scaling, path), (path,))
+    for path in sorted(path.relative_to(ROOT) for path in ROOT.glob(f"{RESULTS}/*/needle.json")):
+        both = path, path.with_suffix(".npz")
+        for i, form in enumerate(record(path)["cells"]):
+            found[path.with_name(f"{form}.png")] = Drawing(partial(draw_needle, path, i), both)
     for path in sorted(path.relative_to(ROOT) for path in ROOT.glob(f"{BENCHMARKS}/*/results.json")):
         if "variant" in record(path).get("rows", [{}])[0]:
             found[path.with_name("figure.png")] = Drawing(partial(draw_step, path), (path,))
@@ -177,6 +182,11 @@ def draw_routing(source: Path, path: Path) -> None:
     about = record(source)
     title = f"{about['run']}, {about['attention']}: routing in {about['num_documents']} held-out documents"
     draw_curves(RoutingReport.load(ROOT / source), path, title)
+
+
+def draw_needle(source: Path, form: int, path: Path) -> None:
+    """Right answers by length and depth."""
+    NeedleReport.load(ROOT / source).draw(form, path)
 
 
 def draw_scaling(source: Path, path: Path) -> None:

@@ -15,7 +15,7 @@ import torch
 
 from conf.files import user_path
 from conf.numbers import parse_length
-from conf.schema import AttentionConfig, DataConfig, RunConfig, ScheduleConfig, StageConfig
+from conf.schema import AttentionConfig, DataConfig, RunConfig, RunSection, ScheduleConfig, StageConfig
 from conf.validate import from_yaml
 from data.tokenizer import load_tokenizer
 from moba.kinds import AttentionSpec, Full, Moba
@@ -39,7 +39,8 @@ class TrainedModel:
     model: Decoder
     """In evaluation mode, on `device`, in its training precision there (bf16 on a GPU, unless fp32 was configured)."""
     config: RunConfig
-    """The configuration it was trained with; for a Hugging Face model, only model and tokenizer."""
+    """The configuration it was trained with; for a Hugging Face model, only its directory's name, model and
+    tokenizer."""
     stage: Stage
     """The stage of its last step."""
     tokens: int
@@ -85,6 +86,7 @@ def _load_pretrained(directory: Path, device: torch.device) -> TrainedModel:
     length = shape.pretrained_length
     only = StageConfig(tokens=length, seq_len=length, batch_tokens=length, attention=AttentionConfig(kind=Full.name))
     config = RunConfig(
+        run=RunSection(name=directory.resolve().name),
         model=shape,
         data=DataConfig(tokenizer=str(directory)),
         schedule=ScheduleConfig(tokens=length, stages={"pretrained": only}),

@@ -109,11 +109,12 @@ def _measure(
 ) -> None:
     """Puts into the ledger what is missing of some samples at all depths, under the arms that share a prompt's plan."""
     work, kind = length * len(indices), work_kind(arms, length)
-    missing = [
-        depth
-        for depth in depths
-        if not all((form, arm.key, length, depth, i) in ledger for arm in arms for i in indices)
-    ]
+
+    def lacks(depth: float, i: int) -> bool:
+        return any((form, arm.key, length, depth, i) not in ledger for arm in arms)
+
+    indices = [i for i in indices if any(lacks(depth, i) for depth in depths)]
+    missing = [depth for depth in depths if any(lacks(depth, i) for i in indices)]
     if not missing:
         countdown.skip(work, kind)
         return

@@ -5,6 +5,7 @@ Shapes: S scores, F forms, A arms, L lengths, D depths, N samples.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -15,14 +16,14 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from conf.numbers import format_length
-from evals.answering import ABOUT_ARMS
+from evals.answering import ABOUT_ARMS, HYBRID
 from evals.page import image, note
 from evals.page import table as html_table
 from evals.protocol import Result
 from evals.recall_report import RecallReport
 from evals.statistics import Estimate, clustered_mean, wilson
 from evals.style import save
-from evals.swap import DENSE
+from evals.swap import DENSE, OWN
 
 SCORES = ("exact", "ranked")
 WORDS = {"exact": "exact match", "ranked": "ranked first of 10"}
@@ -40,6 +41,19 @@ class NeedleReport:
     """float64: 1 where right, else 0."""
     title: str
     dense_up_to: int | None
+    """B * k of the attention in force."""
+
+    @classmethod
+    def load(cls, path: Path) -> NeedleReport:
+        """The report whose .json and .npz launch/evaluate.py wrote."""
+        record = json.loads(path.read_text(encoding="utf-8"))
+        forms, arms = list(record["cells"]), list(next(iter(record["cells"].values())))
+        cells = record["cells"][forms[0]][arms[0]]
+        lengths, depths = (list(dict.fromkeys(cell[key] for cell in cells)) for key in ("length", "depth"))
+        with np.load(path.with_suffix(".npz")) as arrays:
+            right = arrays["right"]
+        title = f"{record['run'] or record['checkpoint']}, {record['attention']}"
+        return cls(forms, arms, lengths, depths, right, title, record["dense_up_to"])
 
     def share(self, score: int, form: int, arm: int, length: int | None) -> Estimate:
         """Share of right answers at a length, or at all; the depths of a sample, which share their text, are one
@@ -94,13 +108,15 @@ class NeedleReport:
         }
 
     def table(self) -> str:
-        """The shares in percent as text: a line per form, arm and length."""
+        """The shares in percent as text: a line per form, arm and length, and one for all of several lengths."""
         width = max(8, *(len(arm) + 2 for arm in self.arms))
         lines = [
             f"{'form':<11}{'arm':<{width}}{'length':>8}"
             + "".join(f"{f'{score} %':>12}{'95 %':>13}" for score in SCORES)
         ]
         for form, arm, length, found in self.rows():
+            if length is None and len(self.lengths) == 1:
+                continue  # the same numbers twice
             cells = [f"{100 * share:>12.1f}{_bounds(low, high):>13}" for share, low, high in found.values()]
             lines.append(
                 f"{form:<11}{arm:<{width}}{'all' if length is None else format_length(length):>8}" + "".join(cells)
@@ -142,21 +158,25 @@ class NeedleReport:
                     color = "black" if share > 0.5 else "white"
                     axes.text(l, d - 0.16, f"{100 * share:.0f}", ha="center", va="center", color=color, fontsize=8)
                     axes.text(l, d + 0.24, _bounds(low, high), ha="center", va="center", color=color, fontsize=5.5)
-                axes.set_title(f"{arm}: {WORDS[score]}", fontsize="small")
+                about = f"{arm} (answer with {DENSE})" if arm == HYBRID else arm
+                axes.set_title(f"{about}\n{WORDS[score]}", fontsize="small")
                 self._mark_dense(axes, arm)
         grid[0][0].set_xticks(range(len(self.lengths)), [format_length(length) for length in self.lengths])
         grid[0][0].set_yticks(range(len(self.depths)), [f"{depth:g}" for depth in self.depths])
         assert mesh is not None
         figure.colorbar(mesh, ax=grid, label=f"right answers (% of {samples} samples; below: 95 % Wilson interval)")
-        dense = "" if self.dense_up_to is None else f"; no block is dropped up to {format_length(self.dense_up_to)}"
+        dense, own = "", [arm for arm in self.arms if arm in (OWN, HYBRID)]
+        if self.dense_up_to is not None and own:
+            dense = f"; under {' and '.join(own)} no block is dropped up to {format_length(self.dense_up_to)}"
         figure.supxlabel(f"context length (tokens{dense})", fontsize="small")
         figure.supylabel("depth of the needle (% of the text before it)", fontsize="small")
         figure.suptitle(f"Needle in a haystack, {self.forms[form]}: {self.title}", fontsize="medium")
         save(figure, path)
 
     def _mark_dense(self, axes, arm: str) -> None:
-        """A dotted line after the lengths at which sparse attention equals full attention."""
-        if self.dense_up_to is None or arm == DENSE:
+        """A dotted line after the lengths at which the attention in force equals full attention; other arms may have
+        another such length."""
+        if self.dense_up_to is None or arm not in (OWN, HYBRID):
             return
         dense = sum(length <= self.dense_up_to for length in self.lengths)
         if 0 < dense < len(self.lengths):

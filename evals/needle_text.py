@@ -81,8 +81,9 @@ def make_sample(form: str, tokenizer: Tokenizer, length: int, seed: int, index: 
 def _essay(tokenizer: Tokenizer, length: int, rng: random.Random) -> Sample:
     city: str = rng.choice(CITIES)
     things: list[str] = list(rng.sample(THINGS, CANDIDATES))
-    needle = f" The best thing to do in {city} is {things[0]}."
-    question = f"\n\nQuestion: What is the best thing to do in {city}?\nAnswer: The best thing to do in {city} is"
+    needle = f" The best thing to do in {city} is to {things[0]}."
+    # "is to", since models put a "to" in front of a bare verb, and an answer has to begin as the needle does.
+    question = f"\n\nQuestion: What is the best thing to do in {city}?\nAnswer: The best thing to do in {city} is to"
     return _fill(tokenizer, length, "", needle, question, things, _sentences(rng))
 
 

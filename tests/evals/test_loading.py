@@ -108,13 +108,14 @@ def test_a_run_directory_means_its_newest_checkpoint(run_dir):
 
 @torch.no_grad()
 def test_a_hugging_face_directory_is_a_model_too(tmp_path):
-    """Catches weights, RoPE or a MoBA plan that are not read, and a plan that cannot be."""
+    """Catches weights, RoPE or a MoBA plan that are not read, a plan that cannot be, and figures titled "None"."""
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
     torch.manual_seed(0)
     theirs = LlamaForCausalLM(LlamaConfig(vocab_size=258, initializer_range=0.3, **sizes)).eval()
     theirs.save_pretrained(tmp_path)
     trained = load_trained(tmp_path, "cpu")
     assert trained.model.attention == (FULL, FULL) and trained.stage.seq_len == 2048
+    assert trained.config.run.name == tmp_path.name
     with pytest.raises(ValueError, match="not trained with MoBA"):
         attention_plan("moba", trained)
     tokens = torch.randint(0, 258, (80,))

@@ -11,10 +11,10 @@ from copier import Copier, make_job
 from PIL import Image
 
 from data.tokenizer import load_tokenizer
-from evals import answering, needle
+from evals import answering, needle, needle_report
 from evals.context import Context
 from evals.needle import run
-from evals.needle_report import page
+from evals.needle_report import NeedleReport, page
 from evals.needle_text import CANDIDATES, FORMS, SPARE_TOKENS, make_sample
 from evals.protocol import Job
 from evals.statistics import wilson
@@ -29,11 +29,11 @@ def lookup(text, attention=None, wrong=False):
         pairs = re.findall(r"^(\w{8}): (\w{8})$", text, re.MULTILINE)
         key, written = asked.groups()
         value = next(value for name, value in pairs if (name != key) == wrong)
-    elif (asked := re.search(r"Answer: The best thing to do in (\w+) is(.*)$", text, re.DOTALL)) is None:
+    elif (asked := re.search(r"Answer: The best thing to do in (\w+) is to(.*)$", text, re.DOTALL)) is None:
         return "?"
     else:
         city, written = asked.groups()
-        value = re.search(rf"The best thing to do in {city} is (.*?)\.", text)[1]
+        value = re.search(rf"The best thing to do in {city} is to (.*?)\.", text)[1]
         value = value[::-1] if wrong else value
     rest = f" {value}\n"
     return rest[len(written) :] if rest.startswith(written) and written != rest else "?"
@@ -154,6 +154,7 @@ def test_an_interrupted_grid_goes_on(tmp_path):
     more = Copier(lookup)
     run(make_job(tmp_path / "cut", more, **arguments | {"samples": "4"}))
     assert 0 < more.passes < whole.passes * 1.1
+    assert len(more.seen) == 4, "the new text of each length under each plan, and no other"
 
 
 def test_two_processes_share_the_cells(tmp_path, monkeypatch):
@@ -174,11 +175,24 @@ def test_figures_and_page(tmp_path):
         ("more", {"lengths": "1K,2K"}),
     ):
         result = run(make_job(tmp_path, Copier(lookup), forms="key_value", **arguments))
-        path = result.write(tmp_path / folder, "needle_x")
+        path = result.write(tmp_path / folder, "needle_x", run="toy", attention="moba 64x2", dense_up_to=128)
         with Image.open(tmp_path / folder / "needle_x_key_value.png") as drawn:
             assert min(drawn.size) > 300 and np.asarray(drawn.convert("L")).std() > 10
+        again = NeedleReport.load(path)
+        assert again.table() == result.text and again.title == "toy, moba 64x2"
         html = page(json.loads(path.read_text()), path)
         assert html.count("<img") == 1 and "<td>100.0 (" in html
+
+
+def test_the_line_of_dense_lengths_is_in_the_panels_that_it_is_about(tmp_path, monkeypatch):
+    """Catches B x k of the attention in force marked where another attention is measured."""
+    drawn = []
+    monkeypatch.setattr(needle_report, "save", lambda figure, path: drawn.append(figure))
+    right = np.ones((2, 1, 4, 2, 1, 1))
+    arms = ["moba", "hybrid", "full", "512x3"]
+    NeedleReport(["essay"], arms, [1024, 2048], [50.0], right, "toy, moba 128x8", 1024).draw(0, tmp_path)
+    marked = [axes.get_title().split()[0] for axes in drawn[0].axes if axes.lines]
+    assert marked == ["moba", "hybrid"] * 2
 
 
 @pytest.mark.parametrize(
