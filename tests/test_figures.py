@@ -210,6 +210,14 @@ def extended_rows():
         yield [f"{length}, {blocks}", *cells, gap("extension_h100", 3, stage=f"at_{length}")]
 
 
+def needle_rows():
+    for row in kept("docs/results/needle_cpu/needle.json")["shares"]:
+        if row["length"] is not None:
+            scores = [[row[name]["share"], *row[name]["interval_95"]] for name in ("exact", "ranked")]
+            cells = ("{:.0f} ({:.0f} to {:.0f})".format(*(100 * x for x in score)) for score in scores)
+            yield [row["form"], f"`{row['arm']}`", *cells]
+
+
 def gate_rows():
     names = {(None, None): "full attention", ("mean", 0): "mean (MoBA)"}
     names |= {("mean", 1): "mean, first block always selected (`first_blocks=1`)"}
@@ -304,6 +312,7 @@ TABLES = {
     ("README.md", "| model | MoBA 2048x3"): step_rows,
     ("docs/evals.md", "| recipe | loss"): recipe_rows,
     ("docs/evals.md", "| trained with"): recall_rows,
+    ("docs/evals.md", "| form | arm"): needle_rows,
     ("docs/evals.md", "| blocks | loss"): swap_rows,
     ("docs/runs.md", "| full layers"): sft_rows,
     ("docs/bring-your-model.md", "| length | attention"): untrained_rows,
