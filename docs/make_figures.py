@@ -196,7 +196,7 @@ def draw_scaling(source: Path, path: Path) -> None:
     *grid, exponents = figure.subplots(1, 3)
     for i, series in enumerate(dict.fromkeys(run["series"] for run in found["runs"])):
         own = [run for run in found["runs"] if run["series"] == series]
-        name = "full" if series == "full" else "MoBA 128x8"
+        name = series.split(" then ")[-1].partition(" (")[0]  # of its last stage
         for axes, axis in zip(grid, found["axes"]):
             fit, compute = found["fits"][axis][series], np.array([run["pflops_days"][axis] for run in own])
             for x, (what, line) in enumerate([("mean", "-"), ("trailing", "--")]):

@@ -48,7 +48,7 @@ def select(
     """What a kind's routing selects, int32 [H, T, K] as of `moba.route`; the gate "mean" is `route` itself.
 
     A pure function of its arguments, "random" too (of the bits of q and the positions): recomputing it in a backward
-    pass, or after a resume, gives the same blocks. `softmax_scale` matters for "oracle" alone.
+    pass, or after a resume, gives the same blocks. `softmax_scale` matters for "variance" and "oracle".
     """
     block_size, top_k, gate, first_blocks = routing
     check_blocks(block_size, top_k)

@@ -133,7 +133,7 @@ class Trainer:
         self._host_buffer: store.HostBuffer | None = None  # for the copies of asynchronous saves
         self._save_wait = self._save_write = 0.0
         self._watch_missing = False
-        self._unknown: tuple[OnHost, int] | None = None  # whether the last step was skipped, and where it ended
+        self._unknown: OnHost | None = None  # whether the last step was skipped
         self._line: Callable[[], None] | None = None
         self._can_wait = world.device.type == "cuda"
         self._reset_interval()
@@ -241,17 +241,17 @@ class Trainer:
         self._interval_sum += result.loss_sum.masked_fill(result.skipped, 0)
         self._interval_tokens += result.num_tokens * ~result.skipped
         self._grad_norm = result.grad_norm
-        self._unknown = OnHost(result.skipped), self.tokens
+        self._unknown = OnHost(result.skipped)
 
     def _settle(self) -> None:
         """Counts the last step as taken or skipped, if not yet done; waits for its end."""
         unknown, self._unknown = self._unknown, None
         if unknown is None:
             return
-        skipped, tokens = bool(unknown[0].read()[0]), unknown[1]
+        skipped = bool(unknown.read()[0])
         if skipped:
             self._finish_save()  # the guard may name it
-        self.guard.update(skipped, tokens=tokens, last_checkpoint=self.last_checkpoint)
+        self.guard.update(skipped, tokens=self.tokens, last_checkpoint=self.last_checkpoint)
 
     def _due(self, every: int, stage: Stage) -> bool:
         """True if the step that just ended crossed a multiple of `every` tokens (0 = never)."""

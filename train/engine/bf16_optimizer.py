@@ -19,14 +19,8 @@ CLIP_EPSILON = 1e-6  # DeepSpeed's
 
 
 class DeviceOptimizer(BF16_Optimizer):
-    """A BF16_Optimizer of a dense model with fp32 gradients, made from one by `adopt`."""
-
-    @staticmethod
-    def adopt(optimizer: BF16_Optimizer) -> DeviceOptimizer:
-        """`optimizer`, made an instance of this class: DeepSpeed has no setting for the class that it builds."""
-        optimizer.__class__ = DeviceOptimizer
-        assert isinstance(optimizer, DeviceOptimizer)
-        return optimizer
+    """A BF16_Optimizer of a dense model with fp32 gradients. DeepSpeed has no setting for the class that it builds: an
+    instance of its own is made one of this class."""
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:

@@ -55,7 +55,7 @@ class DeepSpeedEngine:
                         "pass at zero_stage=1; leave it out"
                     ]
                 )
-            DeviceOptimizer.adopt(engine.optimizer)
+            engine.optimizer.__class__ = DeviceOptimizer
 
     @property
     def model(self) -> Decoder:
