@@ -27,6 +27,8 @@ from moba.backends.triton_lists import (
     Lists,
     build_items,
     gather_rows,
+    head_program,
+    item_grid,
     last_visible_key,
     load_item,
     load_rows,
@@ -34,7 +36,7 @@ from moba.backends.triton_lists import (
     store_rows,
     store_slots,
 )
-from moba.backends.triton_tiles import Tile, is_short, padded, tile_for
+from moba.backends.triton_tiles import MULTIPROCESSORS, Tile, is_short, padded, tile_for
 
 
 def attention_backward(
@@ -78,11 +80,12 @@ def _backward_short(inputs, gradients, lists, block_size, softmax_scale, workspa
     for first in range(0, num_kv_heads, heads_at_once):
         count = min(heads_at_once, num_kv_heads - first)
         _fill_slot_stats(slot_stats, inputs[4], lists, first, count)
-        backward_short_kernel[(items.max_items, count)](
+        grid, heads_together = item_grid(items.max_items, count, q.shape[1] // num_kv_heads, tile.warps)
+        backward_short_kernel[grid](
             *inputs[:4], slot_stats, lists.rows, lists.list_start, items.item_start, items.split_start,
             items.item_block, lists.start_M, lists.length_M, lists.skipped_M, partial, gradients[1], gradients[2],
             splits, first, lists.num_blocks, items.max_items, items.item_rows, items.max_splits, lists.region,
-            block_size, softmax_scale, softmax_scale * LOG2_E, **shape,
+            block_size, heads_together, softmax_scale, softmax_scale * LOG2_E, **shape,
             ROWS=tile.rows, KEYS=tile.keys, EXACT=block_size == tile.keys,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
@@ -106,12 +109,12 @@ def _backward_long(inputs, gradients, lists, block_size, softmax_scale, workspac
     for first in range(0, num_kv_heads, heads_at_once):
         count = min(heads_at_once, num_kv_heads - first)
         _fill_slot_stats(slot_stats, inputs[4], lists, first, count)
-        backward_kv_kernel[(items.max_items * key_tiles, count)](
+        grid, heads_together = item_grid(items.max_items * key_tiles, count, q.shape[1] // num_kv_heads, tile.warps)
+        backward_kv_kernel[grid](
             *inputs[:4], slot_stats, lists.rows, lists.list_start, items.item_start, items.split_start,
             items.item_block, lists.start_M, lists.length_M, lists.skipped_M, gradients[1], gradients[2],
             splits, first, lists.num_blocks, items.max_items, items.item_rows, items.max_splits, lists.region,
-            block_size, key_tiles,
-            softmax_scale, softmax_scale * LOG2_E, **shape,
+            block_size, key_tiles, heads_together, softmax_scale, softmax_scale * LOG2_E, **shape,
             ROWS=tile.rows, KEYS=tile.keys, EXACT=block_size % tile.keys == 0,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
@@ -142,9 +145,8 @@ def _long_item_rows(tile: Tile, lists: Lists, block_size: int, num_kv_heads: int
     pieces of at least 32 rows per key, which keeps the float32 partial sums under a quarter of the memory that the
     partial dQ take.
     """
-    programs_at_once = 132  # multiprocessors of an H100; only the order of magnitude matters
     top_k = lists.region // group_rows
-    even_share = group_rows * top_k * num_kv_heads * triton.cdiv(block_size, tile.keys) / programs_at_once
+    even_share = group_rows * top_k * num_kv_heads * triton.cdiv(block_size, tile.keys) / MULTIPROCESSORS
     whole = group_rows if 3 * group_rows < even_share else 32 * block_size
     return triton.cdiv(max(whole, tile.rows * tile.tiles), tile.rows) * tile.rows
 
@@ -231,20 +233,30 @@ def unpack_stats(stats):
 
 
 @triton.jit(
-    do_not_specialize=["first_kv_head", "num_blocks", "max_items", "item_rows", "max_splits", "region", "block_size"]
+    do_not_specialize=[
+        "first_kv_head",
+        "num_blocks",
+        "max_items",
+        "item_rows",
+        "max_splits",
+        "region",
+        "block_size",
+        "heads_together",
+    ]
 )
 def backward_short_kernel(
     q, k, v, d_out, slot_stats, rows, list_start, item_start, split_start, item_block,
     block_start, block_length, block_skipped, partial, d_k, d_v, splits,
-    first_kv_head, num_blocks, max_items, item_rows, max_splits, region, block_size, scale, scale_log2,
+    first_kv_head, num_blocks, max_items, item_rows, max_splits, region, block_size, heads_together, scale, scale_log2,
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """One program: one work item against a block of one key tile; dK and dV stay on chip, partial dQ go to the
     slots."""
-    kv_head = first_kv_head + tl.program_id(1)
+    item, local_head = head_program(heads_together)
+    kv_head = first_kv_head + local_head
     block, list_begin, begin, end = load_item(
-        tl.program_id(0), kv_head, item_start, item_block, list_start, block_skipped, num_blocks, max_items, item_rows,
+        item, kv_head, item_start, item_block, list_start, block_skipped, num_blocks, max_items, item_rows,
         NUM_HEADS // NUM_KV_HEADS,
     )  # fmt: skip
     if begin < end:
@@ -254,8 +266,8 @@ def backward_short_kernel(
         key_tile = load_rows(k + kv_head * HEAD_DIM, start + key, key < length, stride, HEAD_DIM, BLOCK_D)
         value_tile = load_rows(v + kv_head * HEAD_DIM, start + key, key < length, stride, HEAD_DIM, BLOCK_D)
         rows += kv_head.to(tl.int64) * region
-        slot_stats += tl.program_id(1).to(tl.int64) * region
-        partial += (tl.program_id(1).to(tl.int64) * region + begin) * HEAD_DIM
+        slot_stats += local_head.to(tl.int64) * region
+        partial += (local_head.to(tl.int64) * region + begin) * HEAD_DIM
 
         d_key = tl.zeros([KEYS, BLOCK_D], dtype=tl.float32)
         d_value = tl.zeros([KEYS, BLOCK_D], dtype=tl.float32)
@@ -279,7 +291,7 @@ def backward_short_kernel(
             store_slots(partial, first_slot - begin, end - begin, d_query, ROWS, HEAD_DIM, BLOCK_D, True)
 
         _store_kv(
-            d_key, d_value, d_k, d_v, splits, item_start, split_start, tl.program_id(0), kv_head, tl.program_id(1),
+            d_key, d_value, d_k, d_v, splits, item_start, split_start, item, kv_head, local_head,
             block, num_blocks, max_splits, block_size, start, length, key, scale, stride, HEAD_DIM, BLOCK_D,
         )  # fmt: skip
 
@@ -344,20 +356,22 @@ def _store_kv(
         "region",
         "block_size",
         "key_tiles",
+        "heads_together",
     ]
 )
 def backward_kv_kernel(
     q, k, v, d_out, slot_stats, rows, list_start, item_start, split_start, item_block,
     block_start, block_length, block_skipped, d_k, d_v, splits,
-    first_kv_head, num_blocks, max_items, item_rows, max_splits, region, block_size, key_tiles, scale, scale_log2,
+    first_kv_head, num_blocks, max_items, item_rows, max_splits, region, block_size, key_tiles, heads_together,
+    scale, scale_log2,
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """One program: one work item against one key tile of its (long) block. Key tiles of an item run side by side and
     so share their gathers of q and dO through the L2 cache."""
-    item = tl.program_id(0) // key_tiles
-    first_key = tl.program_id(0) % key_tiles * KEYS
-    kv_head = first_kv_head + tl.program_id(1)
+    program, local_head = head_program(heads_together)
+    item, first_key = program // key_tiles, program % key_tiles * KEYS
+    kv_head = first_kv_head + local_head
     block, list_begin, begin, end = load_item(
         item, kv_head, item_start, item_block, list_start, block_skipped, num_blocks, max_items, item_rows,
         NUM_HEADS // NUM_KV_HEADS,
@@ -370,7 +384,7 @@ def backward_kv_kernel(
         key_tile = load_rows(k + kv_head * HEAD_DIM, start + key, key < length, stride, HEAD_DIM, BLOCK_D)
         value_tile = load_rows(v + kv_head * HEAD_DIM, start + key, key < length, stride, HEAD_DIM, BLOCK_D)
         rows += kv_head.to(tl.int64) * region
-        slot_stats += tl.program_id(1).to(tl.int64) * region
+        slot_stats += local_head.to(tl.int64) * region
 
         d_key = tl.zeros([KEYS, BLOCK_D], dtype=tl.float32)
         d_value = tl.zeros([KEYS, BLOCK_D], dtype=tl.float32)
@@ -391,7 +405,7 @@ def backward_kv_kernel(
             )  # fmt: skip
 
         _store_kv(
-            d_key, d_value, d_k, d_v, splits, item_start, split_start, item, kv_head, tl.program_id(1), block,
+            d_key, d_value, d_k, d_v, splits, item_start, split_start, item, kv_head, local_head, block,
             num_blocks, max_splits, block_size, start, length, key, scale, stride, HEAD_DIM, BLOCK_D,
         )  # fmt: skip
 

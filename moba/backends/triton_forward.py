@@ -20,6 +20,8 @@ from moba.backends.triton_lists import (
     Lists,
     build_items,
     gather_rows,
+    head_program,
+    item_grid,
     last_visible_key,
     load_item,
     load_rows,
@@ -58,11 +60,11 @@ def attention_forward(
     kernel = forward_short_kernel if short else forward_long_kernel
     for first in range(0, num_kv_heads, heads_at_once):
         count = min(heads_at_once, num_kv_heads - first)
-        kernel[(items.max_items, count)](
+        grid, heads_together = item_grid(items.max_items, count, num_heads // num_kv_heads, tile.warps)
+        kernel[grid](
             q, k, v, lists.rows, lists.list_start, items.item_start, items.item_block, lists.start_M, lists.length_M,
             lists.skipped_M, partial, partial_lse, first, lists.num_blocks, items.max_items, items.item_rows,
-            lists.region,
-            softmax_scale * LOG2_E,
+            lists.region, heads_together, softmax_scale * LOG2_E,
             **constants, ROWS=tile.rows, KEYS=tile.keys, EXACT=block_size % tile.keys == 0,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
@@ -83,17 +85,18 @@ def kv_heads_at_once(num_kv_heads: int, bytes_per_head: int, workspace_bytes: in
     return triton.cdiv(num_kv_heads, num_groups)
 
 
-@triton.jit(do_not_specialize=["first_kv_head", "num_blocks", "max_items", "item_rows", "region"])
+@triton.jit(do_not_specialize=["first_kv_head", "num_blocks", "max_items", "item_rows", "region", "heads_together"])
 def forward_short_kernel(
     q, k, v, rows, list_start, item_start, item_block, block_start, block_length, block_skipped,
-    partial, partial_lse, first_kv_head, num_blocks, max_items, item_rows, region, scale_log2,
+    partial, partial_lse, first_kv_head, num_blocks, max_items, item_rows, region, heads_together, scale_log2,
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """One program: one work item, that is up to item_rows rows against one block whose keys fit in one tile."""
-    kv_head = first_kv_head + tl.program_id(1)
+    item, local_head = head_program(heads_together)
+    kv_head = first_kv_head + local_head
     block, list_begin, begin, end = load_item(
-        tl.program_id(0), kv_head, item_start, item_block, list_start, block_skipped, num_blocks, max_items, item_rows,
+        item, kv_head, item_start, item_block, list_start, block_skipped, num_blocks, max_items, item_rows,
         NUM_HEADS // NUM_KV_HEADS,
     )  # fmt: skip
     if begin < end:
@@ -103,8 +106,8 @@ def forward_short_kernel(
         key_tile = load_rows(k + kv_head * HEAD_DIM, start + key, key < length, stride, HEAD_DIM, BLOCK_D)
         value_tile = load_rows(v + kv_head * HEAD_DIM, start + key, key < length, stride, HEAD_DIM, BLOCK_D)
         rows += kv_head.to(tl.int64) * region
-        partial += (tl.program_id(1).to(tl.int64) * region + begin) * HEAD_DIM
-        partial_lse += tl.program_id(1).to(tl.int64) * region + begin
+        partial += (local_head.to(tl.int64) * region + begin) * HEAD_DIM
+        partial_lse += local_head.to(tl.int64) * region + begin
 
         # The block's own rows lead the list and need the causal mask; whole tiles of history rows do not.
         own_end = list_begin + length * (NUM_HEADS // NUM_KV_HEADS)
@@ -151,17 +154,18 @@ def _forward_short_tile(
         tl.store(partial_lse + (first_slot - begin) + place, part_lse)
 
 
-@triton.jit(do_not_specialize=["first_kv_head", "num_blocks", "max_items", "item_rows", "region"])
+@triton.jit(do_not_specialize=["first_kv_head", "num_blocks", "max_items", "item_rows", "region", "heads_together"])
 def forward_long_kernel(
     q, k, v, rows, list_start, item_start, item_block, block_start, block_length, block_skipped,
-    partial, partial_lse, first_kv_head, num_blocks, max_items, item_rows, region, scale_log2,
+    partial, partial_lse, first_kv_head, num_blocks, max_items, item_rows, region, heads_together, scale_log2,
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """One program: ROWS rows of one list against all keys of its block, KEYS at a time."""
-    kv_head = first_kv_head + tl.program_id(1)
+    item, local_head = head_program(heads_together)
+    kv_head = first_kv_head + local_head
     block, list_begin, begin, end = load_item(
-        tl.program_id(0), kv_head, item_start, item_block, list_start, block_skipped, num_blocks, max_items, item_rows,
+        item, kv_head, item_start, item_block, list_start, block_skipped, num_blocks, max_items, item_rows,
         NUM_HEADS // NUM_KV_HEADS,
     )  # fmt: skip
     if begin < end:
@@ -189,8 +193,8 @@ def forward_long_kernel(
                 HEAD_DIM, BLOCK_D, KEYS, True,
             )  # fmt: skip
 
-        partial += tl.program_id(1).to(tl.int64) * region * HEAD_DIM
-        partial_lse += tl.program_id(1).to(tl.int64) * region
+        partial += local_head.to(tl.int64) * region * HEAD_DIM
+        partial_lse += local_head.to(tl.int64) * region
         store_rows(partial, slot, out * (1.0 / total)[:, None], inside, HEAD_DIM, HEAD_DIM, BLOCK_D)
         tl.store(partial_lse + slot, top + tl.log2(total), mask=inside)
 

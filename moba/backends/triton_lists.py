@@ -30,12 +30,15 @@ import torch
 import triton
 import triton.language as tl
 
+from moba.backends.triton_tiles import MULTIPROCESSORS
 from moba.documents import Documents
 
 PLACE_TILE = 64
 PLACE_WARPS = 1
 MAX_CHUNKS = 512
 MAX_COUNTERS = 1 << 21  # counters of one key/value head: blocks times chunks
+SHORT_LAUNCH = 20  # times that programs fill the card; a longer launch evens itself out
+HEADS_TOGETHER = 16  # query heads whose work items take turns in a short launch
 
 
 @dataclass(frozen=True)
@@ -159,6 +162,22 @@ def build_items(lists: Lists, item_rows: int) -> Items:
         lists.list_start, item_start, split_start, item_block, num_blocks, max_items, item_rows, TILE=1024
     )
     return Items(item_rows, max_items, max_splits, item_start, split_start, item_block)
+
+
+def item_grid(programs: int, num_kv_heads: int, group: int, warps: int) -> tuple[tuple[int, int, int], int]:
+    """The grid of a launch with so many programs for each of some key/value heads, of `group` query heads each; and how
+    many heads' programs take turns on it, as `head_program` reads it.
+
+    The first blocks of a document have the longest lists. With one head after another the last head's longest items
+    start when the other heads' are done, and a short launch then waits for them; so there the items of several heads
+    take turns. A long launch keeps to one head, since then more of the rows that it gathers are in the L2 cache.
+    """
+    loads = programs * num_kv_heads * warps / (8 * MULTIPROCESSORS)  # eight warps take a multiprocessor's registers
+    most = HEADS_TOGETHER // group if loads < SHORT_LAUNCH else 1
+    together = max(n for n in range(1, max(1, most) + 1) if num_kv_heads % n == 0)
+    # Programs that do not take turns come first, since only the first side of a grid may exceed 65,535.
+    sides = (programs, 1) if together == 1 else (together, programs)
+    return (*sides, num_kv_heads // together), together
 
 
 @triton.jit(do_not_specialize=["num_documents", "block_size"])
@@ -331,6 +350,13 @@ def items_kernel(list_start, item_start, split_start, item_block, num_blocks, ma
             tl.store(item_block + items_end - items + i, block, mask=i < items)
         items_before += tl.sum(items)
         splits_before += tl.sum(splits)
+
+
+@triton.jit
+def head_program(heads_together):
+    """(this program counted within its key/value head, that head counted from the launch's first): see `item_grid`."""
+    turn = tl.where(heads_together > 1, tl.program_id(0), 0)
+    return tl.program_id(0) - turn + tl.program_id(1), tl.program_id(2) * heads_together + turn
 
 
 @triton.jit

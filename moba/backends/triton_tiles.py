@@ -29,6 +29,9 @@ class Tile:
     """Row tiles of a work item: how far a list is followed before another program takes over."""
 
 
+MULTIPROCESSORS = 132
+"""Of an H100. What depends on it needs its order of magnitude only."""
+
 # (kernel, padded head size) -> tile
 TILES: dict[tuple[str, int], Tile] = {
     ("select", 64): Tile(rows=64, keys=64, warps=4, stages=1),

@@ -18,9 +18,10 @@ pytest.importorskip("triton", reason="the triton backend needs triton")
 
 from moba import moba_attention
 from moba.backends import triton_attention as backend
+from moba.backends import triton_lists
 from moba.backends.refusals import BackendUnavailable
 from moba.backends.triton_forward import kv_heads_at_once
-from moba.backends.triton_lists import build_items, build_lists
+from moba.backends.triton_lists import build_items, build_lists, item_grid
 from moba.backends.triton_routing import block_means, select_blocks
 from moba.documents import Documents
 from moba.reference import reference_attention, reference_selection
@@ -339,6 +340,32 @@ def test_workspace_groups():
     assert kv_heads_at_once(8, 100, 350) == 3
     assert kv_heads_at_once(8, 100, 1) == 1
     assert kv_heads_at_once(8, 100, 799) == 4
+
+
+def test_heads_take_turns_in_short_launches():
+    """Turns of as many heads as divide their number, up to 16 query heads; in long launches one head after another."""
+    assert item_grid(100, 8, 4, 8) == ((4, 100, 2), 4)
+    assert item_grid(100, 12, 1, 8) == ((12, 100, 1), 12)
+    assert item_grid(50, 18, 1, 8) == ((9, 50, 2), 9)
+    assert item_grid(100, 7, 4, 8) == ((100, 1, 7), 1)
+    assert item_grid(100, 2, 32, 8) == ((100, 1, 2), 1)
+    assert item_grid(329, 8, 4, 8)[1] == item_grid(659, 8, 4, 4)[1] == 4  # 2,632 programs of 132 at a time
+    assert item_grid(330, 8, 4, 8)[1] == item_grid(660, 8, 4, 4)[1] == 1
+
+
+@pytest.mark.parametrize(("block_size", "workspace"), [(16, 40_000), (36, 15_000)])
+def test_turns_of_heads_change_nothing(block_size, workspace, monkeypatch):
+    """Short and long blocks, two heads of four at a time: equal bits whether heads take turns or follow each other.
+    Catches a program that reads or writes for another head, and items left out."""
+    monkeypatch.setattr(backend, "WORKSPACE_BYTES", workspace)
+    q, k, v = tensors(50, (4, 4), 16)
+    d_out, d_lse = torch.randn_like(q), torch.randn(4, 50)
+    options = {"block_size": block_size, "top_k": 2, "cu_seqlens": bounds([0, 41, 50])}
+    found = []
+    for short_launch in (0, triton_lists.SHORT_LAUNCH):
+        monkeypatch.setattr(triton_lists, "SHORT_LAUNCH", short_launch)
+        found.append(gradients(lambda *x: moba_triton(*x, **options), q, k, v, d_out, d_lse))
+    assert all(torch.equal(a, b) for a, b in zip(*found))
 
 
 @pytest.mark.parametrize("gate", ["local", "random", "oracle"])

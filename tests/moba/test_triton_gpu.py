@@ -16,6 +16,7 @@ from packs import by_bounds, documents_of
 pytest.importorskip("triton", reason="the triton backend needs triton")
 
 from moba.backends import triton_attention as backend
+from moba.backends import triton_lists
 from moba.backends.triton_routing import select_blocks
 from moba.documents import Documents
 from moba.routing import route
@@ -150,6 +151,15 @@ def test_small_workspace_changes_nothing(monkeypatch):
     one = run(q, k, v, d_out, block_size=64, top_k=3)
     monkeypatch.setattr(backend, "WORKSPACE_BYTES", 1)
     assert all(torch.equal(a, b) for a, b in zip(one, run(q, k, v, d_out, block_size=64, top_k=3)))
+
+
+@pytest.mark.parametrize("block_size", [64, 512])
+def test_turns_of_heads_change_nothing(block_size, monkeypatch):
+    """Four heads in turn, as in short launches, give the same bits as one after another."""
+    q, k, v, d_out = tensors(3000, (8, 4), 128)
+    in_turn = run(q, k, v, d_out, block_size=block_size, top_k=3)
+    monkeypatch.setattr(triton_lists, "SHORT_LAUNCH", 0)
+    assert all(torch.equal(a, b) for a, b in zip(in_turn, run(q, k, v, d_out, block_size=block_size, top_k=3)))
 
 
 @pytest.mark.parametrize("block_size", [64, 512])
