@@ -100,7 +100,7 @@ CONTINUAL = (
 
 
 DROP_IN = (
-    f"{GIVEN} schedule.tokens=3932160 schedule.seq_len=8K schedule.batch_tokens=64K schedule.micro_tokens=32K "
+    f"{GIVEN} schedule.tokens=3932160 schedule.seq_len=8K schedule.batch_tokens=64K schedule.micro_tokens=16K "
     # Several runs share a GPU: what fits one alone, and what waits for a compiler, is not for them.
     "model.activation_checkpointing=false model.compile=false optim.lr.peak=1e-4 optim.lr.warmup_tokens=10% "
     "eval.suite=loss eval.every_tokens=0 logging.every_tokens=65536 logging.progress=false"
