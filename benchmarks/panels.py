@@ -240,6 +240,30 @@ def gates(figure: SubFigure, record: Record) -> None:
     axes.set_xlabel("minus full attention (nats per token, log scale; bars: 95 %)")
 
 
+def kept(figure: SubFigure, record: Record) -> None:
+    """Trailing loss and right answers of each arm under each attention, beside the reference's under full attention."""
+    rows = record["differences"]
+    names, attentions = arms(rows), list(dict.fromkeys(row["attention"] for row in rows))
+    tasks = [key for key in rows[0] if key not in ("loss", "trailing") and isinstance(rows[0][key], Mapping)]
+    of = shown(rows[0]["reference"])
+    for axes, what in zip(figure.subplots(1, 1 + len(tasks)), ("trailing", *tasks)):
+        title = "Trailing loss" if what == "trailing" else f"Retrieval: {what.replace('_', ' ')}"
+        prepared(axes, title, f"minus {of} (nats per token)" if what == "trailing" else "share of right answers")
+        for a, attention in enumerate(attentions):
+            own = [row for row in rows if row["attention"] == attention]
+            places = [names.index(row["arm"]) + 0.14 * (a - (len(attentions) - 1) / 2) for row in own]
+            gaps = [row[what]["minus_reference"] for row in own]
+            values = [gap["mean"] if what == "trailing" else row[what]["value"] for row, gap in zip(own, gaps)]
+            style = {"fmt": marker(a), "color": color(a), "capsize": 2, "label": f"under {shown(attention)}"}
+            axes.errorbar(places, values, yerr=known([gap["interval_95"] for gap in gaps]), **style)
+        level = rows[0][what]["value"] - rows[0][what]["minus_reference"]["mean"]
+        axes.axhline(0 if what == "trailing" else level, color="black", linewidth=0.8)
+        axes.set_xticks(range(len(names)), [shown(name).replace(", ", ",\n") for name in names], fontsize="small")
+    title = f"line: {of}, trained alike; bars: 95 % of the difference from it"
+    handles = axes.get_legend_handles_labels()
+    figure.legend(*handles, fontsize="small", title=title, loc="outside lower center", ncols=len(attentions))
+
+
 def blocks(figure: SubFigure, record: Record) -> None:
     """Right answers of far evidence over block size at an equal share of the keys, beside how often the gate picks the
     block of the evidence and how often the signal-to-noise model says it does; an axes per training and length."""
@@ -308,10 +332,10 @@ def shown(name: str) -> str:
     return LABELS.get(name, name.replace("moba", "MoBA"))
 
 
-WIDTHS = {"stages": 2.4, "recall": 1.5, "needle": 2.4, "blocks": 2.2}
+WIDTHS = {"stages": 2.4, "recall": 1.5, "needle": 2.4, "blocks": 2.2, "kept": 2.8}
 HEIGHTS = {"blocks": 8.5}
 PANELS: dict[str, Callable[[SubFigure, Record], None]] = {
-    f.__name__: f for f in (training, difference, stages, trailing, speed, layers, recall, needle, gates, blocks)
+    f.__name__: f for f in (training, difference, stages, trailing, speed, layers, recall, needle, gates, kept, blocks)
 }
 
 
@@ -323,7 +347,11 @@ def table(record: Record) -> list[str]:
     about = [({"arm": run["arm"], "seed": run["seed"]}, run) for run in record["runs"]]
     parts = {
         "measured": [_without(row, "evidence") for row in record["measured"] if "settings" not in row],
-        "settings": [setting for row in record["measured"] for setting in row.get("settings", ())],
+        "settings": [
+            {"arm": row["arm"], "seed": row["seed"]} | setting
+            for row in record["measured"]
+            for setting in row.get("settings", ())
+        ],
         "differences": record.get("differences", ()),
         "held out, in the end": [arm | run["held_out"][-1] for arm, run in about if run["held_out"]],
         "stages": [arm | stage for arm, run in about for stage in run["stages"]],

@@ -96,6 +96,23 @@ CONTINUAL = (
 )
 
 
+# -------------------- a pretrained model, continued at its own length with sparse attention in place of full
+
+
+DROP_IN = (
+    f"{GIVEN} schedule.tokens=3932160 schedule.seq_len=8K schedule.batch_tokens=64K schedule.micro_tokens=16K "
+    # Several runs share a GPU: what fits one alone, and what waits for a compiler, is not for them.
+    "model.activation_checkpointing=false model.compile=false optim.lr.peak=1e-4 optim.lr.warmup_tokens=10% "
+    "eval.suite=loss eval.every_tokens=0 logging.every_tokens=65536 logging.progress=false"
+)
+BLOCKS_8K = "schedule=moba_only schedule.block_size=128 schedule.top_k=8"
+
+
+def kept_by(attentions: str) -> tuple[str, ...]:
+    """The evaluation of loss and retrieval under full attention and under these."""
+    return (f"sweep attention=full attentions={attentions} probes=[pass_key,key_value] data={{validation}}",)
+
+
 # -------------------- recall, on a CPU
 
 
@@ -129,7 +146,6 @@ MODEL_28M = (
     "model.ffn_size=1408 model.qk_norm=true model.rope_theta=200000 model.key_conv=3"
 )
 FROM_2K = "model=from_source schedule.seq_len=8K schedule.tokens=24M optim.lr.peak=1e-3"
-BLOCKS_8K = "schedule=moba_only schedule.block_size=128 schedule.top_k=8"
 
 
 # -------------------- longer contexts
@@ -288,6 +304,22 @@ STUDIES: dict[str, Study] = {
         evals=BOTH,
         every_stage=True,
         reference="full",
+    ),
+    "drop_in": Study(
+        "A pretrained model continued at its own length with a plan, MoBA or full attention",
+        DROP_IN,
+        {
+            "full": Arm("schedule=full_only", evals=kept_by("{plan}")),
+            "plan": Arm("schedule=moba_only schedule.stages.sparse.attention.plan={plan}", evals=kept_by("{plan}")),
+            "128x8, first block": Arm(
+                f"{BLOCKS_8K} schedule.stages.sparse.attention.first_blocks=1", evals=kept_by("128x8+1")
+            ),
+            "as it came": Arm(None, evals=kept_by("{plan},128x8+1,128x8")),
+            "128x8": Arm(BLOCKS_8K, evals=kept_by("128x8")),
+        },
+        panels=("kept",),
+        reference="full",
+        seeds=3,
     ),
     "small": Study(
         "The MoBA paper's pretraining figures in small: from nothing, 8K, 64 blocks of 128",

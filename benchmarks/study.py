@@ -32,9 +32,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import panels, small_results  # noqa: E402
-from benchmarks.common import Places, launch, origin, read_json, split, stop_all, write  # noqa: E402
+from benchmarks.common import Places, launch, origin, read_json, split, steps_logged, stop_all, write  # noqa: E402
 from benchmarks.studies import STUDIES, Arm, Study  # noqa: E402
-from benchmarks.study_results import READ, Measured, Task, after_switch, differences, of_run  # noqa: E402
+from benchmarks.study_results import READ, Measured, Task, after_switch, differences, of_run, sweep_differences  # noqa: E402
 from launch.cli import UsageError, exits_on, key_values  # noqa: E402
 from launch.config import load  # noqa: E402
 from train.checkpoint.checkpoint_dir import STATE, checkpoints  # noqa: E402
@@ -48,6 +48,7 @@ KEYS = {
     "validation": "held-out documents, likewise",
     "documents": "held-out documents at most (default 16)",
     "cluster": "regular expression; held-out ids with the same match are one cluster of the errors",
+    "plan": "plan file of launch/tune_attention.py, where the study takes one",
     "cuts": "the ends of the held-out documents (benchmarks/windows.py), where the study takes them",
     "seeds": "comma-separated (default: as many as the study has, from 0)",
     "arms": "which, separated by ';', of one seed alone as <arm>@<seed>, in this order (default: all)",
@@ -56,7 +57,7 @@ KEYS = {
     "collect": "true: only makes the results of what is there",
     "commit": "commit of the code, where this is no git checkout",
 }
-BRACES = re.compile(r"\{(model|data|validation|documents|cuts)\}")
+BRACES = re.compile(r"\{(model|data|validation|documents|plan|cuts)\}")
 
 
 @dataclass(frozen=True)
@@ -282,9 +283,9 @@ def stage_ends(folder: Path) -> list[Path]:
 def collect(command: Command, tasks: Sequence[Task], found: Sequence[Measured]) -> dict:
     """What results.json has besides where it comes from."""
     study = command.study
-    metrics = {
-        task: read_metrics(command.folder(*task) / FILE_NAME) for task in tasks if study.arms[task[0]].train is not None
-    }
+    paths = {task: command.folder(*task) / FILE_NAME for task in tasks if study.arms[task[0]].train is not None}
+    # Where time is limited, some are not begun, or stopped before their first step.
+    metrics = {task: read_metrics(path) for task, path in paths.items() if steps_logged(path.parent)}
     runs = [{"arm": name, "seed": seed, **of_run(records)} for (name, seed), records in metrics.items()]
     measured = [{"arm": name, "seed": seed, "eval": line, **READ[line.split()[0]](p)} for name, seed, line, p in found]
     devices = {read_json(path)["device"] for *_, path in found} | {run["device"] for run in runs}
@@ -292,7 +293,8 @@ def collect(command: Command, tasks: Sequence[Task], found: Sequence[Measured]) 
     record = {"device": ", ".join(sorted(hardware)), "runs": runs, "measured": measured}
     if study.reference:
         losses = [(name, seed, line, path) for name, seed, line, path in found if line.startswith("position_loss")]
-        record["differences"] = list(differences(losses, study.reference))
+        sweeps = [(name, seed, line, path) for name, seed, line, path in found if line.startswith("sweep")]
+        record["differences"] = [*differences(losses, study.reference), *sweep_differences(sweeps, study.reference)]
     if study.switch and {*study.switch} <= {name for name, _ in metrics}:
         record["switches"] = [
             after_switch(metrics, study.switch, seed) for seed in dict.fromkeys(seed for _, seed in metrics)

@@ -27,6 +27,8 @@ def of_run(records: Sequence[Mapping]) -> dict:
     stages = []
     for stage in (r for r in records if r["kind"] == "stage"):
         own = [r for r in records if r["kind"] == "train" and r["stage"] == stage["stage"]]
+        if not own:  # stopped before
+            continue
         about = {key: stage[key] for key in ("stage", "seq_len", "attention")}
         stages.append({**about, "tokens": stage["end"] - stage["tokens"], "steps": len(own), **speeds(own[3:] or own)})
     held_out = [{key: r.get(key) for key in ("tokens", *HELD_OUT)} for r in records if r["kind"] == "eval"]
@@ -66,9 +68,9 @@ def of_recall(path: Path) -> dict:
 def of_sweep(path: Path) -> dict:
     """Of an evaluation: each setting's loss in the last eighth of the documents, minus full attention's, and the share
     of right answers of each probe."""
-    record, loss_SNB = read_json(path), np.load(path.with_suffix(".npz"))["document_loss"]
+    record, arrays = read_json(path), np.load(path.with_suffix(".npz"))
+    loss_SNB, clusters = arrays["document_loss"], arrays["document_clusters"]
     last_SN = loss_SNB[:, :, -(loss_SNB.shape[2] // 8) :].mean(-1)
-    clusters = list(range(last_SN.shape[1]))
     settings = [
         {key: row[key] for key in ("attention", "gate", "first_blocks", "attended_share") if key in row}
         | {"last_eighth": float(own.mean()), "minus_full": document_mean(own - last_SN[0], clusters)}
@@ -123,6 +125,42 @@ def differences(found: Sequence[Measured], reference: str) -> Iterator[dict]:
         about = {key: own[0][0][key] for key in ("tokens", "seq_len", "stage", "attention", "dense_up_to")}
         gap = difference(over_seeds(ours), over_seeds(theirs)).summary()
         yield {"arm": name, "reference": reference, "eval": line, **about, **gap, "by_seed": by_seed}
+
+
+def sweep_differences(found: Sequence[Measured], reference: str) -> Iterator[dict]:
+    """How each arm's losses and right answers, under each attention of its sweep, differ from the reference's under
+    full attention: document by document, means over the seeds that both have."""
+    groups: dict[tuple[str, str], dict[int, Path]] = {}
+    for name, seed, line, path in found:
+        groups.setdefault((name, line), {})[seed] = path
+    standard = next((own for (name, _), own in groups.items() if name == reference), {})
+    for (name, line), own in groups.items():
+        seeds = [seed for seed in own if seed in standard]
+        if not seeds:
+            continue
+        record, clusters = read_json(own[seeds[0]]), np.load(own[seeds[0]].with_suffix(".npz"))["document_clusters"]
+        ours, theirs = ([of_documents(paths[seed]) for seed in seeds] for paths in (own, standard))
+        for s, row in enumerate(record["settings"]):
+            if own is standard and s == 0:
+                continue
+            about = {"arm": name, "reference": reference, "eval": line, "tokens": record["tokens"], "seeds": seeds}
+            about |= {key: row[key] for key in ("attention", "attended_share")}
+            for what in ours[0]:
+                value_sN = np.array([one[what][s] for one in ours])
+                gap_sN = value_sN - [one[what][0] for one in theirs]
+                gap = document_mean(gap_sN.mean(0), clusters) | {"by_seed": np.nanmean(gap_sN, 1).tolist()}
+                about[what] = {"value": float(np.nanmean(value_sN)), "minus_reference": gap}
+            yield about
+
+
+def of_documents(path: Path) -> dict[str, np.ndarray]:
+    """Of a sweep, [settings, documents]: mean loss, that of the last bucket, and the share of right answers of each
+    probe."""
+    arrays = np.load(path.with_suffix(".npz"))
+    loss_SNB = arrays["document_loss"]
+    right = {name.removeprefix("right_"): arrays[name] for name in arrays.files if name.startswith("right_")}
+    shares = {task: found_SN3[:, :, 0] / found_SN3[:, :, 1] for task, found_SN3 in right.items()}
+    return {"loss": loss_SNB.mean(2), "trailing": loss_SNB[:, :, -1], **shares}
 
 
 def training_losses(records: Sequence[Mapping]) -> dict[int, float]:

@@ -137,7 +137,11 @@ class SweepReport:
             record=self.summary(),
             text=self.table(),
             numbers={f"trailing_minus_full_{row['attention']}": row["trailing_minus_full"]["mean"] for row in rows[1:]},
-            arrays={"document_loss": self.losses_SNB, **{f"right_{task}": x for task, x in self.right_SN.items()}},
+            arrays={
+                "document_loss": self.losses_SNB,
+                "document_clusters": np.array(self.clusters),
+                **{f"right_{task}": x for task, x in self.right_SN.items()},
+            },
             figures={"": self.draw},
         )
 

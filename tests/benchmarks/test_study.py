@@ -24,6 +24,7 @@ FULL = "schedule.stages.sparse.attention.kind=full"
 def command(name, tmp_path, values=()):
     """The command of a declared study."""
     given = {"model": "models/x", "data": "embedded", "validation": "embedded", "documents": "2", "cuts": "cuts"}
+    given["plan"] = "docs/results/plans_h100/plan_quarter.yaml"
     return study.Command(STUDIES[name], given | dict(values), (), tmp_path)
 
 
@@ -106,6 +107,53 @@ def test_a_small_study_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
     assert "evaluate.py" not in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in times} == times
     assert json.loads((tmp_path / "results.json").read_text()) == results
+
+    # Of a seed that time was too short for, one run begun and stopped before its second step.
+    lines = (tmp_path / "runs" / "moba_seed0" / "metrics.jsonl").read_text().splitlines(keepends=True)
+    last = next(i for i, line in enumerate(lines) if json.loads(line)["kind"] == "train")
+    (tmp_path / "runs" / "moba_seed1").mkdir()
+    (tmp_path / "runs" / "moba_seed1" / "metrics.jsonl").write_text("".join(lines[: last + 1]))
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "collect=true", "seeds=0,1"])
+    study.main()
+    short = json.loads((tmp_path / "results.json").read_text())
+    assert [(run["arm"], run["seed"]) for run in short["runs"]] == [("moba", 0), ("moba", 1), ("full", 0)]
+    assert short["measured"] == results["measured"] and len(short["runs"][1]["train"]) == 1
+
+
+def test_sweeps_are_compared_with_the_reference_under_full_attention(tmp_path):
+    """Catches a partner of another seed, document or attention, a seed that one side lacks, clusters that are left
+    out of the errors, and a figure that cannot be drawn from the results alone."""
+    generator, clusters, found = np.random.default_rng(0), ["a", "a", "b", "c"], []
+    for arm, seeds, attentions in (("full", (0, 1), ["full", "plan"]), ("plan", (0, 1, 2), ["full", "plan"])):
+        for seed in seeds:
+            path = tmp_path / f"{arm}{seed}.json"
+            settings = [{"attention": name, "attended_share": 1.0} for name in attentions]
+            path.write_text(json.dumps({"tokens": 7, "settings": settings}))
+            right = np.stack([generator.integers(0, 5, (2, 4)), np.full((2, 4), 4), np.ones((2, 4))], axis=2)
+            loss = generator.normal(2, 0.1, (2, 4, 16))
+            np.savez(path.with_suffix(".npz"), document_loss=loss, document_clusters=clusters, right_pass_key=right)
+            found.append((arm, seed, "sweep", path))
+    rows = {(row["arm"], row["attention"]): row for row in study.sweep_differences(found, "full")}
+    assert list(rows) == [("full", "plan"), ("plan", "full"), ("plan", "plan")]
+    arrays = {(arm, seed): np.load(path.with_suffix(".npz")) for arm, seed, _, path in found}
+    row = rows["plan", "plan"]
+    assert row["seeds"] == [0, 1]
+    losses = [
+        [arrays[arm, seed]["document_loss"][s, :, -1] for seed in (0, 1)] for arm, s in (("plan", 1), ("full", 0))
+    ]
+    gap_sN = np.subtract(*losses)
+    assert row["trailing"]["minus_reference"]["by_seed"] == pytest.approx(gap_sN.mean(1))
+    assert row["trailing"]["minus_reference"]["mean"] == pytest.approx(gap_sN.mean())
+    assert row["trailing"]["value"] == pytest.approx(np.mean(losses[0]))
+    # The CR2 error by hand: residual sums of three clusters of 2, 1 and 1 documents.
+    residual = gap_sN.mean(0) - gap_sN.mean()
+    sums, shares = np.array([residual[:2].sum(), residual[2], residual[3]]), np.array([2, 1, 1]) / 4
+    assert row["trailing"]["minus_reference"]["se"] == pytest.approx(((sums**2 / (1 - shares)).sum()) ** 0.5 / 4)
+    right = [[arrays[arm, seed]["right_pass_key"][s, :, 0] for seed in (0, 1)] for arm, s in (("plan", 1), ("full", 0))]
+    assert row["pass_key"]["value"] == pytest.approx(np.mean(right[0]) / 4)
+    assert row["pass_key"]["minus_reference"]["mean"] == pytest.approx((np.mean(right[0]) - np.mean(right[1])) / 4)
+    panels.draw({"about": "", "device": "", "commit": None, "differences": [*rows.values()]}, ("kept",), tmp_path / "a")
+    assert (tmp_path / "a.png").stat().st_size > 10_000
 
 
 def test_block_sizes_are_compared_by_the_head_that_looks_up():
