@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import partial
 from importlib.metadata import version
 from itertools import product
 
@@ -20,6 +21,7 @@ from evals.answering import (
     ABOUT_ARMS,
     ABOUT_BESIDE,
     HYBRID,
+    Arm,
     Reader,
     batch_tokens,
     by_prompt,
@@ -50,7 +52,6 @@ def run(job: Job) -> Result:
     samples = _samples(job, ruler, tasks, tokenizer, lengths, number)
     settings = {
         "package": version("nvidia-long-context-eval"),
-        "exact_sentences": ruler.exact_sentences,
         "tokenizer": tokenizer.fingerprint,
     }
     ledger = Ledger(job, "ruler", settings)
@@ -66,8 +67,9 @@ def run(job: Job) -> Result:
     sums = torch.zeros(len(arms), len(tasks), len(lengths), number, dtype=torch.float64, device=context.device)
     for name, length, indices in mine:
         task, asked = ruler.tasks[name], samples[name, length]
+        key = partial(_key, name, length, asked)
         for plan, group in groups.items():
-            missing = [i for i in indices if not all((arm.key, name, length, i) in ledger for arm in group)]
+            missing = [i for i in indices if not all(key(arm, i) in ledger for arm in group)]
             countdown.skip(length * (len(indices) - len(missing)), work_kind(group, length))
             if not missing:
                 continue
@@ -79,11 +81,11 @@ def run(job: Job) -> Result:
                 found = {}
                 for arm in group:
                     written = reader.greedy(task.tokens_to_generate, arm.decode, stop={tokenizer.eos_id})
-                    found |= {(arm.key, name, length, i): tokenizer.decode(ids) for i, ids in zip(missing, written)}
+                    found |= {key(arm, i): tokenizer.decode(ids) for i, ids in zip(missing, written)}
             ledger.put(found)
             countdown.step(length * len(missing), len(found), work_kind(group, length))
         for a, arm in enumerate(arms):
-            texts = [cleaned(ledger[arm.key, name, length, i]) for i in indices]
+            texts = [cleaned(ledger[key(arm, i)]) for i in indices]
             scores = task.scores(texts, [asked[i].answers for i in indices])
             sums[a, tasks.index(name), lengths.index(length), indices] = torch.tensor(scores).to(sums)
     counts = [[len(samples[name, length]) for length in lengths] for name in tasks]
@@ -94,7 +96,9 @@ def run(job: Job) -> Result:
         lengths=lengths,
         scores_ATLN=context.reduce(sums).cpu().numpy(),
         counts_TL=counts,
-        stand_in=[] if ruler.exact_sentences else [name for name in tasks if ruler.tasks[name].splits_sentences],
+        stand_in=[
+            name for name in tasks if any(not sample.exact for length in lengths for sample in samples[name, length])
+        ],
         title=job.title,
         dense_up_to=job.dense_up_to,
     )
@@ -114,6 +118,11 @@ def _samples(
     if context.world_size > 1:
         collectives.barrier()
     return {(name, length): ruler.samples(name, tokenizer, length, number, folder) for name, length in wanted}
+
+
+def _key(name: str, length: int, asked: Sequence[RulerSample], arm: Arm, i: int) -> tuple:
+    """Of an answer in the ledger."""
+    return arm.key, name, length, i, asked[i].exact
 
 
 def _units(samples: dict[tuple[str, int], list[RulerSample]], tokens: int) -> Iterator[tuple[str, int, list[int]]]:

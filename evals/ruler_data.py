@@ -1,8 +1,9 @@
 """RULER's samples, task list and scorers, from NVIDIA's package nvidia-long-context-eval (extra `ruler`).
 
 Samples are made by its generators, each in a process of its own (evals/ruler_generate.py), once per tokenizer, length
-and number of samples, and kept as its jsonl files. Scorers are its own functions. Its evaluate.py, which cannot be
-imported without a download, defines how a prediction is cleaned: `cleaned` does the same.
+and number of samples, and kept as its jsonl files; where these are, the package's dependencies are not needed. Scorers
+are its own functions. Its evaluate.py, which cannot be imported without a download, defines how a prediction is
+cleaned: `cleaned` does the same.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ from data.tokenizer import Tokenizer
 from evals.ruler_generate import TOO_SHORT, splits_exactly
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGE, NEEDED = "long_context_eval", ("long_context_eval", "wonderwords", "nltk", "scipy")
-SEED = 42
+PACKAGE, GENERATORS_NEED = "long_context_eval", ("wonderwords", "nltk", "scipy")
+SEED, FILE = 42, "validation.jsonl"
 STAND_IN = "sentences split by Punkt without nltk's English model, which is not installed: not NVIDIA-exact"
 
 
@@ -38,6 +39,8 @@ class RulerSample:
 
     prompt: str
     answers: list[str]
+    exact: bool = True
+    """False where its sentences were split by the stand-in (STAND_IN)."""
 
 
 @dataclass(frozen=True)
@@ -64,9 +67,7 @@ class Ruler:
     """The package. ValueError without it."""
 
     def __init__(self) -> None:
-        if missing := [name for name in NEEDED if find_spec(name) is None]:
-            raise ValueError(f"evals=ruler needs {', '.join(missing)}: pip install 'moba-train[ruler]'")
-        self.exact_sentences = splits_exactly()
+        _require("evals=ruler", PACKAGE)
 
     @cached_property
     def tasks(self) -> dict[str, Task]:
@@ -91,19 +92,20 @@ class Ruler:
     def samples(self, task: str, tokenizer: Tokenizer, length: int, number: int, folder: Path) -> list[RulerSample]:
         """A task's samples whose prompts and answers fit `length` tokens; generated if not in `folder`. Empty if the
         task does not fit the length. ValueError if generation fails."""
-        sentences = "punkt" if self.exact_sentences or not self.tasks[task].splits_sentences else "stand_in"
-        place = folder / f"{tokenizer.fingerprint}_{length}_{number}_{sentences}" / task
-        file = place / "validation.jsonl"
+        stem = f"{tokenizer.fingerprint}_{length}_{number}"
+        exact, stand_in = (folder / f"{stem}_{sentences}" / task / FILE for sentences in ("punkt", "stand_in"))
+        if exact.is_file() or not self.tasks[task].splits_sentences or splits_exactly():
+            file = exact
+        else:
+            file = stand_in
         if not file.is_file():
-            self._generate(self.tasks[task], tokenizer, length, number, place)
-        samples = []
-        for line in file.read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
-            samples.append(RulerSample(row["input"], row["outputs"]))
-        return samples
+            self._generate(self.tasks[task], tokenizer, length, number, file.parent)
+        rows = map(json.loads, file.read_text(encoding="utf-8").splitlines())
+        return [RulerSample(row["input"], row["outputs"], file == exact) for row in rows]
 
     def _generate(self, task: Task, tokenizer: Tokenizer, length: int, number: int, place: Path) -> None:
         """Runs the generator; its folder is renamed into place when complete."""
+        _require(f"evals=ruler: no samples in {place}; making them", *GENERATORS_NEED)
         unfinished = place.with_name(f"{task.name}.unfinished")
         shutil.rmtree(unfinished, ignore_errors=True)
         options = {
@@ -123,12 +125,18 @@ class Ruler:
         made = unfinished / task.name
         if done.returncode == TOO_SHORT:
             made.mkdir(parents=True, exist_ok=True)
-            (made / "validation.jsonl").write_text("", encoding="utf-8")
-        elif done.returncode or not (made / "validation.jsonl").is_file():
+            (made / FILE).write_text("", encoding="utf-8")
+        elif done.returncode or not (made / FILE).is_file():
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
             raise ValueError(f"RULER's generator of {task.name} failed at {length} tokens: {cut(last)}")
         made.rename(place)
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _require(what: str, *names: str) -> None:
+    """ValueError unless these modules are installed."""
+    if missing := [name for name in names if find_spec(name) is None]:
+        raise ValueError(f"{what} needs {', '.join(missing)}: pip install 'moba-train[ruler]'")
 
 
 def cleaned(prediction: str) -> str:

@@ -66,11 +66,11 @@ class Watch:
 
 def splits_exactly() -> bool:
     """Whether nltk finds the English Punkt model, with which NVIDIA splits essays into sentences."""
-    import nltk  # pyright: ignore[reportMissingImports]  # optional
-
     try:
+        import nltk  # pyright: ignore[reportMissingImports]  # optional
+
         nltk.data.find("tokenizers/punkt_tab/english/")
-    except LookupError:
+    except (ImportError, LookupError):
         return False
     return True
 

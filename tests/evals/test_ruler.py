@@ -26,7 +26,8 @@ from evals.ruler_data import Ruler, cleaned
 from evals.ruler_report import RulerReport, page
 
 needs_package = pytest.mark.skipif(
-    any(find_spec(name) is None for name in ruler_data.NEEDED), reason="without the extra: pip install .[ruler]"
+    any(find_spec(name) is None for name in (ruler_data.PACKAGE, *ruler_data.GENERATORS_NEED)),
+    reason="without the extra: pip install .[ruler]",
 )
 TASKS = {"qa_1": 8192, "fwe": 1024}
 
@@ -229,9 +230,33 @@ def test_figure_and_page(tmp_path):
 
 def test_without_the_package_its_extra_is_named(tmp_path, monkeypatch):
     """Catches an import error in place of what to install."""
-    monkeypatch.setattr(ruler_data, "find_spec", lambda name: None if name == "wonderwords" else name)
-    with pytest.raises(ValueError, match=re.escape("evals=ruler needs wonderwords: pip install 'moba-train[ruler]'")):
+    monkeypatch.setattr(ruler_data, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=re.escape("ruler needs long_context_eval: pip install 'moba-train[ruler]'")):
         run(make_job(tmp_path, Copier(lambda *_: "?")))
+
+
+@needs_package
+def test_samples_made_elsewhere_need_no_generator(tmp_path, monkeypatch):
+    """Catches samples copied from another machine that are not used, or made anew, where the generators' dependencies
+    are missing; and exact ones passed over, or marked as a stand-in's."""
+    tokenizer, ruler = load_tokenizer("bytes"), Ruler()
+    monkeypatch.setattr(ruler_data, "find_spec", lambda name: None if name in ruler_data.GENERATORS_NEED else name)
+    monkeypatch.setitem(sys.modules, "nltk", None)  # its import fails
+    job = make_job(tmp_path, Copier(lambda *_: "7"), tasks="niah_single_2", lengths="1K", samples="2", arms="hybrid")
+    with pytest.raises(ValueError, match=r"no samples in .*stand_in.*needs wonderwords, nltk, scipy: pip install"):
+        run(job)
+    for sentences, answer, score in (("stand_in", "8", 0.0), ("punkt", "7", 100.0)):
+        place = job.folder / "ruler_samples" / f"{tokenizer.fingerprint}_1024_2_{sentences}" / "niah_single_2"
+        place.mkdir(parents=True)
+        rows = [{"index": i, "input": f"{sentences} {i}", "outputs": [answer]} for i in range(2)]
+        (place / "validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        found = run(job).record
+        assert found["scores"]["hybrid"]["niah_single_2"][0]["score"] == score
+        assert list(found["not_exact"]) == (["niah_single_2"] if sentences == "stand_in" else [])
+    assert [s.prompt for s in ruler.samples("niah_single_2", tokenizer, 1024, 2, place.parents[1])] == [
+        "punkt 0",
+        "punkt 1",
+    ]
 
 
 def test_predictions_are_cleaned():
