@@ -340,9 +340,9 @@ def test_a_table_has_the_numbers_of_its_results(name, head):
 
 def test_the_table_of_long_contexts_has_the_numbers_of_its_results():
     """The same, of rows from several files in an order of their own, with settings in words."""
-    both = (table("docs/long.md", f"| model | {head} | GPUs |") for head in ("context", "length"))
+    both = (table("docs/long.md", f"| model | {head} | GPUs |") for head in ("context", "length", "sequences"))
     shown = [[*row[:2], row[2].split(",")[0], *row[4:]] for rows in both for row in rows]
-    assert len(shown) == 14
+    assert len(shown) == 17
     assert [row for row in shown if row not in list(long_rows())] == []
 
 

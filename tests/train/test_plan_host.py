@@ -43,9 +43,10 @@ def test_what_is_put_on_the_host_is_counted_for_all_of_its_processes(sequence):
     assert plan.host.saving == pytest.approx(12 * parameters, abs=100)
     text = " ".join(plan.text().split())
     assert f"a host: {plan.host.total / GB:.1f} GB of main memory: offloaded" in text
-    assert plan_of("deepspeed=zero3")[1].host.own == 3 * GB, "is not compiled"
+    kept = 8 * 1024 * 32768  # of the activations that stay
+    assert plan_of("deepspeed=zero3")[1].host.own == 3 * GB + kept, "is not compiled"
     assert plan_of("checkpoint.asynchronous=false")[1].host.saving == 0
-    assert plan_of(cores=None)[1].host.own == plan_of(cores=192)[1].host.own == 15 * GB
+    assert plan_of(cores=None)[1].host.own == plan_of(cores=192)[1].host.own == 15 * GB + kept
 
 
 def test_weights_are_drawn_on_the_host_before_they_go_to_the_gpus():

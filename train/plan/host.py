@@ -10,13 +10,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from conf.hardware import Hardware
-from conf.schema import RunConfig
+from conf.schema import OFFLOADED, RunConfig
 from train.plan.memory import Memory, is_compiled, room, saving_bytes
 
 PROCESS = 3 << 30  # torch, CUDA, libraries, data
 COMPILER_WORKER = 3 << 27  # torch.compile starts one per core in each process, up to
 MOST_WORKERS = 32
-RECOMPUTED_TOKEN = 14 << 10  # per token of a process whose layers are recomputed and nothing is offloaded
+# Per token that a process computes at a time, where no activations are offloaded.
+KEPT_TOKEN = 8 << 10
+RECOMPUTED_TOKEN = 14 << 10
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,8 @@ def host_memory(config: RunConfig, memory: Memory, parameters: int, tokens: int,
     model, zero3 = config.model, config.deepspeed.zero_stage == 3
     workers = min(hardware.cores or MOST_WORKERS, MOST_WORKERS) if is_compiled(model, config.deepspeed) else 0
     own = PROCESS + workers * COMPILER_WORKER
-    if model.activation_checkpointing is True:
-        own += RECOMPUTED_TOKEN * tokens
+    if model.activation_checkpointing not in OFFLOADED:
+        own += tokens * (RECOMPUTED_TOKEN if model.activation_checkpointing is True else KEPT_TOKEN)
     drawn = PROCESS + (0 if zero3 else 4 * parameters)
     local, save = hardware.local_world_size, saving_bytes(config, parameters, hardware.world_size)
     return HostMemory(local * memory.host, local * max(own, drawn - memory.host), local * save)
