@@ -10,8 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
+from evals.plan_search import pairs_share
 from moba.flops import attended_pairs, causal_pairs
 from moba.kinds import Moba
 
@@ -294,6 +296,35 @@ def block_size_rows(seq_len: int):
         yield [name, *cells, *(f"{row[key]:.3f}" for key in ("model_hit", "scaled_hit"))]
 
 
+def plan_rows():
+    folder = ROOT / "docs/results/plans_8k_h200"
+    for plans in (("plan_quarter", "plan_eighth"), ("plan_retrieval_model",)):
+        for i, name in enumerate(plans):
+            found = yaml.safe_load((folder / f"{name}.yaml").read_text(encoding="utf-8"))["measured"]
+            loss, asked = found["loss"], found["retrieval"]
+            if i == 0:
+                zeros = [f"0 ({part['dense_loss']:.3f})" for part in (loss, asked)]
+                yield ["", "full", "100 %", zeros[0], percent(asked["dense_right"]), zeros[1]]
+            block, top = (int(n) for n in re.findall(r"\d+", found["alike"])[:2])
+            alike = pairs_share(Moba(block, top), found["seq_len"])
+            equal = f"{block}x{top}{', first block,' * ('first' in found['alike'])} in all layers"
+            budget = {0.25: "a quarter", 0.125: "an eighth"}[found["budget"]]
+            for key, words, pairs in (("plan", f"plan, {budget}", found["pairs"]), ("alike", equal, alike)):
+                gaps = [with_interval(part[f"{key}_minus_dense"]) for part in (loss, asked)]
+                yield ["", words, percent(pairs), gaps[0], percent(asked[f"{key}_right"]["mean"]), gaps[1]]
+
+
+def percent(share: float) -> str:
+    return f"{share:.0%}".replace("%", " %")
+
+
+def retrieval_rows():
+    names = {"full": "full attention", "128x8": "128x8", "128x8+1": "128x8, first block"}
+    for row in kept("docs/results/retrieval_h200/results.json")["measured"]:
+        for key, right in row["right"].items():
+            yield ["", names[key], *(f"{right[length]:.2f}" for length in ("1K", "2K", "4K", "8K"))]
+
+
 LONG = "benchmarks/results/longest_context"
 
 
@@ -326,6 +357,8 @@ TABLES = {
     ("docs/findings.md", "| tokens before"): small_context_rows,
     ("docs/findings.md", "| trained with"): small_gate_rows,
     ("docs/findings.md", "| full last layers"): small_tuned_rows,
+    ("docs/findings.md", "| model | attention | pairs"): plan_rows,
+    ("docs/evals.md", "| continued at 8K"): retrieval_rows,
     ("docs/findings.md", "| in 2K tokens"): partial(block_size_rows, 2048),
     ("docs/findings.md", "| in 256 tokens"): partial(block_size_rows, 256),
 }
