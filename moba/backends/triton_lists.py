@@ -176,8 +176,8 @@ def item_grid(programs: int, num_kv_heads: int, group: int, warps: int) -> tuple
     most = HEADS_TOGETHER // group if loads < SHORT_LAUNCH else 1
     together = max(n for n in range(1, max(1, most) + 1) if num_kv_heads % n == 0)
     # Programs that do not take turns come first, since only the first side of a grid may exceed 65,535.
-    sides = (programs, 1) if together == 1 else (together, programs)
-    return (*sides, num_kv_heads // together), together
+    first, second = (programs, 1) if together == 1 else (together, programs)
+    return (first, second, num_kv_heads // together), together
 
 
 @triton.jit(do_not_specialize=["num_documents", "block_size"])
