@@ -7,6 +7,7 @@ so each (row, block) writes a partial dQ to its slot and a merge kernel adds the
 *Short* blocks: one kernel makes all three (five matrix products). *Long* blocks: one program cannot hold a block, and
 a partial dQ per key tile would cost far more memory traffic than arithmetic; so `backward_kv_kernel` makes dK and dV
 (four products) and `backward_q_kernel` walks the lists a second time for dQ (three products, two of them repeated).
+Where gluon_choice.py says so, the kernels of gluon_backward.py do the same.
 
 Lists longer than a work item are cut; their items write float32 partial dK and dV, which `reduce_kv_kernel` adds in a
 fixed order.
@@ -21,6 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
+from moba.backends.gluon_choice import GLUON_ITEM_ROWS, gluon_kernels
 from moba.backends.triton_forward import LOG2_E, key_range, kv_heads_at_once, load_keys, rows_of_group
 from moba.backends.triton_lists import (
     Items,
@@ -99,7 +101,8 @@ def _backward_long(inputs, gradients, lists, block_size, softmax_scale, workspac
     num_kv_heads, head_dim = k.shape[1:]
     group_rows = lists.region // lists.slots.shape[2]
 
-    tile = tile_for("backward_kv", head_dim, block_size, q.dtype)
+    gluon = gluon_kernels("backward", block_size, *inputs[:4])
+    tile = gluon.KV_TILE if gluon else tile_for("backward_kv", head_dim, block_size, q.dtype)
     items = build_items(lists, _long_item_rows(tile, lists, block_size, num_kv_heads, group_rows))
     split_bytes = items.max_splits * 2 * block_size * head_dim * 4
     heads_at_once = kv_heads_at_once(num_kv_heads, lists.region * 8 + split_bytes, workspace_bytes)
@@ -109,36 +112,45 @@ def _backward_long(inputs, gradients, lists, block_size, softmax_scale, workspac
     for first in range(0, num_kv_heads, heads_at_once):
         count = min(heads_at_once, num_kv_heads - first)
         _fill_slot_stats(slot_stats, inputs[4], lists, first, count)
-        grid, heads_together = item_grid(items.max_items * key_tiles, count, q.shape[1] // num_kv_heads, tile.warps)
-        backward_kv_kernel[grid](
-            *inputs[:4], slot_stats, lists.rows, lists.list_start, items.item_start, items.split_start,
-            items.item_block, lists.start_M, lists.length_M, lists.skipped_M, gradients[1], gradients[2],
-            splits, first, lists.num_blocks, items.max_items, items.item_rows, items.max_splits, lists.region,
-            block_size, key_tiles, heads_together, softmax_scale, softmax_scale * LOG2_E, **shape,
-            ROWS=tile.rows, KEYS=tile.keys, EXACT=block_size % tile.keys == 0,
-            num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
+        if gluon:
+            gluon.backward_kv(
+                *inputs[:4], slot_stats, lists, items, gradients[1], gradients[2], splits, first, count, block_size,
+                softmax_scale, softmax_scale * LOG2_E,
+            )  # fmt: skip
+        else:
+            grid, heads_together = item_grid(items.max_items * key_tiles, count, q.shape[1] // num_kv_heads, tile.warps)
+            backward_kv_kernel[grid](
+                *inputs[:4], slot_stats, lists.rows, lists.list_start, items.item_start, items.split_start,
+                items.item_block, lists.start_M, lists.length_M, lists.skipped_M, gradients[1], gradients[2],
+                splits, first, lists.num_blocks, items.max_items, items.item_rows, items.max_splits, lists.region,
+                block_size, key_tiles, heads_together, softmax_scale, softmax_scale * LOG2_E, **shape,
+                ROWS=tile.rows, KEYS=tile.keys, EXACT=block_size % tile.keys == 0,
+                num_warps=tile.warps, num_stages=tile.stages,
+            )  # fmt: skip
         _reduce_kv(gradients, splits, items, lists, first, count, block_size, softmax_scale, shape)
     del splits, slot_stats
 
     tile = tile_for("backward_q", head_dim, block_size, q.dtype)
-    items = build_items(lists, tile.rows)
+    items = build_items(lists, GLUON_ITEM_ROWS if gluon else tile.rows)
     heads_at_once = kv_heads_at_once(num_kv_heads, lists.region * head_dim * q.element_size(), workspace_bytes)
     partial = torch.empty(heads_at_once, lists.region, head_dim, dtype=q.dtype, device=q.device)
     for first in range(0, num_kv_heads, heads_at_once):
         count = min(heads_at_once, num_kv_heads - first)
-        backward_q_kernel[(items.max_items, count)](
-            *inputs, lists.rows, lists.list_start, items.item_start, items.item_block,
-            lists.start_M, lists.length_M, lists.skipped_M, partial, first, lists.num_blocks, items.max_items,
-            items.item_rows, lists.region,
-            softmax_scale * LOG2_E, **shape, ROWS=tile.rows, KEYS=tile.keys,
-            num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
+        if gluon:
+            gluon.backward_q(*inputs, lists, items, partial, first, count, softmax_scale * LOG2_E)
+        else:
+            backward_q_kernel[(items.max_items, count)](
+                *inputs, lists.rows, lists.list_start, items.item_start, items.item_block,
+                lists.start_M, lists.length_M, lists.skipped_M, partial, first, lists.num_blocks, items.max_items,
+                items.item_rows, lists.region,
+                softmax_scale * LOG2_E, **shape, ROWS=tile.rows, KEYS=tile.keys,
+                num_warps=tile.warps, num_stages=tile.stages,
+            )  # fmt: skip
         _merge_q(gradients[0], partial, lists, first, count, softmax_scale, shape)
 
 
 def _long_item_rows(tile: Tile, lists: Lists, block_size: int, num_kv_heads: int, group_rows: int) -> int:
-    """Rows of a work item of `backward_kv_kernel`.
+    """Rows of a work item of the kernel for dK and dV.
 
     A program's work is as long as its list, and a block that every query picks has a list of `group_rows`. Lists are
     left whole while such a program would take less than a third of an even share of the launch; else they are cut, to

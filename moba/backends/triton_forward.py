@@ -2,7 +2,8 @@
 
 Two kernels, by block size. *Short* blocks fit on chip as one key tile: a program keeps K and V of the block and
 streams tiles of its list. *Long* blocks (more keys than a tile): a program keeps one tile of its list and streams the
-keys of the block, with the usual online softmax. Both write for each slot of the list a normalised partial output, in
+keys of the block, with the usual online softmax; where gluon_choice.py says so, the kernel of gluon_forward.py does
+that. All write for each slot of the list a normalised partial output, in
 the input's dtype, and its log2-sum-exp; the merge kernel then finds each row's K slots and adds them up with softmax
 weights. No atomics: the result does not depend on timing.
 """
@@ -16,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
+from moba.backends.gluon_choice import GLUON_ITEM_ROWS, gluon_kernels
 from moba.backends.triton_lists import (
     Lists,
     build_items,
@@ -47,7 +49,8 @@ def attention_forward(
     num_kv_heads, top_k = k.shape[1], lists.slots.shape[2]
     short = is_short(block_size, head_dim, q.dtype)
     tile = tile_for("forward_short" if short else "forward_long", head_dim, block_size, q.dtype)
-    items = build_items(lists, tile.rows * (tile.tiles if short else 1))
+    gluon = gluon_kernels("forward", block_size, q, k, v)
+    items = build_items(lists, GLUON_ITEM_ROWS if gluon else tile.rows * (tile.tiles if short else 1))
     constants = {
         "NUM_HEADS": num_heads, "NUM_KV_HEADS": num_kv_heads, "HEAD_DIM": head_dim, "BLOCK_D": padded(head_dim),
     }  # fmt: skip
@@ -60,14 +63,17 @@ def attention_forward(
     kernel = forward_short_kernel if short else forward_long_kernel
     for first in range(0, num_kv_heads, heads_at_once):
         count = min(heads_at_once, num_kv_heads - first)
-        grid, heads_together = item_grid(items.max_items, count, num_heads // num_kv_heads, tile.warps)
-        kernel[grid](
-            q, k, v, lists.rows, lists.list_start, items.item_start, items.item_block, lists.start_M, lists.length_M,
-            lists.skipped_M, partial, partial_lse, first, lists.num_blocks, items.max_items, items.item_rows,
-            lists.region, heads_together, softmax_scale * LOG2_E,
-            **constants, ROWS=tile.rows, KEYS=tile.keys, EXACT=block_size % tile.keys == 0,
-            num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
+        if gluon:
+            gluon.forward_long(q, k, v, lists, items, partial, partial_lse, first, count, softmax_scale * LOG2_E)
+        else:
+            grid, heads_together = item_grid(items.max_items, count, num_heads // num_kv_heads, tile.warps)
+            kernel[grid](
+                q, k, v, lists.rows, lists.list_start, items.item_start, items.item_block, lists.start_M,
+                lists.length_M, lists.skipped_M, partial, partial_lse, first, lists.num_blocks, items.max_items,
+                items.item_rows, lists.region, heads_together, softmax_scale * LOG2_E,
+                **constants, ROWS=tile.rows, KEYS=tile.keys, EXACT=block_size % tile.keys == 0,
+                num_warps=tile.warps, num_stages=tile.stages,
+            )  # fmt: skip
         merge_rows = 32 if head_dim <= 128 else 16
         heads = count * (num_heads // num_kv_heads)
         merge_kernel[(triton.cdiv(num_tokens * heads, merge_rows),)](

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import random
 import time
+from importlib import import_module
+from unittest import mock
 
 import pytest
 import torch
@@ -15,8 +17,8 @@ from packs import by_bounds, documents_of
 
 pytest.importorskip("triton", reason="the triton backend needs triton")
 
+from moba.backends import gluon_choice, triton_backward, triton_lists
 from moba.backends import triton_attention as backend
-from moba.backends import triton_lists
 from moba.backends.triton_routing import select_blocks
 from moba.documents import Documents
 from moba.routing import route
@@ -143,6 +145,58 @@ def test_first_blocks_are_always_seen(case, first_blocks):
     options = {"block_size": block_size, "top_k": top_k, "cu_seqlens": bounds(*documents or [None])}
     plain = run(q, k, v, d_out, **options)[0]
     assert (run(q, k, v, d_out, **options, first_blocks=first_blocks)[0] - plain).abs().max() > 0.1, "was vacuous"
+
+
+needs_hopper = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
+    reason="the Gluon kernels are for compute capability 9.0",
+)
+
+
+@needs_hopper
+@pytest.mark.parametrize("heads", [(8, 2), (3, 3)], ids=str)
+@pytest.mark.parametrize("block", [(256, 4), (512, 3), (600, 3), (2048, 3)], ids=str)
+def test_gluon_kernels(block, heads, monkeypatch):
+    """Float64 and equal bits, and the Triton kernels, which must be what runs with MOBA_GLUON=0. Packs with a document
+    of one token and tails shorter than a tile; lists whole and cut."""
+    calls = []
+    for direction, name in (("forward", "forward_long"), ("backward", "backward_q"), ("backward", "backward_kv")):
+        module = import_module(f"moba.backends.gluon_{direction}")
+        launch = mock.Mock(wraps=getattr(module, name))
+        monkeypatch.setattr(module, name, launch)
+        calls.append(launch)
+    documents = [0, 2800, 2805, 2806, 4200]
+    q, k, v, d_out = tensors(documents[-1], heads, 128)
+    options = {"block_size": block[0], "top_k": block[1], "cu_seqlens": bounds(documents)}
+    check(documents[-1], heads, 128, *block, documents)
+    results = [run(q, k, v, d_out, **options)]
+    monkeypatch.setattr(triton_backward, "_long_item_rows", lambda *_: 512)
+    results.append(run(q, k, v, d_out, **options))
+    assert all(launch.called for launch in calls)
+    before = [launch.call_count for launch in calls]
+    monkeypatch.setattr(gluon_choice, "ENABLED", False)
+    want = run(q, k, v, d_out, **options)
+    assert before == [launch.call_count for launch in calls]
+    for got in results:
+        for name, a, b in zip(("out", "lse", "dq", "dk", "dv"), got, want):
+            assert (a.float() - b.float()).norm() < 1e-2 * b.float().norm(), name
+
+
+@needs_hopper
+@pytest.mark.parametrize("block_size", [256, 600])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_documents_do_not_see_each_other(block_size, bad):
+    """A document between others of NaN or infinity has the bits that it has between good ones: catches tiles that end
+    past a block, where a weight of zero times NaN is NaN."""
+    documents, own = [0, 700, 1500, 2100], slice(700, 1500)
+    inputs = tensors(documents[-1], (8, 2), 128)
+    options = {"block_size": block_size, "top_k": 3, "cu_seqlens": bounds(documents)}
+    want = run(*inputs, **options)
+    for x in inputs:
+        x[:700], x[1500:] = bad, bad
+    for name, a, b in zip(("out", "lse", "dq", "dk", "dv"), run(*inputs, **options), want):
+        a, b = (x[:, own] if name == "lse" else x[own] for x in (a, b))
+        assert torch.equal(a, b), name
 
 
 def test_small_workspace_changes_nothing(monkeypatch):

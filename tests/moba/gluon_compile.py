@@ -1,0 +1,59 @@
+"""Compiles the Gluon kernels of long blocks for Hopper, without a GPU, and prints the bytes of shared memory of each.
+A program of its own, since Triton's interpreter must be off."""
+
+import multiprocessing
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from moba.backends import gluon_backward, gluon_forward
+from moba.backends.triton_lists import Items, Lists
+
+
+class Hopper:
+    """A driver that knows its target and nothing else."""
+
+    get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
+    get_current_device = staticmethod(lambda: 0)
+    get_current_stream = staticmethod(lambda device=None: 0)
+    get_active_torch_device = staticmethod(lambda: torch.device("cpu"))
+
+
+class Compiled:
+    """In place of a kernel: a launch compiles it."""
+
+    def __init__(self, kernel):
+        self.kernel = kernel
+
+    def __getitem__(self, grid):
+        return lambda *arguments, **constants: print(
+            self.kernel.run(*arguments, grid=grid, warmup=True, **constants).metadata.shared, flush=True
+        )
+
+
+def compile_kernel(name):
+    q, k = (torch.zeros(256, heads, 128, dtype=torch.bfloat16) for heads in (8, 2))
+    numbers = torch.zeros(64, dtype=torch.int32)
+    stats, sums = torch.zeros(64, dtype=torch.int64), torch.zeros(64)
+    lists, items = Lists(1001, 5, *[numbers] * 6), Items(128, 7, 3, *[numbers] * 3)
+    if name == "gluon_forward_kernel":
+        gluon_forward.forward_long(q, k, k, lists, items, q, sums, 0, 2, 0.1)
+    elif name == "gluon_q_kernel":
+        gluon_backward.backward_q(q, k, k, q, stats, lists, items, q, 0, 2, 0.1)
+    else:
+        gluon_backward.backward_kv(q, k, k, q, stats, lists, items, k, k, sums, 0, 2, 512, 0.1, 0.1)
+
+
+if __name__ == "__main__":
+    driver.set_active(Hopper())
+    kernels = {
+        "gluon_forward_kernel": gluon_forward,
+        "gluon_q_kernel": gluon_backward,
+        "gluon_kv_kernel": gluon_backward,
+    }
+    for kernel, module in kernels.items():
+        setattr(module, kernel, Compiled(getattr(module, kernel)))
+        module.num_programs = lambda num_items, device: 132
+    with multiprocessing.get_context("fork").Pool(3) as pool:
+        pool.map(compile_kernel, kernels)

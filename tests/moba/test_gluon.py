@@ -1,0 +1,144 @@
+"""The Gluon kernels of long blocks without a GPU: their source in an emulator, against the definition in float64; and
+compiled for Hopper. test_triton_gpu.py runs them on a GPU.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from packs import Pack, by_bounds
+
+pytest.importorskip("triton", reason="the triton backend needs triton")
+
+import triton
+from gluon_emulator import emulated
+
+from moba.backends import triton_attention as backend
+from moba.backends import triton_backward, triton_forward
+from moba.reference import reference_attention
+
+moba_triton = by_bounds(backend.moba_triton)
+
+
+def interpreted(test):
+    """The kernels around those in Gluon run in Triton's interpreter, which computes masked lanes too."""
+    test = pytest.mark.filterwarnings("ignore::RuntimeWarning")(test)
+    return pytest.mark.skipif(not backend.INTERPRETED, reason="needs the interpreter")(test)
+
+
+def run(pack, inputs, monkeypatch, edit=lambda name, source: source, item_rows=None):
+    """[out, lse, dq, dk, dv] of the Gluon kernels."""
+    modules = emulated(edit)
+    with monkeypatch.context() as patch:
+        for module in (triton_forward, triton_backward):
+            patch.setattr(module, "gluon_kernels", lambda direction, *_: modules[f"gluon_{direction}"])
+        if item_rows is not None:
+            patch.setattr(triton_backward, "_long_item_rows", lambda *_: item_rows)
+        return gradients(moba_triton, inputs, pack.options)
+
+
+def gradients(function, inputs, options):
+    q, k, v, d_out, d_lse = inputs
+    q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+    out, lse = function(q, k, v, **options)
+    return [out, lse, *torch.autograd.grad((out, lse), (q, k, v), (d_out.to(out), d_lse.to(lse)))]
+
+
+def inputs_of(pack):
+    q, k, v = pack.tensors()
+    generator = torch.Generator().manual_seed(1)
+    d_out = torch.randn(q.shape, generator=generator).to(q.dtype)
+    return [q, k, v, d_out, torch.randn(q.shape[1::-1], generator=generator)]
+
+
+def assert_right(got, pack, inputs):
+    want = gradients(
+        lambda *qkv, **options: reference_attention(*qkv, **options, return_lse=True),
+        [x.double() for x in inputs],
+        pack.options,
+    )
+    for name, a, b in zip(("out", "lse", "dq", "dk", "dv"), got, want):
+        error = ((a.double() - b).norm() / b.norm()).item()
+        assert error < 2e-3, f"{name}: relative error {error:.1e}"
+
+
+def pack_of(lengths, block_size, top_k, heads, **options):
+    return Pack(lengths, block_size, top_k, heads, head_dim=128, dtype=torch.float16, **options)
+
+
+# pack, rows of a work item for dK and dV
+CASES = {
+    "grouped heads, tails, a document of one token": (pack_of([190, 1, 40], 160, 2, (4, 2)), None),
+    "blocks of whole tiles, lists cut into items": (pack_of([290, 20], 256, 2, (2, 2)), 128),
+    "queries are the last tokens; first block": (
+        pack_of([150, 7], 160, 3, (2, 1), extra=[400, 90], first_blocks=1), None,
+    ),
+}  # fmt: skip
+
+
+@interpreted
+@pytest.mark.parametrize("case", CASES)
+def test_emulated_kernels_match_the_definition(case, monkeypatch):
+    """Catches wrong masks, wrong tiles and rows, products of the wrong operands, and barriers that let a partition
+    read too early or overwrite too early, or that deadlock."""
+    pack, item_rows = CASES[case]
+    inputs = inputs_of(pack)
+    assert_right(run(pack, inputs, monkeypatch, item_rows=item_rows), pack, inputs)
+
+
+@interpreted
+def test_a_document_does_not_see_the_next(monkeypatch):
+    """Tiles that end past a block hold keys and values of the next document. Catches a weight of zero times NaN, as
+    without `clear_past_end` in the forward, or for dQ, or with dQ's mask on the weights alone."""
+    pack = pack_of([170, 30], 160, 2, (2, 1))
+    inputs = inputs_of(pack)
+    clean = run(pack, inputs, monkeypatch)
+    for x in inputs[:4]:
+        x[170::2], x[171::2] = float("nan"), float("inf")
+    for a, b in zip(run(pack, inputs, monkeypatch), clean):
+        a, b = (x[:, :170] if x.dim() == 2 else x[:170] for x in (a, b))
+        assert torch.equal(a, b)
+
+
+# file, what is there, what stands there instead
+ERRORS = {
+    "forward mask off by one": ("gluon_forward", "key[None, :] <= last_key", "key[None, :] < last_key"),
+    "last row counted twice": ("gluon_backward", "length, GROUP), -1)", "length, GROUP), length - 1)"),
+    "one arrival where two consumers read": ("gluon_backward", "make_barriers(STAGES, 2)", "make_barriers(STAGES, 1)"),
+    "rows handed over before they came": ("gluon_backward", "async_copy.wait_group(1)", "async_copy.wait_group(2)"),
+}
+
+
+@interpreted
+@pytest.mark.parametrize("error", ERRORS)
+def test_the_emulator_notices(error, monkeypatch):
+    """A wrong mask, count or wait put into the kernels fails: else the tests above would show nothing."""
+    file, there, instead = ERRORS[error]
+
+    def edit(name, source):
+        assert name != file or there in source
+        return source.replace(there, instead) if name == file else source
+
+    pack = pack_of([190, 30], 160, 2, (2, 1))
+    inputs = inputs_of(pack)
+    with pytest.raises((AssertionError, RuntimeError, IndexError)):
+        assert_right(run(pack, inputs, monkeypatch, edit), pack, inputs)
+
+
+def test_kernels_compile_for_hopper(tmp_path):
+    """Catches what Gluon or the assembler of this Triton does not take, and more shared memory than a multiprocessor
+    has (227 KB)."""
+    if not (Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas").exists():
+        pytest.skip("this Triton comes without an assembler for NVIDIA GPUs")
+    script = Path(__file__).with_name("gluon_compile.py")
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    environment["PYTHONPATH"] = str(script.parents[2])
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    sizes = [int(line) for line in done.stdout.split()]
+    assert len(sizes) == 3 and all(128 * 1024 < size <= 227 * 1024 for size in sizes)
