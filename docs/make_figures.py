@@ -34,6 +34,7 @@ from evals.comparison import plot_positions  # noqa: E402
 from evals.needle_report import NeedleReport  # noqa: E402
 from evals.routing_figures import draw_curves, draw_layers  # noqa: E402
 from evals.routing_report import RoutingReport  # noqa: E402
+from evals.ruler_report import RulerReport  # noqa: E402
 from evals.style import LOSS, color, save  # noqa: E402
 from evals.swap import load_evaluations  # noqa: E402
 from launch.config import load  # noqa: E402
@@ -98,6 +99,9 @@ def drawings() -> dict[Path, Drawing]:
         both = path, path.with_suffix(".npz")
         for i, form in enumerate(record(path)["cells"]):
             found[path.with_name(f"{form}.png")] = Drawing(partial(draw_needle, path, i), both)
+    for path in sorted(path.relative_to(ROOT) for path in ROOT.glob(f"{RESULTS}/*/ruler.json")):
+        both = path, path.with_suffix(".npz")
+        found[path.with_suffix(".png")] = Drawing(lambda to, path=path: RulerReport.load(ROOT / path).draw(to), both)
     for path in sorted(path.relative_to(ROOT) for path in ROOT.glob(f"{BENCHMARKS}/*/results.json")):
         if "variant" in record(path).get("rows", [{}])[0]:
             found[path.with_name("figure.png")] = Drawing(partial(draw_step, path), (path,))

@@ -5,6 +5,7 @@ Shapes: A arms, T tasks, L lengths, N samples.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +45,18 @@ class RulerReport:
     """Tasks whose sentences were not split as NVIDIA's are."""
     title: str
     dense_up_to: int | None
+
+    @classmethod
+    def load(cls, path: Path) -> RulerReport:
+        """The report whose .json and .npz launch/evaluate.py wrote; its tasks count as all of the package."""
+        record = json.loads(path.read_text(encoding="utf-8"))
+        arms = list(record["scores"])
+        tasks = [name for name in record["scores"][arms[0]] if name != AVERAGE]
+        with np.load(path.with_suffix(".npz")) as arrays:
+            scores, counts = arrays["scores"], arrays["counts"].tolist()
+        title = f"{record['run'] or record['checkpoint']}, {record['attention']}"
+        exact = list(record["not_exact"])
+        return cls(tasks, tasks, arms, record["lengths"], scores, counts, exact, title, record["dense_up_to"])
 
     @property
     def means_ATL(self) -> np.ndarray:

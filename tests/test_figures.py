@@ -318,6 +318,12 @@ def percent(share: float) -> str:
     return f"{share:.0%}".replace("%", " %")
 
 
+def ruler_rows():
+    scores = kept("docs/results/ruler_h200/ruler.json")["scores"]
+    for arm, pairs in {"full": 1.0, "plan_quarter": 0.25, "128x8+1": pairs_share(Moba(128, 8), 8192)}.items():
+        yield [arm, percent(pairs), *(f"{cell['score']:.1f}" for cell in scores[arm]["average"][1:])]
+
+
 def retrieval_rows():
     names = {"full": "full attention", "128x8": "128x8", "128x8+1": "128x8, first block"}
     for row in kept("docs/results/retrieval_h200/results.json")["measured"]:
@@ -359,6 +365,7 @@ TABLES = {
     ("docs/findings.md", "| full last layers"): small_tuned_rows,
     ("docs/findings.md", "| model | attention | pairs"): plan_rows,
     ("docs/evals.md", "| continued at 8K"): retrieval_rows,
+    ("docs/findings.md", "| attention | pairs at 8K"): ruler_rows,
     ("docs/findings.md", "| in 2K tokens"): partial(block_size_rows, 2048),
     ("docs/findings.md", "| in 256 tokens"): partial(block_size_rows, 256),
 }
