@@ -318,6 +318,26 @@ def percent(share: float) -> str:
     return f"{share:.0%}".replace("%", " %")
 
 
+def drop_in_rows():
+    folder, probes = "docs/results/drop_in_h200", ("pass_key", "key_value")
+    found = {(r["arm"], r["attention"]): r for r in kept(f"{folder}/results.json")["differences"]}
+    plan, sparse, back = (
+        found[key] for key in (("full", "plan"), *(("128x8, first block", a) for a in ("128x8+1", "full")))
+    )
+
+    def cells(row):
+        right = [percent(row[key]["value"]) for key in probes]
+        return [percent(row["attended_share"]), with_interval(row["trailing"]["minus_reference"]), *right]
+
+    levels = [percent(plan[key]["value"] - plan[key]["minus_reference"]["mean"]) for key in probes]
+    trained = kept(f"{folder}/at_the_end.json")["minus_full"]["plan"]["trailing"]
+    yield ["", "full", "100 %", "0", *levels]
+    yield ["", "the plan", *cells(plan)]
+    yield ["", "the plan", percent(plan["attended_share"]), with_interval(trained), "", ""]
+    yield ["", "128x8, first block", *cells(sparse)]
+    yield ["", "full", *cells(back)]
+
+
 def ruler_rows():
     scores = kept("docs/results/ruler_h200/ruler.json")["scores"]
     for arm, pairs in {"full": 1.0, "plan_quarter": 0.25, "128x8+1": pairs_share(Moba(128, 8), 8192)}.items():
@@ -366,6 +386,7 @@ TABLES = {
     ("docs/findings.md", "| model | attention | pairs"): plan_rows,
     ("docs/evals.md", "| continued at 8K"): retrieval_rows,
     ("docs/findings.md", "| attention | pairs at 8K"): ruler_rows,
+    ("docs/findings.md", "| continued with"): drop_in_rows,
     ("docs/findings.md", "| in 2K tokens"): partial(block_size_rows, 2048),
     ("docs/findings.md", "| in 256 tokens"): partial(block_size_rows, 256),
 }
