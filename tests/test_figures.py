@@ -507,3 +507,9 @@ def test_kills_on_gpus_are_as_documented():
     _, *steps = sorted(set(row["started_from_steps"]))
     assert f"went on from steps {' and '.join(map(str, steps))}" in text
     assert row["largest_relative_difference"] == 0 and f"the losses of its {row['steps']} steps" in text
+    later = kept("benchmarks/results/two_gpus/kill_to_one.json")
+    two, one = (later["largest_relative_difference"][key] for key in ("on_two", "on_one"))
+    assert two == 0 and f"{later['steps_on_two']} steps on two GPUs" in text
+    assert (
+        f"the next {later['steps_on_one']}," in text and f"differ from them by {one:.1e}".replace("e-0", "e-") in text
+    )
