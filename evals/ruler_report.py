@@ -55,8 +55,8 @@ class RulerReport:
         with np.load(path.with_suffix(".npz")) as arrays:
             scores, counts = arrays["scores"], arrays["counts"].tolist()
         title = f"{record['run'] or record['checkpoint']}, {record['attention']}"
-        exact = list(record["not_exact"])
-        return cls(tasks, tasks, arms, record["lengths"], scores, counts, exact, title, record["dense_up_to"])
+        stand_in = list(record["not_exact"])
+        return cls(tasks, tasks, arms, record["lengths"], scores, counts, stand_in, title, record["dense_up_to"])
 
     @property
     def means_ATL(self) -> np.ndarray:

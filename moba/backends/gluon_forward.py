@@ -34,10 +34,10 @@ from moba.backends.gluon_parts import (
     TILE_BYTES,
     D,
     clear_past_end,
+    consumer_rows,
     descriptor,
     gather_rows,
     key_tiles,
-    last_visible_key,
     load_row_numbers,
     make_barriers,
     num_programs,
@@ -155,12 +155,7 @@ def _consumer(
     for index in range(gl.program_id(0), num_items, gl.num_programs(0)):
         _kv_head, local_head, _start, length, list_begin, begin, end = work_item(index, walk, GROUP)
         if begin < end:
-            tiles = key_tiles(end, list_begin, length, GROUP)
-            first_slot = begin + which * TILE
-            # Tiles that the consumer's first row sees whole, and with it all others.
-            full_tiles = gl.minimum((last_visible_key(first_slot, list_begin, length, GROUP) + 1) // KEYS, tiles)
-            slot = first_slot + gl.arange(0, TILE, gl.SliceLayout(1, PRODUCT))
-            last_key = gl.where(slot < end, last_visible_key(slot, list_begin, length, GROUP), 0)
+            tiles, full_tiles, first_slot, slot, last_key = consumer_rows(which, begin, end, list_begin, length, GROUP)
             buffer = item_index % BUFFERS
             query = queries.index(buffer * 2 + which)
 

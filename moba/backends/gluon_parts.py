@@ -106,6 +106,19 @@ def key_tiles(end, list_begin, length, GROUP: gl.constexpr):
 
 
 @gluon.jit
+def consumer_rows(which, begin, end, list_begin, length, GROUP: gl.constexpr):
+    """Of a consumer's TILE rows of an item: the tiles of keys that the item's rows see, those of them that each of the
+    consumer's rows sees whole, its first slot, its slots, and the last key that each of its rows sees."""
+    tiles = key_tiles(end, list_begin, length, GROUP)
+    first_slot = begin + which * TILE
+    # What the first row sees whole all others do.
+    full_tiles = gl.minimum((last_visible_key(first_slot, list_begin, length, GROUP) + 1) // KEYS, tiles)
+    slot = first_slot + gl.arange(0, TILE, gl.SliceLayout(1, PRODUCT))
+    last_key = gl.where(slot < end, last_visible_key(slot, list_begin, length, GROUP), 0)
+    return tiles, full_tiles, first_slot, slot, last_key
+
+
+@gluon.jit
 def load_row_numbers(rows, first_slot, end, LAYOUT: gl.constexpr):
     """Rows of TILE slots. Slots past the end give the last row: what is computed for them is not stored."""
     return gl.load(rows + gl.minimum(first_slot + gl.arange(0, TILE, LAYOUT), end - 1))
