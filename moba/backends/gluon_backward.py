@@ -272,12 +272,7 @@ def gluon_kv_kernel(
     # Own rows before the keys do not see them; own rows within them need the causal mask.
     begin = gl.minimum(gl.maximum(begin, list_begin + first_key * GROUP), end)
     own_end = list_begin + gl.minimum(first_key + 2 * TILE, length) * GROUP
-    masked_end = gl.minimum(end, begin + (gl.maximum(own_end - begin, 0) + TILE - 1) // TILE * TILE)
-    whole = (end - masked_end) // TILE
-    full_end = masked_end + whole * TILE
-    tiles = whole + (masked_end - begin + end - full_end + TILE - 1) // TILE
-    whole, tiles = gl.where(exists, whole, 0), gl.where(exists, tiles, 0)
-    stretches = (begin, masked_end, full_end, end, whole, tiles)
+    stretches = row_stretches(begin, own_end, gl.where(exists, end, begin))
 
     dtype: gl.constexpr = q.dtype.element_ty
     row_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([TILE, D], dtype)
@@ -290,13 +285,10 @@ def gluon_kv_kernel(
     barriers = make_barriers(1, 1), make_barriers(ROW_STAGES, 1), make_barriers(ROW_STAGES, 2)
     fence_async_shared()
     thread_barrier()
-    entry = kv_head * (num_blocks + 1) + block
-    first_split = gl.load(split_start + entry)
-    is_whole = gl.load(split_start + entry + 1) == first_split
-    split = first_split + item - gl.load(item_start + entry)
-    splits += (local_head.to(gl.int64) * max_splits + split) * 2 * block_size * D
-    first_row = start.to(gl.int64) * (NUM_KV_HEADS * D) + kv_head * D
-    outputs = (d_k + first_row, d_v + first_row, splits, is_whole)
+    outputs = key_outputs(
+        d_k, d_v, splits, item_start, split_start, item, kv_head, local_head, block, start,
+        num_blocks, max_splits, block_size, NUM_KV_HEADS,
+    )  # fmt: skip
     shared = (keys, values, queries, d_outs, stats)
     block_args = (first_key, length, list_begin, block_size, scale, scale_log2)
     inputs = (q, d_out, k, v, slot_stats + local_head.to(gl.int64) * region * 2, rows + kv_head.to(gl.int64) * region)
@@ -304,7 +296,7 @@ def gluon_kv_kernel(
         [
             (_kv_consumer, (0, outputs, block_args, stretches, shared, barriers, NUM_KV_HEADS, GROUP)),
             (_kv_consumer, (1, outputs, block_args, stretches, shared, barriers, NUM_KV_HEADS, GROUP)),
-            (_kv_producer, (inputs, start + first_key, kv_head * D, stretches, shared, barriers)),
+            (kv_producer, (inputs, start + first_key, kv_head * D, stretches, shared, barriers, ROW_STAGES)),
         ],
         [4, 4],
         [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
@@ -312,9 +304,36 @@ def gluon_kv_kernel(
 
 
 @gluon.jit
-def _first_slot(t, stretches):
-    """Of the t-th tile of rows: whole tiles of history rows first, then those with own rows, then the rest that fills
-    no tile."""
+def key_outputs(
+    d_k, d_v, splits, item_start, split_start, item, kv_head, local_head, block, start,
+    num_blocks, max_splits, block_size, NUM_KV_HEADS: gl.constexpr,
+):  # fmt: skip
+    """Where an item's dK and dV go: to the gradients of the block's keys if its list is whole, else to its part of
+    `splits`."""
+    entry = kv_head * (num_blocks + 1) + block
+    first_split = gl.load(split_start + entry)
+    is_whole = gl.load(split_start + entry + 1) == first_split
+    split = first_split + item - gl.load(item_start + entry)
+    splits += (local_head.to(gl.int64) * max_splits + split) * 2 * block_size * D
+    first_row = start.to(gl.int64) * (NUM_KV_HEADS * D) + kv_head * D
+    return d_k + first_row, d_v + first_row, splits, is_whole
+
+
+@gluon.jit
+def row_stretches(begin, own_end, end):
+    """The rows of an item, from slot `begin` to `end`, in tiles of which those before `own_end` need a mask: begin, end
+    of the tiles with such rows, end of the whole tiles that follow, end, number of whole tiles, of all tiles."""
+    masked_end = gl.minimum(end, begin + (gl.maximum(own_end - begin, 0) + TILE - 1) // TILE * TILE)
+    whole = (end - masked_end) // TILE
+    full_end = masked_end + whole * TILE
+    tiles = whole + (masked_end - begin + end - full_end + TILE - 1) // TILE
+    return begin, masked_end, full_end, end, whole, tiles
+
+
+@gluon.jit
+def tile_slot(t, stretches):
+    """First slot of the t-th tile of rows: whole tiles without a mask, then those with one, then the rest that fills no
+    tile."""
     begin, masked_end, full_end, _end, whole, _tiles = stretches
     slot = begin + (t - whole) * TILE
     other = gl.where(slot < masked_end, slot, slot - masked_end + full_end)
@@ -322,9 +341,9 @@ def _first_slot(t, stretches):
 
 
 @gluon.jit
-def _kv_producer(inputs, first_key, column, stretches, shared, barriers):
-    """Hands over the keys and values, then q, dO and statistics of the item's rows tile by tile; a tile's copies run
-    while those of the next begin."""
+def kv_producer(inputs, first_key, column, stretches, shared, barriers, NUM_STAGES: gl.constexpr):
+    """Hands over the keys and values, then q, dO and statistics of the item's rows tile by tile, in so many places; a
+    tile's copies run while those of the next begin."""
     q, d_out, k, v, slot_stats, rows = inputs
     keys, values, queries, d_outs, stats = shared
     kv_full, full, empty = barriers
@@ -335,10 +354,10 @@ def _kv_producer(inputs, first_key, column, stretches, shared, barriers):
         tma.async_copy_global_to_shared(k, place, kv_full.index(0), keys.index(i))
         tma.async_copy_global_to_shared(v, place, kv_full.index(0), values.index(i))
     for t in range(tiles):
-        stage = t % ROW_STAGES
-        first_slot = _first_slot(t, stretches)
+        stage = t % NUM_STAGES
+        first_slot = tile_slot(t, stretches)
         row = load_row_numbers(rows, first_slot, end, gl.SliceLayout(1, COPY))
-        mbarrier.wait(empty.index(stage), ((t // ROW_STAGES) & 1) ^ 1)
+        mbarrier.wait(empty.index(stage), ((t // NUM_STAGES) & 1) ^ 1)
         gather_rows(queries.index(stage), q, row)
         gather_rows(d_outs.index(stage), d_out, row)
         slot = gl.minimum(first_slot + gl.arange(0, TILE, FLAT), end - 1)
@@ -347,11 +366,11 @@ def _kv_producer(inputs, first_key, column, stretches, shared, barriers):
         async_copy.wait_group(1)
         fence_async_shared()
         thread_barrier()
-        mbarrier.arrive(full.index((t + ROW_STAGES - 1) % ROW_STAGES), count=1, pred=t > 0)
+        mbarrier.arrive(full.index((t + NUM_STAGES - 1) % NUM_STAGES), count=1, pred=t > 0)
     async_copy.wait_group(0)
     fence_async_shared()
     thread_barrier()
-    mbarrier.arrive(full.index((tiles + ROW_STAGES - 1) % ROW_STAGES), count=1, pred=tiles > 0)
+    mbarrier.arrive(full.index((tiles + NUM_STAGES - 1) % NUM_STAGES), count=1, pred=tiles > 0)
 
 
 @gluon.jit
@@ -359,7 +378,6 @@ def _kv_consumer(
     which, outputs, block_args, stretches, shared, barriers, NUM_KV_HEADS: gl.constexpr, GROUP: gl.constexpr
 ):
     """dK and dV of TILE keys, those of the first or second consumer, from all rows of the item."""
-    d_k, d_v, splits, is_whole = outputs
     first_key, length, _list_begin, block_size, scale, _scale_log2 = block_args
     keys, values = shared[0], shared[1]
     kv_full = barriers[0]
@@ -378,13 +396,7 @@ def _kv_consumer(
             keys.index(which), values.index(which), d_key, d_value, first_key, block_args, t, stretches, shared,
             barriers, GROUP, True,
         )  # fmt: skip
-    key = first_key + gl.arange(0, TILE, gl.SliceLayout(1, PRODUCT))
-    if is_whole:
-        _store_keys(d_k, key, d_key * scale, key < length, NUM_KV_HEADS * D)
-        _store_keys(d_v, key, d_value, key < length, NUM_KV_HEADS * D)
-    else:
-        _store_keys(splits, key, d_key, key < length, D)
-        _store_keys(splits, block_size + key, d_value, key < length, D)
+    store_keys(outputs, d_key, d_value, first_key, length, block_size, scale, NUM_KV_HEADS)
 
 
 @gluon.jit
@@ -410,7 +422,7 @@ def _kv_step(
     weight = gl.exp2(score * scale_log2 - log_sum[None, :])
     if MASKED:
         end = stretches[3]
-        slot = _first_slot(t, stretches) + gl.arange(0, TILE, gl.SliceLayout(0, SCORE))
+        slot = tile_slot(t, stretches) + gl.arange(0, TILE, gl.SliceLayout(0, SCORE))
         key = first_key + gl.arange(0, TILE, gl.SliceLayout(1, SCORE))
         # Slots past the end repeat the last row, which must not count twice.
         last_key = gl.where(slot < end, last_visible_key(slot, list_begin, length, GROUP), -1)
@@ -428,7 +440,20 @@ def _kv_step(
 
 
 @gluon.jit
-def _store_keys(base, key, value, mask, stride):
+def store_keys(outputs, d_key, d_value, first_key, length, block_size, scale, NUM_KV_HEADS: gl.constexpr):
+    """Writes dK and dV of TILE keys."""
+    d_k, d_v, splits, is_whole = outputs
+    key = first_key + gl.arange(0, TILE, gl.SliceLayout(1, PRODUCT))
+    if is_whole:
+        _store(d_k, key, d_key * scale, key < length, NUM_KV_HEADS * D)
+        _store(d_v, key, d_value, key < length, NUM_KV_HEADS * D)
+    else:
+        _store(splits, key, d_key, key < length, D)
+        _store(splits, block_size + key, d_value, key < length, D)
+
+
+@gluon.jit
+def _store(base, key, value, mask, stride):
     dim = gl.arange(0, D, gl.SliceLayout(0, PRODUCT))
     address = base + (key.to(gl.int64)[:, None] * stride + dim[None, :])
     gl.store(address, value.to(base.dtype.element_ty), mask=mask[:, None])

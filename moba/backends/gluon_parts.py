@@ -1,7 +1,7 @@
-"""What the Gluon kernels of gluon_forward.py and gluon_backward.py share: tiles, layouts, loads, work items.
+"""What the Gluon kernels of gluon_forward.py, gluon_backward.py and gluon_short.py share: tiles, layouts, loads, items.
 
-They are the kernels of long blocks for Hopper at head size 128, in Gluon, Triton's language in which a program says
-which warps do what. Terms are those of triton_lists.py. A program has three groups of four warps, its *partitions*:
+They are kernels for Hopper at head size 128, in Gluon, Triton's language in which a program says which warps do what.
+Terms are those of triton_lists.py. A program has three groups of four warps, its *partitions*:
 
 - The *producer* fetches. Keys and values of a block are contiguous and come as tiles by TMA (the tensor memory
   accelerator; one thread asks for a whole tile), the rows of q and dO that a list names by cp.async, one by one.
@@ -141,12 +141,12 @@ def gather_stats(log_sum, delta, stats, index):
 
 @gluon.jit
 def clear_past_end(tile, first_key, length):
-    """Makes zeros of the rows of a tile of keys or values [KEYS, D] that lie past the end of its block.
+    """Makes zeros of the rows of a tile of keys or values that lie past the end of its block.
 
     Each consumer does it for itself, before its product. The other may be reading or writing the same tile: all write
     the same bits, zeros past the end and elsewhere what is there already, so it does not matter who comes first.
     """
-    for part in gl.static_range(KEYS // CLEARED):
+    for part in gl.static_range(tile.shape[0] // CLEARED):
         if first_key + (part + 1) * CLEARED > length:
             rows = tile.slice(part * CLEARED, CLEARED)
             key = first_key + part * CLEARED + gl.arange(0, CLEARED, gl.SliceLayout(1, COPY))

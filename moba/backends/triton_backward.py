@@ -7,7 +7,7 @@ so each (row, block) writes a partial dQ to its slot and a merge kernel adds the
 *Short* blocks: one kernel makes all three (five matrix products). *Long* blocks: one program cannot hold a block, and
 a partial dQ per key tile would cost far more memory traffic than arithmetic; so `backward_kv_kernel` makes dK and dV
 (four products) and `backward_q_kernel` walks the lists a second time for dQ (three products, two of them repeated).
-Where gluon_choice.py says so, the kernels of gluon_backward.py do the same.
+Where gluon_choice.py says so, the kernels of gluon_short.py and gluon_backward.py do the same.
 
 Lists longer than a work item are cut; their items write float32 partial dK and dV, which `reduce_kv_kernel` adds in a
 fixed order.
@@ -71,6 +71,7 @@ def _backward_short(inputs, gradients, lists, block_size, softmax_scale, workspa
     q, k = inputs[:2]
     num_kv_heads, head_dim = k.shape[1:]
     tile = tile_for("backward_short", head_dim, block_size, q.dtype)
+    gluon = gluon_kernels("short", block_size, *inputs[:4])
     items = build_items(lists, tile.rows * tile.tiles)
     split_bytes = items.max_splits * 2 * block_size * head_dim * 4
     heads_at_once = kv_heads_at_once(
@@ -83,14 +84,20 @@ def _backward_short(inputs, gradients, lists, block_size, softmax_scale, workspa
         count = min(heads_at_once, num_kv_heads - first)
         _fill_slot_stats(slot_stats, inputs[4], lists, first, count)
         grid, heads_together = item_grid(items.max_items, count, q.shape[1] // num_kv_heads, tile.warps)
-        backward_short_kernel[grid](
-            *inputs[:4], slot_stats, lists.rows, lists.list_start, items.item_start, items.split_start,
-            items.item_block, lists.start_M, lists.length_M, lists.skipped_M, partial, gradients[1], gradients[2],
-            splits, first, lists.num_blocks, items.max_items, items.item_rows, items.max_splits, lists.region,
-            block_size, heads_together, softmax_scale, softmax_scale * LOG2_E, **shape,
-            ROWS=tile.rows, KEYS=tile.keys, EXACT=block_size == tile.keys,
-            num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
+        if gluon:
+            gluon.backward_short(
+                *inputs[:4], slot_stats, lists, items, partial, gradients[1], gradients[2], splits, first, grid,
+                heads_together, block_size, softmax_scale, softmax_scale * LOG2_E,
+            )  # fmt: skip
+        else:
+            backward_short_kernel[grid](
+                *inputs[:4], slot_stats, lists.rows, lists.list_start, items.item_start, items.split_start,
+                items.item_block, lists.start_M, lists.length_M, lists.skipped_M, partial, gradients[1], gradients[2],
+                splits, first, lists.num_blocks, items.max_items, items.item_rows, items.max_splits, lists.region,
+                block_size, heads_together, softmax_scale, softmax_scale * LOG2_E, **shape,
+                ROWS=tile.rows, KEYS=tile.keys, EXACT=block_size == tile.keys,
+                num_warps=tile.warps, num_stages=tile.stages,
+            )  # fmt: skip
         _reduce_kv(gradients, splits, items, lists, first, count, block_size, softmax_scale, shape)
         _merge_q(gradients[0], partial, lists, first, count, softmax_scale, shape)
 

@@ -1,4 +1,4 @@
-"""Compiles the Gluon kernels of long blocks for Hopper, without a GPU, and prints the bytes of shared memory of each.
+"""Compiles the Gluon kernels for Hopper, without a GPU, and prints the bytes of shared memory of each.
 A program of its own, since Triton's interpreter must be off."""
 
 import multiprocessing
@@ -7,7 +7,7 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from moba.backends import gluon_backward, gluon_forward
+from moba.backends import gluon_backward, gluon_forward, gluon_short
 from moba.backends.triton_lists import Items, Lists
 
 
@@ -41,6 +41,10 @@ def compile_kernel(name):
         gluon_forward.forward_long(q, k, k, lists, items, q, sums, 0, 2, 0.1)
     elif name == "gluon_q_kernel":
         gluon_backward.backward_q(q, k, k, q, stats, lists, items, q, 0, 2, 0.1)
+    elif name == "gluon_short_backward_kernel":
+        gluon_short.backward_short(
+            q, k, k, q, stats, lists, items, q, k, k, sums, 0, (7, 2, 1), 1, 128, 0.1, 0.1
+        )  # fmt: skip
     else:
         gluon_backward.backward_kv(q, k, k, q, stats, lists, items, k, k, sums, 0, 2, 512, 0.1, 0.1)
 
@@ -51,9 +55,10 @@ if __name__ == "__main__":
         "gluon_forward_kernel": gluon_forward,
         "gluon_q_kernel": gluon_backward,
         "gluon_kv_kernel": gluon_backward,
+        "gluon_short_backward_kernel": gluon_short,
     }
     for kernel, module in kernels.items():
         setattr(module, kernel, Compiled(getattr(module, kernel)))
         module.num_programs = lambda num_items, device: 132
-    with multiprocessing.get_context("fork").Pool(3) as pool:
+    with multiprocessing.get_context("fork").Pool(2) as pool:
         pool.map(compile_kernel, kernels)

@@ -5,7 +5,8 @@ It shows what the kernels compute and whether their barriers hold, which needs n
   wait for phases that nobody can complete, that is a deadlock and fails at once.
 - Shared memory is NaN until it is written. A copy by TMA makes its target NaN when it is issued, and brings the data
   when somebody waits for its barrier; a cp.async when its issuer waits for its group. A product of warpgroup_mma reads
-  its operands when it is waited for. So who reads too early, or gives a place back too early, computes NaN.
+  its operands when it is waited for, a store by TMA its source. So who reads too early, or gives a place back too
+  early, computes NaN.
 - The second consumer lags behind the first, for the producer to get ahead of one of them alone.
 - Addresses of loads and stores are checked against their tensors.
 
@@ -27,7 +28,7 @@ import triton.experimental
 
 from moba.backends import triton_lists
 
-NAMES = ("gluon_parts", "gluon_forward", "gluon_backward")
+NAMES = ("gluon_parts", "gluon_forward", "gluon_backward", "gluon_short")
 PROGRAMS = 2
 """Of the kernels that walk through work items: few, for each to have several."""
 LAG = 2e-3
@@ -106,13 +107,13 @@ class Shared:
     """A descriptor of shared memory."""
 
     def __init__(self, data):
-        self.data, self.dtype = data, data.dtype
+        self.data, self.dtype, self.shape = data, data.dtype, data.shape
 
     def index(self, i):
         return Shared(self.data[int(i)])
 
-    def slice(self, start, length):
-        return Shared(self.data[start : start + length])
+    def slice(self, start, length, dim=0):
+        return Shared(self.data.narrow(dim, start, length))
 
     def permute(self, order):
         return Shared(self.data.permute(*order))
@@ -173,6 +174,18 @@ def copy_by_tma(descriptor, place, barrier, target):
         CHANGED.notify_all()
 
 
+def store_by_tma(descriptor, place, source):
+    PARTITION.stores.append((descriptor, int(place[0]), int(place[1]), source.data))
+
+
+def wait_stores(number):
+    while len(PARTITION.stores) > number:
+        descriptor, row, column, source = PARTITION.stores.pop(0)
+        assert row >= 0 and column >= 0, "TMA to an address before its tensor"
+        part = descriptor.data[row : row + descriptor.shape[0], column : column + descriptor.shape[1]]
+        part.copy_(source[: part.shape[0], : part.shape[1]])
+
+
 def copy_async(target, pointer):
     target.data.fill_(float("nan"))
     PARTITION.copies.append((target.data, load(pointer)))
@@ -197,8 +210,9 @@ class Product:
 
     def finish(self):
         left, right = (x.data if isinstance(x, Shared) else x for x in (self.left, self.right))
-        self.value = left.float() @ right.float() + self.start
-        assert self.value.shape == self.start.shape
+        start = self.start.value if isinstance(self.start, Product) else self.start
+        self.value = left.float() @ right.float() + start
+        assert self.value.shape == start.shape
 
 
 def warpgroup_mma(left, right, start, use_acc=True, is_async=False):
@@ -220,11 +234,13 @@ def warp_specialize(partitions, num_warps, num_registers):
     Program.alive, Program.waits = len(partitions), {}
 
     def run(index, function, arguments):
-        PARTITION.index, PARTITION.copies, PARTITION.groups, PARTITION.products = index, [], [], []
+        PARTITION.index, PARTITION.copies, PARTITION.groups = index, [], []
+        PARTITION.products, PARTITION.stores = [], []
         try:
             with torch.no_grad():
                 function(*arguments)
-            assert not PARTITION.copies and not PARTITION.groups and not PARTITION.products, "copies never waited for"
+            left = (PARTITION.copies, PARTITION.groups, PARTITION.products, PARTITION.stores)
+            assert not any(left), "copies, products or stores never waited for"
         except BaseException as error:
             Program.error = Program.error or error
         with CHANGED:
@@ -315,7 +331,9 @@ HOPPER = {
         async_copy_global_to_shared=copy_async, commit_group=commit_group, wait_group=wait_group
     ),
     "mbarrier": SimpleNamespace(MBarrierLayout=lambda: "barrier", init=init, expect=expect, arrive=arrive, wait=wait),
-    "tma": SimpleNamespace(async_copy_global_to_shared=copy_by_tma),
+    "tma": SimpleNamespace(
+        async_copy_global_to_shared=copy_by_tma, async_copy_shared_to_global=store_by_tma, store_wait=wait_stores
+    ),
     "fence_async_shared": lambda: None,
     "warpgroup_mma": warpgroup_mma,
     "warpgroup_mma_wait": warpgroup_mma_wait,
