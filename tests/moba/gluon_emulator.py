@@ -8,7 +8,8 @@ It shows what the kernels compute and whether their barriers hold, which needs n
   its operands when it is waited for, a store by TMA its source. So who reads too early, or gives a place back too
   early, computes NaN.
 - The second consumer lags behind the first, for the producer to get ahead of one of them alone.
-- Addresses of loads and stores are checked against their tensors.
+- Addresses of loads and stores are checked against their tensors. Programs run in reverse order: what one writes past
+  the end of its slots stays there.
 
 It shows nothing of layouts, of the order in which threads of one partition see memory (barriers among threads and
 proxy fences do nothing here), or of what compiles.
@@ -273,9 +274,9 @@ class Kernel:
                 torch.tensor(x) if isinstance(x, int) else x
                 for x in arguments
             ]  # fmt: skip
-            for z in range(Program.grid[2]):
-                for y in range(Program.grid[1]):
-                    for x in range(Program.grid[0]):
+            for z in reversed(range(Program.grid[2])):
+                for y in reversed(range(Program.grid[1])):
+                    for x in reversed(range(Program.grid[0])):
                         Program.index = (x, y, z)
                         self.function(*values, **constants)
 

@@ -1,4 +1,4 @@
-"""The Gluon kernels of long blocks without a GPU: their source in an emulator, against the definition in float64; and
+"""The Gluon kernels without a GPU: their source in an emulator, against the definition in float64; and
 compiled for Hopper. test_triton_gpu.py runs them on a GPU.
 """
 
@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ import triton
 from gluon_emulator import emulated
 
 from moba.backends import triton_attention as backend
-from moba.backends import triton_backward, triton_forward
+from moba.backends import triton_backward, triton_forward, triton_tiles
 from moba.reference import reference_attention
 
 moba_triton = by_bounds(backend.moba_triton)
@@ -36,10 +37,18 @@ def run(pack, inputs, monkeypatch, edit=lambda name, source: source, item_rows=N
     modules = emulated(edit)
     with monkeypatch.context() as patch:
         for module in (triton_forward, triton_backward):
-            patch.setattr(module, "gluon_kernels", lambda direction, *_: modules[f"gluon_{direction}"])
+            patch.setattr(
+                module, "gluon_kernels", lambda name, *_: modules[f"gluon_{name}"] if uses(name, pack) else None
+            )
         if item_rows is not None:
             patch.setattr(triton_backward, "_long_item_rows", lambda *_: item_rows)
+            short = triton_tiles.TILES["backward_short", 128]
+            patch.setitem(triton_tiles.TILES, ("backward_short", 128), replace(short, tiles=item_rows // short.rows))
         return gradients(moba_triton, inputs, pack.options)
+
+
+def uses(name, pack):
+    return name == "short" or pack.block_size > 128
 
 
 def gradients(function, inputs, options):
@@ -71,12 +80,21 @@ def pack_of(lengths, block_size, top_k, heads, **options):
     return Pack(lengths, block_size, top_k, heads, head_dim=128, dtype=torch.float16, **options)
 
 
-# pack, rows of a work item for dK and dV
+# pack, rows of a work item of the backward (for long blocks: for dK and dV)
 CASES = {
     "grouped heads, tails, a document of one token": (pack_of([190, 1, 40], 160, 2, (4, 2)), None),
     "blocks of whole tiles, lists cut into items": (pack_of([290, 20], 256, 2, (2, 2)), 128),
     "queries are the last tokens; first block": (
         pack_of([150, 7], 160, 3, (2, 1), extra=[400, 90], first_blocks=1), None,
+    ),
+    "short blocks: grouped heads, tails, documents of one token and of one key tile": (
+        pack_of([300, 1, 64, 225], 128, 3, (4, 2)), None,
+    ),
+    "blocks of 96 keys, lists cut into items": (pack_of([400, 20], 96, 3, (2, 2)), 128),
+    "blocks of 65 keys": (pack_of([150, 70], 65, 2, (2, 1)), None),
+    "blocks of 128 keys, lists cut into items": (pack_of([384], 128, 2, (4, 1)), 128),
+    "short blocks whose first tokens are no queries; first block": (
+        pack_of([150, 7], 128, 3, (2, 1), extra=[300, 90], first_blocks=1), None,
     ),
 }  # fmt: skip
 
@@ -92,10 +110,12 @@ def test_emulated_kernels_match_the_definition(case, monkeypatch):
 
 
 @interpreted
-def test_a_document_does_not_see_the_next(monkeypatch):
+@pytest.mark.parametrize("block_size", [160, 128, 96])
+def test_a_document_does_not_see_the_next(block_size, monkeypatch):
     """Tiles that end past a block hold keys and values of the next document. Catches a weight of zero times NaN, as
-    without `clear_past_end` in the forward, or for dQ, or with dQ's mask on the weights alone."""
-    pack = pack_of([170, 30], 160, 2, (2, 1))
+    without `clear_past_end` in the forward, or for dQ, or with dQ's mask on the weights alone; in short blocks without
+    it on the keys of both consumers, or on the values."""
+    pack = pack_of([170, 30], block_size, 2, (2, 1))
     inputs = inputs_of(pack)
     clean = run(pack, inputs, monkeypatch)
     for x in inputs[:4]:
@@ -111,7 +131,15 @@ ERRORS = {
     "last row counted twice": ("gluon_backward", "length, GROUP), -1)", "length, GROUP), length - 1)"),
     "one arrival where two consumers read": ("gluon_backward", "make_barriers(STAGES, 2)", "make_barriers(STAGES, 1)"),
     "rows handed over before they came": ("gluon_backward", "async_copy.wait_group(1)", "async_copy.wait_group(2)"),
-}
+    "short: mask off by one": ("gluon_short", "key[:, None] <= last_key", "key[:, None] < last_key"),
+    "short: last row counted twice": ("gluon_short", "length, GROUP), -1)", "length, GROUP), length - 1)"),
+    "short: one half of dS for both": ("gluon_short", "make_barriers(2, 2), make", "make_barriers(2, 1), make"),
+    "short: dS overwritten while it is read": (
+        "gluon_short", "mbarrier.wait(d_empty.index(place), ((t // 2) & 1) ^ 1)", "pass",
+    ),
+    "short: dQ of a tile stored over the one before": ("gluon_short", "tma.store_wait(0)  #", "#"),
+    "short: dQ past an item's end": ("gluon_short", "(first_slot + TILE <= end)", "(first_slot <= end)"),
+}  # fmt: skip
 
 
 @interpreted
@@ -124,7 +152,8 @@ def test_the_emulator_notices(error, monkeypatch):
         assert name != file or there in source
         return source.replace(there, instead) if name == file else source
 
-    pack = pack_of([190, 30], 160, 2, (2, 1))
+    block_size = 128 if file == "gluon_short" else 160
+    pack = pack_of([290, 30] if file == "gluon_short" else [190, 30], block_size, 2, (2, 1))
     inputs = inputs_of(pack)
     with pytest.raises((AssertionError, RuntimeError, IndexError)):
         assert_right(run(pack, inputs, monkeypatch, edit), pack, inputs)
@@ -141,4 +170,4 @@ def test_kernels_compile_for_hopper(tmp_path):
     done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     sizes = [int(line) for line in done.stdout.split()]
-    assert len(sizes) == 3 and all(128 * 1024 < size <= 227 * 1024 for size in sizes)
+    assert len(sizes) == 4 and all(128 * 1024 < size <= 227 * 1024 for size in sizes)
