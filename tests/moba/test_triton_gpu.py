@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 import time
+from dataclasses import replace
 from importlib import import_module
 from unittest import mock
 
@@ -17,7 +18,7 @@ from packs import by_bounds, documents_of
 
 pytest.importorskip("triton", reason="the triton backend needs triton")
 
-from moba.backends import gluon_choice, triton_backward, triton_lists
+from moba.backends import gluon_choice, triton_backward, triton_lists, triton_tiles
 from moba.backends import triton_attention as backend
 from moba.backends.triton_routing import select_blocks
 from moba.documents import Documents
@@ -155,13 +156,14 @@ needs_hopper = pytest.mark.skipif(
 
 @needs_hopper
 @pytest.mark.parametrize("heads", [(8, 2), (3, 3)], ids=str)
-@pytest.mark.parametrize("block", [(256, 4), (512, 3), (600, 3), (2048, 3)], ids=str)
+@pytest.mark.parametrize("block", [(65, 3), (96, 4), (128, 8), (256, 4), (512, 3), (600, 3), (2048, 3)], ids=str)
 def test_gluon_kernels(block, heads, monkeypatch):
     """Float64 and equal bits, and the Triton kernels, which must be what runs with MOBA_GLUON=0. Packs with a document
-    of one token and tails shorter than a tile; lists whole and cut."""
+    of one token and tails shorter than a tile; lists whole and cut. Short blocks have a backward only."""
+    long = (("forward", "forward_long"), ("backward", "backward_q"), ("backward", "backward_kv"))
     calls = []
-    for direction, name in (("forward", "forward_long"), ("backward", "backward_q"), ("backward", "backward_kv")):
-        module = import_module(f"moba.backends.gluon_{direction}")
+    for file, name in long if block[0] > 128 else [("short", "backward_short")]:
+        module = import_module(f"moba.backends.gluon_{file}")
         launch = mock.Mock(wraps=getattr(module, name))
         monkeypatch.setattr(module, name, launch)
         calls.append(launch)
@@ -171,6 +173,8 @@ def test_gluon_kernels(block, heads, monkeypatch):
     check(documents[-1], heads, 128, *block, documents)
     results = [run(q, k, v, d_out, **options)]
     monkeypatch.setattr(triton_backward, "_long_item_rows", lambda *_: 512)
+    short = triton_tiles.TILES["backward_short", 128]
+    monkeypatch.setitem(triton_tiles.TILES, ("backward_short", 128), replace(short, tiles=8))
     results.append(run(q, k, v, d_out, **options))
     assert all(launch.called for launch in calls)
     before = [launch.call_count for launch in calls]
@@ -183,7 +187,7 @@ def test_gluon_kernels(block, heads, monkeypatch):
 
 
 @needs_hopper
-@pytest.mark.parametrize("block_size", [256, 600])
+@pytest.mark.parametrize("block_size", [96, 128, 256, 600])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_documents_do_not_see_each_other(block_size, bad):
     """A document between others of NaN or infinity has the bits that it has between good ones: catches tiles that end
@@ -199,15 +203,16 @@ def test_documents_do_not_see_each_other(block_size, bad):
         assert torch.equal(a, b), name
 
 
-def test_small_workspace_changes_nothing(monkeypatch):
+@pytest.mark.parametrize("block_size", [64, 128])
+def test_small_workspace_changes_nothing(block_size, monkeypatch):
     """Working through the heads one at a time gives the same bits as all at once."""
     q, k, v, d_out = tensors(1000, (8, 4), 128)
-    one = run(q, k, v, d_out, block_size=64, top_k=3)
+    one = run(q, k, v, d_out, block_size=block_size, top_k=3)
     monkeypatch.setattr(backend, "WORKSPACE_BYTES", 1)
-    assert all(torch.equal(a, b) for a, b in zip(one, run(q, k, v, d_out, block_size=64, top_k=3)))
+    assert all(torch.equal(a, b) for a, b in zip(one, run(q, k, v, d_out, block_size=block_size, top_k=3)))
 
 
-@pytest.mark.parametrize("block_size", [64, 512])
+@pytest.mark.parametrize("block_size", [64, 128, 512])
 def test_turns_of_heads_change_nothing(block_size, monkeypatch):
     """Four heads in turn, as in short launches, give the same bits as one after another."""
     q, k, v, d_out = tensors(3000, (8, 4), 128)
@@ -216,7 +221,7 @@ def test_turns_of_heads_change_nothing(block_size, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(in_turn, run(q, k, v, d_out, block_size=block_size, top_k=3)))
 
 
-@pytest.mark.parametrize("block_size", [64, 512])
+@pytest.mark.parametrize("block_size", [64, 128, 512])
 def test_never_waits_for_the_device(block_size):
     """No host synchronisation in forward or backward, after the kernels are compiled."""
     q, k, v, d_out = tensors(2000, (8, 2), 128)
