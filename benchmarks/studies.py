@@ -255,8 +255,7 @@ FROM_NOTHING = {
     "moba, first block": at_8k(blocks(128, 8, 1), evals=asked(128, 8, 1)),
     "random": at_8k("gate=random", evals=asked(128, 8)[:2]),
     "latest": at_8k("gate=local", evals=asked(128, 8)[:2]),
-    # Scores of all keys in a pack: a quarter of them in packs of one document.
-    "best": Arm(from_nothing("", "gate=oracle") + " schedule.micro_tokens=8K", branch="start", evals=asked(128, 8)[:2]),
+    "best": at_8k("gate=oracle", evals=asked(128, 8)[:2]),
     "64x32": at_8k(blocks(64, 32), evals=asked(64, 32)),
     "1024x2": at_8k(blocks(1024, 2), evals=asked(1024, 2)),
     **{

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import torch
 
+from moba.backends.refusals import has_triton
 from moba.checks import check_blocks
 from moba.documents import Documents
 from moba.kinds import Routing
@@ -77,10 +78,10 @@ def select(
     elif gate == "oracle":
 
         def score(queries: slice, blocks: slice) -> torch.Tensor:
-            return block_log_mass(q[queries], k, layout, blocks, softmax_scale)
+            return block_log_mass(q[queries], k, layout, queries, blocks, softmax_scale)
     else:
         raise ValueError(f"gate={gate!r}: choose mean, variance, local, random or oracle")
-    width = layout.num_keys if gate == "oracle" else layout.num_blocks
+    width = layout.num_keys if gate == "oracle" and not _has_kernel(q) else layout.num_blocks
     step = max(1, SCORE_ELEMENTS // (num_heads * max(width, q.shape[2])))
     return select_by_score(score, num_heads, layout, top_k, first_blocks, step, q.device)
 
@@ -96,25 +97,47 @@ def layout_moments(k: torch.Tensor, layout: BlockLayout) -> tuple[torch.Tensor, 
 
 @torch.no_grad()
 def block_log_mass(
-    q_CHD: torch.Tensor, k: torch.Tensor, layout: BlockLayout, blocks: slice, softmax_scale: float | None = None
+    q_CHD: torch.Tensor,
+    k: torch.Tensor,
+    layout: BlockLayout,
+    rows: slice | torch.Tensor,
+    blocks: slice,
+    softmax_scale: float | None = None,
 ) -> torch.Tensor:
-    """Log-sum-exp of the scaled products of queries with the keys of each block of the pack: [H, C, m], float32
-    (float64 for float64 inputs).
+    """Log-sum-exp of the scaled products of queries with the keys that they see of each block of the pack: [H, C, m],
+    float32 (float64 for float64 inputs); -inf for blocks of other documents or the future.
 
-    Minus the log-sum-exp of the whole row it is the log of the block's share of full attention, for blocks that lie
-    wholly before the query. Causality is not looked at. -inf for slots without a block.
+    Minus the log-sum-exp of the whole row it is the log of the block's share of full attention. `rows`: which queries
+    of the pack these are, a slice or int64 [C].
     """
     num_queries, num_heads, head_dim = q_CHD.shape
-    num_kv_heads, dtype = k.shape[1], score_dtype(k)
     scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
+    first_C, own_C = layout.query_first_block_T[rows], layout.query_block_T[rows]
+    last_key_C = layout.start_M[own_C] + layout.query_position_T[rows] % layout.block_size
+    if _has_kernel(q_CHD):
+        from moba.backends import triton_mass
+
+        own = (layout.start_M, first_C, own_C, last_key_C)
+        return triton_mass.block_log_mass(q_CHD, k, *own, blocks, layout.block_size, scale)
+    num_kv_heads, dtype = k.shape[1], score_dtype(k)
     index_mB = layout.start_M[blocks, None] + torch.arange(layout.block_size, device=k.device)
-    empty_mB = index_mB >= layout.end_M[blocks, None]
+    column_m1 = torch.arange(blocks.start, blocks.stop, device=k.device)[:, None]
+    unseen_CmB = (index_mB > last_key_C[:, None, None]) | (column_m1 < first_C[:, None, None])
     keys_GDn = k[index_mB.clamp(max=layout.num_keys - 1).flatten()].to(dtype).permute(1, 2, 0)
     q_GrD = (q_CHD.to(dtype) * scale).view(num_queries, num_kv_heads, -1, head_dim).permute(1, 2, 0, 3)
     with full_precision(k.device):
         scores_Grn = torch.bmm(q_GrD.reshape(num_kv_heads, -1, head_dim), keys_GDn)
     scores_HCmB = scores_Grn.view(num_heads, num_queries, *index_mB.shape)
-    return scores_HCmB.masked_fill_(empty_mB, float("-inf")).logsumexp(dim=-1)
+    return scores_HCmB.masked_fill_(unseen_CmB, float("-inf")).logsumexp(dim=-1)
+
+
+def _has_kernel(q: torch.Tensor) -> bool:
+    """Whether a kernel computes `block_log_mass` of such queries."""
+    if not (q.is_cuda and has_triton()):
+        return False
+    from moba.backends import triton_mass
+
+    return triton_mass.takes(q)
 
 
 def _uniform(q_CHD: torch.Tensor, position_C: torch.Tensor, column_m: torch.Tensor) -> torch.Tensor:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from moba.documents import Documents
 from moba.gates import block_log_mass, select
 from moba.layer import MoBAAttention
-from moba.routing import BlockLayout, full_precision, score_dtype
+from moba.routing import BlockLayout
 
 SAMPLED_QUERIES = 64
 MASS_ELEMENTS = 1 << 24
@@ -113,26 +113,15 @@ def block_mass(
     q: Tensor, k: Tensor, layout: BlockLayout, rows_C: Tensor, softmax_scale: float | None = None
 ) -> BlockMass:
     """The shares of full attention of the queries `rows_C` (int64), exact, from log-sum-exps in float32 (float64 for
-    float64 inputs). q is [T, H, D], k [T, G, D]. All products of the queries with all keys exist at once: take
-    few queries at a time where keys are many."""
-    q_CHD, group = q[rows_C], q.shape[1] // k.shape[1]
+    float64 inputs). q is [T, H, D], k [T, G, D]. Without Triton all products of the queries with all keys exist at
+    once: take few queries at a time where keys are many."""
     blocks_M = torch.arange(layout.num_blocks, device=q.device)
     first_C1, own_C1 = layout.query_first_block_T[rows_C, None], layout.query_block_T[rows_C, None]
     candidates_CM = (blocks_M >= first_C1) & (blocks_M < own_C1)
-    history_HCM = block_log_mass(q_CHD, k, layout, slice(0, layout.num_blocks), softmax_scale)
-    history_HCM.masked_fill_(~candidates_CM, float("-inf"))
-
-    scale = q.shape[2] ** -0.5 if softmax_scale is None else softmax_scale
-    key_CB = layout.start_M[own_C1] + torch.arange(layout.block_size, device=q.device)
-    dtype = score_dtype(k)
-    keys_CBGD = k[key_CB.clamp(max=layout.num_keys - 1)].to(dtype)
-    q_CGrD = q_CHD.to(dtype).unflatten(1, (-1, group)) * scale
-    with full_precision(k.device):
-        scores_CGrB = torch.einsum("cgrd,cbgd->cgrb", q_CGrD, keys_CBGD)
-    future_CB = key_CB > rows_C[:, None]
-    own_HC = scores_CGrB.masked_fill_(future_CB[:, None, None], float("-inf")).logsumexp(-1).flatten(1).T
-    total_HC = torch.logaddexp(history_HCM.logsumexp(-1), own_HC)
-    return BlockMass((history_HCM - total_HC[:, :, None]).exp(), (own_HC - total_HC).exp(), candidates_CM)
+    log_HCM = block_log_mass(q[rows_C], k, layout, rows_C, slice(0, layout.num_blocks), softmax_scale)
+    share_HCM = log_HCM.softmax(-1)
+    own_HC = share_HCM.gather(2, own_C1.expand(len(log_HCM), -1, -1))[..., 0]
+    return BlockMass(share_HCM.masked_fill_(~candidates_CM, 0), own_HC, candidates_CM)
 
 
 def captured_share(mass: BlockMass, selection_HCK: Tensor, layout: BlockLayout, rows_C: Tensor) -> Tensor:

@@ -125,7 +125,7 @@ def triton(kind: AttentionSpec, q: QueryShape, documents: Documents | None) -> s
     """For the fused kernels, which run on the CPU in Triton's interpreter alone."""
     routing = kind.routing
     assert routing is not None, kind
-    if not _has_triton():
+    if not has_triton():
         return "backend='triton' needs the triton package: use 'flash' on CUDA or 'torch' on any device"
     interpreted = q.device != "cuda" and _interpreted()
     dtypes = ("float16", "float32") if interpreted else ("float16", "bfloat16")
@@ -150,7 +150,8 @@ def triton(kind: AttentionSpec, q: QueryShape, documents: Documents | None) -> s
     return f"{problem}; backend='torch' can do this"
 
 
-def _has_triton() -> bool:
+def has_triton() -> bool:
+    """True if Triton is installed."""
     return importlib.util.find_spec("triton") is not None
 
 
