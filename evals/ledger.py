@@ -75,7 +75,8 @@ class Countdown:
     def __init__(self, job: Job, name: str, work: Mapping[str, float], unit: str):
         """`work`: of this process by kind, in tokens to be read, say; the kinds may differ in time per unit of work.
         `unit`: what `step` counts."""
-        self._job, self._name, self._unit = job, name, unit
+        self.name = name
+        self._job, self._unit = job, unit
         self._left, self._total = dict(work), sum(work.values())
         self._done, self._seconds = dict.fromkeys(work, 0.0), dict.fromkeys(work, 0.0)
         self._at = self._said = time.monotonic()
@@ -96,7 +97,7 @@ class Countdown:
         left = sum(self._left.values())
         if now - self._said >= SAY_SECONDS and left > 0:
             self._said = now
-            said = f"{self._name}: {1 - left / self._total:.0%}, {self._count} {self._unit} so far"
+            said = f"{self.name}: {1 - left / self._total:.0%}, {self._count} {self._unit} so far"
             self._job.say(f"{said}, about {clock(self._seconds_left())} left")
 
     def _seconds_left(self) -> float:

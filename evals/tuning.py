@@ -20,10 +20,12 @@ Shapes: N documents, L layers, C candidates (the last is full attention), R rows
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -41,14 +43,16 @@ from evals.protocol import Job, names
 from evals.statistics import clustered_mean, half_width
 from evals.swap import under
 from evals.tuning_report import BOTH, LOSS, OBJECTIVES, RETRIEVAL, TRAILING, Judged, Paired, Plan, Tuning
-from moba.documents import Documents
-from moba.gates import select
+from moba.documents import Documents, last_tokens
 from moba.kinds import AttentionSpec, Full, Moba
+from moba.kinds.moba import MEAN
 from moba.kinds.plan_file import entries_of
 from moba.layer import MoBAAttention
-from moba.stats import MASS_ELEMENTS
+from moba.routing import gate_scores, layout_means
 from train.model.decoder import Decoder
+from train.record.progress import clock
 
+T = TypeVar("T")
 DISTANCES, PASSES = "distances", "passes"
 """Kinds of work: the distances of all candidates in a document, and a pass over one."""
 CHOOSERS = 4
@@ -58,6 +62,13 @@ MOST_ROWS = 512
 ALIKE, PER_LAYER, REFINED = "all layers alike", "per layer", "refined"
 TURNS = 2
 """How often a plan is refined, if the first turn finds a better one."""
+PACK_TOKENS = 1 << 16
+"""Of a pass through a layer on a GPU: documents and plans go through it together, so that small models do not wait for
+launches."""
+STREAM_TOKENS = 1 << 18
+"""Of all documents under all plans that go through the layers side by side on a GPU; more if one document has more."""
+PRODUCTS = 1 << 26
+"""Of queries with keys, at once."""
 REGRET, KL, FULL_LOSS, RIGHT, FULL_RIGHT = range(5)
 
 
@@ -164,13 +175,15 @@ def tune(job: Job, candidates: Sequence[Moba], budget: float) -> Tuning:
         meter = _Meter(job, dense, length)
         meter.expect(*(sum(map(len, pieces)) for pieces in zip(*parts.values())))
         error, captured = {}, {}
-        for name, (choosing, _) in parts.items():
-            found = [np.mean(x, axis=0) for x in zip(*(meter.errors(piece, candidates) for piece in choosing))]
-            error[name] = np.pad(found[0], ((0, 0), (0, 1)))
-            captured[name] = np.pad(found[1], ((0, 0), (0, 1)), constant_values=1)
+        with meter.phase(f"the distance of {len(candidates)} candidates from full attention in every layer"):
+            for name, (choosing, _) in parts.items():
+                found = [np.mean(x, axis=0) for x in zip(*(meter.errors(piece, candidates) for piece in choosing))]
+                error[name] = np.pad(found[0], ((0, 0), (0, 1)))
+                captured[name] = np.pad(found[1], ((0, 0), (0, 1)), constant_values=1)
         reference_L = np.where(within_C, _total(error), np.inf).argmin(1).tolist()
         alone = [(*dense[:i], specs[c], *dense[i + 1 :]) for i, c in enumerate(reference_L)]
-        costs = {name: meter.costs(choosing, alone) for name, (choosing, _) in parts.items()}
+        with meter.phase("one layer sparse at a time"):
+            costs = {name: meter.costs(choosing, alone) for name, (choosing, _) in parts.items()}
         kl_L = {name: found[..., KL].mean(0) for name, found in costs.items()}
         cost_LC = _total({name: predicted_cost(kl_L[name], error[name], reference_L) for name in parts})
 
@@ -178,21 +191,23 @@ def tune(job: Job, candidates: Sequence[Moba], budget: float) -> Tuning:
         at = {PER_LAYER: allocate(pairs_C, cost_LC, total), ALIKE: [same] * num_layers}
         expected = dict.fromkeys(at, cost_LC)
 
-        def whole(plans: Sequence[Plan], base: Plan | None = None) -> dict[str, np.ndarray]:
+        def whole(plans: Sequence[Plan]) -> dict[str, np.ndarray]:
             """By objective: the mean KL divergence of whole plans on the choosing part."""
-            return {name: meter.costs(own.choosing, plans, base)[..., KL].mean(0) for name, own in parts.items()}
+            return {name: meter.costs(own.choosing, plans)[..., KL].mean(0) for name, own in parts.items()}
 
         def plan_of(name: str) -> Plan:
             return tuple(specs[c] for c in at[name])
 
-        chosen_kl = dict(zip(at, _total(whole([plan_of(name) for name in at])).tolist()))
+        with meter.phase(f"plans {PER_LAYER} and {ALIKE}"):
+            chosen_kl = dict(zip(at, _total(whole([plan_of(name) for name in at])).tolist()))
         turned: dict[str, np.ndarray] = {}
         for turn in range(1, TURNS + 1):
             start = min(at, key=lambda name: chosen_kl[name])
             if turn > 1 and start not in turned:
                 break
             opened = [(*plan_of(start)[:i], Full(), *plan_of(start)[i + 1 :]) for i in range(num_layers)]
-            left = whole([plan_of(start), *opened], plan_of(start))
+            with meter.phase(f"the best plan, one layer full at a time (turn {turn})"):
+                left = whole([plan_of(start), *opened])
             in_place = {name: predicted_cost(kl[0] - kl[1:], error[name], at[start]) for name, kl in left.items()}
             is_sparse_L1 = np.array(at[start])[:, None] < len(candidates)
             cost_in_place_LC = np.where(is_sparse_L1, _total(in_place), cost_LC)
@@ -200,10 +215,12 @@ def tune(job: Job, candidates: Sequence[Moba], budget: float) -> Tuning:
             turned = dict(zip((f"{REFINED} {turn}", f"{REFINED} {turn}, half"), (cost_in_place_LC, mean_LC)))
             expected |= turned
             at |= {name: allocate(pairs_C, cost, total) for name, cost in turned.items()}
-            chosen_kl |= zip(turned, _total(whole([plan_of(name) for name in turned])).tolist())
+            with meter.phase(f"plans refined by that (turn {turn})"):
+                chosen_kl |= zip(turned, _total(whole([plan_of(name) for name in turned])).tolist())
         how = min(at, key=lambda name: chosen_kl[name])
         taken, plans = at[how], [plan_of(how), plan_of(ALIKE)]
-        judged = {name: meter.costs(own.others, plans) for name, own in parts.items()}
+        with meter.phase("what the plan costs on the other documents"):
+            judged = {name: meter.costs(own.others, plans) for name, own in parts.items()}
 
     layers, name = range(num_layers), next(iter(parts))
     return Tuning(
@@ -258,6 +275,8 @@ class _Meter:
     def __init__(self, job: Job, dense: Plan, length: int):
         self.job, self.dense, self.length = job, dense, length
         self.model, self.device = job.context.model, job.context.device
+        self.packs: dict[int, Documents] = {}
+        self.pack_tokens, self.stream_tokens = (PACK_TOKENS, STREAM_TOKENS) if self.device.type == "cuda" else (1, 1)
         self.ledger = Ledger(job, "tune_attention", self._settings(length))
         job.say(f"parts are kept in {self.ledger.path}: the same command again goes on from there")
 
@@ -272,7 +291,14 @@ class _Meter:
         half = len(self.dense) / 2
         passes = choosing * (1 + half + 3 + TURNS * (2 + half + 3)) + others * 3
         work = {DISTANCES: choosing, PASSES: passes}
-        self.countdown = Countdown(self.job, "tune_attention", work, unit="measurements")
+        self.countdown = Countdown(self.job, "tune_attention", work, unit="passes through a layer")
+
+    @contextmanager
+    def phase(self, name: str):
+        """Names what is done within, and says how long it took."""
+        start, self.countdown.name = time.monotonic(), f"tune_attention, {name}"
+        yield
+        self.job.say(f"{self.countdown.name}: {clock(time.monotonic() - start)}")
 
     @torch.inference_mode()
     def errors(self, piece: Piece, candidates: Sequence[Moba]) -> tuple[np.ndarray, np.ndarray]:
@@ -287,122 +313,147 @@ class _Meter:
             def observe(layer: MoBAAttention, q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> None:
                 rows.append(distances(q, k, v, candidates, count))
 
-            length = piece.batch.tokens.numel()
-            count = min(length - int(piece.rows_R[0]), MOST_ROWS)
+            count = min(self.length - int(piece.rows_R[0]), MOST_ROWS)
             with _observed(self.model, observe):
-                self._inputs(piece.batch.to(self.device))
+                self._hidden([piece], [self.dense], DISTANCES)
             self.ledger.put({key: torch.stack(rows).permute(1, 0, 2).tolist()})
-            self.countdown.step(1, 1, DISTANCES)
         error_LC, captured_LC = np.array(self.ledger[key])
         return error_LC, captured_LC
 
     @torch.inference_mode()
-    def costs(self, pieces: Sequence[Piece], plans: Sequence[Plan], base: Plan | None = None) -> np.ndarray:
+    def costs(self, pieces: Sequence[Piece], plans: Sequence[Plan]) -> np.ndarray:
         """[N, plans, 5] of whole plans: REGRET, KL and FULL_LOSS in nats per token, RIGHT and FULL_RIGHT: 1 where
-        greedy decoding is right. `base`: the plan that they modify (default: full attention), which only saves work."""
-        found = np.zeros((len(pieces), len(plans), 5))
-        base = self.dense if base is None else base
-        work = [1 - self._first(plan, base) / len(plan) for plan in plans]
-        for n, piece in enumerate(pieces):
-            keys = [("plan", piece.key, _digest(plan)) for plan in plans]
-            missing = [i for i, key in enumerate(keys) if key not in self.ledger]
-            known = sum(work[i] for i in range(len(plans)) if i not in missing)
-            self.countdown.skip((not missing) + known, PASSES)
+        greedy decoding is right."""
+        digests = [_digest(plan) for plan in plans]
+        together = self.stream_tokens // (self.length * (1 + len(plans)))
+        for some in _runs(pieces, max(1, together)):
+            missing = {
+                plan: digest
+                for plan, digest in zip(plans, digests)
+                if any(("plan", piece.key, digest) not in self.ledger for piece in some)
+            }
+            left = self._passes(missing) if missing else 0
+            self.countdown.skip(len(some) * (self._passes(plans) - left), PASSES)
             if missing:
-                self._measure(piece, {keys[i]: plans[i] for i in missing}, base)
-            found[n] = [self.ledger[key] for key in keys]
-        return found
+                self._measure(some, missing)
+        return np.array([[self.ledger["plan", piece.key, digest] for digest in digests] for piece in pieces])
 
-    def _measure(self, piece: Piece, plans: Mapping[tuple, Plan], base: Plan) -> None:
-        batch, rows_R = piece.batch.to(self.device), piece.rows_R.to(self.device)
-        inputs = self._inputs(batch)
-        full_R, full_RV = self._predictions(batch, rows_R, inputs[-1])
-        self.countdown.step(1, 1, PASSES)
-        if base != self.dense:
-            with under(self.model, base):
-                inputs = self._inputs(batch)
-            self.countdown.step(1, 1, PASSES)
-        for key, plan in plans.items():
-            first = self._first(plan, base)
-            with under(self.model, plan):
-                hidden_TC = self._inputs(batch, inputs[first], first)[-1]
-            own_R, own_RV = self._predictions(batch, rows_R, hidden_TC)
-            kl = (full_RV.exp() * (full_RV - own_RV)).sum(-1).double().mean()
-            labels_R = batch.labels[rows_R]
-            right = [(log_RV.argmax(-1) == labels_R).all().double() for log_RV in (own_RV, full_RV)]
-            self.ledger.put({key: torch.stack([(own_R - full_R).mean(), kl, full_R.mean(), *right]).tolist()})
-            self.countdown.step(1 - first / len(plan), 1, PASSES)
+    def _passes(self, plans: Iterable[Plan]) -> float:
+        """What `_hidden` does for a document, full attention and these plans, in passes over it."""
+        return sum(len(moves) for moves, _ in _shared([self.dense, *plans])) / len(self.dense)
 
-    @staticmethod
-    def _first(plan: Plan, base: Plan) -> int:
-        """The first layer that differs from `base`."""
-        return next((i for i, (ours, other) in enumerate(zip(plan, base)) if ours != other), len(plan) - 1)
+    def _measure(self, pieces: Sequence[Piece], plans: Mapping[Plan, str]) -> None:
+        """Puts the costs of plans, given with their digests, into the ledger."""
+        full_PTC, *hidden = self._hidden(pieces, [self.dense, *plans], PASSES)
+        keys, found = [], []
+        for p, piece in enumerate(pieces):
+            rows_R, labels_R = piece.rows_R.to(self.device), piece.batch.labels[piece.rows_R].to(self.device)
+            full_R, full_RV = self._predictions(full_PTC[p][rows_R], labels_R)
+            for digest, own_PTC in zip(plans.values(), hidden):
+                own_R, own_RV = self._predictions(own_PTC[p][rows_R], labels_R)
+                kl = (full_RV.exp() * (full_RV - own_RV)).sum(-1).double().mean()
+                right = [(log_RV.argmax(-1) == labels_R).all().double() for log_RV in (own_RV, full_RV)]
+                keys.append(("plan", piece.key, digest))
+                found.append(torch.stack([(own_R - full_R).mean(), kl, full_R.mean(), *right]))
+        self.ledger.put(dict(zip(keys, torch.stack(found).tolist())))
 
-    def _inputs(self, batch: Batch, x_TC: Tensor | None = None, first: int = 0) -> list[Tensor]:
-        """The inputs of the layers from `first` on, [T, C] each, and the last one's output; x_TC is the input of
-        `first`, None: the embedded tokens."""
-        backbone = self.model.model
-        cos_TD, sin_TD = self.model.rope.cos_sin(batch.positions, torch.float32, batch.tokens.device)
-        inputs = [backbone.embed_tokens(batch.tokens) if x_TC is None else x_TC]
-        for layer in backbone.layers[first:]:
-            after_TC = layer(inputs[-1], cos_TD, sin_TD, batch.documents)
-            inputs = [*inputs, after_TC] if first == 0 and x_TC is None else [after_TC]
-        return inputs
+    def _hidden(self, pieces: Sequence[Piece], plans: Sequence[Plan], kind: str) -> list[Tensor]:
+        """The last layer's output [P, T, C] of all pieces, for each plan. Plans share what lies below the first layer
+        in which they differ, and those with the same attention in a layer go through it in one pack."""
+        number, length, layers = len(pieces), self.length, self.model.model.layers
+        tokens_T = torch.cat([piece.batch.tokens for piece in pieces]).to(self.device)
+        most = max(1, self.pack_tokens // len(tokens_T))
+        rotations = self.model.rope.cos_sin(torch.arange(length), torch.float32, self.device)
+        cos_TD, sin_TD = (x_TD.repeat(min(most, len(plans)) * number, 1) for x_TD in rotations)
+        states, steps = [self.model.model.embed_tokens(tokens_T)], list(_shared(plans))
+        with under(self.model, self.dense):
+            for layer, (moves, _) in zip(layers, steps):
+                after: dict[tuple[int, AttentionSpec], Tensor] = {}
+                for spec in dict.fromkeys(spec for _, spec in moves):
+                    layer.self_attn.spec = spec
+                    for some in _runs([move for move in moves if move[1] == spec], most):
+                        x_TC = torch.cat([states[before] for before, _ in some])
+                        rows, documents = slice(len(x_TC)), self._documents(len(some) * number)
+                        after |= zip(some, layer(x_TC, cos_TD[rows], sin_TD[rows], documents).chunk(len(some)))
+                        self.countdown.step(len(some) * number / len(layers), len(some) * number, kind)
+                states = [after[move] for move in moves]
+        return [states[n].unflatten(0, (number, length)) for n in steps[-1][1]]
 
-    def _predictions(self, batch: Batch, rows_R: Tensor, hidden_TC: Tensor) -> tuple[Tensor, Tensor]:
-        """(loss float64 [R], log-probabilities float32 [R, V]) of the document's rows, from the last layer's output."""
-        log_RV = self.model.lm_head(self.model.model.norm(hidden_TC[rows_R])).float().log_softmax(-1)
-        return -log_RV.gather(1, batch.labels[rows_R, None])[:, 0].double(), log_RV
+    def _documents(self, number: int) -> Documents:
+        """A pack of so many."""
+        if number not in self.packs:
+            self.packs[number] = Documents.from_lengths([self.length] * number, device=self.device)
+        return self.packs[number]
+
+    def _predictions(self, hidden_RC: Tensor, labels_R: Tensor) -> tuple[Tensor, Tensor]:
+        """(loss float64 [R], log-probabilities float32 [R, V]) of rows of the last layer's output."""
+        log_RV = self.model.lm_head(self.model.model.norm(hidden_RC)).float().log_softmax(-1)
+        return -log_RV.gather(1, labels_R[:, None])[:, 0].double(), log_RV
 
 
 def distances(q: Tensor, k: Tensor, v: Tensor, candidates: Sequence[Moba], count: int) -> Tensor:
     """float64 [2 (relative squared error of the output, captured share), C] over the last `count` queries of one
     document and all heads. q is [T, H, D], k and v [T, G, D].
 
-    Attention within each block is computed once per block size; a candidate's output is the mean over its selected
-    blocks, weighted by their shares of the probability.
+    What each block adds to full attention is computed once for all block sizes that are multiples of its own; a
+    candidate's output is the sum over what it selects, divided by the share of the probability there.
     """
     length, group = len(q), q.shape[1] // k.shape[1]
-    q_RHD, documents = q[-count:], Documents.from_lengths([count], [length], device=q.device)
+    q_RHD, documents = q[-count:], last_tokens((count,), (length,), q.device)
     found: dict[Moba, Tensor] = {}
-    for size in dict.fromkeys(spec.block_size for spec in candidates):
-        own = [spec for spec in candidates if spec.block_size == size]
-        picks = [select(spec.routing, q_RHD, k, documents=documents).long() for spec in own]
-        most = max(picked_HRK.shape[-1] for picked_HRK in picks)
-        picked_NHRK = torch.stack(
-            [F.pad(picked_HRK, (0, most - picked_HRK.shape[-1]), value=-1) for picked_HRK in picks]
-        )
-        num_blocks = -(-length // size)
-        padded = [F.pad(x.float(), (0, 0, 0, 0, 0, num_blocks * size - length)) for x in (k, v)]
-        k_HMBD, v_HMBD = (x.unflatten(0, (-1, size)).permute(2, 0, 1, 3).repeat_interleave(group, 0) for x in padded)
-        key_MB = torch.arange(num_blocks * size, device=q.device).view(num_blocks, size)
-        sums = torch.zeros(len(own), 2, dtype=torch.float64, device=q.device)
+    sizes = sorted({spec.block_size for spec in candidates})
+    while sizes:
+        least = sizes[0]
+        nested, sizes = [size for size in sizes if size % least == 0], [size for size in sizes if size % least]
+        own = [[spec for spec in candidates if spec.block_size == size] for size in nested]
+        selected = [_selected(q_RHD, k, documents, specs) for specs in own]
+        specs = list(itertools.chain(*own))
+        num_blocks = -(-length // least)
+        padded = [F.pad(x.float(), (0, 0, 0, 0, 0, num_blocks * least - length)) for x in (k, v)]
+        k_HSD, v_HSD = (x.transpose(0, 1).repeat_interleave(group, 0) for x in padded)
+        v_HMBD, key_S = v_HSD.unflatten(1, (num_blocks, least)), torch.arange(k_HSD.shape[1], device=q.device)
+        sums = torch.zeros(len(specs), 2, dtype=torch.float64, device=q.device)
         squared = torch.zeros((), dtype=torch.float64, device=q.device)
-        step = max(1, MASS_ELEMENTS // (q.shape[1] * num_blocks * max(size, q.shape[2], len(own))))
+        step = max(1, PRODUCTS // (q.shape[1] * num_blocks * max(least, q.shape[2], len(specs))))
         for start in range(0, count, step):
             rows = slice(start, min(start + step, count))
             place_r = length - count + torch.arange(rows.start, rows.stop, device=q.device)
-            scores_HrMB = torch.einsum("rhd,hmbd->hrmb", q_RHD[rows].float() * q.shape[2] ** -0.5, k_HMBD)
-            scores_HrMB.masked_fill_(key_MB > place_r[:, None, None], float("-inf"))
-            lse_HrM = scores_HrMB.logsumexp(-1)
-            within_HrMB = scores_HrMB.sub_(lse_HrM[..., None]).exp_().nan_to_num_(0.0)
-            out_HrMD = torch.einsum("hrmb,hmbd->hrmd", within_HrMB, v_HMBD)
-            share_HrM = lse_HrM.softmax(-1)
-            full_HrD = torch.einsum("hrm,hrmd->hrd", share_HrM, out_HrMD)
+            scores_HrS = torch.einsum("rhd,hsd->hrs", q_RHD[rows].float() * q.shape[2] ** -0.5, k_HSD)
+            share_HrS = scores_HrS.masked_fill_(key_S > place_r[:, None], float("-inf")).softmax(-1)
+            share_HrMB = share_HrS.unflatten(-1, (num_blocks, least))
+            share_HrM, out_HrMD = share_HrMB.sum(-1), torch.einsum("hrmb,hmbd->hrmd", share_HrMB, v_HMBD)
+            chosen_NHrM = torch.cat(
+                [
+                    is_selected[:, :, rows].repeat_interleave(size // least, -1)[..., :num_blocks]
+                    for size, is_selected in zip(nested, selected)
+                ]
+            ).float()
+            captured_NHr = torch.einsum("nhrm,hrm->nhr", chosen_NHrM, share_HrM)
+            out_NHrD = torch.einsum("nhrm,hrmd->nhrd", chosen_NHrM, out_HrMD) / captured_NHr[..., None]
+            full_HrD = out_HrMD.sum(2)
             squared += full_HrD.double().square().sum()
-            picked_NHrK = picked_NHRK[:, :, rows]
-            chosen_NHrM = share_HrM.new_zeros(len(own), *share_HrM.shape).scatter_add_(
-                3, picked_NHrK.clamp(min=0), (picked_NHrK >= 0).float()
-            )
-            kept_NHrM = share_HrM * chosen_NHrM
-            captured_NHr = kept_NHrM.sum(-1)
-            out_NHrD = torch.einsum("nhrm,hrmd->nhrd", kept_NHrM / captured_NHr[..., None], out_HrMD)
             sums[:, 0] += (out_NHrD - full_HrD).double().square().sum((1, 2, 3))
             sums[:, 1] += captured_NHr.double().sum((1, 2))
         sums[:, 0] /= squared
         sums[:, 1] /= count * q.shape[1]
-        found |= dict(zip(own, sums))
+        found |= dict(zip(specs, sums))
     return torch.stack([found[spec] for spec in candidates], -1)
+
+
+def _selected(q_RHD: Tensor, k: Tensor, documents: Documents, specs: Sequence[Moba]) -> Tensor:
+    """bool [N, H, R, M]: which blocks each of these specs, all of one block size, selects of one document: as
+    `moba.route`, but with one ranking of the blocks for all numbers of them."""
+    (size,) = {spec.block_size for spec in specs}
+    assert all(spec.gate == MEAN for spec in specs)
+    layout = documents.layout(size)
+    scores_HRM = gate_scores(q_RHD, layout_means(k, layout))
+    block_M, own_R1 = torch.arange(layout.num_blocks, device=q_RHD.device), layout.query_block_T[:, None]
+    is_past_RM, rank = block_M < own_R1, {}
+    for first in {spec.first_blocks for spec in specs}:
+        forced_HRM = scores_HRM.masked_fill(block_M < first, float("inf")).masked_fill_(~is_past_RM, float("-inf"))
+        rank[first] = forced_HRM.sort(descending=True, stable=True).indices.argsort()  # of equals the earlier first
+    picked_NHRM = torch.stack([rank[spec.first_blocks] < spec.top_k - 1 for spec in specs])
+    return picked_NHRM.logical_and_(is_past_RM).logical_or_(block_M == own_R1)
 
 
 @contextmanager
@@ -416,6 +467,21 @@ def _observed(model: Decoder, observe):
     finally:
         for layer in layers:
             layer.observer = None
+
+
+def _shared(plans: Sequence[Plan]) -> Iterator[tuple[list[tuple[int, AttentionSpec]], list[int]]]:
+    """For each layer what is different among plans, each a (place in this list for the layer before, attention), and
+    the place of each plan: plans share what lies below the first layer in which they differ."""
+    place = [0] * len(plans)
+    for specs in zip(*plans):
+        moves: dict[tuple[int, AttentionSpec], int] = {}
+        place = [moves.setdefault(move, len(moves)) for move in zip(place, specs)]
+        yield list(moves), place
+
+
+def _runs(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    """The items, so many at a time."""
+    return (items[i : i + size] for i in range(0, len(items), size))
 
 
 @contextmanager

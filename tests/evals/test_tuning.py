@@ -141,7 +141,7 @@ def test_distances_are_those_of_attention(length, monkeypatch):
     documents = Documents.from_lengths([count], [length])
     full, full_lse = attend(q[-count:], k, v, Full(), documents, return_lse=True)
     whole = distances(q, k, v, CHOICE, count)
-    monkeypatch.setattr(tuning, "MASS_ELEMENTS", 1 << 14)
+    monkeypatch.setattr(tuning, "PRODUCTS", 1 << 14)
     torch.testing.assert_close(distances(q, k, v, CHOICE, count), whole)
     for spec, (error, captured) in zip(CHOICE, whole.T.tolist()):
         out, lse = attend(q[-count:], k, v, spec, documents, return_lse=True)
@@ -240,15 +240,30 @@ def test_refining_starts_from_what_was_best(job):
     is_better = min(map(found.chosen_kl.get, turns[0])) < min(found.chosen_kl[name] for name in (PER_LAYER, ALIKE))
     assert list(found.chosen_kl)[4:] == (turns[1] if is_better else [])
     assert found.chosen_kl[found.how] == min(found.chosen_kl.values()) and found.pairs <= 0.3
-    base = (CHOICE[0], CHOICE[3], CHOICE[5])
-    changed = [(*base[:i], Full(), *base[i + 1 :]) for i in range(LAYERS)]
-    costs = []
-    for folder, start in (("with", base), ("without", None)):
-        meter = tuning._Meter(replace(job, folder=job.folder / folder), (Full(),) * LAYERS, LENGTH)
-        meter.expect(1, 0)
-        costs.append(meter.costs(split(job)[LOSS].choosing[:1], changed, start))
-    np.testing.assert_allclose(costs[0], costs[1], atol=1e-6)
-    assert np.ptp(costs[0][0, :, KL]) > 1e-4
+
+
+@pytest.mark.parametrize("pack", [1, 3 * LENGTH, 100 * LENGTH])
+def test_plans_that_go_through_the_layers_together_are_measured_alone(job, pack):
+    """Catches states of another plan or document, layers with another plan's attention, and attention that is not given
+    back: plans that share their first layers, or later attention, against whole passes of each."""
+    full, (a, b, c) = Full(), (CHOICE[i] for i in (0, 3, 5))
+    plans = [(a, b, c), (full, b, c), (a, full, c), (a, b, full), (a, b, c), (full, full, full), (c, b, c)]
+    pieces, model = split(job)[LOSS].choosing[:2], job.context.model
+    meter = tuning._Meter(job, (full,) * LAYERS, LENGTH)
+    meter.expect(1, 0)
+    meter.pack_tokens, meter.stream_tokens = pack, 1 << 20
+    with torch.inference_mode():
+        found = meter._hidden(pieces, plans, tuning.PASSES)
+        assert model.attention == (full,) * LAYERS
+        for plan, own_PTC in zip(plans, found, strict=True):
+            for piece, own_TC in zip(pieces, own_PTC, strict=True):
+                batch = piece.batch
+                with under(model, plan):
+                    want = model.logits(batch.tokens, batch.positions, batch.documents, rows=batch.positions)
+                torch.testing.assert_close(model.lm_head(model.model.norm(own_TC)), want, rtol=1e-4, atol=1e-4)
+    costs = meter.costs(pieces, plans)
+    assert np.ptp(costs[0, :, KL]) > 1e-4 and (costs[:, 5, KL] == 0).all() and (costs[:, 0] == costs[:, 4]).all()
+    np.testing.assert_allclose(meter.costs(pieces[::-1], plans[::-1]), costs[::-1, ::-1])
 
 
 def test_divergence_is_the_regret_of_text_from_the_dense_model(job):
@@ -301,7 +316,7 @@ def test_numbers_too_large_for_float16_stay_bfloat16(job, capsys):
 
 def test_interrupted_it_goes_on_where_it_was(job, monkeypatch):
     """Catches work that is lost or done again, and another result after it."""
-    passes, whole = [], tuning._Meter._inputs
+    passes, whole = [], tuning._Meter._hidden
 
     def counted(self, *arguments):
         passes.append(1)
@@ -309,14 +324,14 @@ def test_interrupted_it_goes_on_where_it_was(job, monkeypatch):
             raise KeyboardInterrupt
         return whole(self, *arguments)
 
-    monkeypatch.setattr(tuning._Meter, "_inputs", counted)
+    monkeypatch.setattr(tuning._Meter, "_hidden", counted)
     with pytest.raises(KeyboardInterrupt):
         tune(job, CHOICE, 0.3)
     found, after = tune(job, CHOICE, 0.3), len(passes) - 11
     assert tune(job, CHOICE, 0.3).table() == found.table() and len(passes) == 11 + after, "all is known"
     fresh = replace(job, folder=job.folder / "other")
     assert tune(fresh, CHOICE, 0.3).table() == found.table()
-    assert len(passes) - 11 - after == after + 10 - 1, "one dense pass twice"
+    assert len(passes) - 11 - after == after + 10
 
 
 def test_the_command_writes_a_plan_that_can_be_read(job, monkeypatch, capsys, tmp_path):
