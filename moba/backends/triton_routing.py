@@ -16,22 +16,21 @@ import torch
 import triton
 import triton.language as tl
 
-from moba.backends.triton_lists import Layout, load_rows
+from moba.backends.triton_lists import Layout, gather_rows, load_rows
 from moba.backends.triton_tiles import padded, tile_for
 
 
-def block_means(k: torch.Tensor, layout: Layout, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean key of every block as (high, low), each [H_kv, M, D] in k's dtype with mean = high + low; float32 keys have
+def block_means(k: torch.Tensor, layout: Layout, block_size: int) -> torch.Tensor:
+    """Mean key of every block as high and low, [H_kv, M, 2, D] in k's dtype with mean = high + low; float32 keys have
     low = 0."""
     num_kv_heads, head_dim = k.shape[1:]
-    high = torch.empty(num_kv_heads, layout.num_blocks, head_dim, dtype=k.dtype, device=k.device)
-    low = torch.empty_like(high)
+    means = torch.empty(num_kv_heads, layout.num_blocks, 2, head_dim, dtype=k.dtype, device=k.device)
     rows = min(64, max(16, triton.next_power_of_2(block_size)))
     means_kernel[(layout.num_blocks, num_kv_heads)](
-        k, layout.start_M, layout.length_M, high, low, layout.num_blocks,
+        k, layout.start_M, layout.length_M, means, layout.num_blocks,
         NUM_KV_HEADS=num_kv_heads, HEAD_DIM=head_dim, BLOCK_D=padded(head_dim), ROWS=rows,
     )  # fmt: skip
-    return high, low
+    return means
 
 
 def select_blocks(
@@ -47,23 +46,23 @@ def select_blocks(
     num_kv_heads = k.shape[1]
     if top_k == 1:
         return layout.own_block_T[:, None, None].expand(num_tokens, num_heads, 1).contiguous()
-    high, low = block_means(k, layout, block_size)
+    means = block_means(k, layout, block_size)
     selection = torch.empty(num_tokens, num_heads, top_k, dtype=torch.int32, device=q.device)
     best_slots = max(2, triton.next_power_of_2(top_k - 1))
     tile = tile_for("select", head_dim, best_slots, q.dtype)
     select_kernel[(triton.cdiv(num_tokens, tile.rows), num_heads)](
-        q, high, low, layout.first_block_T, layout.own_block_T, selection, num_tokens, layout.num_blocks,
+        q, means, layout.first_block_T, layout.own_block_T, selection, num_tokens, layout.num_blocks,
         NUM_HEADS=num_heads, GROUP=num_heads // num_kv_heads, TOP_K=top_k, BEST_SLOTS=best_slots,
         HEAD_DIM=head_dim, BLOCK_D=padded(head_dim), ROWS=tile.rows, BLOCKS=tile.keys, SPLIT=q.dtype != torch.float32,
         FIRST_BLOCKS=first_blocks,
-        num_warps=tile.warps, num_stages=tile.stages,
+        num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
     )  # fmt: skip
     return selection
 
 
 @triton.jit(do_not_specialize=["num_blocks"])
 def means_kernel(
-    k, block_start, block_length, high, low, num_blocks,
+    k, block_start, block_length, means, num_blocks,
     NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """One program: the mean of one block of one key/value head, summed in float32."""
@@ -75,17 +74,17 @@ def means_kernel(
         tile = load_rows(k + kv_head * HEAD_DIM, start + key, key < length, NUM_KV_HEADS * HEAD_DIM, HEAD_DIM, BLOCK_D)
         total += tl.sum(tile.to(tl.float32), axis=0)
     mean = total / tl.maximum(length, 1).to(tl.float32)
-    mean_high = mean.to(high.dtype.element_ty)
-    mean_low = (mean - mean_high.to(tl.float32)).to(high.dtype.element_ty)
+    mean_high = mean.to(means.dtype.element_ty)
+    mean_low = (mean - mean_high.to(tl.float32)).to(means.dtype.element_ty)
     dim = tl.arange(0, BLOCK_D)
-    address = (kv_head * num_blocks + block).to(tl.int64) * HEAD_DIM + dim
-    tl.store(high + address, mean_high, mask=dim < HEAD_DIM)
-    tl.store(low + address, mean_low, mask=dim < HEAD_DIM)
+    high = means + (kv_head * num_blocks + block).to(tl.int64) * 2 * HEAD_DIM + dim
+    tl.store(high, mean_high, mask=dim < HEAD_DIM)
+    tl.store(high + HEAD_DIM, mean_low, mask=dim < HEAD_DIM)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_blocks"])
 def select_kernel(
-    q, mean_high, mean_low, first_block, own_block, selection, num_tokens, num_blocks,
+    q, means, first_block, own_block, selection, num_tokens, num_blocks,
     NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, TOP_K: tl.constexpr, BEST_SLOTS: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr, SPLIT: tl.constexpr,
     FIRST_BLOCKS: tl.constexpr,
@@ -116,22 +115,25 @@ def select_kernel(
     shortest = tl.min(tl.where(inside, own, 2147483647))
     one_document = tl.max(tl.where(inside, first, 0)) == scan_begin
     full_end = scan_begin + tl.where(one_document, (shortest - scan_begin) // BLOCKS * BLOCKS, 0)
-    mean_high += (head // GROUP).to(tl.int64) * num_blocks * HEAD_DIM
-    mean_low += (head // GROUP).to(tl.int64) * num_blocks * HEAD_DIM
+    mean = means + ((head // GROUP).to(tl.int64) * num_blocks + scan_begin) * 2 * HEAD_DIM
+    column = tl.arange(0, BLOCKS)
     for tile_begin in range(scan_begin, full_end, BLOCKS):
-        block = tile_begin + tl.arange(0, BLOCKS)
-        score = _gate_scores(query, mean_high, mean_low, block, num_blocks, HEAD_DIM, BLOCK_D, SPLIT)
+        block = tile_begin + column
+        score = _gate_scores(query, mean, column, HEAD_DIM, BLOCK_D, SPLIT)
         if FIRST_BLOCKS:
             score = tl.where(block[None, :] - first[:, None] < FIRST_BLOCKS, infinity, score)
         best, best_block, worst = keep_best(score, block, best, best_block, worst)
+        mean += BLOCKS * 2 * HEAD_DIM
     for tile_begin in range(full_end, scan_end, BLOCKS):
-        block = tile_begin + tl.arange(0, BLOCKS)
-        score = _gate_scores(query, mean_high, mean_low, block, num_blocks, HEAD_DIM, BLOCK_D, SPLIT)
+        block = tile_begin + column
+        # Past the last block of all there is nothing to read: its mean stands in, and the mask drops its scores.
+        score = _gate_scores(query, mean, tl.minimum(column, num_blocks - 1 - tile_begin), HEAD_DIM, BLOCK_D, SPLIT)
         if FIRST_BLOCKS:
             score = tl.where(block[None, :] - first[:, None] < FIRST_BLOCKS, infinity, score)
         is_history = (block[None, :] >= first[:, None]) & (block[None, :] < own[:, None])
         score = tl.where(is_history, score, -infinity)
         best, best_block, worst = keep_best(score, block, best, best_block, worst)
+        mean += BLOCKS * 2 * HEAD_DIM
 
     picks = (token * NUM_HEADS + head).to(tl.int64) * TOP_K
     best_block = tl.where(best > -infinity, best_block, -1)
@@ -140,16 +142,12 @@ def select_kernel(
 
 
 @triton.jit
-def _gate_scores(
-    query, mean_high, mean_low, block, num_blocks,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, SPLIT: tl.constexpr,
-):  # fmt: skip
-    """float32 [ROWS, BLOCKS]: <q, high + low>."""
-    high = load_rows(mean_high, block, block < num_blocks, HEAD_DIM, HEAD_DIM, BLOCK_D)
-    score = tl.dot(query, tl.trans(high))
+def _gate_scores(query, mean, row, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, SPLIT: tl.constexpr):
+    """float32 [ROWS, BLOCKS]: <q, high + low> of the blocks `row` from `mean` on. High and low lie side by side, so
+    that one address serves both."""
+    score = tl.dot(query, tl.trans(gather_rows(mean, 2 * row, HEAD_DIM, BLOCK_D)))
     if SPLIT:
-        low = load_rows(mean_low, block, block < num_blocks, HEAD_DIM, HEAD_DIM, BLOCK_D)
-        score = tl.dot(query, tl.trans(low), score)
+        score = tl.dot(query, tl.trans(gather_rows(mean + HEAD_DIM, 2 * row, HEAD_DIM, BLOCK_D)), score)
     return score
 
 

@@ -27,6 +27,9 @@ class Tile:
     stages: int
     tiles: int = 1
     """Row tiles of a work item: how far a list is followed before another program takes over."""
+    registers: int | None = None
+    """Most registers of a thread (the routing kernel): the fewer, the more programs a multiprocessor runs at once.
+    None: as many as the compiler likes."""
 
 
 MULTIPROCESSORS = 132
@@ -34,8 +37,8 @@ MULTIPROCESSORS = 132
 
 # (kernel, padded head size) -> tile
 TILES: dict[tuple[str, int], Tile] = {
-    ("select", 64): Tile(rows=64, keys=64, warps=4, stages=1),
-    ("select", 128): Tile(rows=64, keys=64, warps=4, stages=1),
+    ("select", 64): Tile(rows=64, keys=64, warps=4, stages=1, registers=80),
+    ("select", 128): Tile(rows=64, keys=64, warps=4, stages=1, registers=96),
     ("select", 256): Tile(rows=64, keys=64, warps=4, stages=2),
     ("forward_short", 64): Tile(rows=64, keys=128, warps=4, stages=3, tiles=32),
     ("forward_short", 128): Tile(rows=64, keys=128, warps=4, stages=3, tiles=32),
@@ -67,7 +70,7 @@ def tile_for(kernel: str, head_dim: int, width: int, dtype: torch.dtype) -> Tile
         # Only the interpreter computes in float32; small tiles show more of the logic on small inputs.
         tile = Tile(rows=16, keys=16, warps=4, stages=1, tiles=2)
     if kernel == "select":
-        return replace(tile, rows=min(tile.rows, 64)) if width >= 32 else tile
+        return replace(tile, registers=None) if width >= 32 else tile
     if kernel.endswith("short"):
         return replace(tile, keys=max(16, triton.next_power_of_2(width)))
     return tile
