@@ -6,7 +6,9 @@ all heads of the group that selected it: keys that heads share are read once. Th
 a fixed order, and nothing is added by atomics: the same inputs give the same bits.
 
 Three launches whatever the length and the batch, and no waiting for the device, so a step can be captured in a CUDA
-graph: lengths are values on the device.
+graph: lengths are values on the device. For a batch of one they take as long as the work itself. So on Hopper and newer
+the second and the third begin while the one before still runs (programmatic dependent launch): they read what it does
+not write, wait for its end, and go on.
 
 Shapes: N sequences, H query heads, G key/value heads, D head size, B block size, K = top_k.
 """
@@ -21,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moba.backends.triton_attention import device_of
+from moba.backends.triton_attention import INTERPRETED, device_of
 from moba.backends.triton_tiles import padded
 from moba.documents import Documents
 from moba.routing import layout_means
@@ -29,9 +31,9 @@ from moba.routing import layout_means
 PIECE_KEYS = 128
 """Keys of one program, at most."""
 TILE_KEYS = 64
-WARPS, STAGES = 4, 2
-SCORES_TILE = 256
-"""Scores that a program looks at together."""
+WARPS, STAGES = 4, 3
+SCORES_TILE, SCORES_NUMBERS, SCORES_WARPS = 256, 1 << 15, 8
+"""Scores that a program looks at together, and numbers of their means, at most."""
 LOWEST, HIGHEST = tl.constexpr(-(1 << 63)), tl.constexpr((1 << 63) - 1)
 MERGED_PARTS = 32
 """Partial results that a program merges together."""
@@ -75,12 +77,16 @@ def moba_decode(
     out, lse = torch.empty_like(q), torch.empty(num_heads, num_sequences, dtype=torch.float32, device=q.device)
     sizes = {"NUM_HEADS": num_heads, "HEAD_DIM": head_dim, "BLOCK_D": padded(head_dim), "TOP_K": top_k}
     groups = {"NUM_KV_HEADS": num_kv_heads, "BLOCK_SIZE": block_size}
+    overlaps = overlapping(q.device)
+    after = {"launch_pdl": True} if overlaps else {}
+    after_selection = after if selection is None else {}
     if selection is None:
         selection = torch.empty(num_heads, num_sequences, top_k, dtype=torch.int32, device=q.device)
         decode_select_kernel[(num_heads, num_sequences)](
             q, means, length_N, mean_start_N, selection, **sizes, **groups, FIRST_BLOCKS=first_blocks,
-            BEST_SLOTS=max(2, triton.next_power_of_2(top_k - 1)), BLOCKS=SCORES_TILE,
-            DIMS=min(32, padded(head_dim)), num_warps=4,
+            BEST_SLOTS=max(2, triton.next_power_of_2(top_k - 1)),
+            BLOCKS=min(SCORES_TILE, SCORES_NUMBERS // padded(head_dim)), CHUNKS=max(1, padded(head_dim) // 32),
+            OVERLAPS=overlaps, num_warps=SCORES_WARPS,
         )  # fmt: skip
     selection = selection.contiguous()
     decode_attend_kernel[(num_heads, top_k * num_pieces, num_sequences)](
@@ -88,15 +94,22 @@ def moba_decode(
         scale * 1.4426950408889634,
         **sizes, **groups, GROUP=max(16, triton.next_power_of_2(num_heads // num_kv_heads)),
         SLOTS=triton.next_power_of_2(top_k), PIECES=num_pieces, PIECE=piece_keys, KEYS=min(TILE_KEYS, piece_keys),
-        num_warps=WARPS, num_stages=STAGES,
+        OVERLAPS=overlaps, num_warps=WARPS, num_stages=STAGES, **after_selection,
     )  # fmt: skip
     parts = top_k * num_pieces
     decode_merge_kernel[(num_heads, num_sequences)](
         partial, partial_lse, out, lse,
         NUM_HEADS=num_heads, HEAD_DIM=head_dim, BLOCK_D=padded(head_dim), PARTS=parts,
-        ALL_PARTS=triton.next_power_of_2(parts), TOGETHER=min(MERGED_PARTS, triton.next_power_of_2(parts)), num_warps=4,
+        ALL_PARTS=triton.next_power_of_2(parts), TOGETHER=min(MERGED_PARTS, triton.next_power_of_2(parts)),
+        OVERLAPS=overlaps, num_warps=4, **after,
     )  # fmt: skip
     return out, lse, selection
+
+
+def overlapping(device: torch.device) -> bool:
+    """Whether a kernel there may begin before the one that it depends on has ended."""
+    nvidia = device.type == "cuda" and torch.version.hip is None and not INTERPRETED
+    return nvidia and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def moba_of_last_tokens(
@@ -130,34 +143,42 @@ def decode_select_kernel(
     q, means, lengths, mean_starts, selection,
     NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, TOP_K: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr, FIRST_BLOCKS: tl.constexpr, BEST_SLOTS: tl.constexpr,
-    BLOCKS: tl.constexpr, DIMS: tl.constexpr,
+    BLOCKS: tl.constexpr, CHUNKS: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """One program: the blocks of one head of one sequence, the history ascending behind -1s, the own one last.
 
     Scores are float32, infinite for the first blocks. A score and its block are one int64 that sorts by score, then
     earlier blocks first, so that the best of a tile is found by one reduction.
     """
+    if OVERLAPS:
+        tl.extra.cuda.gdc_launch_dependents()
     head, sequence = tl.program_id(0), tl.program_id(1)
     length = tl.load(lengths + sequence).to(tl.int32)
+    mean_start = tl.load(mean_starts + sequence)
     own = tl.where(length > 0, (length - 1) // BLOCK_SIZE, -1)
     picks = selection + (head * tl.num_programs(1) + sequence).to(tl.int64) * TOP_K
     tl.store(picks + TOP_K - 1, own)
     if TOP_K > 1:
         query = q + (sequence * NUM_HEADS + head).to(tl.int64) * HEAD_DIM
-        means += (tl.load(mean_starts + sequence) * NUM_KV_HEADS + head // (NUM_HEADS // NUM_KV_HEADS)) * HEAD_DIM
+        means += (mean_start * NUM_KV_HEADS + head // (NUM_HEADS // NUM_KV_HEADS)) * HEAD_DIM
         slot = tl.arange(0, BEST_SLOTS)
         # Empty slots are below all scores, each at a value of its own; those beyond TOP_K - 1 are never the worst.
         best = tl.where(slot < TOP_K - 1, LOWEST + 1 + slot.to(tl.int64), HIGHEST)
+        dim = tl.arange(0, CHUNKS)[:, None] * (BLOCK_D // CHUNKS) + tl.arange(0, BLOCK_D // CHUNKS)[None, :]
         for first in range(0, own, BLOCKS):
             block = first + tl.arange(0, BLOCKS)
-            score = tl.zeros([BLOCKS], dtype=tl.float32)
-            for first_dim in tl.static_range(0, BLOCK_D, DIMS):
-                dim = first_dim + tl.arange(0, DIMS)
-                address = block[:, None].to(tl.int64) * (NUM_KV_HEADS * HEAD_DIM) + dim[None, :]
-                mean = tl.load(means + address, mask=(block < own)[:, None] & (dim < HEAD_DIM)[None, :], other=0.0)
-                part = tl.load(query + dim, mask=dim < HEAD_DIM, other=0.0).to(tl.float32)
-                score += tl.sum(mean * part[None, :], axis=1)
-            score = tl.where(block < FIRST_BLOCKS, float("inf"), score)
+            row = tl.arange(0, CHUNKS * BLOCKS)
+            row_dim = (row // BLOCKS * (BLOCK_D // CHUNKS))[:, None] + tl.arange(0, BLOCK_D // CHUNKS)[None, :]
+            row_block = (first + row % BLOCKS)[:, None]
+            address = row_block.to(tl.int64) * (NUM_KV_HEADS * HEAD_DIM) + row_dim
+            mean = tl.load(means + address, mask=(row_block < own) & (row_dim < HEAD_DIM), other=0.0)
+            mean = tl.reshape(mean, [CHUNKS, BLOCKS, BLOCK_D // CHUNKS])
+            # What the products need is loaded behind a barrier: else the compiler has some means multiplied before the
+            # next are loaded, and waits each time.
+            tl.debug_barrier()
+            part = tl.load(query + dim, mask=dim < HEAD_DIM, other=0.0).to(tl.float32)
+            products = tl.sum(mean * part[:, None, :], axis=0)
+            score = tl.where(block < FIRST_BLOCKS, float("inf"), tl.sum(products, axis=1))
             bits = score.to(tl.int32, bitcast=True)
             ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
             ranked = tl.where(block < own, (ordered << 32) + (0x7FFFFFFF - block), LOWEST)
@@ -180,7 +201,7 @@ def decode_attend_kernel(
     q, k, v, key_starts, lengths, selection, partial, partial_lse, token_stride, head_stride, scale_log2,
     NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, TOP_K: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr, GROUP: tl.constexpr, SLOTS: tl.constexpr,
-    PIECES: tl.constexpr, PIECE: tl.constexpr, KEYS: tl.constexpr,
+    PIECES: tl.constexpr, PIECE: tl.constexpr, KEYS: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """One program: one piece of one block that a head selected, for all heads of its group that selected it; per head
     its softmax, normalised, and the log2 of its sum. The first of those heads has the program that does it."""
@@ -189,24 +210,27 @@ def decode_attend_kernel(
     kv_head = head // heads_of_group
     member, slot = tl.arange(0, GROUP), tl.arange(0, SLOTS)
     query_head = kv_head * heads_of_group + member
+    row = (sequence * NUM_HEADS + query_head).to(tl.int64)
+    dim = tl.arange(0, BLOCK_D)
+    is_dim = dim < HEAD_DIM
+    of_group = (member < heads_of_group)[:, None]
+    query = tl.load(q + row[:, None] * HEAD_DIM + dim[None, :], mask=of_group & is_dim[None, :], other=0.0)
+    length = tl.load(lengths + sequence).to(tl.int32)
+    base = tl.load(key_starts + sequence) * token_stride + kv_head.to(tl.int64) * head_stride
+    if OVERLAPS:  # all above was there before the selection kernel began
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     picks = selection + (query_head * tl.num_programs(2) + sequence).to(tl.int64)[:, None] * TOP_K + slot[None, :]
-    picked = tl.load(picks, mask=(member < heads_of_group)[:, None] & (slot < TOP_K)[None, :], other=-1)
+    picked = tl.load(picks, mask=of_group & (slot < TOP_K)[None, :], other=-1)
     block = tl.load(selection + (head * tl.num_programs(2) + sequence).to(tl.int64) * TOP_K + part // PIECES)
     member_slot = tl.max(tl.where((picked == block) & (block >= 0), slot[None, :], -1), axis=1)
     takes_part = member_slot >= 0
-    row = (sequence * NUM_HEADS + query_head).to(tl.int64)
     if block < 0:
         nothing = (sequence * NUM_HEADS + head).to(tl.int64) * (TOP_K * PIECES) + part
         tl.store(partial_lse + nothing, float("-inf"))
     elif tl.min(tl.where(takes_part, query_head, NUM_HEADS), axis=0) == head:
-        length = tl.load(lengths + sequence).to(tl.int32)
         begin = block * BLOCK_SIZE + part % PIECES * PIECE
         end = tl.minimum(tl.minimum(begin + PIECE, (block + 1) * BLOCK_SIZE), length)
-        dim = tl.arange(0, BLOCK_D)
-        is_dim = dim < HEAD_DIM
-        of_members = takes_part[:, None] & is_dim[None, :]
-        query = tl.load(q + row[:, None] * HEAD_DIM + dim[None, :], mask=of_members, other=0.0)
-        base = tl.load(key_starts + sequence) * token_stride + kv_head.to(tl.int64) * head_stride
         top = tl.full([GROUP], float("-inf"), dtype=tl.float32)
         total = tl.zeros([GROUP], dtype=tl.float32)
         out = tl.zeros([GROUP, BLOCK_D], dtype=tl.float32)
@@ -229,7 +253,7 @@ def decode_attend_kernel(
         place = row * (TOP_K * PIECES) + member_slot * PIECES + part % PIECES
         total = tl.where(is_empty, 1.0, total)
         into = partial + place[:, None] * HEAD_DIM + dim[None, :]
-        tl.store(into, out / total[:, None], mask=of_members)
+        tl.store(into, out / total[:, None], mask=takes_part[:, None] & is_dim[None, :])
         tl.store(partial_lse + place, tl.where(is_empty, float("-inf"), top + tl.log2(total)), mask=takes_part)
 
 
@@ -237,25 +261,28 @@ def decode_attend_kernel(
 def decode_merge_kernel(
     partial, partial_lse, out, lse,
     NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PARTS: tl.constexpr,
-    ALL_PARTS: tl.constexpr, TOGETHER: tl.constexpr,
+    ALL_PARTS: tl.constexpr, TOGETHER: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
-    """One program: the output of one head of one sequence from its parts, in a fixed order; an empty part was not
-    written."""
+    """One program: the output of one head of one sequence from its parts, in a fixed order. An empty part was not
+    written: what lies there is read, so as not to wait for the weights, and dropped."""
+    if OVERLAPS:
+        tl.extra.cuda.gdc_wait()
     head, sequence = tl.program_id(0), tl.program_id(1)
     row = (sequence * NUM_HEADS + head).to(tl.int64)
-    part = tl.arange(0, ALL_PARTS)
-    parts_lse = tl.load(partial_lse + row * PARTS + part, mask=part < PARTS, other=float("-inf"))
-    top = tl.max(parts_lse, axis=0)
-    top = tl.where(top == float("-inf"), 0.0, top)
-    total = tl.sum(tl.exp2(parts_lse - top), axis=0)
-    dim = tl.arange(0, BLOCK_D)
+    part, dim = tl.arange(0, ALL_PARTS), tl.arange(0, BLOCK_D)
     result = tl.zeros([BLOCK_D], dtype=tl.float32)
     for first in tl.static_range(0, ALL_PARTS, TOGETHER):
         several = first + tl.arange(0, TOGETHER)
-        weight = tl.exp2(tl.load(partial_lse + row * PARTS + several, mask=several < PARTS, other=float("-inf")) - top)
         address = (row * PARTS + several)[:, None] * HEAD_DIM + dim[None, :]
-        tile = tl.load(partial + address, mask=(weight > 0.0)[:, None] & (dim < HEAD_DIM)[None, :], other=0.0)
-        result += tl.sum(tile * weight[:, None], axis=0)
+        tile = tl.load(partial + address, mask=(several < PARTS)[:, None] & (dim < HEAD_DIM)[None, :], other=0.0)
+        tl.debug_barrier()  # as in the selection kernel
+        if first == 0:
+            parts_lse = tl.load(partial_lse + row * PARTS + part, mask=part < PARTS, other=float("-inf"))
+            top = tl.max(parts_lse, axis=0)
+            top = tl.where(top == float("-inf"), 0.0, top)
+            total = tl.sum(tl.exp2(parts_lse - top), axis=0)
+        weight = tl.exp2(tl.load(partial_lse + row * PARTS + several, mask=several < PARTS, other=float("-inf")) - top)
+        result += tl.sum(tl.where((weight > 0.0)[:, None], tile * weight[:, None], 0.0), axis=0)
     result = result / tl.where(total == 0.0, 1.0, total)
     tl.store(out + row * HEAD_DIM + dim, result.to(out.dtype.element_ty), mask=dim < HEAD_DIM)
     row_lse = (top + tl.log2(total)) * 0.6931471805599453

@@ -89,6 +89,34 @@ def test_the_newest_tokens_equal_the_definition(dtype, heads, head_dim, sizes):
     assert sizes["top_k"] < num_blocks or sizes["block_size"] == 7  # else nothing is dropped
 
 
+def test_heads_that_pick_the_same_blocks():
+    """Catches a block that is read once and not given to each of the heads that picked it, wholly or in part shared."""
+    q, k, v = sequences([150, 150], (4, 1), 16, torch.float32)
+    q[0] = q[0, :1]
+    q[1, 1] = q[1, 0]
+    sizes = {"block_size": 16, "top_k": 3}
+    out, _, selection = decode(q, k, v, [150, 150], **sizes)
+    assert (selection[:, 0] == selection[:1, 0]).all() and len(selection[:, 1].unique(dim=0)) > 1
+    for n in range(2):
+        want, _, want_selection = definition(q[n], k[n], v[n], **sizes)
+        assert torch.equal(selection[:, n], want_selection.int())
+        torch.testing.assert_close(out[n].double(), want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("first_blocks", [0, 2])
+def test_more_blocks_than_a_program_looks_at_together(first_blocks):
+    """Catches blocks of a later tile that are left out or numbered as those of the first, and a best that is lost."""
+    lengths = [601, 257]
+    q, k, v = sequences(lengths, (2, 1), 16, torch.float32)
+    sizes = {"block_size": 1, "top_k": 9, "first_blocks": first_blocks}
+    out, _, selection = decode(q, k, v, lengths, **sizes)
+    assert (selection[:, 0, :-1] < 256).any() and (selection[:, 0, :-1] >= 512).any()
+    for n in range(2):
+        want, _, want_selection = definition(q[n], k[n], v[n], **sizes)
+        assert torch.equal(selection[:, n], want_selection.int())
+        torch.testing.assert_close(out[n].double(), want, rtol=1e-4, atol=1e-5)
+
+
 def test_long_blocks_are_read_in_pieces():
     """Catches a piece that is left out, read twice, or reaches into the next block."""
     q, k, v = sequences([700], (2, 1), 16, torch.float32)
@@ -206,3 +234,35 @@ def test_a_cache_on_a_gpu_decodes_by_the_kernels(monkeypatch):
             want = definition(queries[place], k[0][some], v[0][some], block_size=32, top_k=3, first_blocks=1)[0]
             torch.testing.assert_close(out[0].double().cpu(), want, rtol=2e-2, atol=2e-2)
     assert len(calls) == 200
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_replays_of_a_graph_give_the_bits_of_a_call():
+    """Catches a kernel that reads what the one before it has yet to write: steps follow each other without a pause, and
+    their partial results and selections lie in the same memory."""
+    lengths = [5000, 1, 2048, 700]
+    steps = [sequences(lengths, (8, 2), 128, torch.bfloat16, seed) for seed in range(4)]
+    given = []
+    for q, k, v in steps:
+        means = [block_means(one, 64) for one in k]
+        starts = (torch.tensor([0, *accumulate(map(len, several))][:-1]).cuda() for several in (k, means))
+        keys, mean_starts = starts
+        given.append([q.cuda(), *(torch.cat(x).cuda() for x in (k, v, means)), keys, mean_starts])
+    length = torch.tensor(lengths).cuda()
+
+    def step(q, k, v, means, keys, mean_starts):
+        return moba_decode(q, k, v, means, keys, length, mean_starts, block_size=64, top_k=6)
+
+    want = [[x.clone() for x in step(*one)] for one in given]
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = [step(*one) for one in given]
+    for _ in range(20):
+        for outputs in found:
+            for x in outputs:
+                x.zero_()
+        for _ in range(3):
+            graph.replay()
+        assert all(torch.equal(a, b) for pair in zip(found, want) for a, b in zip(*pair))
