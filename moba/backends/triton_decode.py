@@ -108,8 +108,10 @@ def moba_decode(
 
 def overlapping(device: torch.device) -> bool:
     """Whether a kernel there may begin before the one that it depends on has ended."""
-    nvidia = device.type == "cuda" and torch.version.hip is None and not INTERPRETED
-    return nvidia and torch.cuda.get_device_capability(device) >= (9, 0)
+    if device.type != "cuda" or torch.version.hip is not None or INTERPRETED:
+        return False
+    # torch.compile does not know the launch option.
+    return torch.cuda.get_device_capability(device) >= (9, 0) and not torch.compiler.is_compiling()
 
 
 def moba_of_last_tokens(
