@@ -31,7 +31,7 @@ from moba.routing import layout_means
 PIECE_KEYS = 128
 """Keys of one program, at most."""
 TILE_KEYS = 64
-WARPS, STAGES = 4, 3
+WARPS, STAGES = 4, 2
 SCORES_TILE, SCORES_NUMBERS, SCORES_WARPS = 256, 1 << 15, 8
 """Scores that a program looks at together, and numbers of their means, at most."""
 LOWEST, HIGHEST = tl.constexpr(-(1 << 63)), tl.constexpr((1 << 63) - 1)

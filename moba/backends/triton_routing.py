@@ -153,16 +153,23 @@ def _gate_scores(query, mean, row, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr
 
 @triton.jit
 def keep_best(score, block, best, best_block, worst):
-    """(best, best_block, worst) after the blocks of one tile of scores."""
+    """(best, best_block, worst) after the blocks of one tile of scores. The first round comes without a check: nearly
+    every tile has a better score for some row."""
     top = tl.max(score, axis=1)
+    score, top, best, best_block, worst = _take_top(score, top, block, best, best_block, worst)
     while tl.max((top > worst).to(tl.int32), axis=0) > 0:
-        # The earliest block of those with the top score replaces the worst kept one, of equals the latest.
-        top_block = tl.min(tl.where(score == top[:, None], block[None, :], 2147483647), axis=1)
-        given_up = tl.max(tl.where(best == worst[:, None], best_block, -1), axis=1)
-        replaced = (best_block == given_up[:, None]) & (top > worst)[:, None]
-        best = tl.where(replaced, top[:, None], best)
-        best_block = tl.where(replaced, top_block[:, None], best_block)
-        score = tl.where(block[None, :] == top_block[:, None], -float("inf"), score)
-        worst = tl.min(best, axis=1)
-        top = tl.max(score, axis=1)
+        score, top, best, best_block, worst = _take_top(score, top, block, best, best_block, worst)
     return best, best_block, worst
+
+
+@triton.jit
+def _take_top(score, top, block, best, best_block, worst):
+    """One round: in rows whose top score is above their worst kept one, the earliest block of those that have it
+    replaces that one, of equals the latest."""
+    top_block = tl.min(tl.where(score == top[:, None], block[None, :], 2147483647), axis=1)
+    given_up = tl.max(tl.where(best == worst[:, None], best_block, -1), axis=1)
+    replaced = (best_block == given_up[:, None]) & (top > worst)[:, None]
+    best = tl.where(replaced, top[:, None], best)
+    best_block = tl.where(replaced, top_block[:, None], best_block)
+    score = tl.where(block[None, :] == top_block[:, None], -float("inf"), score)
+    return score, tl.max(score, axis=1), best, best_block, tl.min(best, axis=1)
