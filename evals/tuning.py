@@ -276,7 +276,8 @@ class _Meter:
         self.job, self.dense, self.length = job, dense, length
         self.model, self.device = job.context.model, job.context.device
         self.packs: dict[int, Documents] = {}
-        self.pack_tokens, self.stream_tokens = (PACK_TOKENS, STREAM_TOKENS) if self.device.type == "cuda" else (1, 1)
+        on_gpu = torch.device(self.device).type == "cuda"
+        self.pack_tokens, self.stream_tokens = (PACK_TOKENS, STREAM_TOKENS) if on_gpu else (1, 1)
         self.ledger = Ledger(job, "tune_attention", self._settings(length))
         job.say(f"parts are kept in {self.ledger.path}: the same command again goes on from there")
 
@@ -360,22 +361,22 @@ class _Meter:
     def _hidden(self, pieces: Sequence[Piece], plans: Sequence[Plan], kind: str) -> list[Tensor]:
         """The last layer's output [P, T, C] of all pieces, for each plan. Plans share what lies below the first layer
         in which they differ, and those with the same attention in a layer go through it in one pack."""
-        number, length, layers = len(pieces), self.length, self.model.model.layers
+        number, length, backbone = len(pieces), self.length, self.model.model
         tokens_T = torch.cat([piece.batch.tokens for piece in pieces]).to(self.device)
         most = max(1, self.pack_tokens // len(tokens_T))
         rotations = self.model.rope.cos_sin(torch.arange(length), torch.float32, self.device)
         cos_TD, sin_TD = (x_TD.repeat(min(most, len(plans)) * number, 1) for x_TD in rotations)
-        states, steps = [self.model.model.embed_tokens(tokens_T)], list(_shared(plans))
+        states, steps = [backbone.embed_tokens(tokens_T)], list(_shared(plans))
         with under(self.model, self.dense):
-            for layer, (moves, _) in zip(layers, steps):
+            for layer, attention, (moves, _) in zip(backbone.layers, backbone.attentions(), steps):
                 after: dict[tuple[int, AttentionSpec], Tensor] = {}
                 for spec in dict.fromkeys(spec for _, spec in moves):
-                    layer.self_attn.spec = spec
+                    attention.spec = spec
                     for some in _runs([move for move in moves if move[1] == spec], most):
                         x_TC = torch.cat([states[before] for before, _ in some])
                         rows, documents = slice(len(x_TC)), self._documents(len(some) * number)
                         after |= zip(some, layer(x_TC, cos_TD[rows], sin_TD[rows], documents).chunk(len(some)))
-                        self.countdown.step(len(some) * number / len(layers), len(some) * number, kind)
+                        self.countdown.step(len(some) * number / len(steps), len(some) * number, kind)
                 states = [after[move] for move in moves]
         return [states[n].unflatten(0, (number, length)) for n in steps[-1][1]]
 
