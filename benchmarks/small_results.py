@@ -44,7 +44,7 @@ from train.record.metrics import FILE_NAME, read_metrics
 DRAWS, REACH = 4000, 1024
 """REACH: block x top_k of the arms that most are about."""
 START, TUNED = "start", "sft"
-REFERENCE, SPARSE, SWITCHED, FIRST = "full", "moba", "moba, then full", "moba, first block"
+REFERENCE, SPARSE, SWITCHED, FIRST, BEST = "full", "moba", "moba, then full", "moba, first block", "best"
 GRAIN = ("1024x2", "64x32")
 MINUS_FULL = "minus full (nats per token)"
 GATES = {"mean": "the gate's", "local": "latest", "random": "random", "oracle": "best"}
@@ -166,7 +166,7 @@ def far_context(held: Held, arm: str, seeds: Sequence[int], whole: Sequence[Eval
 
 def tuned(runs: Runs) -> Iterator[dict]:
     """What was fine-tuned, by the number of full layers and the tokens of the evaluation: losses of each seed, and how
-    far below those with no full layer."""
+    far they are above those with no full layer and those with most."""
     found: dict[tuple[int, int], dict[int, tuple[Mapping, Evaluation]]] = {}
     for arm, own in runs.items():
         for seed, folder in own.items():
@@ -174,24 +174,27 @@ def tuned(runs: Runs) -> Iterator[dict]:
                 if row["kind"] == "eval":
                     held_out = load_evaluation(folder / "position_loss" / f"eval_{row['tokens']:015d}.npz")
                     found.setdefault((int(arm.split()[1]), row["tokens"]), {})[seed] = row, held_out
+    most = max((layers for layers, _ in found), default=0)
     for (layers, tokens), own in sorted(found.items()):
         row = {"layers": layers, "tokens": tokens, "seeds": list(own)}
         row |= {key: [losses[key] for losses, _ in own.values()] for key in ("loss", "trailing_loss")}
-        none = found.get((0, tokens), {})
-        pairs = [(ours, none[seed][1]) for seed, (_, ours) in own.items() if seed in none]
-        if pairs and layers:
-            gap_SNB = np.array([ours.document_loss - theirs.document_loss for ours, theirs in pairs])
-            row["num_documents"] = gap_SNB.shape[1]
-            row["minus_none"] = document_mean(np.nanmean(gap_SNB.mean(0), 1), pairs[0][0].document_clusters)
+        for name, others in {"minus_none": 0, "minus_most": most}.items():
+            theirs = found.get((others, tokens), {})
+            pairs = [(ours, theirs[seed][1]) for seed, (_, ours) in own.items() if seed in theirs]
+            if pairs and layers != others:
+                gap_SNB = np.array([a.document_loss - b.document_loss for a, b in pairs])
+                row["num_documents"] = gap_SNB.shape[1]
+                row[name] = document_mean(np.nanmean(gap_SNB.mean(0), 1), pairs[0][0].document_clusters)
         yield row
 
 
 def references(arm: str) -> list[str]:
-    """What an arm is held against: full attention of the same size of model, MoBA, and the coarsest blocks."""
+    """What an arm is held against: full attention of the same size of model, MoBA without and with the first block, and
+    the coarsest blocks."""
     kind, _, size = arm.partition(", ")
     if size.endswith("M"):
         return [f"{REFERENCE}, {size}"] if kind != REFERENCE else []
-    others = [REFERENCE, SPARSE, *(GRAIN[:1] if arm in GRAIN else [])]
+    others = [REFERENCE, SPARSE, *([FIRST] if arm == BEST else []), *(GRAIN[:1] if arm in GRAIN else [])]
     return others[: others.index(arm)] if arm in others else others
 
 
@@ -367,7 +370,13 @@ def table(record: Mapping) -> list[str]:
             for row in record["router"]
             if row["eval"] == "routing"
         ],
-        "fine-tuned": record["tuned"],
+        "fine-tuned": [
+            {key: row[key] for key in ("layers", "tokens")}
+            | {"seeds": len(row["seeds"])}
+            | {key: statistics.fmean(row[key]) for key in ("loss", "trailing_loss")}
+            | {name: with_error(row[name]) if name in row else "" for name in ("minus_none", "minus_most")}
+            for row in record["tuned"]
+        ],
         "tokens/s, beside the others": [
             {"arm": run["arm"], "seed": run["seed"]} | {s["stage"]: s["tokens_per_second"] for s in run["stages"]}
             for run in record["runs"]
@@ -390,7 +399,7 @@ def gap_cells(gap: Mapping) -> dict[str, str]:
 def figures(record: Mapping) -> dict[str, Callable[[Path], None]]:
     """Name -> draws it into a PNG file; those for which there are runs."""
     finals = record["final"]
-    main = [arm for arm in (REFERENCE, SPARSE, FIRST, SWITCHED) if arm in finals]
+    main = [arm for arm in (REFERENCE, SPARSE, FIRST, SWITCHED) if {arm, REFERENCE} <= {*finals}]
     grain = [arm for arm in GRAIN if arm in finals]
     cut = {arm: finals[arm] for arm in (REFERENCE, SPARSE) if arm in finals and finals[arm].get("far_context")}
     gates = [row for row in record["router"] if row["eval"] == "gates"]
@@ -525,7 +534,9 @@ def by_layers(axes: Sequence[Axes], record: Mapping, tuned: Sequence[Mapping]) -
     counts = sorted({row["layers"] for row in tuned})
     last = max(set.intersection(*({row["tokens"] for row in tuned if row["layers"] == n} for n in counts)))
     rows = [row for row in tuned if row["tokens"] == last]
-    about = f"held-out conversations after {format_count(last)} tokens ({count(rows[0]['seeds'])})"
+    seeds = sorted({len(row["seeds"]) for row in rows})
+    of_seeds = f"{seeds[0]} or {seeds[-1]} seeds" if seeds[1:] else count(rows[0]["seeds"])
+    about = f"held-out conversations after {format_count(last)} tokens ({of_seeds})"
     for axis, title in zip(axes, (about, "training")):
         prepared(axis, title, "loss (nats per supervised token)")
     for i, (key, label) in enumerate({"loss": "all answers", "trailing_loss": "in the last sixteenth"}.items()):

@@ -234,8 +234,8 @@ def gate_rows():
         yield [name, f"0 ({found[key]['last_eighth']:.3f})" if key == (None, None) else text, *right]
 
 
-SMALL = "docs/results/small_h100/results.json"
-GATED = ("moba, first block", "1024x2")
+SMALL, SMALL_SIZES, SMALL_BEST = (f"docs/results/small_{name}/results.json" for name in ("h100", "sizes_h100", "h200"))
+GATED = {"moba, first block": SMALL, "1024x2": SMALL, "best": SMALL_BEST}
 
 
 def with_interval(value: dict) -> str:
@@ -255,7 +255,7 @@ def small_rows():
 
 
 def small_size_rows():
-    found = kept("docs/results/small_sizes_h100/results.json")
+    found = kept(SMALL_SIZES)
     gaps = {(row["arm"], row["reference"]): row for row in found["gaps"]}
     for size in ("6.1M", "10.6M", "16.9M"):
         of_size = "" if size == "10.6M" else f", {size}"
@@ -271,17 +271,29 @@ def small_context_rows():
 
 
 def small_gate_rows():
-    rows = {row["arm"]: row for row in kept(SMALL)["router"] if row["eval"] == "gates"}
-    for arm in GATED:
-        gates = (rows[arm]["minus_full"][gate] for gate in ("mean", "local", "random", "oracle"))
-        yield [arm, f"{rows[arm]['last_eighth']['full']:.3f}", *map(with_interval, gates)]
+    for arm, source in GATED.items():
+        row = next(row for row in kept(source)["router"] if row["eval"] == "gates" and row["arm"] == arm)
+        gates = (row["minus_full"][gate] for gate in ("mean", "local", "random", "oracle"))
+        yield [arm, f"{row['last_eighth']['full']:.3f}", *map(with_interval, gates)]
+
+
+def small_best_rows():
+    arms = {"full": SMALL_SIZES, "moba": SMALL_SIZES, "moba, first block": SMALL_BEST, "best": SMALL_BEST}
+    for arm, source in arms.items():
+        found = kept(source)["final"][arm]
+        place, far = found["seeds"].index(2), found["far_context"]["1K"]
+        alone = with_interval(far) if found["seeds"] == [2] else f"{far['by_seed'][place]:+.3f}"
+        own = found["by_seed"][place]
+        yield [arm, f"{np.mean(own):.3f}", f"{own[-1]:.3f}", alone]
 
 
 def small_tuned_rows():
-    rows = kept(SMALL)["tuned"]
-    for layers in (0, 1, 2, 3, 4, 6):
-        own = [row for row in rows if row["layers"] == layers]
-        yield [str(layers), *(f"{np.mean(row[key]):.3f}" for row in own for key in ("loss", "trailing_loss"))]
+    rows = kept(SMALL_BEST)["tuned"]
+    last = max(row["tokens"] for row in rows)
+    for row in (row for row in rows if row["tokens"] == last):
+        losses = (f"{np.mean(row[key]):.3f}" for key in ("loss", "trailing_loss"))
+        minus = with_interval(row["minus_most"]) if "minus_most" in row else ""
+        yield [str(row["layers"]), str(len(row["seeds"])), *losses, minus]
 
 
 def block_size_rows(seq_len: int):
@@ -381,7 +393,8 @@ TABLES = {
     ("docs/findings.md", "| from nothing"): small_rows,
     ("docs/findings.md", "| parameters without"): small_size_rows,
     ("docs/findings.md", "| tokens before"): small_context_rows,
-    ("docs/findings.md", "| trained with"): small_gate_rows,
+    ("docs/findings.md", "| trained with |"): small_gate_rows,
+    ("docs/findings.md", "| trained with, seed 2"): small_best_rows,
     ("docs/findings.md", "| full last layers"): small_tuned_rows,
     ("docs/findings.md", "| model | attention | pairs"): plan_rows,
     ("docs/evals.md", "| continued at 8K"): retrieval_rows,

@@ -185,6 +185,7 @@ def test_numbers_are_those_of_the_files(tmp_path, monkeypatch, command):
     none, last = record["tuned"][1], record["tuned"][3]
     assert last["seeds"] == [0, 1] and "minus_none" not in none
     assert last["minus_none"]["mean"] == pytest.approx(-0.3), "buckets without an answer count for nothing"
+    assert none["minus_most"]["mean"] == pytest.approx(0.3) and "minus_most" not in last
     assert "| trailing | 0.2000 | 0.0500 | 75% |" in text
     every = Evaluation.of_documents(EDGES, IDS, IDS, [f"c{i}" for i in range(15)], base_NB)
     assert small_results.sampled(every, 15) == [f"c{i}" for i in range(15)]
