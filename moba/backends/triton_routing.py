@@ -172,4 +172,6 @@ def _take_top(score, top, block, best, best_block, worst):
     best = tl.where(replaced, top[:, None], best)
     best_block = tl.where(replaced, top_block[:, None], best_block)
     score = tl.where(block[None, :] == top_block[:, None], -float("inf"), score)
-    return score, tl.max(score, axis=1), best, best_block, tl.min(best, axis=1)
+    worst = tl.min(best, axis=1)  # before the next top: the other way round a round takes a quarter more instructions
+    top = tl.max(score, axis=1)
+    return score, top, best, best_block, worst
