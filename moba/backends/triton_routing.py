@@ -92,8 +92,8 @@ def select_kernel(
     """One program: ROWS queries of one head stream all their history blocks and keep the TOP_K - 1 best.
 
     Each row holds its best blocks so far, unordered, and the worst value among them as a threshold. A tile of scores
-    is searched only as long as some row still has a score above its threshold: some seven times in the first tiles,
-    about three times later on. The FIRST_BLOCKS first blocks of a document have infinite scores, so that they stay.
+    is searched once, then as long as some row still has a score above its threshold: some seven times in the first
+    tiles, about three times later on. The FIRST_BLOCKS first blocks of a document have infinite scores: they stay.
     """
     # Late queries have the longest histories: start with them, so that the short ones fill the end of the launch.
     token = (tl.num_programs(0) - 1 - tl.program_id(0)) * ROWS + tl.arange(0, ROWS)
