@@ -15,6 +15,7 @@ Shapes: N sequences, H query heads, G key/value heads, D head size, B block size
 
 # Triton's stubs know neither launch options, nor that constants become tl.constexpr, nor what its functions return.
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportReturnType=false
+# pyright: reportAttributeAccessIssue=false
 
 from __future__ import annotations
 
