@@ -326,7 +326,7 @@ class _Meter:
         """[N, plans, 5] of whole plans: REGRET, KL and FULL_LOSS in nats per token, RIGHT and FULL_RIGHT: 1 where
         greedy decoding is right."""
         digests = [_digest(plan) for plan in plans]
-        together = self.stream_tokens // (self.length * (1 + len(plans)))
+        together = min(self.pack_tokens, self.stream_tokens // (1 + len(plans))) // self.length
         for some in _runs(pieces, max(1, together)):
             missing = {
                 plan: digest

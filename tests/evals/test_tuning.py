@@ -242,10 +242,11 @@ def test_refining_starts_from_what_was_best(job):
     assert found.chosen_kl[found.how] == min(found.chosen_kl.values()) and found.pairs <= 0.3
 
 
-@pytest.mark.parametrize("pack", [1, 3 * LENGTH, 100 * LENGTH])
+@pytest.mark.parametrize("pack", [1, LENGTH, 3 * LENGTH, 100 * LENGTH])
 def test_plans_that_go_through_the_layers_together_are_measured_alone(job, pack):
     """Catches states of another plan or document, layers with another plan's attention, and attention that is not given
-    back: plans that share their first layers, or later attention, against whole passes of each."""
+    back: plans that share their first layers, or later attention, against whole passes of each; and packs that are
+    larger than they should be."""
     full, (a, b, c) = Full(), (CHOICE[i] for i in (0, 3, 5))
     plans = [(a, b, c), (full, b, c), (a, full, c), (a, b, full), (a, b, c), (full, full, full), (c, b, c)]
     pieces, model = split(job)[LOSS].choosing[:2], job.context.model
@@ -261,7 +262,12 @@ def test_plans_that_go_through_the_layers_together_are_measured_alone(job, pack)
                 with under(model, plan):
                     want = model.logits(batch.tokens, batch.positions, batch.documents, rows=batch.positions)
                 torch.testing.assert_close(model.lm_head(model.model.norm(own_TC)), want, rtol=1e-4, atol=1e-4)
+    sizes = []
+    hooks = [layer.register_forward_hook(lambda layer, x, out: sizes.append(len(out))) for layer in model.model.layers]
     costs = meter.costs(pieces, plans)
+    for hook in hooks:
+        hook.remove()
+    assert max(sizes) <= max(pack, LENGTH)
     assert np.ptp(costs[0, :, KL]) > 1e-4 and (costs[:, 5, KL] == 0).all() and (costs[:, 0] == costs[:, 4]).all()
     np.testing.assert_allclose(meter.costs(pieces[::-1], plans[::-1]), costs[::-1, ::-1])
 
