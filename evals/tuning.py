@@ -23,6 +23,7 @@ import hashlib
 import itertools
 import json
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
@@ -366,18 +367,23 @@ class _Meter:
         most = max(1, self.pack_tokens // len(tokens_T))
         rotations = self.model.rope.cos_sin(torch.arange(length), torch.float32, self.device)
         cos_TD, sin_TD = (x_TD.repeat(min(most, len(plans)) * number, 1) for x_TD in rotations)
-        states, steps = [backbone.embed_tokens(tokens_T)], list(_shared(plans))
+        states, steps = {0: backbone.embed_tokens(tokens_T)}, list(_shared(plans))
         with under(self.model, self.dense):
             for layer, attention, (moves, _) in zip(backbone.layers, backbone.attentions(), steps):
                 after: dict[tuple[int, AttentionSpec], Tensor] = {}
+                uses = Counter(before for before, _ in moves)
                 for spec in dict.fromkeys(spec for _, spec in moves):
                     attention.spec = spec
                     for some in _runs([move for move in moves if move[1] == spec], most):
                         x_TC = torch.cat([states[before] for before, _ in some])
+                        uses.subtract(before for before, _ in some)
+                        for before, _ in some:
+                            if not uses[before]:
+                                del states[before]  # of long documents there is no room for those of two layers
                         rows, documents = slice(len(x_TC)), self._documents(len(some) * number)
                         after |= zip(some, layer(x_TC, cos_TD[rows], sin_TD[rows], documents).chunk(len(some)))
                         self.countdown.step(len(some) * number / len(steps), len(some) * number, kind)
-                states = [after[move] for move in moves]
+                states = {n: after[move] for n, move in enumerate(moves)}
         return [states[n].unflatten(0, (number, length)) for n in steps[-1][1]]
 
     def _documents(self, number: int) -> Documents:

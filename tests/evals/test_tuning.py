@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from conf.validate import freeze
 from data.tokenizer import load_tokenizer
@@ -270,6 +271,19 @@ def test_plans_that_go_through_the_layers_together_are_measured_alone(job, pack)
     assert max(sizes) <= max(pack, LENGTH)
     assert np.ptp(costs[0, :, KL]) > 1e-4 and (costs[:, 5, KL] == 0).all() and (costs[:, 0] == costs[:, 4]).all()
     np.testing.assert_allclose(meter.costs(pieces[::-1], plans[::-1]), costs[::-1, ::-1])
+
+
+def test_states_are_given_up_once_they_are_used(job):
+    """Catches states of two layers that are all kept at once: of long documents there is room for one."""
+    plans, held, most = [(spec, spec, spec) for spec in CHOICE[:8]], [], []
+    meter = tuning._Meter(job, (Full(),) * LAYERS, LENGTH)
+    meter.expect(1, 0)
+    for layer in job.context.model.model.layers:
+        layer.register_forward_hook(lambda layer, x, out: held.append(StorageWeakRef(out.untyped_storage())))
+        layer.register_forward_hook(lambda *_: most.append(sum(not state.expired() for state in held)))
+    with torch.inference_mode():
+        meter._hidden(split(job)[LOSS].choosing[:1], plans, tuning.PASSES)
+    assert len(plans) <= max(most) <= len(plans) + 1
 
 
 def test_divergence_is_the_regret_of_text_from_the_dense_model(job):
