@@ -458,6 +458,11 @@ def sentences():
     behind = {r["arm"]: r["difference"][-1] for r in kept(SMALL)["gaps"] if r["reference"] == "full"}
     yield "README.md", f"MoBA 128x8 is {behind['moba']:.2f} nats behind full attention in the last sixteenth"
     yield "README.md", f"for the last tenth of the tokens at 8K the gap is {behind['moba, then full']:.2f}"
+    ends = {(run["arm"], run["seed"]): run["train"][-1][1] for run in kept(SMALL_BEST)["runs"]}
+    none = [ends.pop(("sft, 0 full", seed)) for seed in (0, 2)]
+    some = sorted(end for (arm, _), end in ends.items() if arm.startswith("sft"))
+    low, high = f"{some[0]:.2f}", f"{some[-1]:.2f}"
+    yield "docs/findings.md", f"to {none[0]:.2f} and {none[1]:.2f}, the others' to {low} to {high}"
     gates = {row[0]: row[1].split(" ")[0].strip("+") for row in gate_rows()}
     first = gates["mean, first block always selected (`first_blocks=1`)"]
     yield "README.md", f"loses {float(gates['mean (MoBA)']):.2f} nats on the last eighth"
