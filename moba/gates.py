@@ -124,7 +124,7 @@ def block_log_mass(
     column_m1 = torch.arange(blocks.start, blocks.stop, device=k.device)[:, None]
     unseen_CmB = (index_mB > last_key_C[:, None, None]) | (column_m1 < first_C[:, None, None])
     keys_GDn = k[index_mB.clamp(max=layout.num_keys - 1).flatten()].to(dtype).permute(1, 2, 0)
-    q_GrD = (q_CHD.to(dtype) * scale).view(num_queries, num_kv_heads, -1, head_dim).permute(1, 2, 0, 3)
+    q_GrD = (q_CHD.to(dtype) * scale).unflatten(1, (num_kv_heads, -1)).permute(1, 2, 0, 3)
     with full_precision(k.device):
         scores_Grn = torch.bmm(q_GrD.reshape(num_kv_heads, -1, head_dim), keys_GDn)
     scores_HCmB = scores_Grn.view(num_heads, num_queries, *index_mB.shape)

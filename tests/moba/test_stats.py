@@ -11,14 +11,17 @@ from packs import documents_of, packs
 from moba import full_attention, moba_attention
 from moba.documents import Documents
 from moba.gates import select
-from moba.kinds import Routing
+from moba.kinds import Moba, Routing
+from moba.layer import MoBAAttention
 from moba.routing import route
 from moba.stats import (
     block_load,
     block_mass,
     captured_share,
+    mean_stats,
     oracle_share,
     random_share,
+    record_routing,
     routed_queries,
     routing_stats,
 )
@@ -126,6 +129,16 @@ def test_no_history_is_nan_and_not_an_error():
         stats = routing_stats(route(q, q, block_size=8, top_k=top_k), layout_of(6, 8))
         assert stats["history_blocks"] == 0
         assert all(value.isnan() for name, value in stats.items() if name != "history_blocks"), stats
+
+
+def test_a_pack_where_no_query_drops_a_block_has_no_shares():
+    """Catches a crash of an evaluation at a length at which MoBA is full attention."""
+    layer = MoBAAttention(32, 4, 2, 8, spec=Moba(8, 3), rope=False)
+    with torch.no_grad(), record_routing(layer) as recorded:
+        layer(torch.randn(20, 32), torch.empty(0), torch.empty(0), Documents.from_lengths([12, 8]))
+    (stats,) = recorded
+    assert stats["history_blocks"] == pytest.approx(4 / 20)
+    assert stats["captured"].isnan() and "captured" not in mean_stats(recorded)
 
 
 @settings(deadline=None, max_examples=20)
