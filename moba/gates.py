@@ -76,6 +76,7 @@ def select(
             column_m = torch.arange(blocks.start, blocks.stop, device=q.device)
             return _uniform(q[queries], layout.query_position_T[queries], column_m)
     elif gate == "oracle":
+        k = k.contiguous()  # once, not for every chunk of queries
 
         def score(queries: slice, blocks: slice) -> torch.Tensor:
             return block_log_mass(q[queries], k, layout, queries, blocks, softmax_scale)
