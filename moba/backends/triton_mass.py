@@ -28,6 +28,7 @@ def takes(q: torch.Tensor) -> bool:
     return q.dtype in (torch.float16, torch.bfloat16, torch.float32) and q.shape[-1] <= TRITON_HEAD_DIM
 
 
+@torch.compiler.disable()  # it is launched as it is: there is nothing to fuse it with
 def block_log_mass(
     q_CHD: torch.Tensor,
     k: torch.Tensor,

@@ -98,3 +98,14 @@ def test_oracle_and_shares_are_those_without_the_kernel(name, dtype, monkeypatch
     shares = block_mass(q, k, layout, rows, scale), block_mass(q.double(), k.double(), layout, rows, scale)
     for ours, theirs in zip(*shares):
         torch.testing.assert_close(ours.double(), theirs.double(), rtol=1e-4, atol=1e-6)
+
+
+def test_a_compiled_model_chooses_the_same_blocks(monkeypatch):
+    """Catches a launch that torch.compile traces into, and cannot."""
+    pack, scale, q, k, documents = case("a block of a tile", torch.float32, monkeypatch)
+
+    def chosen(q, k):
+        routing = Routing(pack.block_size, pack.top_k, "oracle")
+        return select(routing, q, k, documents=documents, softmax_scale=scale)
+
+    assert torch.equal(torch.compile(chosen, backend="eager")(q, k), chosen(q, k))
