@@ -49,7 +49,7 @@ from moba.backends.gluon_parts import (
     thread_barrier,
     work_item,
 )
-from moba.backends.triton_lists import Items, Lists, item_grid
+from moba.backends.triton_lists import ITEM_INTEGERS, Items, Lists, item_grid
 from moba.backends.triton_tiles import Tile
 
 KV_TILE = Tile(rows=64, keys=128, warps=8, stages=4)
@@ -238,19 +238,7 @@ def backward_kv(
     )  # fmt: skip
 
 
-@gluon.jit(
-    do_not_specialize=[
-        "first_kv_head",
-        "num_blocks",
-        "max_items",
-        "item_rows",
-        "max_splits",
-        "region",
-        "block_size",
-        "key_tiles",
-        "heads_together",
-    ]
-)
+@gluon.jit(do_not_specialize=ITEM_INTEGERS)
 def gluon_kv_kernel(
     q, k, v, d_out, slot_stats, rows, list_start, item_start, split_start, item_block,
     block_start, block_length, block_skipped, d_k, d_v, splits,

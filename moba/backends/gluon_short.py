@@ -44,7 +44,7 @@ from moba.backends.gluon_parts import (
     make_barriers,
     thread_barrier,
 )
-from moba.backends.triton_lists import Items, Lists
+from moba.backends.triton_lists import ITEM_INTEGERS, Items, Lists
 
 ROW_STAGES = gl.constexpr(3)
 """Places for tiles of rows."""
@@ -76,19 +76,7 @@ def _partial_descriptor(partial: torch.Tensor) -> TensorDescriptor:
     return TensorDescriptor.from_tensor(partial.view(-1, partial.shape[2]), [64, 64], layout)
 
 
-@gluon.jit(
-    do_not_specialize=[
-        "first_kv_head",
-        "num_blocks",
-        "max_items",
-        "item_rows",
-        "max_splits",
-        "region",
-        "block_size",
-        "past_end",
-        "heads_together",
-    ]
-)
+@gluon.jit(do_not_specialize=ITEM_INTEGERS)
 def gluon_short_backward_kernel(
     q, k, v, d_out, slot_stats, rows, list_start, item_start, split_start, item_block,
     block_start, block_length, block_skipped, partial_tiles, partial, d_k, d_v, splits,

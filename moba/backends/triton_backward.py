@@ -25,6 +25,7 @@ import triton.language as tl
 from moba.backends.gluon_choice import GLUON_ITEM_ROWS, gluon_kernels
 from moba.backends.triton_forward import LOG2_E, key_range, kv_heads_at_once, load_keys, rows_of_group
 from moba.backends.triton_lists import (
+    ITEM_INTEGERS,
     Items,
     Lists,
     build_items,
@@ -251,18 +252,7 @@ def unpack_stats(stats):
     return log_sum, (stats >> 32).to(tl.int32).to(tl.float32, bitcast=True)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "first_kv_head",
-        "num_blocks",
-        "max_items",
-        "item_rows",
-        "max_splits",
-        "region",
-        "block_size",
-        "heads_together",
-    ]
-)
+@triton.jit(do_not_specialize=ITEM_INTEGERS)
 def backward_short_kernel(
     q, k, v, d_out, slot_stats, rows, list_start, item_start, split_start, item_block,
     block_start, block_length, block_skipped, partial, d_k, d_v, splits,
@@ -365,19 +355,7 @@ def _store_kv(
         store_rows(splits, block_size + key, d_value, key < length, HEAD_DIM, HEAD_DIM, BLOCK_D)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "first_kv_head",
-        "num_blocks",
-        "max_items",
-        "item_rows",
-        "max_splits",
-        "region",
-        "block_size",
-        "key_tiles",
-        "heads_together",
-    ]
-)
+@triton.jit(do_not_specialize=ITEM_INTEGERS)
 def backward_kv_kernel(
     q, k, v, d_out, slot_stats, rows, list_start, item_start, split_start, item_block,
     block_start, block_length, block_skipped, d_k, d_v, splits,

@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moba.backends.triton_attention import INTERPRETED, device_of
+from moba.backends.triton_forward import LOG2_E
 from moba.backends.triton_tiles import padded
 from moba.documents import Documents
 from moba.routing import layout_means
@@ -92,7 +93,7 @@ def moba_decode(
     selection = selection.contiguous()
     decode_attend_kernel[(num_heads, top_k * num_pieces, num_sequences)](
         q, k, v, key_start_N, length_N, selection, partial, partial_lse, k.stride(0), k.stride(1),
-        scale * 1.4426950408889634,
+        scale * LOG2_E,
         **sizes, **groups, GROUP=max(16, triton.next_power_of_2(num_heads // num_kv_heads)),
         SLOTS=triton.next_power_of_2(top_k), PIECES=num_pieces, PIECE=piece_keys, KEYS=min(TILE_KEYS, piece_keys),
         OVERLAPS=overlaps, num_warps=WARPS, num_stages=STAGES, **after_selection,

@@ -39,6 +39,11 @@ MAX_CHUNKS = 512
 MAX_COUNTERS = 1 << 21  # counters of one key/value head: blocks times chunks
 SHORT_LAUNCH = 20  # times that programs fill the card; a longer launch evens itself out
 HEADS_TOGETHER = 16  # query heads whose work items take turns in a short launch
+ITEM_INTEGERS = (
+    *("first_kv_head", "num_blocks", "max_items", "item_rows", "max_splits", "region", "block_size", "key_tiles"),
+    *("past_end", "heads_together"),
+)
+"""Arguments of the kernels that make dK and dV of work items, for whose values nothing is compiled."""
 
 
 @dataclass(frozen=True)

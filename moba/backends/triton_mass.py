@@ -16,6 +16,7 @@ import triton.language as tl
 
 from moba.backends.refusals import TRITON_HEAD_DIM
 from moba.backends.triton_attention import device_of
+from moba.backends.triton_forward import LOG2_E
 from moba.backends.triton_lists import load_rows
 from moba.backends.triton_tiles import padded
 
@@ -55,7 +56,7 @@ def block_log_mass(
         with device_of(q_CHD):
             block_mass_kernel[grid](
                 q_CHD.contiguous(), k.contiguous(), start_M, first_C, own_C, last_key_C, out_HCm, num_queries, num_keys,
-                blocks.start, blocks.stop, stretch, block_size, softmax_scale * 1.4426950408889634,
+                blocks.start, blocks.stop, stretch, block_size, softmax_scale * LOG2_E,
                 NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, HEAD_DIM=head_dim, BLOCK_D=padded(head_dim),
                 ROWS=rows, KEYS=keys, LANES=min(lanes, keys), num_warps=4, num_stages=2,
             )  # fmt: skip
