@@ -160,14 +160,19 @@ def test_the_emulator_notices(error, monkeypatch):
 
 
 def test_kernels_compile_for_hopper(tmp_path):
-    """Catches what Gluon or the assembler of this Triton does not take, and more shared memory than a multiprocessor
-    has (227 KB)."""
+    """Catches what Gluon or the assembler of this Triton does not take, more shared memory than a multiprocessor has
+    (227 KB), and matrix products that the assembler makes wait for each other, which halves the speed: it does so
+    where registers do not suffice, and says so in its log alone."""
     if not (Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas").exists():
         pytest.skip("this Triton comes without an assembler for NVIDIA GPUs")
     script = Path(__file__).with_name("gluon_compile.py")
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    environment["TRITON_DUMP_PTXAS_LOG"] = "1"
     environment["PYTHONPATH"] = str(script.parents[2])
     done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    sizes = [int(line) for line in done.stdout.split()]
+    lines = done.stdout.splitlines()
+    sizes = [int(line) for line in lines if line.isdigit()]
     assert len(sizes) == 4 and all(128 * 1024 < size <= 227 * 1024 for size in sizes)
+    assert sum("Used" in line and "registers" in line for line in lines) == 4, "the assembler's log"
+    assert not [line for line in lines if "wgmma" in line and "serializ" in line]
