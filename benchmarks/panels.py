@@ -250,7 +250,8 @@ def kept(figure: SubFigure, record: Record) -> None:
         title = "Trailing loss" if what == "trailing" else f"Retrieval: {what.replace('_', ' ')}"
         prepared(axes, title, f"minus {of} (nats per token)" if what == "trailing" else "share of right answers")
         for a, attention in enumerate(attentions):
-            own = [row for row in rows if row["attention"] == attention]
+            # The arms that end with full attention have no answers.
+            own = [row for row in rows if row["attention"] == attention and what in row]
             places = [names.index(row["arm"]) + 0.14 * (a - (len(attentions) - 1) / 2) for row in own]
             gaps = [row[what]["minus_reference"] for row in own]
             values = [gap["mean"] if what == "trailing" else row[what]["value"] for row, gap in zip(own, gaps)]

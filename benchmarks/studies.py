@@ -96,21 +96,43 @@ CONTINUAL = (
 )
 
 
-# -------------------- a pretrained model, continued at its own length with sparse attention in place of full
+# -------------------- a pretrained model, continued with sparse attention in place of full
 
 
 DROP_IN = (
     f"{GIVEN} schedule.tokens=3932160 schedule.seq_len=8K schedule.batch_tokens=64K schedule.micro_tokens=16K "
+    # Two stages in every arm: what full attention takes over is the end of the first, and the overrides of another
+    # length (schedule.seq_len, schedule.stages.<stage>.rope) are the same for all.
+    "schedule=custom +schedule.stages.first.tokens=90% +schedule.stages.last.tokens=10% schedule.block_size=128 "
     # Several runs share a GPU: what fits one alone, and what waits for a compiler, is not for them.
-    "model.activation_checkpointing=false model.compile=false optim.lr.peak=1e-4 optim.lr.warmup_tokens=10% "
-    "eval.suite=loss eval.every_tokens=0 logging.every_tokens=65536 logging.progress=false"
+    "schedule.top_k=8 model.activation_checkpointing=false model.compile=false optim.lr.peak=1e-4 "
+    "optim.lr.warmup_tokens=10% eval.suite=loss eval.every_tokens=0 logging.every_tokens=65536 logging.progress=false"
 )
-BLOCKS_8K = "schedule=moba_only schedule.block_size=128 schedule.top_k=8"
 
 
-def kept_by(attentions: str) -> tuple[str, ...]:
-    """The evaluation of loss and retrieval under full attention and under these."""
-    return (f"sweep attention=full attentions={attentions} probes=[pass_key,key_value] data={{validation}}",)
+def in_stages(attention: str, *stages: str) -> str:
+    """Overrides of these stages' attention."""
+    return " ".join(f"schedule.stages.{at}.attention.{word}" for word in attention.split() for at in stages)
+
+
+def drop_in(attention: str, evaluated: str) -> Arm:
+    """An arm with one attention throughout, evaluated under full attention and these, with retrieval."""
+    line = f"sweep attention=full attentions={evaluated} probes=[pass_key,key_value] data={{validation}}"
+    return Arm(in_stages(attention, "first", "last"), evals=(line,))
+
+
+def then_full(arm: str, attention: str, evaluated: str) -> Arm:
+    """That arm until its last stage, which has full attention in its place: the loss under both."""
+    train = f"{in_stages(attention, 'first')} {in_stages('kind=full', 'last')}"
+    return Arm(train, branch=arm, evals=(f"sweep attention=full attentions={evaluated} data={{validation}}",))
+
+
+# Name of an arm -> its attention, as training and as evaluations take it.
+SPARSE = {
+    "plan": ("plan={plan}", "{plan}"),
+    "128x8, first block": ("first_blocks=1", "128x8+1"),
+    "128x8": ("first_blocks=0", "128x8"),
+}
 
 
 # -------------------- recall, on a CPU
@@ -145,6 +167,7 @@ MODEL_28M = (
     "model=tiny model.hidden_size=512 model.num_layers=8 model.num_heads=8 model.num_kv_heads=4 model.head_dim=64 "
     "model.ffn_size=1408 model.qk_norm=true model.rope_theta=200000 model.key_conv=3"
 )
+BLOCKS_8K = "schedule=moba_only schedule.block_size=128 schedule.top_k=8"
 FROM_2K = "model=from_source schedule.seq_len=8K schedule.tokens=24M optim.lr.peak=1e-3"
 
 
@@ -208,11 +231,10 @@ def from_nothing(size: str, attention: str | None = None) -> str:
     )
     if attention is None:
         return f"{text} optim.lr.kind=constant eval.every_tokens=0"
-    both = [f"schedule.stages.{at}.attention.{word}" for word in attention.split() for at in ("first", "last")]
     return (
         f"{text} +schedule.stages.first.tokens={9 * last} +schedule.stages.last.tokens={last} schedule.seq_len=8K "
         "schedule.batch_tokens=32K schedule.micro_tokens=32K optim.lr.kind=wsd "
-        f"optim.lr.decay_tokens={last} eval.every_tokens={2 * last} {' '.join(both)}"
+        f"optim.lr.decay_tokens={last} eval.every_tokens={2 * last} {in_stages(attention, 'first', 'last')}"
     )
 
 
@@ -305,16 +327,13 @@ STUDIES: dict[str, Study] = {
         reference="full",
     ),
     "drop_in": Study(
-        "A pretrained model continued at its own length with a plan, MoBA or full attention",
+        "A pretrained model continued with a plan, MoBA or full attention, and with full attention for the last tenth",
         DROP_IN,
         {
-            "full": Arm("schedule=full_only", evals=kept_by("{plan}")),
-            "plan": Arm("schedule=moba_only schedule.stages.sparse.attention.plan={plan}", evals=kept_by("{plan}")),
-            "128x8, first block": Arm(
-                f"{BLOCKS_8K} schedule.stages.sparse.attention.first_blocks=1", evals=kept_by("128x8+1")
-            ),
-            "as it came": Arm(None, evals=kept_by("{plan},128x8+1,128x8")),
-            "128x8": Arm(BLOCKS_8K, evals=kept_by("128x8")),
+            "full": drop_in("kind=full", "{plan}"),
+            **{name: drop_in(*attention) for name, attention in SPARSE.items()},
+            **{f"{name}, then full": then_full(name, *attention) for name, attention in SPARSE.items()},
+            "as it came": Arm(None, evals=drop_in("", "{plan},128x8+1,128x8").evals),
         },
         panels=("kept",),
         reference="full",

@@ -2,17 +2,20 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks import panels, study
+from benchmarks.common import launch
 from benchmarks.studies import STUDIES, Arm, Study
 from conf.build import ConfigError
 from evals.routing_numbers import model_hit_rate
 from launch.config import load
 from launch.evaluate import keys
+from train.record.metrics import read_metrics
 
 TINY = "+exp=quickstart model.num_layers=2 model.hidden_size=32 model.num_heads=2 model.num_kv_heads=2 "
 TINY += "model.ffn_size=32 data.validation.path=embedded schedule.tokens=2K schedule.seq_len=256 "
@@ -180,3 +183,63 @@ def test_block_sizes_are_compared_by_the_head_that_looks_up():
     assert [small["layer"], large["layer"], other["layer"]] == [0, 0, 1] and large["hit"] == 0.3
     assert small["scaled_snr"] == 1.5 and large["scaled_snr"] == 0.75 and other["scaled_snr"] == 0.7
     assert large["scaled_hit"] == pytest.approx(float(model_hit_rate(0.75, 10, 1)))
+
+
+def test_arms_that_end_with_full_attention_have_the_stages_of_those_they_leave(tmp_path):
+    """Catches a first stage that differs from its base's, so that the run goes on with weights of another attention,
+    a last stage that stays sparse, and a length or RoPE base that reaches one stage alone."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 30, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes)).save_pretrained(tmp_path / "model")
+    given = command("drop_in", tmp_path, {"model": str(tmp_path / "model")})
+    at_16k = ["schedule.seq_len=16K", "data.tokenizer=bytes", "model.vocab_size=64"]
+    at_16k += [f"schedule.stages.{stage}.rope.theta=400000" for stage in ("first", "last")]
+    stages = {
+        name: list(load([*given.training(name, 0), *at_16k]).schedule.stages.values())
+        for name, arm in given.study.arms.items()
+        if arm.train is not None
+    }
+    steps = 3932160 // 65536
+    for name, (first, last) in stages.items():
+        assert (first.seq_len, last.seq_len, first.rope.theta, last.rope.theta) == (16384, 16384, 4e5, 4e5)
+        assert [stage.tokens for stage in (first, last)] == [65536 * steps * share // 10 for share in (9, 1)]
+        base = given.study.arms[name].branch
+        assert first == stages[base or name][0]
+        assert (last.attention.kind == "full") == (base is not None or name == "full")
+        assert base or last == replace(first, tokens=last.tokens)
+    options = {name: first.attention.options for name, (first, _) in stages.items()}
+    assert [options[name]["first_blocks"] for name in ("128x8", "128x8, first block")] == [0, 1]
+    assert stages["plan"][0].attention.plan and not stages["128x8"][0].attention.plan
+
+
+@pytest.mark.timeout(900)
+def test_an_arm_that_ends_with_full_attention_is_the_sparse_run_until_then(tmp_path, monkeypatch):
+    """Catches weights, moments, data or a learning rate that the branch does not take over: its losses are those of
+    one run of both stages, bit for bit. Also an evaluation without answers that ends the comparison or the figure."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=4096, **sizes)).save_pretrained(tmp_path / "model")
+    words = (
+        "schedule.seq_len=256 schedule.batch_tokens=512 schedule.micro_tokens=512 schedule.tokens=5120 "
+        "schedule.block_size=16 schedule.top_k=3 logging.every_tokens=512 data.tokenizer=bpe-4k run.device=cpu "
+        f"data.cache_dir={tmp_path} schedule.stages.first.rope.theta=400000 schedule.stages.last.rope.theta=400000"
+    ).split()
+    values = {"model": str(tmp_path / "model"), "data": "embedded", "validation": "embedded", "plan": "full"}
+    arms = ["full", "128x8, first block", "128x8, first block, then full"]
+    own = [f"{key}={value}" for key, value in values.items()]
+    own += ["documents=2", "seeds=0", "jobs=2", f"to={tmp_path}", f"arms={';'.join(arms)}"]
+    monkeypatch.setattr(sys, "argv", ["study.py", "drop_in", *own, *words])
+    study.main()
+    results = json.loads((tmp_path / "results.json").read_text())
+    losses = {run["arm"]: [loss for _, loss in run["train"]] for run in results["runs"]}
+    sparse, branch = losses[arms[1]], losses[arms[2]]
+    assert branch[:9] == sparse[:9] and branch[9] != sparse[9] and len(branch) == len(sparse) == 10
+
+    declared = study.Command(STUDIES["drop_in"], values | {"documents": "2"}, tuple(words), tmp_path / "alone")
+    whole = [word for word in declared.training(arms[2], 0) if word != "run.allow_changes=true"]
+    launch("train.py", whole, declared.folder(arms[2], 0), True, "")
+    rows = read_metrics(declared.folder(arms[2], 0) / "metrics.jsonl")
+    assert [row["loss"] for row in rows if row["kind"] == "train"] == branch
+
+    gaps = {(row["arm"], row["attention"]): row for row in results["differences"]}
+    assert {arm for arm, _ in gaps} == {*arms} and (arms[2], "full") in gaps
+    for (arm, _), row in gaps.items():
+        assert np.isfinite(row["trailing"]["minus_reference"]["mean"]) and ("pass_key" in row) == (arm != arms[2])
