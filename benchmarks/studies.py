@@ -92,7 +92,8 @@ RECIPES = {
 BOTH = ("position_loss attention=full", "position_loss attention=512x3")
 CONTINUAL = (
     f"+exp=continual_smollm2 {GIVEN} schedule.batch_tokens=128K schedule.micro_tokens=64K optim.lr.peak=3e-4 "
-    "model.compile=true eval.every_tokens=25%"
+    # The recipe always selects the first block; this study has the paper's gate.
+    "model.compile=true eval.every_tokens=25% schedule.stages.sparse.attention.first_blocks=0"
 )
 
 

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 from dataclasses import replace
 from itertools import pairwise
 
@@ -231,6 +232,32 @@ def test_the_papers_chain_to_a_million_tokens():
         assert config.init.source == source and config.data.tokenizer == "models/Llama-3.1-8B"
         assert name != "moba_100b" or 0 <= stage.tokens - 100e9 < stage.batch_tokens
         source = config.run.dir
+
+
+def test_the_first_block_is_kept_where_a_model_was_trained_with_full_attention():
+    """Catches a recipe that gives up the attention sink of a pretrained model, and one from nothing, or of the paper,
+    whose gate is not the paper's."""
+
+    def origin(name: str) -> str | None:
+        source = load([f"+exp={name}"]).init.source
+        return origin(source.removeprefix("runs/")) if source and source.startswith("runs/") else source
+
+    names = [name for name in choices_of("exp") if not name.startswith("paper/")]
+    pretrained = {name for name in names if (origin(name) or "").startswith("models/")}
+    assert pretrained == {"continual_smollm2", "long/8b_256k", "long/8b_512k", "long/8b_1m"}
+    for name in choices_of("exp"):
+        for stage in load([f"+exp={name}"]).schedule.stages.values():
+            expected = int(name in pretrained and stage.attention.kind == "moba")
+            assert stage.attention.options["first_blocks"] == expected, (name, stage)
+
+
+def test_the_baseline_of_a_continued_model():
+    """Catches overrides in the recipe's comment that it refuses since its first block is always selected."""
+    text = (CONF / "exp" / "continual_smollm2.yaml").read_text()
+    lines = re.findall(r"^#   ('?schedule\..*)", text, re.M)
+    found = [load(["+exp=continual_smollm2", *shlex.split(line)]) for line in lines]
+    attentions = [config.schedule.stages["sparse"].attention for config in found]
+    assert [(one.kind, one.options["first_blocks"]) for one in attentions] == [("moba", 0), ("full", 0)]
 
 
 def test_the_extensions_are_a_chain():
