@@ -24,8 +24,8 @@ import functools
 import json
 import statistics
 import sys
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
@@ -112,7 +112,12 @@ ROWS = [
     # Its ratio is to four times the dense forward at 512K.
     Row("1M 4096x12 forward", 1024 * K, 4096, 12, dense=(), flash=False, backward=False),
 ]
-SIZES = ((64, 16), (128, 8), (512, 3))
+CHECKED = [
+    Row("check", 1300, 128, 4, heads=(4, 2)),
+    Row("check", 1300, 128, 4, heads=(4, 2), head_dim=64),
+    Row("check", 1300, 256, 3, heads=(4, 2)),
+]
+SIZES = ((128, 8), (512, 3), (64, 16))
 """(block_size, top_k) of the rows of a model."""
 
 
@@ -301,10 +306,10 @@ def picks(row: Row, q, k) -> dict[str, float]:
     }
 
 
-def check() -> None:
+def check(rows: Iterable[Row]) -> None:
     """Compares outputs and gradients of the triton backend with the float64 definition; raises if they are off."""
-    for block_size, top_k, head_dim in ((128, 4, 128), (128, 4, 64), (256, 3, 128)):
-        row = Row("check", 1300, block_size, top_k, heads=(4, 2), head_dim=head_dim)
+    for row in rows:
+        block_size, top_k = row.block_size, row.top_k
         q, k, v, d_out = inputs(row, seed=block_size)
         results = []
         for function, dtype in ((functools.partial(moba, "triton", row), None), (None, torch.float64)):
@@ -312,7 +317,7 @@ def check() -> None:
             out = function(*x) if function else reference_attention(*x, block_size=block_size, top_k=top_k)
             results.append([out, *torch.autograd.grad(out, x, d_out.to(out))])
         errors = [((a.double() - b).norm() / b.norm()).item() for a, b in zip(*results)]
-        print(f"check {block_size}x{top_k} d{head_dim}: relative errors", " ".join(f"{e:.1e}" for e in errors))
+        print(f"check {block_size}x{top_k} d{row.head_dim}: relative errors", " ".join(f"{e:.1e}" for e in errors))
         if not max(errors) < 1e-2:
             raise SystemExit("the triton backend disagrees with the reference: not timing it")
 
@@ -428,12 +433,11 @@ def main() -> None:
         raise SystemExit("benchmarks/attention.py needs a CUDA device")
     import triton
 
-    rows = ROWS
     recorded = record_layers(*model) if arguments.model else None
-    if recorded:
-        rows = rows_of(recorded)
+    rows = rows_of(recorded) if recorded else ROWS
     rows = [row for row in rows if any(name in row.name for name in arguments.rows.split(","))]
-    check()
+    short = {row.block_size: replace(row, num_tokens=2300, lengths=None, recorded=None) for row in rows}
+    check(short.values() if recorded else CHECKED)
     environment = {
         "device": device_name(),
         "torch": torch.__version__,
