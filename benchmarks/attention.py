@@ -2,12 +2,16 @@
 
     python benchmarks/attention.py                      # all rows, some minutes on an H100
     python benchmarks/attention.py --rows 64K --out results
+    python benchmarks/attention.py --model models/SmolLM2-135M --text held_out.parquet --out results
 
 What is measured: `triton` and `flash` (the backends of moba), `cudnn` and `fa2` (torch's dense attention). Forward,
 forward+backward, the triton backend's routing (means, gate, top-k, lists) and the peak of allocated memory, inputs
 included. Batch 1, bfloat16, random normal inputs drawn afresh for every row, all in one process. Each time is the
 median over repeats that are queued without waiting, so that launches overlap with the work as they do in training; the
 inputs of every row exceed the L2 cache.
+
+With --model the rows are packs of 64K tokens of that model's shape: q (after RoPE), k and v of some of its layers,
+recorded with full attention on documents of --text (benchmarks/recorded.py), and random ones for comparison.
 
 TFLOP/s count attended pairs only: 4 * pairs * H * D forward, three times that with the backward (moba.flops); routing
 counts as time but not as work. Ratios are dense cuDNN's time over the row's, forward+backward, in the same run.
@@ -20,8 +24,8 @@ import functools
 import json
 import statistics
 import sys
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
@@ -36,6 +40,8 @@ sys.path.insert(0, str(ROOT))
 from matplotlib.figure import Figure  # noqa: E402
 
 from benchmarks.common import cell, device_name  # noqa: E402
+from benchmarks.recorded import Recorded, record_layers  # noqa: E402
+from conf.numbers import format_length  # noqa: E402
 from evals.results import commit, write_json  # noqa: E402
 from evals.style import look, save  # noqa: E402
 from moba.documents import Documents  # noqa: E402
@@ -66,6 +72,8 @@ class Row:
     """A few blocks attract most queries, as attention sinks do."""
     lengths: tuple[int, ...] | None = None
     """Lengths of packed documents."""
+    recorded: tuple[torch.Tensor, ...] | None = field(default=None, compare=False)
+    """q, k, v of a model's layer, in place of random ones."""
 
     @property
     def implementations(self) -> list[str]:
@@ -104,6 +112,27 @@ ROWS = [
     # Its ratio is to four times the dense forward at 512K.
     Row("1M 4096x12 forward", 1024 * K, 4096, 12, dense=(), flash=False, backward=False),
 ]
+CHECKED = [
+    Row("check", 1300, 128, 4, heads=(4, 2)),
+    Row("check", 1300, 128, 4, heads=(4, 2), head_dim=64),
+    Row("check", 1300, 256, 3, heads=(4, 2)),
+]
+SIZES = ((128, 8), (512, 3), (64, 16))
+"""(block_size, top_k) of the rows of a model."""
+
+
+def rows_of(recorded: Recorded) -> list[Row]:
+    """For each of SIZES a row of random inputs, and one of each recorded layer."""
+    inputs = {"random": None} | {f"layer {i}": qkv for i, qkv in recorded.qkv.items()}
+    q, k, _ = next(iter(recorded.qkv.values()))
+    number, length = len(q) // recorded.length, recorded.length
+    pack = {"heads": (q.shape[1], k.shape[1]), "head_dim": q.shape[2], "lengths": (length,) * number}
+    pack |= {"num_tokens": len(q), "dense": ("varlen",), "flash": False}
+    return [
+        Row(f"{number} x {format_length(length)} {b}x{k} {name}", block_size=b, top_k=k, recorded=qkv, **pack)
+        for b, k in SIZES
+        for name, qkv in inputs.items()
+    ]
 
 
 @dataclass
@@ -171,6 +200,8 @@ def inputs(row: Row, seed: int) -> list[torch.Tensor]:
         q += 0.2 * direction
         for block in (0, 7, row.num_tokens // row.block_size // 3):
             k[block * row.block_size : (block + 1) * row.block_size] += 0.3 * direction
+    if row.recorded is not None:
+        q, k, v = (x.detach() for x in row.recorded)
     return [q, k, v, d_out]
 
 
@@ -221,7 +252,7 @@ def _measure_into(result: Result, row: Row, function, seed: int) -> None:
         result.forward_ms = median_ms(lambda: function(row, q, k, v))
     if result.implementation == "triton":
         result.routing_ms = median_ms(lambda: routing(row, q, k))
-        result.notes["picks of the most popular block"] = popularity(row, q, k)
+        result.notes = picks(row, q, k)
     for x in (q, k, v):
         x.requires_grad_(row.backward)
 
@@ -249,25 +280,36 @@ def warm_up(row: Row, function, q, k, v, d_out) -> None:
 
 
 def routing(row: Row, q, k):
-    """The triton backend's way from q and k to its lists."""
+    """The triton backend's way from q and k to its selection and lists."""
     from moba.backends.triton_lists import build_lists
     from moba.backends.triton_routing import select_blocks
 
     layout = documents(row).kernel_layout(row.block_size)
     selection = select_blocks(q, k, layout, row.block_size, row.top_k)
-    return build_lists(selection, layout, k.shape[1])
+    return selection, build_lists(selection, layout, k.shape[1])
 
 
-def popularity(row: Row, q, k) -> float:
-    """Share of a key/value head's queries that pick its most popular block, the largest over heads."""
-    lengths = routing(row, q, k).list_start.diff(dim=1)
-    return lengths.max().item() / (row.num_tokens * row.heads[0] // row.heads[1])
+def picks(row: Row, q, k) -> dict[str, float]:
+    """How the picks of a row lie, own blocks included: the share of a key/value head's queries that pick its most
+    popular block, the largest over heads; the longest list over the mean; and of each group of query heads (those of a
+    key/value head), mean over tokens, the number of picks and of distinct blocks among them."""
+    selection, lists = routing(row, q, k)
+    lengths = lists.list_start.diff(dim=1)[:, lists.length_M > 0]
+    blocks = selection.unflatten(1, (row.heads[1], -1)).flatten(2).sort(-1).values  # [T, G, picks]
+    repeated = (blocks.diff(dim=-1) == 0) & (blocks[..., 1:] >= 0)
+    of_group = (blocks >= 0).sum() / blocks[..., 0].numel()
+    return {
+        "picks of the most popular block": lengths.max().item() / (row.num_tokens * row.heads[0] // row.heads[1]),
+        "longest list over the mean": (lengths.max() / lengths.double().mean()).item(),
+        "picks of a group": of_group.item(),
+        "distinct blocks of a group": (of_group - repeated.sum() / blocks[..., 0].numel()).item(),
+    }
 
 
-def check() -> None:
+def check(rows: Iterable[Row]) -> None:
     """Compares outputs and gradients of the triton backend with the float64 definition; raises if they are off."""
-    for block_size, top_k, head_dim in ((128, 4, 128), (128, 4, 64), (256, 3, 128)):
-        row = Row("check", 1300, block_size, top_k, heads=(4, 2), head_dim=head_dim)
+    for row in rows:
+        block_size, top_k = row.block_size, row.top_k
         q, k, v, d_out = inputs(row, seed=block_size)
         results = []
         for function, dtype in ((functools.partial(moba, "triton", row), None), (None, torch.float64)):
@@ -275,7 +317,7 @@ def check() -> None:
             out = function(*x) if function else reference_attention(*x, block_size=block_size, top_k=top_k)
             results.append([out, *torch.autograd.grad(out, x, d_out.to(out))])
         errors = [((a.double() - b).norm() / b.norm()).item() for a, b in zip(*results)]
-        print(f"check {block_size}x{top_k} d{head_dim}: relative errors", " ".join(f"{e:.1e}" for e in errors))
+        print(f"check {block_size}x{top_k} d{row.head_dim}: relative errors", " ".join(f"{e:.1e}" for e in errors))
         if not max(errors) < 1e-2:
             raise SystemExit("the triton backend disagrees with the reference: not timing it")
 
@@ -379,12 +421,23 @@ def main() -> None:
     parser.add_argument("--rows", default="", help="only rows whose name contains one of these, by commas")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder for json and figure")
     parser.add_argument("--commit", default=commit(), help="recorded in the json; default: git's HEAD")
+    parser.add_argument("--model", help="rows of this model instead: a Hugging Face directory, a run or a checkpoint")
+    parser.add_argument("--text", help="its documents: file, glob or directory (parquet, jsonl, txt)")
+    parser.add_argument("--length", help="tokens of each document (default: what the model was trained for)")
+    parser.add_argument("--layers", help="layers recorded, by commas, from 0 (default: first, middle, last)")
     arguments = parser.parse_args()
+    model = [arguments.model, arguments.text, arguments.length, arguments.layers]
+    if None in model[:2] and any(model):
+        parser.error("--model and --text go together; --length and --layers are for them")
     if not torch.cuda.is_available():
         raise SystemExit("benchmarks/attention.py needs a CUDA device")
     import triton
 
-    check()
+    recorded = record_layers(*model) if arguments.model else None
+    rows = rows_of(recorded) if recorded else ROWS
+    rows = [row for row in rows if any(name in row.name for name in arguments.rows.split(","))]
+    short = {row.block_size: replace(row, num_tokens=2300, lengths=None, recorded=None) for row in rows}
+    check(short.values() if recorded else CHECKED)
     environment = {
         "device": device_name(),
         "torch": torch.__version__,
@@ -395,21 +448,25 @@ def main() -> None:
         "convention": __doc__.split("\n\n", 2)[2],
         "ceilings": ceilings(),
     }
-    environment["routing_against_float64"] = [
-        check_routing(n, keys) for n in (64 * K, 512 * K) for keys in ("random", "skewed", "offset")
-    ]
+    if recorded:
+        environment["model"], environment["documents"] = recorded.model, recorded.ids
+    else:
+        environment["routing_against_float64"] = [
+            check_routing(n, keys) for n in (64 * K, 512 * K) for keys in ("random", "skewed", "offset")
+        ]
     print(json.dumps({k: v for k, v in environment.items() if k != "convention"}))
     print(HEADER)
     results: list[Result] = []
     record = environment
-    for i, row in enumerate(row for row in ROWS if any(name in row.name for name in arguments.rows.split(","))):
+    for i, row in enumerate(rows):
         for implementation in row.implementations:
             results.append(measure(row, implementation, seed=i))
             add_ratios(results)
             print(format_line(results[-1]), flush=True)
             record = {**environment, "results": [asdict(r) for r in results]}
             write_json(arguments.out / "attention.json", record)
-    draw(record, arguments.out / "attention.png")
+    if not recorded:
+        draw(record, arguments.out / "attention.png")
 
 
 if __name__ == "__main__":
