@@ -243,15 +243,16 @@ def gates(figure: SubFigure, record: Record) -> None:
 def kept(figure: SubFigure, record: Record) -> None:
     """Trailing loss and right answers of each arm under each attention, beside the reference's under full attention."""
     rows = record["differences"]
-    names, attentions = arms(rows), list(dict.fromkeys(row["attention"] for row in rows))
+    attentions = list(dict.fromkeys(row["attention"] for row in rows))
     tasks = [key for key in rows[0] if key not in ("loss", "trailing") and isinstance(rows[0][key], Mapping)]
     of = shown(rows[0]["reference"])
     for axes, what in zip(figure.subplots(1, 1 + len(tasks)), ("trailing", *tasks)):
         title = "Trailing loss" if what == "trailing" else f"Retrieval: {what.replace('_', ' ')}"
+        asked = [row for row in rows if what in row]  # arms that end with full attention have the loss alone
+        names = arms(asked)
         prepared(axes, title, f"minus {of} (nats per token)" if what == "trailing" else "share of right answers")
         for a, attention in enumerate(attentions):
-            # The arms that end with full attention have no answers.
-            own = [row for row in rows if row["attention"] == attention and what in row]
+            own = [row for row in asked if row["attention"] == attention]
             places = [names.index(row["arm"]) + 0.14 * (a - (len(attentions) - 1) / 2) for row in own]
             gaps = [row[what]["minus_reference"] for row in own]
             values = [gap["mean"] if what == "trailing" else row[what]["value"] for row, gap in zip(own, gaps)]
