@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
+from matplotlib.ticker import NullFormatter
 
 from benchmarks.common import row_table
 from conf.numbers import format_count, format_length
@@ -250,6 +251,7 @@ def gates(figure: SubFigure, record: Record) -> None:
             axes.axvline(row["settings"][0]["right"][task], color=color(a), linewidth=0.8, linestyle=":")
     every[0].set_yticks(range(len(names)), names)
     every[0].set_xscale("log")
+    every[0].xaxis.set_minor_formatter(NullFormatter())
     every[0].set_xlabel("minus full attention (nats per token, log scale)")
     every[-1].set_xlabel("share of right answers")
     figure.supxlabel(
@@ -260,7 +262,8 @@ def gates(figure: SubFigure, record: Record) -> None:
 
 
 def _gate_of(setting: Record) -> str:
-    return shown(setting["gate"]) + ("\nand the first" if setting["first_blocks"] else "")
+    gate = "mean" if setting["gate"] == setting["attention"] else setting["gate"]  # of a named attention
+    return shown(gate) + ("\nand the first" if setting["first_blocks"] else "")
 
 
 def kept(figure: SubFigure, record: Record) -> None:
