@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
+from matplotlib.ticker import NullFormatter
 
 from benchmarks.common import row_table
 from conf.numbers import format_count, format_length
@@ -224,20 +225,45 @@ def needle(figure: SubFigure, record: Record) -> None:
 
 
 def gates(figure: SubFigure, record: Record) -> None:
-    """What each gate's loss is above full attention's."""
-    axes = one(figure, "Loss of the last eighth, document by document", "")
-    rows = sorted(record["measured"][0]["settings"][1:], key=lambda row: -row["minus_full"]["mean"])
-    for i, row in enumerate(rows):
-        gap = row["minus_full"]
-        style = {"fmt": marker(row["first_blocks"]), "color": color(row["first_blocks"]), "capsize": 3}
-        axes.errorbar(gap["mean"], i, xerr=gap["interval_95"], **style)
-        axes.text(gap["mean"], i + 0.12, f"{gap['mean']:+.3f}", ha="center", va="bottom", fontsize="small")
-    axes.set_yticks(
-        range(len(rows)), [shown(row["gate"]) + ("\nand the first" if row["first_blocks"] else "") for row in rows]
+    """What each gate's loss is above full attention's, how much of full attention's probability its blocks hold, and
+    the answers that are right with it; a colour per arm."""
+    found = [(row["arm"], {_gate_of(one): one for one in row["settings"][1:]}, row) for row in record["measured"]]
+    names = list(dict.fromkeys(name for _, own, _ in found for name in own))
+    names.sort(key=lambda name: -np.mean([own[name]["minus_full"]["mean"] for _, own, _ in found if name in own]))
+    tasks = list(record["measured"][0]["settings"][0]["right"])
+    has_captured = all("captured" in one for _, own, _ in found for one in own.values())
+    every = figure.subplots(1, 1 + has_captured + len(tasks), sharey=True, squeeze=False)[0]
+    titles = ["Loss of the last eighth", *["Probability held"] * has_captured]
+    for axes, title in zip(every, [*titles, *(f"Retrieval: {task.replace('_', ' ')}" for task in tasks)]):
+        prepared(axes, title, "")
+    for a, (arm, own, row) in enumerate(found):
+        style = {"fmt": marker(a), "color": color(a), "capsize": 3, "label": arm}
+        places = [names.index(name) + 0.1 * (a - (len(found) - 1) / 2) for name in own]
+        gaps = [one["minus_full"] for one in own.values()]
+        every[0].errorbar(
+            [gap["mean"] for gap in gaps], places, xerr=known([gap["interval_95"] for gap in gaps]), **style
+        )
+        if has_captured:
+            every[1].errorbar([one["captured"] for one in own.values()], places, **style)
+        for axes, task in zip(every[1 + has_captured :], tasks):
+            gaps = [one.get("right_minus_full", {}).get(task, {}).get("interval_95") for one in own.values()]
+            axes.errorbar(known([one["right"][task] for one in own.values()]), places, xerr=known(gaps), **style)
+            axes.axvline(row["settings"][0]["right"][task], color=color(a), linewidth=0.8, linestyle=":")
+    every[0].set_yticks(range(len(names)), names)
+    every[0].set_xscale("log")
+    every[0].xaxis.set_minor_formatter(NullFormatter())
+    every[0].set_xlabel("minus full attention (nats per token, log scale)")
+    every[-1].set_xlabel("share of right answers")
+    figure.supxlabel(
+        "bars: 95 % of the difference from full attention (dotted), document by document", fontsize="small"
     )
-    axes.set_ylim(-0.6, len(rows) - 0.3)
-    axes.set_xscale("log")
-    axes.set_xlabel("minus full attention (nats per token, log scale; bars: 95 %)")
+    if len(found) > 1:
+        every[0].legend(fontsize="small")
+
+
+def _gate_of(setting: Record) -> str:
+    gate = "mean" if setting["gate"] == setting["attention"] else setting["gate"]  # of a named attention
+    return shown(gate) + ("\nand the first" if setting["first_blocks"] else "")
 
 
 def kept(figure: SubFigure, record: Record) -> None:
@@ -326,6 +352,8 @@ def by_block_size(record: Record) -> list[Record]:
 
 
 LABELS = {"mean": "MoBA's gate", "local": "latest blocks", "random": "random blocks", "oracle": "best blocks"}
+LABELS |= {"variance": "second order, diagonal", "covariance": "second order", "bounds": "Quest's bound"}
+LABELS |= {"shared": "one choice a group", "sinks": "MoBA's gate\nand 4 first tokens"}
 LABELS |= {"moba": "MoBA", "full": "full attention"}
 
 
@@ -334,7 +362,7 @@ def shown(name: str) -> str:
     return LABELS.get(name, name.replace("moba", "MoBA"))
 
 
-WIDTHS = {"stages": 2.4, "recall": 1.5, "needle": 2.4, "blocks": 2.2, "kept": 2.8}
+WIDTHS = {"stages": 2.4, "recall": 1.5, "needle": 2.4, "blocks": 2.2, "kept": 2.8, "gates": 2.8}
 HEIGHTS = {"blocks": 8.5}
 PANELS: dict[str, Callable[[SubFigure, Record], None]] = {
     f.__name__: f for f in (training, difference, stages, trailing, speed, layers, recall, needle, gates, kept, blocks)

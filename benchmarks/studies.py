@@ -136,6 +136,32 @@ SPARSE = {
 }
 
 
+# -------------------- gates of a pretrained model
+
+
+AT_EQUAL_BUDGET = (
+    # A query sees a quarter of the length at most.
+    ("8K", "128x16"),
+    ("8K", "64x32"),
+    ("8K", "512x4"),
+    ("4K", "128x8"),
+    ("4K", "64x16"),
+    # An eighth.
+    ("8K", "128x8"),
+    ("4K", "128x4"),
+)
+GATES = "[mean,variance,covariance,bounds,shared,local,random,oracle,sinks]"
+
+
+def gated(length: str, size: str) -> Arm:
+    """MoBA of this size at this length: as published, with other gates and the first block, and with a few first
+    tokens."""
+    block, top = size.split("x")
+    sizes = f"block_sizes={block} top_k={top} gates={GATES} first_blocks=1 attentions={size}"
+    probes = "captured=true probes=[pass_key,key_value] data={validation}"
+    return Arm(None, evals=(f"sweep seq_len={length} {sizes} {probes}",))
+
+
 # -------------------- recall, on a CPU
 
 
@@ -435,17 +461,9 @@ STUDIES: dict[str, Study] = {
         reference="full",
     ),
     "gates": Study(
-        "What picks the blocks of a model that was not trained with MoBA: 16 blocks of 128 at 8K",
+        "What picks the blocks of a model that was not trained with MoBA",
         "",
-        {
-            "as it came": Arm(
-                None,
-                evals=(
-                    "sweep block_sizes=128 top_k=16 gates=[mean,local,random,oracle] first_blocks=[0,1] seq_len=8K "
-                    "probes=[pass_key,key_value] data={validation}",
-                ),
-            )
-        },
+        {f"{length} {size}": gated(length, size) for length, size in AT_EQUAL_BUDGET},
         panels=("gates",),
         defaults={"validation": "embedded"},
     ),

@@ -130,6 +130,8 @@ def main() -> None:
         text, figures = write(record, small_results.table(record), to), small_results.figures(record)
     else:
         record |= collect(command, tasks, found)
+        if not record["runs"] and not record["measured"]:
+            raise ValueError("nothing is finished yet; the same command goes on where it was")
         text = write(record, panels.table(record), to)
         figures = {"figure": lambda path: panels.draw(record, study.panels, path)}
     for figure, draw in figures.items():

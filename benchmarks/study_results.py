@@ -66,15 +66,18 @@ def of_recall(path: Path) -> dict:
 
 
 def of_sweep(path: Path) -> dict:
-    """Of an evaluation: each setting's loss in the last eighth of the documents, minus full attention's, and the share
-    of right answers of each probe."""
+    """Of an evaluation: each setting's loss in the last eighth of the documents, minus full attention's, the share of
+    full attention's probability that its blocks hold, and that of right answers of each probe."""
     record, arrays = read_json(path), np.load(path.with_suffix(".npz"))
     loss_SNB, clusters = arrays["document_loss"], arrays["document_clusters"]
     last_SN = loss_SNB[:, :, -(loss_SNB.shape[2] // 8) :].mean(-1)
     settings = [
         {key: row[key] for key in ("attention", "gate", "first_blocks", "attended_share") if key in row}
         | {"last_eighth": float(own.mean()), "minus_full": document_mean(own - last_SN[0], clusters)}
+        | ({"captured": row["captured"]["mean"]} if "captured" in row else {})
         | {"right": {task: found["right"] for task, found in row["recall"].items()}}
+        | {"right_minus_full": {task: found["minus_full"] for task, found in row["recall"].items()}}
+        | {"nats": {task: found["nats"]["mean"] for task, found in row["recall"].items()}}
         for row, own in zip(record["settings"], last_SN)
     ]
     kept = ("tokens", "seq_len", "num_documents", "num_clusters")

@@ -502,6 +502,13 @@ def _check_parallel(config: RunConfig, problems: Problems) -> None:
         problems.add(*refused)
     needed = max(1, model.key_conv - 1) * (2 if by == BLOCKS else 1)
     for name, stage in config.schedule.stages.items():
+        gate = None if stage.attention is None else stage.attention.options.get("gate")
+        if gate == "shared" and by == HEADS and model.num_kv_heads % shared:
+            hint = (
+                f"needs the heads that share keys in one process; {key} a divisor of model.num_kv_heads="
+                f"{model.num_kv_heads}, or parallel.sequence_by=blocks"
+            )
+            problems.add(f"schedule.stages.{name}.attention.gate", gate, hint)
         if stage.seq_len is not None and stage.seq_len < shared * needed:
             problems.add(
                 f"schedule.stages.{name}.seq_len",

@@ -19,7 +19,6 @@ from conf.schema import AttentionConfig, DataConfig, RunConfig, RunSection, Sche
 from conf.validate import from_yaml
 from data.tokenizer import load_tokenizer
 from moba.kinds import AttentionSpec, Full, Moba
-from moba.kinds.moba import MEAN
 from moba.kinds.plan_file import names_a_file, read_plan
 from train.checkpoint.checkpoint_dir import find
 from train.checkpoint.store import CONFIG, load_weights, read
@@ -144,14 +143,10 @@ def attention_plan(text: str, trained: TrainedModel) -> tuple[AttentionSpec, ...
             "or a plan file (.yaml)"
         )
         raise ValueError(f"attention={text!r}: {hint}")
-    return with_moba(own, parse_length(block), int(top_k), first_blocks=int(first or 0))
+    return with_moba(own, Moba(parse_length(block), int(top_k), first_blocks=int(first or 0)))
 
 
-def with_moba(
-    plan: tuple[AttentionSpec, ...], block_size: int, top_k: int, gate: str = MEAN, first_blocks: int = 0
-) -> tuple[AttentionSpec, ...]:
-    """A plan with this MoBA in the layers that have MoBA; in the full ones, if none has. ValueError for invalid
-    sizes."""
-    spec = Moba(block_size, top_k, gate, first_blocks)
+def with_moba(plan: tuple[AttentionSpec, ...], spec: Moba) -> tuple[AttentionSpec, ...]:
+    """A plan with this MoBA in the layers that have MoBA; in the full ones, if none has."""
     sparse = any(s.replaces_full for s in plan)
     return tuple(spec if (s.replaces_full if sparse else s == Full()) else s for s in plan)

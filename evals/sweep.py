@@ -3,10 +3,10 @@
 A setting is a block size, top_k, gate and first_blocks in the layers that have MoBA (in the full ones, if none has).
 Each is measured on the same held-out documents: mean and trailing loss minus those under full attention, beside the
 attended share of the causal pairs. For a run trained or validated on recall tasks also the share of right answers, and
-for any model that of probes in the same documents (evals/probes.py). Each finished document is kept (evals/ledger.py),
-so that an interrupted sweep resumes.
+for any model that of probes in the same documents (evals/probes.py), and the share of full attention's probability that
+the selected blocks hold. Each finished document is kept (evals/ledger.py), so that an interrupted sweep resumes.
 
-Shapes: S settings, full attention first; N documents; B buckets.
+Shapes: S settings, full attention first; N documents; B buckets; L layers.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from conf.numbers import format_length, parse_length
+from data.packing import Batch
 from data.tokenizer import load_tokenizer
 from evals import probes
 from evals.context import Context
@@ -29,15 +30,22 @@ from evals.loading import attention_label, attention_plan, with_moba
 from evals.position_loss import evaluate
 from evals.protocol import Eval, Job, Result, names
 from evals.recall import own_tasks, score, synthetic_source
+from evals.routing import observed
+from evals.sinks import SINKS, MobaWithSinks
 from evals.swap import under
 from evals.sweep_report import FULL, Setting, SweepReport, page
-from moba.kinds import GATES, AttentionSpec
+from moba.attention import attend
+from moba.documents import Documents
+from moba.kinds import GATES, AttentionSpec, Moba
 from moba.kinds.moba import MEAN
 from train.record.position_loss import default_num_buckets
 from train.record.throughput import batch_work
 
 Plan = tuple[AttentionSpec, ...]
 TOP_K = "1..8"
+WITH_SINKS = "sinks"
+"""What `gates` calls MoBA that also sees the first tokens."""
+CAPTURED = "captured"
 MOST = 10_000
 
 
@@ -60,6 +68,8 @@ def run(job: Job) -> Result:
         for name, batch in documents:
             found = probes.of_document(name, batch, tokenizer, task, seq_len)
             parts.setdefault(task, []).append((name, lambda context, found=found: _known(context, found)))
+    if job.values.get(CAPTURED) == "true":
+        parts[CAPTURED] = [(name, lambda context, one=batch: _captured(context, one)) for name, batch in documents]
     ids = [name for name, _ in documents]
     ledger = Ledger(job, "sweep", {"seq_len": seq_len, "documents": ids, "tasks": configs})
     also = "".join(f", {name}" for name in [*tasks, *asked])
@@ -74,6 +84,7 @@ def run(job: Job) -> Result:
         settings=list(plans),
         attended_S=np.array([work.attended_pairs / work.causal_pairs for work in works.values()]),
         losses_SNB=found.pop("loss"),
+        captured_SNL=found.pop(CAPTURED, None),
         clusters=clusters,
         right_SN=found,
         probes=asked,
@@ -101,10 +112,9 @@ def _measure(job: Job, plans: Mapping[Setting, Plan], parts, ledger: Ledger) -> 
                         continue
                     ledger.put({key: parts[name][i][1](alone)})
                     countdown.step(1, 1, name)
-    found = {}
+    found, widths = {}, {"loss": default_num_buckets(job.seq_len), CAPTURED: len(context.model.attention)}
     for name, own in parts.items():
-        width = 3 if name != "loss" else default_num_buckets(job.seq_len)
-        values = torch.zeros(len(plans), len(own), width, dtype=torch.float64, device=context.device)
+        values = torch.zeros(len(plans), len(own), widths.get(name, 3), dtype=torch.float64, device=context.device)
         for s, setting in enumerate(plans):
             for i in mine[name]:
                 row = [np.nan if value is None else value for value in ledger[(*keys[setting], name, i)]]
@@ -139,6 +149,28 @@ def _known(context: Context, asked: Sequence[probes.Probe]) -> list[float]:
     return [float(sum(right for right, _ in found)), float(len(found)), sum(nats for _, nats in found)]
 
 
+@torch.no_grad()
+def _captured(context: Context, batch: Batch) -> list[float]:
+    """By layer, how much of full attention's probability the attention in force sees, were its queries and keys those
+    of the model with full attention: mean over heads and queries that drop a block; 1 where none does."""
+    plan, found = context.model.attention, [1.0] * len(context.model.attention)
+    layers = [i for i, spec in enumerate(plan) if spec.routing is not None]
+    batch = batch.to(context.device)
+
+    def observe(place: int, spec: AttentionSpec, q, k, v, documents: Documents) -> None:
+        own = plan[layers[place]]
+        assert own.routing is not None
+        routed_T = documents.layout(own.routing.block_size).query_block_T >= own.routing.top_k
+        (_, sparse_HT), (_, full_HT) = (attend(q, k, v, kind, documents, return_lse=True) for kind in (own, spec))
+        assert sparse_HT is not None and full_HT is not None
+        if routed_T.any():
+            found[layers[place]] = float((sparse_HT - full_HT)[:, routed_T].double().exp().mean())
+
+    with under(context.model, [spec.dense() for spec in plan]), observed(context.model, layers, observe):
+        context.model.logits(batch.tokens, batch.positions, batch.documents, rows=batch.tokens.new_zeros(1))
+    return found
+
+
 def _settings(job: Job, seq_len: int) -> dict[Setting, Plan]:
     """The settings asked for, without those that equal full attention at this length. ValueError if none is left."""
     own = job.context.model.attention
@@ -155,14 +187,20 @@ def _settings(job: Job, seq_len: int) -> dict[Setting, Plan]:
         )
     default = str(routing.block_size) if routing else ""
     blocks = [_length("block_sizes", word) for word in _words(job.values.get("block_sizes", default))]
-    gates = names(job.values, "gates", GATES, default=routing.gate if routing else MEAN)
+    gates = names(job.values, "gates", (*GATES, WITH_SINKS), default=routing.gate if routing else MEAN)
     firsts = whole_numbers(job.values, "first_blocks", str(routing.first_blocks if routing else 0), least=0)
     plans, dense = {}, 0
     for block_size, gate, first in product(blocks, gates, firsts):
+        if gate == WITH_SINKS and first != firsts[0]:
+            continue  # it has none
         for top_k in _top_ks(job.values, block_size, seq_len):
             if first and first >= top_k:
                 continue  # with the query's own block they would exceed top_k
-            plan = with_moba(own, block_size, top_k, gate, first)
+            if gate == WITH_SINKS:
+                first, spec = 0, MobaWithSinks(block_size, top_k)
+            else:
+                spec = Moba(block_size, top_k, gate, first)
+            plan = with_moba(own, spec)
             if block_size * top_k >= seq_len:
                 dense += 1
             else:
@@ -224,12 +262,15 @@ EVAL = Eval(
         "top_k": f"blocks a query attends to, including its own: a number, list or range (default {TOP_K})",
         "budgets": "instead of top_k: shares of the length that a query sees at most, such as 1/4,1/8",
         "attentions": "more settings, each as attention= takes it: such as plan.yaml,512x3+1",
-        "gates": f"of {', '.join(GATES)} (default: that of the attention in force)",
+        "gates": f"of {', '.join(GATES)} (default: that of the attention in force), or {WITH_SINKS}: the first {SINKS} "
+        "tokens besides MoBA's blocks",
         "first_blocks": "of a document that are always seen, such as [0,1] (default: as the attention in force)",
+        CAPTURED: "true: also the share of full attention's probability that the selected blocks hold",
         "samples": "documents of each recall task the run was trained or validated on (default 64)",
         "probes": f"of {', '.join(probes.TASKS)}: numbers said once in each document and asked for at its end, four "
         "places each (default: none)",
     },
+    choices={CAPTURED: ("true", "false")},
     heading="What k is worth",
     page=page,
 )

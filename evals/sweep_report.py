@@ -1,6 +1,6 @@
 """Results of evals/sweep.py as numbers, text, JSON values and a figure.
 
-Shapes: S settings, full attention first; N documents; B buckets.
+Shapes: S settings, full attention first; N documents; B buckets; L layers.
 """
 
 from __future__ import annotations
@@ -61,6 +61,9 @@ class SweepReport:
     """[S] attended share of the causal pairs of a full-length document, over all layers."""
     losses_SNB: np.ndarray
     """[S, N, B] mean loss of each document in each bucket, nats per token."""
+    captured_SNL: np.ndarray | None
+    """[S, N, L] share of full attention's probability that the selected blocks of each layer hold, if it was asked
+    for."""
     clusters: list[str]
     right_SN: Mapping[str, np.ndarray]
     """By recall task, or kind of probe: [S, N, 3] right answers, answers, and summed nats of its documents."""
@@ -81,6 +84,9 @@ class SweepReport:
             for what, values_SN in (("loss", mean_SN), ("trailing", trailing_SN)):
                 row[what] = document_mean(values_SN[s], self.clusters)
                 row[f"{what}_minus_full"] = document_mean(values_SN[s] - values_SN[0], self.clusters)
+            if self.captured_SNL is not None:
+                row["captured"] = document_mean(self.captured_SNL[s].mean(1), self.clusters)
+                row["captured_by_layer"] = self.captured_SNL[s].mean(0).tolist()
             row["recall"] = {task: self._right(task, found_SN3[s]) for task, found_SN3 in self.right_SN.items()}
             rows.append(row)
         return rows
@@ -107,12 +113,14 @@ class SweepReport:
         tasks = list(self.right_SN)
         lines = [
             f"{'attention':<20}{'attended':>9}{'loss':>9}{'minus full':>20}{'trailing':>10}{'minus full':>20}"
+            + ("" if self.captured_SNL is None else f"{'captured':>10}")
             + "".join(f"{task:>12}{'minus full':>20}" for task in tasks)
         ]
         for row in self.rows():
             cells = f"{row['attention']:<20}{row['attended_share']:>9.1%}{row['loss']['mean']:>9.4f}"
             cells += f"{with_error(row['loss_minus_full']):>20}{row['trailing']['mean']:>10.4f}"
             cells += f"{with_error(row['trailing_minus_full']):>20}"
+            cells += f"{row['captured']['mean']:>10.3f}" if "captured" in row else ""
             for task in tasks:
                 found = row["recall"][task]
                 cells += f"{found['right']:>12.3f}{with_error(found['minus_full']):>20}"
@@ -140,6 +148,7 @@ class SweepReport:
             arrays={
                 "document_loss": self.losses_SNB,
                 "document_clusters": np.array(self.clusters),
+                **({} if self.captured_SNL is None else {"captured": self.captured_SNL}),
                 **{f"right_{task}": x for task, x in self.right_SN.items()},
             },
             figures={"": self.draw},
@@ -224,15 +233,18 @@ def _in_words(kind: str) -> str:
 def page(record: Mapping[str, Any], path: Path) -> str:
     """The table and the figure."""
     tasks: Sequence[str] = list(record["settings"][0]["recall"])
+    has_captured = "captured" in record["settings"][0]
     rows = []
     for row in record["settings"]:
         cells = [row["attention"], f"{row['attended_share']:.1%}"]
         for what in ("loss", "trailing"):
             cells += [f"{row[what]['mean']:.4f}", with_error(row[f"{what}_minus_full"])]
+        cells += [f"{row['captured']['mean']:.3f}"] if has_captured else []
         for task in tasks:
             found = row["recall"][task]
             cells += [f"{found['right']:.3f}", with_error(found["minus_full"])]
         rows.append(cells)
     columns = ["attention", "attended", "loss", "minus full", "trailing", "minus full"]
+    columns += ["captured"] if has_captured else []
     columns += [text for task in tasks for text in (f"{task}: right", "minus full")]
     return html_table(columns, rows) + image(path.with_suffix(".png"))

@@ -149,8 +149,8 @@ def moba_attention(
 
     `backend`: "triton" (fused, CUDA), "flash" (flash-attn or torch's flash kernels, CUDA), "torch" (block-sparse, any
     device), "reference" (dense masks, for tests) or "auto": the fastest that supports the call, logged once.
-    `deterministic` requests bitwise reproducible gradients; "torch" always has them. `gate`: "mean", or what
-    replaces it ("variance", or a control: "local", "random", "oracle"; moba/gates.py), on all backends but "reference".
+    `deterministic` requests bitwise reproducible gradients; "torch" always has them. `gate`: "mean", or
+    what replaces it (moba/gates.py), on all backends but "reference".
 
     `selection`, int32 [H, T, top_k] in the form of `moba.route`, replaces routing on all backends but "reference": the
     blocks that were recorded elsewhere, for example where a text was sampled. Its values are checked on the CPU only;

@@ -2,12 +2,18 @@
 
 Each gives every query its own block and top_k - 1 complete blocks of its document's past (first_blocks of them always
 the document's first, where that is asked for):
-    variance  those whose keys, taken as normally distributed with the block's mean and variance in each dimension, have
-            the largest expected exp(q k): MoBA's score plus softmax_scale / 2 times <q^2, variance>
-    local   the latest ones: no routing at all
-    random  any, drawn anew for each query and head
-    oracle  those with the largest share of full attention's probability: the best that the budget allows, at the cost
-            of full attention
+    variance    those whose keys, taken as normally distributed with the block's mean and variance in each dimension,
+                have the largest expected exp(q k): MoBA's score plus softmax_scale / 2 times <q^2, variance>
+    covariance  the same of all dimensions together, <q, covariance q> in place of <q^2, variance>
+    bounds      those with the largest bound on q k, from the least and greatest of their keys in each dimension (Quest,
+                arXiv 2406.10774)
+    shared      MoBA's, but the query heads that read the same keys select alike, by the mean of their scores. Scores as
+                they are: a head has a say as far as it tells blocks apart, and what it says of one does not depend on
+                which others there are, as a softmax over blocks would
+    local       the latest ones: no routing at all
+    random      any, drawn anew for each query and head
+    oracle      those with the largest share of full attention's probability: the best that the budget allows, at the
+                cost of full attention
 A model that is as good under "random" does not use its router; one that is far better under "oracle" than under MoBA's
 own gate ("mean") loses to the router, not to sparsity.
 
@@ -22,7 +28,7 @@ import torch
 from moba.backends.refusals import has_triton
 from moba.checks import check_blocks
 from moba.documents import Documents
-from moba.kinds import Routing
+from moba.kinds import GATES, Routing
 from moba.routing import (
     SCORE_ELEMENTS,
     BlockLayout,
@@ -49,7 +55,7 @@ def select(
     """What a kind's routing selects, int32 [H, T, K] as of `moba.route`; the gate "mean" is `route` itself.
 
     A pure function of its arguments, "random" too (of the bits of q and the positions): recomputing it in a backward
-    pass, or after a resume, gives the same blocks. `softmax_scale` matters for "variance" and "oracle".
+    pass, or after a resume, gives the same blocks. `softmax_scale` matters for "variance", "covariance" and "oracle".
     """
     block_size, top_k, gate, first_blocks = routing
     check_blocks(block_size, top_k)
@@ -57,14 +63,31 @@ def select(
     num_heads = q.shape[1]
     if gate == "mean":
         return select_blocks(q, layout_means(k, layout), layout, top_k, first_blocks)
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    if gate == "shared":
+        mean_TGD = q.to(score_dtype(k)).unflatten(1, (k.shape[1], -1)).mean(dim=2)
+        selection_GTK = select_blocks(mean_TGD, layout_means(k, layout), layout, top_k, first_blocks)
+        return selection_GTK.repeat_interleave(num_heads // k.shape[1], dim=0)
     if gate == "variance":
-        scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
         means_MGD, variances_MGD = layout_moments(k, layout)
         variances_MGD *= scale / 2
 
         def score(queries: slice, blocks: slice) -> torch.Tensor:
             own = q[queries].to(means_MGD.dtype)
             return gate_scores(own, means_MGD[blocks]) + gate_scores(own**2, variances_MGD[blocks])
+    elif gate == "covariance":
+        means_MGD, covariances_MGDD = layout_covariances(k, layout)
+        covariances_MGDD *= scale / 2
+
+        def score(queries: slice, blocks: slice) -> torch.Tensor:
+            own = q[queries].to(means_MGD.dtype)
+            return gate_scores(own, means_MGD[blocks]) + _quadratic_scores(own, covariances_MGDD[blocks])
+    elif gate == "bounds":
+        low_MGD, high_MGD = keys_by_block(k, layout).aminmax(dim=1)
+
+        def score(queries: slice, blocks: slice) -> torch.Tensor:
+            above, below = q[queries].clamp(min=0), q[queries].clamp(max=0)
+            return gate_scores(above, high_MGD[blocks]) + gate_scores(below, low_MGD[blocks])
     elif gate == "local":
 
         def score(queries: slice, blocks: slice) -> torch.Tensor:
@@ -81,7 +104,7 @@ def select(
         def score(queries: slice, blocks: slice) -> torch.Tensor:
             return block_log_mass(q[queries], k, layout, queries, blocks, softmax_scale)
     else:
-        raise ValueError(f"gate={gate!r}: choose mean, variance, local, random or oracle")
+        raise ValueError(f"gate={gate!r}: choose one of {', '.join(GATES)}")
     width = layout.num_keys if gate == "oracle" and not _has_kernel(q) else layout.num_blocks
     step = max(1, SCORE_ELEMENTS // (num_heads * max(width, q.shape[2])))
     return select_by_score(score, num_heads, layout, top_k, first_blocks, step, q.device)
@@ -94,6 +117,23 @@ def layout_moments(k: torch.Tensor, layout: BlockLayout) -> tuple[torch.Tensor, 
     means_MGD = layout_means(k, layout)
     squares_MGD = layout_means(k.to(means_MGD.dtype) ** 2, layout)
     return means_MGD, (squares_MGD - means_MGD**2).clamp_(min=0)
+
+
+@torch.no_grad()
+def layout_covariances(k: torch.Tensor, layout: BlockLayout) -> tuple[torch.Tensor, torch.Tensor]:
+    """(mean [M, G, D], covariance [M, G, D, D]) of the keys of every complete block, dtypes and divisor as of
+    `layout_moments`; of other blocks they mean nothing."""
+    keys_MBGD = keys_by_block(k, layout)
+    means_MGD = keys_MBGD.mean(dim=1)
+    centred_MGBD = (keys_MBGD - means_MGD[:, None]).transpose(1, 2)
+    with full_precision(k.device):
+        return means_MGD, centred_MGBD.mT @ centred_MGBD / layout.block_size
+
+
+def keys_by_block(k: torch.Tensor, layout: BlockLayout) -> torch.Tensor:
+    """[M, B, G, D], in the dtype of scores: the keys of every block; of an incomplete one, what comes after too."""
+    index_MB = layout.start_M[:, None] + torch.arange(layout.block_size, device=k.device)
+    return torch.nn.functional.pad(k, (0, 0, 0, 0, 0, layout.block_size))[index_MB].to(score_dtype(k))
 
 
 @torch.no_grad()
@@ -130,6 +170,14 @@ def block_log_mass(
         scores_Grn = torch.bmm(q_GrD.reshape(num_kv_heads, -1, head_dim), keys_GDn)
     scores_HCmB = scores_Grn.view(num_heads, num_queries, *index_mB.shape)
     return scores_HCmB.masked_fill_(unseen_CmB, float("-inf")).logsumexp(dim=-1)
+
+
+def _quadratic_scores(q_CHD: torch.Tensor, forms_MGDD: torch.Tensor) -> torch.Tensor:
+    """<q, form q> of each block's form, [H, C, m]. The products of every two dimensions, of a few queries at a time,
+    make it one matrix product."""
+    step = max(1, SCORE_ELEMENTS // (q_CHD.shape[1] * q_CHD.shape[2] ** 2))
+    pairs = ((part[..., None] * part[..., None, :]).flatten(2) for part in q_CHD.split(step))
+    return torch.cat([gate_scores(part, forms_MGDD.flatten(2)) for part in pairs], dim=1)
 
 
 def _has_kernel(q: torch.Tensor) -> bool:

@@ -11,9 +11,11 @@ pack, B tokens of a block, C queries of a chunk, K = top_k.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 
@@ -23,7 +25,7 @@ from moba.kinds.moba import check_first_blocks
 
 # Work sizes of one chunk. The elements, of scores or of float32 queries, bound memory (64 MiB). On the CPU the limit on
 # queries keeps the range of blocks that a chunk can see narrow, so that causal and packed batches do not score every
-# query against every block. On a GPU, which knows less of that range, each chunk costs some thirty launches.
+# query against every block. On a GPU each chunk costs some thirty launches.
 SCORE_ELEMENTS = 1 << 24
 MEAN_ELEMENTS = 1 << 24
 CHUNK_QUERIES = 4096
@@ -60,8 +62,9 @@ class BlockLayout:
     """int64 [T]: the query's position among the keys of its document."""
     query_block_T: torch.Tensor
     """int64 [T]: block that holds the query, counted through the pack."""
-    only_start: int
-    """Position of the first query, where there is one document."""
+    known: tuple[tuple[int, ...], ...] | None
+    """On the host, of each document: one past its last query, that query's position, and the document's first block;
+    None where lengths are not known there."""
 
     @classmethod
     def build(cls, block_size: int, documents: Documents) -> BlockLayout:
@@ -86,12 +89,15 @@ class BlockLayout:
         first_position_N = documents.first_positions()
         query_position_T = query_T - bounds_N[query_document_T] + first_position_N[query_document_T]
         query_block_T = first_block_N[query_document_T] + query_position_T // block_size
-        only_start = 0
-        if num_documents == 1:
-            only_start = num_keys - num_queries if documents.starts is None else documents.starts[0]
+        known, lengths, lengths_k = None, documents.lengths, documents.lengths_k
+        if lengths is not None and lengths_k is not None:
+            starts = documents.starts or [keys - own for keys, own in zip(lengths_k, lengths)]
+            last = tuple(start + own - 1 for start, own in zip(starts, lengths))
+            blocks = [-(-keys // block_size) for keys in lengths_k]
+            known = tuple(accumulate(lengths)), last, tuple(accumulate(blocks, initial=0))
         return cls(
             block_size, num_queries, num_keys, num_blocks, first_block_N, start_M, end_M, document_M,
-            query_document_T, query_position_T, query_block_T, only_start,
+            query_document_T, query_position_T, query_block_T, known,
         )  # fmt: skip
 
     @property
@@ -100,12 +106,13 @@ class BlockLayout:
         return self.first_block_N[self.query_document_T]
 
     def candidates(self, start: int, stop: int) -> tuple[int, int]:
-        """Range [low, high) of blocks holding all history of queries [start, stop); tight where that costs nothing."""
-        if self.query_block_T.device.type == "cpu":
-            return int(self.first_block_N[self.query_document_T[start]]), int(self.query_block_T[stop - 1])
-        if self.first_block_N.numel() == 2:  # one document: known from shapes
-            return 0, (self.only_start + stop - 1) // self.block_size
-        return 0, self.num_blocks
+        """Range [low, high) of blocks holding all history of queries [start, stop); tight where lengths are known."""
+        if self.known is None:
+            return 0, self.num_blocks
+        end_N, last_N, first_N = self.known
+        document, last_document = bisect_right(end_N, start), bisect_right(end_N, stop - 1)
+        position = last_N[last_document] - (end_N[last_document] - stop)
+        return first_N[document], first_N[last_document] + position // self.block_size
 
 
 def route(

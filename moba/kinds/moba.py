@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from moba.documents import Documents
 
 MEAN = "mean"
-GATES = (MEAN, "variance", "local", "random", "oracle")
+GATES = (MEAN, "variance", "covariance", "bounds", "shared", "local", "random", "oracle")
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,10 @@ class Moba(AttentionSpec):
         "top_k": Option(int, "Blocks a query attends to, including its own; null = schedule.top_k."),
         "gate": Option(
             str,
-            "What picks the blocks of MoBA layers: `mean` (MoBA), `variance` (also how far keys lie from their block's "
-            "mean), or a control for comparison: `local` (the latest), `random`, `oracle` (those of largest attention; "
-            "costs full attention). Only `mean` can be exported.",
+            "What picks the blocks of MoBA layers: `mean` (MoBA), another gate (moba/gates.py): `variance`, "
+            "`covariance` (also how far keys lie from their block's mean), `bounds` (Quest's), `shared` (one selection "
+            "for the heads of a group), or a control: `local` (the latest), `random`, `oracle` (those of largest "
+            "attention; costs full attention). Only `mean` can be exported.",
             default=MEAN,
         ),
         "first_blocks": Option(

@@ -159,6 +159,41 @@ def test_sweeps_are_compared_with_the_reference_under_full_attention(tmp_path):
     assert (tmp_path / "a.png").stat().st_size > 10_000
 
 
+def test_gates_are_compared_at_several_sizes(tmp_path):
+    """Catches a loss of other positions than the last eighth, the published gate that has another name at each size,
+    and a figure that cannot be drawn without captured shares, as of older results."""
+    generator, rows = np.random.default_rng(0), []
+    for arm in ("8K 128x16", "4K 128x8"):
+        size = arm.split()[1]
+        settings = [{"attention": "full", "attended_share": 1.0}]
+        settings += [{"attention": size, "gate": size, "first_blocks": 0, "attended_share": 0.4}]
+        settings += [
+            {"attention": f"{size}+1 {gate}", "gate": gate, "first_blocks": 1, "attended_share": 0.4}
+            for gate in ("mean", "shared")
+        ]
+        for i, row in enumerate(settings):
+            value = {"mean": i / 10, "se": 0.1, "interval_95": 0.2}
+            row |= {"captured": value, "recall": {"pass_key": {"right": 0.5, "minus_full": value, "nats": value}}}
+        loss = generator.normal(2, 0.1, (4, 5, 16))
+        path = tmp_path / f"{size}.json"
+        about = {"tokens": 7, "seq_len": 64, "num_documents": 5, "num_clusters": 5}
+        path.write_text(json.dumps(about | {"settings": settings}))
+        np.savez(path.with_suffix(".npz"), document_loss=loss, document_clusters=[*"abcde"])
+        rows.append({"arm": arm, "seed": 0, **study.READ["sweep"](path)})
+        found = rows[-1]["settings"][3]
+        assert found["minus_full"]["mean"] == pytest.approx((loss[3] - loss[0])[:, 14:].mean())
+        assert found["captured"] == 0.3 and found["right_minus_full"]["pass_key"]["interval_95"] == 0.2
+    names = [[panels._gate_of(one) for one in row["settings"][1:]] for row in rows]
+    assert names[0] == names[1] == ["MoBA's gate", "MoBA's gate\nand the first", "one choice a group\nand the first"]
+    record = {"about": "", "device": "", "commit": None, "measured": rows}
+    panels.draw(record, ("gates",), tmp_path / "new.png")
+    for row in rows:
+        for one in row["settings"]:
+            del one["captured"], one["right_minus_full"], one["nats"]
+    panels.draw(record, ("gates",), tmp_path / "old.png")
+    assert all((tmp_path / name).stat().st_size > 10_000 for name in ("new.png", "old.png"))
+
+
 def test_block_sizes_are_compared_by_the_head_that_looks_up():
     """Catches a head chosen anew at each size, sizes of another length among them, and a predicted ratio that does not
     fall with the root of the block size."""

@@ -61,6 +61,11 @@ def test_what_slices_cannot_do_is_refused_by_name():
     (line,) = problems_of(shared(8, (gate, "random")))
     assert line.startswith(f"{gate}=random")
     assert exchange(freeze(shared(2, (gate, "random"), heads=(8, 1)))).by == HEADS
+    heads = ("parallel.sequence_by", "heads")
+    (line,) = problems_of(shared(4, heads, (gate, "shared")))  # 4 heads, of which two share keys
+    assert line.startswith(f"{gate}=shared: needs the heads that share keys in one process") and "=2, or" in line
+    freeze(shared(2, heads, (gate, "shared")))
+    freeze(shared(4, blocks, (gate, "shared")))
 
 
 def test_a_slice_holds_what_a_key_convolution_reads():

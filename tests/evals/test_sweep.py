@@ -20,7 +20,8 @@ from evals.swap import OWN, under
 from evals.sweep import run, whole_numbers
 from evals.sweep_report import page
 from moba.documents import Documents
-from moba.kinds import Full, Moba
+from moba.gates import select
+from moba.kinds import Full, Moba, Routing
 from moba.kinds.plan_file import write_plan
 from train.model.decoder import Decoder
 
@@ -146,6 +147,40 @@ def test_probes_and_named_attentions(model, tmp_path):
         run(make_job(tmp_path, model, documents, block_sizes="8", budgets="2"))
     with pytest.raises(ValueError, match="give one of the two"):
         run(make_job(tmp_path, model, documents, block_sizes="8", budgets="1/2", top_k="3"))
+
+
+def test_captured_shares_are_those_of_the_dense_model(model, documents, tmp_path):
+    """Catches queries and keys of the sparse model, a selection of another gate, sinks that are left out, queries that
+    drop nothing, and layers that have full attention: against dense softmax and what each query may see."""
+    grid = {"block_sizes": "8", "top_k": "3", "gates": "[mean,sinks,bounds]", "first_blocks": "[0,1]"}
+    result = run(make_job(tmp_path, model, documents, **grid, captured="true"))
+    rows = {row["attention"]: row for row in result.record["settings"]}
+    assert list(rows) == ["full", "8x3", "8x3+1", "8x3 sinks", "8x3 bounds", "8x3+1 bounds"]
+    assert rows["full"]["captured"]["mean"] == 1 and rows["full"]["captured_by_layer"] == [1] * 3
+    seen = []
+    for layer in (0, 1):
+        attention = model.model.layers[layer].self_attn
+        attention.observer = lambda _, q, k, v, documents: seen.append((q, k))
+    with under(model, [FULL] * 3), torch.no_grad():
+        for _, batch in documents:
+            model.logits(batch.tokens, batch.positions, batch.documents)
+    for layer in (0, 1):
+        model.model.layers[layer].self_attn.observer = None
+    for name, gate, first in (("8x3", "mean", 0), ("8x3 sinks", "mean", 0), ("8x3+1 bounds", "bounds", 1)):
+        shares = []
+        for q, k in seen:
+            selection = select(Routing(8, 3, gate, first), q, k, documents=Documents.from_lengths([LENGTH]))
+            for h in range(4):
+                for t in range(24, LENGTH):
+                    p = torch.softmax(k[: t + 1, h // 2] @ q[t, h] * 8**-0.5, 0)
+                    chosen, tokens = selection[h, t].tolist(), range(4 if "sinks" in name else 0)
+                    shares.append(sum(float(p[s]) for s in range(t + 1) if s // 8 in chosen or s in tokens))
+        by_layer = np.array(shares).reshape(COUNT, 2, -1).mean((0, 2))
+        assert rows[name]["captured_by_layer"] == pytest.approx([*by_layer, 1], abs=1e-9)
+        assert rows[name]["captured"]["mean"] == pytest.approx((by_layer.sum() + 1) / 3, abs=1e-9)
+    assert rows["8x3 sinks"]["captured"]["mean"] > rows["8x3"]["captured"]["mean"] > 0.3
+    path = result.write(tmp_path / "evals", "sweep", commit=None)
+    assert "8x3 sinks" in page(json.loads(path.read_text()), path) and "captured" in result.text
 
 
 def test_an_interrupted_sweep_goes_on(model, documents, tmp_path):

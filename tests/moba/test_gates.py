@@ -1,14 +1,17 @@
 """moba/gates.py: controls obey the rules of the gate they stand in for, pick what their names say, and repeat."""
 
+from unittest import mock
+
 import pytest
 import torch
 from hypothesis import given, settings
 from packs import Pack, attention, documents_of, packs
 
-from moba import moba_attention
+from moba import gates, moba_attention
 from moba.attention import BackendUnavailable
 from moba.gates import layout_moments, select
 from moba.kinds import GATES, Moba, Routing
+from moba.kinds.moba import MEAN
 from moba.kv_cache import KVCache
 from moba.reference import reference_selection
 
@@ -23,7 +26,7 @@ def ranges_of(pack: Pack):
 def picks(gate, q, k, pack):
     """The selection of a gate."""
     documents = documents_of(q, k, pack.options["cu_seqlens"], pack.options["cu_seqlens_k"])
-    return select(Routing(pack.block_size, pack.top_k, gate), q, k, documents=documents)
+    return select(Routing(pack.block_size, pack.top_k, gate, pack.first_blocks), q, k, documents=documents)
 
 
 def dense_mass(q, k, pack):
@@ -58,23 +61,64 @@ def test_oracle_takes_the_blocks_of_largest_mass_and_local_the_latest(pack):
         assert [b for b in local[h, t, :-1].tolist() if b >= 0] == list(range(max(0, own - pack.top_k + 1), own))
 
 
+def score_of(gate, q_RD, h, block_BD):
+    """A gate's score of one block for query head h of those that share its keys, from its keys one by one."""
+    if gate == "shared":
+        return sum(float(q_D @ key_D) for q_D in q_RD for key_D in block_BD) / (len(q_RD) * len(block_BD))
+    q_D = q_RD[h]
+    if gate == "bounds":
+        corners = [[float(q_D[d] * key_D[d]) for key_D in block_BD] for d in range(len(q_D))]
+        return sum(map(max, corners))
+    products = [float(q_D @ key_D) for key_D in block_BD]
+    mean = sum(products) / len(products)
+    if gate == "covariance":  # of q k itself
+        spread = sum((x - mean) ** 2 for x in products) / len(products)
+    else:
+        spread = float(block_BD.var(0, correction=0) @ q_D**2)
+    return mean + spread * len(q_D) ** -0.5 / 2
+
+
+@pytest.mark.parametrize("gate", ["variance", "covariance", "bounds", "shared"])
 @settings(deadline=None, max_examples=20)
-@given(packs())
-def test_variance_takes_the_blocks_of_largest_score(pack):
-    """Catches variances of keys that a query cannot see or of another head or document, and those of a population."""
+@given(packs() | packs(first=True))
+def test_a_gate_takes_the_blocks_of_largest_score(gate, pack):
+    """Catches scores of keys that a query cannot see or of another head or document, variances of a population, a
+    maximum where a query's sign asks for the minimum, a first or own block that is not selected, and a budget off by
+    one."""
     q, k, _ = pack.tensors()
-    selection = picks("variance", q, k, pack)
+    selection, group = picks(gate, q, k, pack), q.shape[1] // k.shape[1]
     assert ((selection >= 0) == (reference_selection(q, k, **pack.options) >= 0)).all()
     for queries, keys in ranges_of(pack):
         for i, t in enumerate(queries):
             own = (len(keys) - len(queries) + i) // pack.block_size
             for h in range(q.shape[1]):
-                blocks = k[keys, h // (q.shape[1] // k.shape[1])][: own * pack.block_size].split(pack.block_size)
-                spreads = [b.var(0, correction=0) @ q[t, h] ** 2 * q.shape[2] ** -0.5 / 2 for b in blocks[:own]]
-                scores = [float(q[t, h] @ b.mean(0) + x) for b, x in zip(blocks, spreads)]
+                g = h // group
+                blocks = k[keys, g][: own * pack.block_size].split(pack.block_size)[:own]
+                scores = [score_of(gate, q[t, g * group : (g + 1) * group], h % group, b) for b in blocks]
+                scores[: pack.first_blocks] = [float("inf")] * min(pack.first_blocks, own)
                 picked = [b for b in selection[h, t, :-1].tolist() if b >= 0]
                 best = sorted(scores, reverse=True)[: pack.top_k - 1]
+                assert selection[h, t, -1] == own and len(set(picked)) == len(picked)
                 assert sorted((scores[b] for b in picked), reverse=True) == pytest.approx(best, rel=1e-9, abs=1e-9)
+
+
+def test_shared_is_one_selection_a_group():
+    """Catches heads of a group that select apart, groups that select alike, and a choice that is one head's own."""
+    q, k, _ = Pack([64], block_size=4, top_k=3, heads=(6, 2)).tensors()
+    selection, own = (picks(gate, q, k, Pack([64], block_size=4, top_k=3)) for gate in ("shared", "mean"))
+    assert all(torch.equal(selection[h], selection[3 * (h // 3)]) for h in range(6))
+    assert not torch.equal(selection[0], selection[3])
+    assert not any(torch.equal(selection[h], own[h]) for h in range(6))
+
+
+def test_scores_do_not_depend_on_chunks():
+    """Catches queries that get the scores of others where a gate computes a few at a time."""
+    pack = Pack([90, 41], block_size=4, top_k=4, heads=(4, 2))
+    q, k, _ = pack.tensors()
+    for gate in GATES:
+        expected = picks(gate, q, k, pack)
+        with mock.patch.object(gates, "SCORE_ELEMENTS", 700):
+            assert torch.equal(picks(gate, q, k, pack), expected)
 
 
 def test_variance_is_the_expected_weight_of_normal_keys():
@@ -92,7 +136,7 @@ def test_variance_is_the_expected_weight_of_normal_keys():
 def test_a_control_is_attention_to_its_own_selection(pack):
     """Catches a gate whose selection is not what is attended to, forward or backward, and one that does not repeat."""
     q, k, v = pack.tensors(requires_grad=True)
-    for gate in ("variance", "local", "random", "oracle"):
+    for gate in set(GATES) - {MEAN}:
         selection = picks(gate, q, k, pack)
         assert torch.equal(selection, picks(gate, q, k, pack))
         out = moba_attention(q, k, v, **pack.options, gate=gate, backend="torch")
@@ -130,7 +174,7 @@ def test_random_picks_are_spread_and_differ():
 def test_controls_reach_layers_and_caches_and_are_refused_elsewhere():
     """Catches a spec whose gate is ignored, in packs or while decoding, and a backend that would route its own way."""
     torch.manual_seed(0)
-    q, k, v = torch.randn(40, 2, 8), torch.randn(40, 2, 8), torch.randn(40, 2, 8)
+    q, k, v = torch.randn(40, 4, 8), torch.randn(40, 2, 8), torch.randn(40, 2, 8)
     outs = [attention(q, k, v, Moba(4, 3, gate=gate)) for gate in GATES]
     assert all((a - b).abs().max() > 1e-3 for i, a in enumerate(outs) for b in outs[:i])
     for gate, whole in zip(GATES, outs):
