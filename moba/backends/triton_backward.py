@@ -39,7 +39,7 @@ from moba.backends.triton_lists import (
     store_rows,
     store_slots,
 )
-from moba.backends.triton_tiles import MULTIPROCESSORS, Tile, is_short, padded, tile_for
+from moba.backends.triton_tiles import MULTIPROCESSORS, Tile, cdiv, is_short, padded, tile_for
 
 
 def attention_backward(
@@ -53,7 +53,7 @@ def attention_backward(
     shape = {"NUM_HEADS": num_heads, "NUM_KV_HEADS": k.shape[1], "HEAD_DIM": head_dim, "BLOCK_D": padded(head_dim)}
     row_stats = torch.empty(num_tokens * num_heads, 2, dtype=torch.float32, device=q.device)
     prepare_rows = 32
-    prepare_kernel[(triton.cdiv(num_tokens * num_heads, prepare_rows),)](
+    prepare_kernel[(cdiv(num_tokens * num_heads, prepare_rows),)](
         out, d_out, lse, lse if d_lse is None else d_lse, row_stats, num_tokens,
         NUM_HEADS=num_heads, HEAD_DIM=head_dim, BLOCK_D=padded(head_dim), HAS_D_LSE=d_lse is not None,
         ROWS=prepare_rows,
@@ -116,7 +116,7 @@ def _backward_long(inputs, gradients, lists, block_size, softmax_scale, workspac
     heads_at_once = kv_heads_at_once(num_kv_heads, lists.region * 8 + split_bytes, workspace_bytes)
     slot_stats = torch.empty(heads_at_once, lists.region, dtype=torch.int64, device=q.device)
     splits = _split_buffer(items, heads_at_once, block_size, head_dim, q.device)
-    key_tiles = triton.cdiv(block_size, tile.keys)
+    key_tiles = cdiv(block_size, tile.keys)
     for first in range(0, num_kv_heads, heads_at_once):
         count = min(heads_at_once, num_kv_heads - first)
         _fill_slot_stats(slot_stats, inputs[4], lists, first, count)
@@ -166,9 +166,9 @@ def _long_item_rows(tile: Tile, lists: Lists, block_size: int, num_kv_heads: int
     partial dQ take.
     """
     top_k = lists.region // group_rows
-    even_share = group_rows * top_k * num_kv_heads * triton.cdiv(block_size, tile.keys) / MULTIPROCESSORS
+    even_share = group_rows * top_k * num_kv_heads * cdiv(block_size, tile.keys) / MULTIPROCESSORS
     whole = group_rows if 3 * group_rows < even_share else 32 * block_size
-    return triton.cdiv(max(whole, tile.rows * tile.tiles), tile.rows) * tile.rows
+    return cdiv(max(whole, tile.rows * tile.tiles), tile.rows) * tile.rows
 
 
 def _split_buffer(items: Items, num_heads: int, block_size: int, head_dim: int, device: torch.device) -> torch.Tensor:
@@ -178,7 +178,7 @@ def _split_buffer(items: Items, num_heads: int, block_size: int, head_dim: int, 
 
 def _fill_slot_stats(slot_stats, row_stats, lists: Lists, first: int, count: int) -> None:
     tile = 1024
-    slot_stats_kernel[(triton.cdiv(lists.region, tile), count)](
+    slot_stats_kernel[(cdiv(lists.region, tile), count)](
         row_stats, lists.rows, lists.list_start, slot_stats, first, lists.num_blocks, lists.region, TILE=tile
     )
 
@@ -187,7 +187,7 @@ def _reduce_kv(gradients, splits, items, lists, first, count, block_size, softma
     if items.max_splits == 0:
         return
     keys = max(16, min(64, triton.next_power_of_2(block_size)))
-    reduce_kv_kernel[(lists.num_blocks, triton.cdiv(block_size, keys), count)](
+    reduce_kv_kernel[(lists.num_blocks, cdiv(block_size, keys), count)](
         splits, items.split_start, lists.start_M, lists.length_M, gradients[1], gradients[2],
         first, lists.num_blocks, items.max_splits, block_size, softmax_scale, **shape, KEYS=keys,
     )  # fmt: skip
@@ -197,7 +197,7 @@ def _merge_q(d_q, partial, lists, first, count, softmax_scale, shape) -> None:
     rows = 32 if shape["HEAD_DIM"] <= 128 else 16
     heads = count * (shape["NUM_HEADS"] // shape["NUM_KV_HEADS"])
     num_tokens, _, top_k = lists.slots.shape
-    merge_q_kernel[(triton.cdiv(num_tokens * heads, rows),)](
+    merge_q_kernel[(cdiv(num_tokens * heads, rows),)](
         partial,
         lists.slots,
         d_q,

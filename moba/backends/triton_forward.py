@@ -31,7 +31,7 @@ from moba.backends.triton_lists import (
     store_rows,
     store_slots,
 )
-from moba.backends.triton_tiles import is_short, padded, tile_for
+from moba.backends.triton_tiles import cdiv, is_short, padded, tile_for
 
 LOG2_E = 1.4426950408889634
 
@@ -76,7 +76,7 @@ def attention_forward(
             )  # fmt: skip
         merge_rows = 32 if head_dim <= 128 else 16
         heads = count * (num_heads // num_kv_heads)
-        merge_kernel[(triton.cdiv(num_tokens * heads, merge_rows),)](
+        merge_kernel[(cdiv(num_tokens * heads, merge_rows),)](
             partial, partial_lse, lists.slots, out, lse, first, heads, num_tokens, lists.region,
             **constants, TOP_K=top_k, TOP_K_PADDED=triton.next_power_of_2(top_k), ROWS=merge_rows,
         )  # fmt: skip
@@ -87,8 +87,8 @@ def kv_heads_at_once(num_kv_heads: int, bytes_per_head: int, workspace_bytes: in
     """How many key/value heads to work on together, in groups of even size: at least one, and within the budget if
     that allows."""
     most = min(num_kv_heads, max(1, workspace_bytes // max(1, bytes_per_head)))
-    num_groups = triton.cdiv(num_kv_heads, most)
-    return triton.cdiv(num_kv_heads, num_groups)
+    num_groups = cdiv(num_kv_heads, most)
+    return cdiv(num_kv_heads, num_groups)
 
 
 @triton.jit(do_not_specialize=["first_kv_head", "num_blocks", "max_items", "item_rows", "region", "heads_together"])

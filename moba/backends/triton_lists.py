@@ -30,13 +30,13 @@ import torch
 import triton
 import triton.language as tl
 
-from moba.backends.triton_tiles import MULTIPROCESSORS
+from moba.backends.triton_tiles import MULTIPROCESSORS, cdiv
 from moba.documents import Documents
 
-PLACE_TILE = 64
-PLACE_WARPS = 1
-MAX_CHUNKS = 512
-MAX_COUNTERS = 1 << 21  # counters of one key/value head: blocks times chunks
+RANK_TILE = 32
+PLACE_TILE = 1024
+MAX_RANK_PROGRAMS = 16 * MULTIPROCESSORS  # chunks of all key/value heads: they run at once
+MAX_COUNTERS = 1 << 23  # their counters, one a block: 32 MB, which stay in the L2 cache
 SHORT_LAUNCH = 20  # times that programs fill the card; a longer launch evens itself out
 HEADS_TOGETHER = 16  # query heads whose work items take turns in a short launch
 ITEM_INTEGERS = (
@@ -113,7 +113,7 @@ def build_layout(documents: Documents, block_size: int) -> Layout:
     blocks = [empty(num_blocks) for _ in range(3)]
     layout = Layout(num_blocks, *blocks, empty(num_tokens), empty(num_tokens))
     tile = 256
-    layout_kernel[(triton.cdiv(max(num_tokens, num_blocks), tile),)](
+    layout_kernel[(cdiv(max(num_tokens, num_blocks), tile),)](
         bounds_N, keys_N, first_block_N, *blocks, layout.first_block_T, layout.own_block_T,
         num_documents, num_tokens, num_blocks, block_size, num_documents.bit_length(), TILE=tile,
     )  # fmt: skip
@@ -123,35 +123,35 @@ def build_layout(documents: Documents, block_size: int) -> Layout:
 def build_lists(selection: torch.Tensor, layout: Layout, num_kv_heads: int) -> Lists:
     """The lists of a selection int32 [T, H, K] of block numbers, -1 where there is none.
 
-    A counting sort over chunks of tokens: count each chunk's picks of each block; a prefix sum over (block, chunk)
-    gives every chunk a place in every list; each chunk then files its picks in order. One program owns a chunk, so
-    nothing races.
+    A counting sort over chunks of tokens: rank each pick among its chunk's picks of the same block, which counts them
+    too; a prefix sum over (block, chunk) gives every chunk a place in every list; then all picks are filed, each at its
+    rank from there. One program owns a chunk's counts, so nothing races.
     """
     num_tokens, num_heads, top_k = selection.shape
     num_blocks = layout.num_blocks
     group, device = num_heads // num_kv_heads, selection.device
     region = num_tokens * group * top_k
-    max_chunks = max(8, min(MAX_CHUNKS, MAX_COUNTERS // num_blocks))
-    chunk_tokens = max(16, triton.cdiv(num_tokens, max_chunks))
-    num_chunks = triton.cdiv(num_tokens, chunk_tokens)
-    grid = (num_chunks, num_kv_heads)
+    max_chunks = max(8, min(MAX_RANK_PROGRAMS, MAX_COUNTERS // num_blocks) // num_kv_heads)
+    chunk_tokens = max(16, cdiv(num_tokens, max_chunks))
+    num_chunks = cdiv(num_tokens, chunk_tokens)
 
     counts = torch.zeros(num_kv_heads, num_chunks, num_blocks, dtype=torch.int32, device=device)
     shape = (num_tokens, num_blocks, num_chunks, chunk_tokens)
     constants = {"NUM_HEADS": num_heads, "GROUP": group, "TOP_K": top_k}
-    count_kernel[grid](selection, counts, *shape, **constants, TILE=1024)
+    slots = torch.empty_like(selection)
+    rank_kernel[num_chunks, num_kv_heads](selection, counts, slots, *shape, **constants, TILE=RANK_TILE, num_warps=1)
     # By block, then chunk; and through all key/value heads, since a long scan is faster than a few rows of scans; only
     # differences within a head are used, so that int32 may wrap around.
     ends = counts.transpose(1, 2).reshape(-1).cumsum(0, dtype=torch.int32)
     list_start = torch.empty(num_kv_heads, num_blocks + 1, dtype=torch.int32, device=device)
     tile = 1024
-    cursors_kernel[(triton.cdiv(num_blocks * num_chunks, tile), num_kv_heads)](
+    cursors_kernel[(cdiv(num_blocks * num_chunks, tile), num_kv_heads)](
         counts, ends, list_start, num_blocks, num_chunks, TILE=tile
     )
     rows = torch.empty(num_kv_heads, region, dtype=torch.int32, device=device)
-    slots = torch.empty_like(selection)
-    place_kernel[grid](
-        selection, counts, rows, slots, region, *shape, **constants, TILE=PLACE_TILE, num_warps=PLACE_WARPS
+    tiles = cdiv(chunk_tokens * group * top_k, PLACE_TILE)
+    place_kernel[num_chunks * tiles, num_kv_heads](
+        selection, counts, rows, slots, region, *shape, tiles, **constants, TILE=PLACE_TILE
     )
     return Lists(region, num_blocks, rows, slots, list_start, layout.start_M, layout.length_M, layout.skipped_M)
 
@@ -264,18 +264,37 @@ def _picks(
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_blocks", "num_chunks", "chunk_tokens"])
-def count_kernel(
-    selection, counts, num_tokens, num_blocks, num_chunks, chunk_tokens,
+def rank_kernel(
+    selection, counts, ranks, num_tokens, num_blocks, num_chunks, chunk_tokens,
     NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, TOP_K: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """counts[kv_head, chunk, block] += picks. Integer atomics: the result does not depend on their order."""
+    """Ranks the picks of one chunk, in order: how many earlier ones are of the same block. Leaves their number in
+    counts[kv_head, chunk, block]."""
     chunk, kv_head = tl.program_id(0), tl.program_id(1)
     first_token = chunk * chunk_tokens
     num_picks = tl.minimum(chunk_tokens, num_tokens - first_token) * GROUP * TOP_K
+    counts += (kv_head.to(tl.int64) * num_chunks + chunk) * num_blocks
+    lane = tl.arange(0, TILE)
+    earlier = lane[:, None] < lane[None, :]
+    address, _, block, _ = _picks(selection, 0, num_picks, kv_head, first_token, NUM_HEADS, GROUP, TOP_K, TILE)
     for start in range(0, num_picks, TILE):
-        _, _, block, _ = _picks(selection, start, num_picks, kv_head, first_token, NUM_HEADS, GROUP, TOP_K, TILE)
-        counter = (kv_head.to(tl.int64) * num_chunks + chunk) * num_blocks + block
-        tl.atomic_add(counts + counter, 1, mask=block >= 0, sem="relaxed")
+        # The next picks are on their way while these are counted: a program is a chain of waits for memory.
+        next_address, _, next_block, _ = _picks(
+            selection, start + TILE, num_picks, kv_head, first_token, NUM_HEADS, GROUP, TOP_K, TILE
+        )
+        picked = block >= 0
+        count = tl.load(counts + block, mask=picked, other=0)
+        # In one sum: how many picks of this tile are of the same block (low half), and how many of those come earlier.
+        # Over the first axis, of which a thread holds all: the sum needs no other thread.
+        same = block[:, None] == block[None, :]
+        packed = tl.sum(tl.where(same, tl.where(earlier, 65537, 1), 0), axis=0)
+        rank = count + (packed >> 16)
+        tl.store(ranks + address, rank, mask=picked)
+        is_last = (packed >> 16) == (packed & 65535) - 1
+        tl.debug_barrier()  # all have read the counts before the last of each block moves its own ...
+        tl.store(counts + block, rank + 1, mask=picked & is_last)
+        tl.debug_barrier()  # ... and it has moved before the next tile reads it
+        address, block = next_address, next_block
 
 
 @triton.jit(do_not_specialize=["num_blocks", "num_chunks"])
@@ -296,38 +315,25 @@ def cursors_kernel(counts, ends, list_start, num_blocks, num_chunks, TILE: tl.co
     tl.store(starts + 1, end, mask=inside & (chunk == num_chunks - 1) & (block == num_blocks - 1))
 
 
-@triton.jit(do_not_specialize=["region", "num_tokens", "num_blocks", "num_chunks", "chunk_tokens"])
+@triton.jit(do_not_specialize=["region", "num_tokens", "num_blocks", "num_chunks", "chunk_tokens", "tiles"])
 def place_kernel(
-    selection, cursors, rows, slots, region, num_tokens, num_blocks, num_chunks, chunk_tokens,
+    selection, cursors, rows, slots, region, num_tokens, num_blocks, num_chunks, chunk_tokens, tiles,
     NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, TOP_K: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Files the picks of one chunk into the lists, in order. cursors[kv_head, chunk, block] is the next free slot."""
-    chunk, kv_head = tl.program_id(0), tl.program_id(1)
+    """Files one of the `tiles` tiles of a chunk's picks into the lists and turns their ranks into slots, in place.
+    Programs start in order of tokens, so that those of one time write to neighbouring slots of every list, and the L2
+    cache can gather whole sectors."""
+    chunk, tile, kv_head = tl.program_id(0) // tiles, tl.program_id(0) % tiles, tl.program_id(1)
     first_token = chunk * chunk_tokens
     num_picks = tl.minimum(chunk_tokens, num_tokens - first_token) * GROUP * TOP_K
-    rows += kv_head.to(tl.int64) * region
+    address, row, block, in_chunk = _picks(
+        selection, tile * TILE, num_picks, kv_head, first_token, NUM_HEADS, GROUP, TOP_K, TILE
+    )
+    picked = block >= 0
     cursors += (kv_head.to(tl.int64) * num_chunks + chunk) * num_blocks
-    lane = tl.arange(0, TILE)
-    earlier = lane[None, :] < lane[:, None]
-    address, row, block, in_chunk = _picks(selection, 0, num_picks, kv_head, first_token, NUM_HEADS, GROUP, TOP_K, TILE)
-    for start in range(0, num_picks, TILE):
-        # The next picks are on their way while these are filed: a program is a chain of waits for memory.
-        next_address, next_row, next_block, next_in_chunk = _picks(
-            selection, start + TILE, num_picks, kv_head, first_token, NUM_HEADS, GROUP, TOP_K, TILE
-        )
-        picked = block >= 0
-        first_slot = tl.load(cursors + block, mask=picked, other=0)
-        # In one sum: how many picks of this tile are of the same block (low half), and how many of those come earlier.
-        same = block[:, None] == block[None, :]
-        packed = tl.sum(tl.where(same, tl.where(earlier, 65537, 1), 0), axis=1)
-        slot = first_slot + (packed >> 16)
-        tl.store(rows + slot, row, mask=picked)
-        tl.store(slots + address, tl.where(picked, slot, -1), mask=in_chunk)
-        is_last = (packed >> 16) == (packed & 65535) - 1
-        tl.debug_barrier()  # all have read their cursors before the last of each block moves it ...
-        tl.store(cursors + block, slot + 1, mask=picked & is_last)
-        tl.debug_barrier()  # ... and it has moved before the next tile reads it
-        address, row, block, in_chunk = next_address, next_row, next_block, next_in_chunk
+    slot = tl.load(cursors + block, mask=picked, other=0) + tl.load(slots + address, mask=picked, other=0)
+    tl.store(rows + kv_head.to(tl.int64) * region + slot, row, mask=picked)
+    tl.store(slots + address, tl.where(picked, slot, -1), mask=in_chunk)
 
 
 @triton.jit(do_not_specialize=["num_blocks", "max_items", "item_rows"])

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from moba.backends.triton_lists import Layout, gather_rows, load_rows
-from moba.backends.triton_tiles import padded, tile_for
+from moba.backends.triton_tiles import cdiv, padded, tile_for
 
 
 def block_means(k: torch.Tensor, layout: Layout, block_size: int) -> torch.Tensor:
@@ -50,7 +50,7 @@ def select_blocks(
     selection = torch.empty(num_tokens, num_heads, top_k, dtype=torch.int32, device=q.device)
     best_slots = max(2, triton.next_power_of_2(top_k - 1))
     tile = tile_for("select", head_dim, best_slots, q.dtype)
-    select_kernel[(triton.cdiv(num_tokens, tile.rows), num_heads)](
+    select_kernel[(cdiv(num_tokens, tile.rows), num_heads)](
         q, means, layout.first_block_T, layout.own_block_T, selection, num_tokens, layout.num_blocks,
         NUM_HEADS=num_heads, GROUP=num_heads // num_kv_heads, TOP_K=top_k, BEST_SLOTS=best_slots,
         HEAD_DIM=head_dim, BLOCK_D=padded(head_dim), ROWS=tile.rows, BLOCKS=tile.keys, SPLIT=q.dtype != torch.float32,

@@ -223,8 +223,10 @@ def test_split_means_keep_float32_precision():
 
 
 @pytest.mark.parametrize("documents", [None, [0, 10, 10, 75, 90]])
-def test_lists_hold_every_pick_once_in_order(documents):
-    """Each list is the rows that picked its block, ascending, the block's own rows first; slots is the inverse map."""
+def test_lists_hold_every_pick_once_in_order(documents, monkeypatch):
+    """Each list is the rows that picked its block, ascending, the block's own rows first; slots is the inverse map.
+    Chunks of 96 picks are ranked in several tiles, and placed by three programs each."""
+    monkeypatch.setattr(triton_lists, "PLACE_TILE", 32)
     q, k, _ = tensors(90, (4, 2), 16)
     layout = documents_of(q, k, bounds(documents)).kernel_layout(8)
     selection = select_blocks(q, k, layout, 8, 3)
