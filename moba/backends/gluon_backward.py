@@ -375,13 +375,15 @@ def _kv_consumer(
     d_value = gl.zeros([TILE, D], gl.float32, PRODUCT)
     mbarrier.wait(kv_full.index(0), 0)
     for t in range(0, whole):
+        own = which + (t >> 30)  # which, but unknown before the loop: else descriptors of operands take registers
         d_key, d_value = _kv_step(
-            keys.index(which), values.index(which), d_key, d_value, first_key, block_args, t, stretches, shared,
+            keys.index(own), values.index(own), d_key, d_value, first_key, block_args, t, stretches, shared,
             barriers, GROUP, False,
         )  # fmt: skip
     for t in range(whole, tiles):
+        own = which + (t >> 30)  # which, but unknown before the loop: else descriptors of operands take registers
         d_key, d_value = _kv_step(
-            keys.index(which), values.index(which), d_key, d_value, first_key, block_args, t, stretches, shared,
+            keys.index(own), values.index(own), d_key, d_value, first_key, block_args, t, stretches, shared,
             barriers, GROUP, True,
         )  # fmt: skip
     store_keys(outputs, d_key, d_value, first_key, length, block_size, scale, NUM_KV_HEADS)

@@ -26,6 +26,8 @@ are zero, but zero times the NaN or infinity of another document would be NaN: w
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -61,9 +63,13 @@ head_program = gluon.jit(triton_lists.head_program.fn)
 
 def descriptor(x: torch.Tensor, rows: int) -> TensorDescriptor:
     """Of keys or values [S, H_kv, D], by which TMA loads tiles of `rows` rows of one head."""
-    dtype = gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16
-    layout = gl.NVMMASharedLayout.get_default_for([rows, HEAD_DIM], dtype)
-    return TensorDescriptor.from_tensor(x.view(x.shape[0], -1), [rows, HEAD_DIM], layout)
+    return TensorDescriptor.from_tensor(x.view(x.shape[0], -1), [rows, HEAD_DIM], tile_layout(rows, HEAD_DIM, x.dtype))
+
+
+@cache
+def tile_layout(rows: int, columns: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    """In shared memory, as TMA and tensor cores take it. Kept, since Gluon takes 100 us to make one."""
+    return gl.NVMMASharedLayout.get_default_for([rows, columns], gl.bfloat16 if dtype == torch.bfloat16 else gl.float16)
 
 
 def num_programs(num_items: int, device: torch.device) -> int:

@@ -43,6 +43,7 @@ from moba.backends.gluon_parts import (
     load_item,
     make_barriers,
     thread_barrier,
+    tile_layout,
 )
 from moba.backends.triton_lists import ITEM_INTEGERS, Items, Lists
 
@@ -71,9 +72,8 @@ def backward_short(
 
 def _partial_descriptor(partial: torch.Tensor) -> TensorDescriptor:
     """By which TMA stores half of the columns of 64 slots."""
-    dtype = gl.bfloat16 if partial.dtype == torch.bfloat16 else gl.float16
-    layout = gl.NVMMASharedLayout.get_default_for([64, 64], dtype)
-    return TensorDescriptor.from_tensor(partial.view(-1, partial.shape[2]), [64, 64], layout)
+    rows = partial.view(-1, partial.shape[2])
+    return TensorDescriptor.from_tensor(rows, [64, 64], tile_layout(64, 64, partial.dtype))
 
 
 @gluon.jit(do_not_specialize=ITEM_INTEGERS)
@@ -170,12 +170,14 @@ def _step(which: gl.constexpr, d_key, d_value, t, query_output, item_args, GROUP
     _kv_full, full, empty, d_full, d_empty = barriers
     length, list_begin, _block_size, _scale, scale_log2 = block_args
     stage, place = t % ROW_STAGES, t % 2
+    # Zero, but unknown before the loop: else the descriptors of all operands are made there, and take registers.
+    hidden = t >> 30
     zero = gl.zeros([TILE, TILE], gl.float32, SCORE)
     mbarrier.wait(full.index(stage), (t // ROW_STAGES) & 1)
     query, d_out = queries.index(stage), d_outs.index(stage)
-    score = warpgroup_mma(keys.index(which), query.permute((1, 0)), zero, use_acc=False, is_async=True)
+    score = warpgroup_mma(keys.index(which + hidden), query.permute((1, 0)), zero, use_acc=False, is_async=True)
     minus_delta = zero - stats.index(stage * 2 + 1).load(gl.SliceLayout(0, SCORE))[None, :]
-    d_weight = warpgroup_mma(values.index(which), d_out.permute((1, 0)), minus_delta, is_async=True)
+    d_weight = warpgroup_mma(values.index(which + hidden), d_out.permute((1, 0)), minus_delta, is_async=True)
     log_sum = stats.index(stage * 2).load(gl.SliceLayout(0, SCORE))
     score = warpgroup_mma_wait(1, deps=(score,))
     weight = gl.exp2(score * scale_log2 - log_sum[None, :])
@@ -213,13 +215,14 @@ def _query_half(which: gl.constexpr, t, keys, exchange):
     """Begins half of the columns of the partial dQ [TILE rows, TILE] from the dS^T that tiles of t's parity have: two
     products, one after the other."""
     first = t % 2 * 2
+    hidden = t >> 30  # as in `_step`
     zero = gl.zeros([TILE, TILE], gl.float32, SCORE)
     d_query = warpgroup_mma(
-        exchange[0].index(first).permute((1, 0)), keys.index(0).slice(which * TILE, TILE, dim=1), zero,
+        exchange[0].index(first).permute((1, 0)), keys.index(hidden).slice(which * TILE, TILE, dim=1), zero,
         use_acc=False, is_async=True,
     )  # fmt: skip
     return warpgroup_mma(
-        exchange[0].index(first + 1).permute((1, 0)), keys.index(1).slice(which * TILE, TILE, dim=1), d_query,
+        exchange[0].index(first + 1).permute((1, 0)), keys.index(1 + hidden).slice(which * TILE, TILE, dim=1), d_query,
         is_async=True,
     )  # fmt: skip
 
