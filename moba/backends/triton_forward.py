@@ -3,9 +3,10 @@
 Two kernels, by block size. *Short* blocks fit on chip as one key tile: a program keeps K and V of the block and
 streams tiles of its list. *Long* blocks (more keys than a tile): a program keeps one tile of its list and streams the
 keys of the block, with the usual online softmax; where gluon_choice.py says so, the kernel of gluon_forward.py does
-that. All write for each slot of the list a normalised partial output, in
-the input's dtype, and its log2-sum-exp; the merge kernel then finds each row's K slots and adds them up with softmax
-weights. No atomics: the result does not depend on timing.
+that. All write for each slot of the list a normalised partial output, in the input's dtype, and its log2-sum-exp; the
+merge kernel then finds each row's K slots and adds them up with softmax weights. Where triton_tiles.merges_own says so,
+the rows of short blocks attend to their own block in the merge kernel, and only their other picks take slots. No
+atomics: the result does not depend on timing.
 """
 
 # Triton's stubs know neither launch options, nor that constants become tl.constexpr, nor what its functions return.
@@ -31,9 +32,13 @@ from moba.backends.triton_lists import (
     store_rows,
     store_slots,
 )
-from moba.backends.triton_tiles import cdiv, is_short, padded, tile_for
+from moba.backends.triton_tiles import cdiv, is_short, merges_own, padded, tile_for
 
 LOG2_E = 1.4426950408889634
+LN_2 = tl.constexpr(0.6931471805599453)
+PART_STAGES = tl.constexpr(3)
+"""Of the loop over partial results in merge_own_kernel: they then come by cp.async to shared memory, and are read from
+there in the tensor cores' layout, that of the own part."""
 
 
 def attention_forward(
@@ -50,10 +55,12 @@ def attention_forward(
     short = is_short(block_size, head_dim, q.dtype)
     tile = tile_for("forward_short" if short else "forward_long", head_dim, block_size, q.dtype)
     gluon = gluon_kernels("forward", block_size, q, k, v)
+    own_in_merge = short and merges_own(block_size, head_dim, q.dtype)
     items = build_items(lists, GLUON_ITEM_ROWS if gluon else tile.rows * (tile.tiles if short else 1))
     constants = {
         "NUM_HEADS": num_heads, "NUM_KV_HEADS": num_kv_heads, "HEAD_DIM": head_dim, "BLOCK_D": padded(head_dim),
     }  # fmt: skip
+    picks = {"TOP_K": top_k, "TOP_K_PADDED": triton.next_power_of_2(top_k)}
 
     out = torch.empty_like(q)
     lse = torch.empty(num_heads, num_tokens, dtype=torch.float32, device=q.device)
@@ -72,15 +79,33 @@ def attention_forward(
                 lists.length_M, lists.skipped_M, partial, partial_lse, first, lists.num_blocks, items.max_items,
                 items.item_rows, lists.region, heads_together, softmax_scale * LOG2_E,
                 **constants, ROWS=tile.rows, KEYS=tile.keys, EXACT=block_size % tile.keys == 0,
-                num_warps=tile.warps, num_stages=tile.stages,
+                **({"SKIP_OWN": own_in_merge} if short else {}), num_warps=tile.warps, num_stages=tile.stages,
             )  # fmt: skip
+        if own_in_merge:
+            of_merge = (block_size, softmax_scale, constants | picks)
+            _merge_own(q, k, v, lists, partial, partial_lse, out, lse, first, count, *of_merge)
+            continue
         merge_rows = 32 if head_dim <= 128 else 16
         heads = count * (num_heads // num_kv_heads)
         merge_kernel[(cdiv(num_tokens * heads, merge_rows),)](
             partial, partial_lse, lists.slots, out, lse, first, heads, num_tokens, lists.region,
-            **constants, TOP_K=top_k, TOP_K_PADDED=triton.next_power_of_2(top_k), ROWS=merge_rows,
+            **constants, **picks, ROWS=merge_rows,
         )  # fmt: skip
     return out, lse
+
+
+def _merge_own(q, k, v, lists, partial, partial_lse, out, lse, first, count, block_size, softmax_scale, constants):
+    """Fills out and lse of the rows of `count` key/value heads."""
+    own_rows = block_size * (q.shape[1] // k.shape[1])
+    tile = tile_for("merge_own", q.shape[2], block_size, q.dtype)
+    rows = min(tile.rows, max(16, triton.next_power_of_2(own_rows)))
+    tiles = cdiv(own_rows, rows)
+    merge_own_kernel[(tiles * count * lists.num_blocks,)](
+        q, k, v, lists.rows, lists.list_start, lists.start_M, lists.length_M, lists.skipped_M, partial, partial_lse,
+        lists.slots, out, lse, first, count, len(q), lists.num_blocks, lists.region, tiles, softmax_scale * LOG2_E,
+        **constants, ROWS=rows, KEYS=min(tile.keys, max(16, triton.next_power_of_2(block_size))),
+        num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
+    )  # fmt: skip
 
 
 def kv_heads_at_once(num_kv_heads: int, bytes_per_head: int, workspace_bytes: int) -> int:
@@ -96,15 +121,18 @@ def forward_short_kernel(
     q, k, v, rows, list_start, item_start, item_block, block_start, block_length, block_skipped,
     partial, partial_lse, first_kv_head, num_blocks, max_items, item_rows, region, heads_together, scale_log2,
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, EXACT: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, EXACT: tl.constexpr, SKIP_OWN: tl.constexpr,
 ):  # fmt: skip
-    """One program: one work item, that is up to item_rows rows against one block whose keys fit in one tile."""
+    """One program: one work item, that is up to item_rows rows against one block whose keys fit in one tile; with
+    SKIP_OWN only those that are not the block's own."""
     item, local_head = head_program(heads_together)
     kv_head = first_kv_head + local_head
     block, list_begin, begin, end = load_item(
         item, kv_head, item_start, item_block, list_start, block_skipped, num_blocks, max_items, item_rows,
         NUM_HEADS // NUM_KV_HEADS,
     )  # fmt: skip
+    if SKIP_OWN:
+        begin = tl.maximum(begin, list_begin + tl.load(block_length + block) * (NUM_HEADS // NUM_KV_HEADS))
     if begin < end:
         start, length = tl.load(block_start + block), tl.load(block_length + block)
         key = tl.arange(0, KEYS)
@@ -272,7 +300,68 @@ def merge_kernel(
         part = load_rows(partial, base + slot_i, slot_i >= 0, HEAD_DIM, HEAD_DIM, BLOCK_D)
         total += tl.exp2(lse_i - row_lse)[:, None] * part.to(tl.float32)
     store_rows(out, row, total, inside, HEAD_DIM, HEAD_DIM, BLOCK_D)
-    tl.store(lse + head.to(tl.int64) * num_tokens + token, row_lse * 0.6931471805599453, mask=inside)
+    tl.store(lse + head.to(tl.int64) * num_tokens + token, row_lse * LN_2, mask=inside)
+
+
+@triton.jit(do_not_specialize=["first_kv_head", "num_kv_heads_here", "num_tokens", "num_blocks", "region", "tiles"])
+def merge_own_kernel(
+    q, k, v, rows, list_start, block_start, block_length, block_skipped, partial, partial_lse, slots, out, lse,
+    first_kv_head, num_kv_heads_here, num_tokens, num_blocks, region, tiles, scale_log2,
+    NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    TOP_K: tl.constexpr, TOP_K_PADDED: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """One program: out and lse of ROWS of the own rows of a block, from its keys and the partial results of their other
+    picks. The rows lie as in the list: GROUP to a token."""
+    GROUP: tl.constexpr = NUM_HEADS // NUM_KV_HEADS
+    rest = tl.program_id(0) // tiles
+    block = rest // num_kv_heads_here
+    local_head = rest - block * num_kv_heads_here
+    first_place = (tl.program_id(0) - rest * tiles) * ROWS
+    kv_head = first_kv_head + local_head
+    skipped, length = tl.load(block_skipped + block), tl.load(block_length + block)
+    num_own = (length - skipped) * GROUP
+    if first_place < num_own:
+        start = tl.load(block_start + block)
+        list_begin = tl.load(list_start + kv_head * (num_blocks + 1) + block)
+        first_row = tl.load(rows + kv_head.to(tl.int64) * region + list_begin)
+        place = first_place + tl.arange(0, ROWS)
+        inside = place < num_own
+        place = tl.minimum(place, num_own - 1)
+        row = (first_row + place // GROUP * NUM_HEADS + place % GROUP).to(tl.int64)
+        partial += local_head.to(tl.int64) * region * HEAD_DIM
+        partial_lse += local_head.to(tl.int64) * region
+
+        pick = tl.arange(0, TOP_K_PADDED)
+        slot = tl.load(slots + row[:, None] * TOP_K + pick[None, :], mask=(pick < TOP_K - 1)[None, :], other=-1)
+        parts_lse = tl.load(partial_lse + slot, mask=slot >= 0, other=float("-inf"))
+
+        query = gather_rows(q, row, HEAD_DIM, BLOCK_D)
+        last_key = skipped + place // GROUP
+        end = skipped + (tl.minimum(first_place + ROWS, num_own) - 1) // GROUP + 1
+        stride = NUM_KV_HEADS * HEAD_DIM
+        k += kv_head * HEAD_DIM + start.to(tl.int64) * stride
+        v += kv_head * HEAD_DIM + start.to(tl.int64) * stride
+        top = tl.zeros([ROWS], dtype=tl.float32) - float("inf")
+        total = tl.zeros([ROWS], dtype=tl.float32)
+        own = tl.zeros([ROWS, BLOCK_D], dtype=tl.float32)
+        for first_key in range(0, end, KEYS):
+            top, total, own = _forward_long_tile(
+                k, v, query, top, total, own, first_key, end, last_key, scale_log2, stride,
+                HEAD_DIM, BLOCK_D, KEYS, True,
+            )  # fmt: skip
+
+        own_lse = top + tl.log2(total)
+        top = tl.maximum(tl.max(parts_lse, axis=1), own_lse)
+        row_lse = top + tl.log2(tl.sum(tl.exp2(parts_lse - top[:, None]), axis=1) + tl.exp2(own_lse - top))
+        merged = own * (tl.exp2(own_lse - row_lse) / total)[:, None]
+        for i in tl.range(0, TOP_K - 1, num_stages=PART_STAGES):  # the own block is the last pick
+            slot_i = tl.load(slots + row * TOP_K + i)
+            lse_i = tl.load(partial_lse + slot_i, mask=slot_i >= 0, other=float("-inf"))
+            part = load_rows(partial, slot_i, slot_i >= 0, HEAD_DIM, HEAD_DIM, BLOCK_D)
+            merged += tl.exp2(lse_i - row_lse)[:, None] * part.to(tl.float32)
+        store_rows(out, row, merged, inside, HEAD_DIM, HEAD_DIM, BLOCK_D)
+        token, head = row // NUM_HEADS, row % NUM_HEADS
+        tl.store(lse + head * num_tokens + token, row_lse * LN_2, mask=inside)
 
 
 @triton.jit

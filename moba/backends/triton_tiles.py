@@ -29,8 +29,8 @@ class Tile:
     tiles: int = 1
     """Row tiles of a work item: how far a list is followed before another program takes over."""
     registers: int | None = None
-    """Most registers of a thread (the routing kernel): the fewer, the more programs a multiprocessor runs at once.
-    None: as many as the compiler likes."""
+    """Most registers of a thread: the fewer, the more programs a multiprocessor runs at once. None: as many as the
+    compiler likes."""
 
 
 MULTIPROCESSORS = 132
@@ -44,6 +44,9 @@ TILES: dict[tuple[str, int], Tile] = {
     ("forward_short", 64): Tile(rows=64, keys=128, warps=4, stages=3, tiles=32),
     ("forward_short", 128): Tile(rows=64, keys=128, warps=4, stages=3, tiles=32),
     ("forward_short", 256): Tile(rows=64, keys=64, warps=4, stages=3, tiles=16),
+    ("merge_own", 64): Tile(rows=64, keys=32, warps=4, stages=2, registers=168),
+    ("merge_own", 128): Tile(rows=64, keys=32, warps=4, stages=2, registers=168),
+    ("merge_own", 256): Tile(rows=64, keys=32, warps=8, stages=2),
     ("forward_long", 64): Tile(rows=128, keys=128, warps=4, stages=3),
     ("forward_long", 128): Tile(rows=128, keys=64, warps=8, stages=3),
     ("forward_long", 256): Tile(rows=64, keys=64, warps=4, stages=2),
@@ -87,3 +90,9 @@ def is_short(block_size: int, head_dim: int, dtype: torch.dtype) -> bool:
     """True if a whole block fits on chip as one key tile: then the short kernels are used, else the long ones."""
     limit = 32 if dtype == torch.float32 else TILES["backward_short", min(256, max(64, padded(head_dim)))].keys
     return block_size <= limit
+
+
+def merges_own(block_size: int, head_dim: int, dtype: torch.dtype) -> bool:
+    """Whether the own block of a short block's rows is attended to where their partial results are merged, and takes
+    no slot: where that was measured, and faster."""
+    return dtype != torch.float32 and head_dim == 128 and 64 < block_size <= 128

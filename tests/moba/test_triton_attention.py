@@ -18,7 +18,7 @@ pytest.importorskip("triton", reason="the triton backend needs triton")
 
 from moba import moba_attention
 from moba.backends import triton_attention as backend
-from moba.backends import triton_lists
+from moba.backends import triton_forward, triton_lists
 from moba.backends.refusals import BackendUnavailable
 from moba.backends.triton_forward import kv_heads_at_once
 from moba.backends.triton_lists import build_items, build_lists, item_grid
@@ -62,11 +62,21 @@ def dropped(selection):
     return bool(((selection >= 0).sum(-1) <= selection[..., -1]).any())
 
 
+def full_of_nan(x):
+    return x.fill_(float("nan")) if x.is_floating_point() else x
+
+
 def gradients(function, q, k, v, d_out, d_lse):
     """(out, lse, dq, dk, dv)"""
     inputs = [x.detach().clone().requires_grad_() for x in (q, k, v)]
     out, lse = function(*inputs)
     return [out, lse, *torch.autograd.grad((out, lse), inputs, (d_out.to(out), d_lse.to(lse)))]
+
+
+@pytest.fixture(params=[False, True], ids=["own block in a slot", "own block in the merge"])
+def own_in_merge(request, monkeypatch):
+    """The two ways of short blocks' own rows; long blocks have the first alone."""
+    monkeypatch.setattr(triton_forward, "merges_own", lambda *_: request.param)
 
 
 # (tokens, (H, H_kv), head size, block size, top_k, cu_seqlens, workspace)
@@ -77,17 +87,21 @@ CASES = {
     "long blocks that key tiles divide": (100, (2, 1), 16, 48, 2, None, None),
     "blocks smaller than a key tile": (60, (2, 2), 16, 10, 4, None, None),
     "top_k 1 is block-local": (60, (2, 1), 16, 16, 1, [0, 25, 60], None),
+    "short blocks, one head at a time": (70, (6, 2), 24, 16, 2, [0, 33, 70], 1),
     "more picks than blocks": (50, (2, 1), 16, 16, 6, None, None),
 }
 
 
+@pytest.mark.usefixtures("own_in_merge")
 @pytest.mark.parametrize("case", CASES)
 def test_matches_reference(case, monkeypatch):
     """Output, log-sum-exp and all gradients, also those through the log-sum-exp.
 
     Catches any error of routing, lists, masks, merging, the cutting of lists into items, and the grouping of heads
-    under the workspace budget.
+    under the workspace budget. Memory is not zeros, so that a slot that nobody wrote would show.
     """
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *x, **y: full_of_nan(empty(*x, **y)))
     num_tokens, heads, head_dim, block_size, top_k, documents, workspace = CASES[case]
     if workspace is not None:
         monkeypatch.setattr(backend, "WORKSPACE_BYTES", workspace)
@@ -104,6 +118,7 @@ def test_matches_reference(case, monkeypatch):
         assert dropped(reference_selection(q, k, **options))
 
 
+@pytest.mark.usefixtures("own_in_merge")
 @pytest.mark.parametrize(
     ("lengths", "pasts", "block_size", "top_k", "first_blocks"),
     [
@@ -145,13 +160,16 @@ def test_queries_that_are_the_last_of_their_documents_keys(lengths, pasts, block
     block_size=st.integers(2, 24),
     top_k=st.integers(1, 5),
     seed=st.integers(0, 999),
+    merged=st.booleans(),
 )
-def test_random_packs_match_reference(lengths, heads, block_size, top_k, seed):
+def test_random_packs_match_reference(lengths, heads, block_size, top_k, seed, merged):
     """Output and all gradients for whatever packs come: documents of no token, of one, of a block and a bit."""
     q, k, v = tensors(sum(lengths), heads, 16, seed=seed)
     options = {"block_size": block_size, "top_k": top_k, "cu_seqlens": bounds([0, *accumulate(lengths)])}
     d_out, d_lse = torch.randn_like(q), torch.randn(heads[0], sum(lengths))
-    got = gradients(lambda *x: moba_triton(*x, **options), q, k, v, d_out, d_lse)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton_forward, "merges_own", lambda *_: merged)
+        got = gradients(lambda *x: moba_triton(*x, **options), q, k, v, d_out, d_lse)
     want = gradients(
         lambda *x: reference_attention(*x, **options, return_lse=True), q.double(), k.double(), v.double(), d_out, d_lse
     )
