@@ -1,7 +1,9 @@
-"""Compiles the Gluon kernels for Hopper, without a GPU, and prints the bytes of shared memory of each.
-A program of its own, since Triton's interpreter must be off."""
+"""Compiles the Gluon kernels for Hopper, without a GPU, and prints of each: bytes of shared memory, arrivals at
+barriers in shared memory, and how many of them come too early. A program of its own, since Triton's interpreter must be
+off."""
 
 import multiprocessing
+import re
 
 import torch
 from triton.backends.compiler import GPUTarget
@@ -27,9 +29,25 @@ class Compiled:
         self.kernel = kernel
 
     def __getitem__(self, grid):
-        return lambda *arguments, **constants: print(
-            self.kernel.run(*arguments, grid=grid, warmup=True, **constants).metadata.shared, flush=True
-        )
+        return lambda *arguments, **constants: self.compile(grid, arguments, constants)
+
+    def compile(self, grid, arguments, constants):
+        compiled = self.kernel.run(*arguments, grid=grid, warmup=True, **constants)
+        print("compiled", compiled.metadata.shared, *arrivals(compiled.asm["ptx"]), flush=True)
+
+
+def arrivals(ptx):
+    """How often one thread gives its group's word to a barrier in shared memory, and how often without a barrier of the
+    group's threads since one of them used shared memory: then others may still be at it."""
+    number, early, waits_for_all = 0, 0, True
+    for line in ptx.splitlines():
+        if re.search(r"wgmma\.mma_async|(ld|st|cp\.async)[.a-z]*\.shared|stmatrix|ldmatrix", line):
+            waits_for_all = False
+        elif re.search(r"\bbar(rier)?\.sync", line):
+            waits_for_all = True
+        elif "mbarrier.arrive.shared" in line:
+            number, early = number + 1, early + (not waits_for_all)
+    return number, early
 
 
 def compile_kernel(name):
