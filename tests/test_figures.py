@@ -350,6 +350,32 @@ def drop_in_rows():
     yield ["", "full", *cells(back)]
 
 
+def drop_in_rate_rows():
+    probes = ("pass_key", "key_value")
+    rows = kept("docs/results/drop_in_3e4_h200/results.json")["differences"]
+    levels = [percent(rows[0][key]["value"] - rows[0][key]["minus_reference"]["mean"]) for key in probes]
+    yield ["", "full", "100 %", "0", *levels]
+    for row in rows:
+        right = [percent(row[key]["value"]) if key in row else "" for key in probes]
+        shown = {"plan": "the plan"}.get(row["attention"], row["attention"])
+        yield ["", shown, percent(row["attended_share"]), with_interval(row["trailing"]["minus_reference"]), *right]
+
+
+def model_routing_rows():
+    results = kept("benchmarks/results/attention_smollm2.json")["results"]
+    found = {(r["row"], r["implementation"]): r for r in results}
+    for row, name in found:
+        if name == "triton":
+            own, dense = found[row, name], found[row, "varlen"]
+            times = f"{own['forward_ms']:.2f} / {own['total_ms']:.2f} ({own['routing_ms']:.2f})"
+            notes = own["notes"]
+            yield [
+                "", row.split(" ", 4)[4], times, f"{dense['forward_ms']:.2f} / {dense['total_ms']:.2f}",
+                f"{own['ratio_to_cudnn']:.2f}x", f"{notes['longest list over the mean']:.1f}",
+                f"{notes['distinct blocks of a group']:.1f} of {notes['picks of a group']:.1f}",
+            ]  # fmt: skip
+
+
 def ruler_rows():
     scores = kept("docs/results/ruler_h200/ruler.json")["scores"]
     for arm, pairs in {"full": 1.0, "plan_quarter": 0.25, "128x8+1": pairs_share(Moba(128, 8), 8192)}.items():
@@ -400,6 +426,8 @@ TABLES = {
     ("docs/evals.md", "| continued at 8K"): retrieval_rows,
     ("docs/findings.md", "| attention | pairs at 8K"): ruler_rows,
     ("docs/findings.md", "| continued with"): drop_in_rows,
+    ("docs/findings.md", "| continued at 3e-4"): drop_in_rate_rows,
+    ("docs/kernels.md", "| 8 x 8K"): model_routing_rows,
     ("docs/findings.md", "| in 2K tokens"): partial(block_size_rows, 2048),
     ("docs/findings.md", "| in 256 tokens"): partial(block_size_rows, 256),
 }
