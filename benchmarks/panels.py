@@ -352,7 +352,7 @@ def by_block_size(record: Record) -> list[Record]:
 
 
 LABELS = {"mean": "MoBA's gate", "local": "latest blocks", "random": "random blocks", "oracle": "best blocks"}
-LABELS |= {"variance": "second order, diagonal", "covariance": "second order", "bounds": "Quest's bound"}
+LABELS |= {"variance": "variance", "covariance": "covariance", "bounds": "Quest's bound"}
 LABELS |= {"shared": "one choice a group", "sinks": "MoBA's gate\nand 4 first tokens"}
 LABELS |= {"moba": "MoBA", "full": "full attention"}
 

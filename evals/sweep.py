@@ -193,14 +193,12 @@ def _settings(job: Job, seq_len: int) -> dict[Setting, Plan]:
     for block_size, gate, first in product(blocks, gates, firsts):
         if gate == WITH_SINKS and first != firsts[0]:
             continue  # it has none
+        first = 0 if gate == WITH_SINKS else first
         for top_k in _top_ks(job.values, block_size, seq_len):
             if first and first >= top_k:
                 continue  # with the query's own block they would exceed top_k
-            if gate == WITH_SINKS:
-                first, spec = 0, MobaWithSinks(block_size, top_k)
-            else:
-                spec = Moba(block_size, top_k, gate, first)
-            plan = with_moba(own, spec)
+            sinks = gate == WITH_SINKS
+            plan = with_moba(own, MobaWithSinks(block_size, top_k) if sinks else Moba(block_size, top_k, gate, first))
             if block_size * top_k >= seq_len:
                 dense += 1
             else:

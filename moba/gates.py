@@ -131,7 +131,10 @@ def layout_covariances(k: torch.Tensor, layout: BlockLayout) -> tuple[torch.Tens
 
 
 def keys_by_block(k: torch.Tensor, layout: BlockLayout) -> torch.Tensor:
-    """[M, B, G, D], in the dtype of scores: the keys of every block; of an incomplete one, what comes after too."""
+    """[M, B, G, D], in the dtype of scores: the keys of every block; of an incomplete one, what comes after too.
+
+    A copy of all keys: 4 GiB at 1M tokens with 8 heads of 128; covariances [D, D] take D / B times as much.
+    """
     index_MB = layout.start_M[:, None] + torch.arange(layout.block_size, device=k.device)
     return torch.nn.functional.pad(k, (0, 0, 0, 0, 0, layout.block_size))[index_MB].to(score_dtype(k))
 

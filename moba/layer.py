@@ -194,11 +194,14 @@ class MoBAAttention(nn.Module):
 
     def head_groups(self, number: int) -> list[slice]:
         """Key/value heads in at most `number` groups of even size; a process of several that share the sequence has
-        query heads of each."""
+        query heads of each. With the gate `shared`, which must see all query heads of a key/value head, they are one
+        group there."""
         num_kv = self.k_proj.out_features // self.head_dim
         queries_each = self.q_proj.out_features // self.k_proj.out_features
         least = 1 if self.axis is None else -(-self.axis.least_heads // queries_each)
         number = max(1, min(number, num_kv // least))
+        if self.axis is not None and self.spec.routing is not None and self.spec.routing.gate == "shared":
+            number = 1
         return [slice(num_kv * i // number, num_kv * (i + 1) // number) for i in range(number)]
 
     def of_heads(self, x_TC: Tensor, cos_TD: Tensor, sin_TD: Tensor, documents: Documents, kv_heads: slice) -> Tensor:

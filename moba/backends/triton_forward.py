@@ -45,7 +45,8 @@ def attention_forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lists: Lists,
     block_size: int, softmax_scale: float, workspace_bytes: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Output [T, H, D] in q's dtype and log-sum-exp float32 [H, T] (natural log).
+    """Output [T, H, D] in q's dtype and log-sum-exp float32 [H, T] (natural log). The lists are those of a selection in
+    which the own block comes last.
 
     Key/value heads are worked through in groups, as many at a time as keep the partial results within
     `workspace_bytes` (one at least).

@@ -121,7 +121,7 @@ def build_layout(documents: Documents, block_size: int) -> Layout:
 
 
 def build_lists(selection: torch.Tensor, layout: Layout, num_kv_heads: int) -> Lists:
-    """The lists of a selection int32 [T, H, K] of block numbers, -1 where there is none.
+    """The lists of a selection int32 [T, H, K] of block numbers, -1 where there is none, the own block last.
 
     A counting sort over chunks of tokens: rank each pick among its chunk's picks of the same block, which counts them
     too; a prefix sum over (block, chunk) gives every chunk a place in every list; then all picks are filed, each at its

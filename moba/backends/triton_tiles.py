@@ -1,7 +1,7 @@
 """Tile sizes, warps and pipeline stages of the Triton kernels, by kernel and head size.
 
-The table holds what was fastest on an H100 among the variants in docs/kernels.md. Change an entry to tune for another
-card: every value that fits the card's shared memory gives the same results up to rounding.
+The table holds what was fastest on an H100 (`merge_own`: an H200) among the variants in docs/kernels.md. Change an
+entry to tune for another card: every value that fits the card's shared memory gives the same results up to rounding.
 """
 
 # Triton's stubs: next_power_of_2 of an int is no int.
@@ -44,9 +44,7 @@ TILES: dict[tuple[str, int], Tile] = {
     ("forward_short", 64): Tile(rows=64, keys=128, warps=4, stages=3, tiles=32),
     ("forward_short", 128): Tile(rows=64, keys=128, warps=4, stages=3, tiles=32),
     ("forward_short", 256): Tile(rows=64, keys=64, warps=4, stages=3, tiles=16),
-    ("merge_own", 64): Tile(rows=64, keys=32, warps=4, stages=2, registers=168),
     ("merge_own", 128): Tile(rows=64, keys=32, warps=4, stages=2, registers=168),
-    ("merge_own", 256): Tile(rows=64, keys=32, warps=8, stages=2),
     ("forward_long", 64): Tile(rows=128, keys=128, warps=4, stages=3),
     ("forward_long", 128): Tile(rows=128, keys=64, warps=8, stages=3),
     ("forward_long", 256): Tile(rows=64, keys=64, warps=4, stages=2),
@@ -75,10 +73,11 @@ def padded(head_dim: int) -> int:
 
 def tile_for(kernel: str, head_dim: int, width: int, dtype: torch.dtype) -> Tile:
     """The tile of a kernel. `width` is the block size (for routing: the number of best blocks that a row keeps)."""
-    tile = TILES[kernel, min(256, max(64, padded(head_dim)))]
     if dtype == torch.float32:
         # Only the interpreter computes in float32; small tiles show more of the logic on small inputs.
         tile = Tile(rows=16, keys=16, warps=4, stages=1, tiles=2)
+    else:
+        tile = TILES[kernel, min(256, max(64, padded(head_dim)))]
     if kernel == "select":
         return replace(tile, registers=None) if width >= 32 else tile
     if kernel.endswith("short"):

@@ -181,6 +181,8 @@ def test_captured_shares_are_those_of_the_dense_model(model, documents, tmp_path
     assert rows["8x3 sinks"]["captured"]["mean"] > rows["8x3"]["captured"]["mean"] > 0.3
     path = result.write(tmp_path / "evals", "sweep", commit=None)
     assert "8x3 sinks" in page(json.loads(path.read_text()), path) and "captured" in result.text
+    smallest = {"block_sizes": "8", "top_k": "1", "gates": "sinks", "first_blocks": "1"}  # sinks need no room for it
+    assert run(make_job(tmp_path, model, documents, **smallest)).record["settings"][1]["attention"] == "8x1 sinks"
 
 
 def test_an_interrupted_sweep_goes_on(model, documents, tmp_path):

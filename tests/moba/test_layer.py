@@ -11,6 +11,7 @@ from moba.documents import Documents
 from moba.kinds import Full, Moba
 from moba.layer import MoBAAttention, RMSNorm, apply_rope
 from moba.reference import reference_attention, reference_selection
+from moba.sequence import SequenceAxis
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM = 48, 6, 2, 16
 SPARSE = Moba(block_size=8, top_k=2)
@@ -183,6 +184,19 @@ def test_every_parameter_gets_a_gradient():
     layer(make_tokens(60), cos, sin, Documents.from_lengths([60])).square().sum().backward()
     for name, parameter in layer.named_parameters():
         assert parameter.grad is not None and parameter.grad.norm() > 0, name
+
+
+def test_a_gate_of_a_group_s_heads_keeps_them_together_in_a_shared_sequence():
+    """Attention by groups of heads, each dealt over the processes: catches groups of so few key/value heads that a
+    process gets some of the query heads of one, whose mean score would then be another."""
+    layer = MoBAAttention(HIDDEN, 8, 4, HEAD_DIM)
+    axis = SequenceAxis(None, 0, 2)
+    for gate, alone, dealt in (("mean", 4, 4), ("shared", 4, 1)):
+        layer.spec, layer.axis = Moba(8, 2, gate), None
+        assert len(layer.head_groups(4)) == alone
+        layer.axis = axis
+        assert len(layer.head_groups(4)) == dealt
+    assert layer.head_groups(4) == [slice(0, 4)]
 
 
 def test_impossible_heads_are_refused():
